@@ -1,0 +1,43 @@
+"""Differentiate, check, minimise and watch any TensorFlow function.
+
+>>> import tfgrad
+>>> float(tfgrad.derivative(lambda x: x * x)(5.0))
+10.0
+
+The public names are listed in `tfgrad.__all__`. Each is imported when it is first used, so
+that `import tfgrad` takes milliseconds and does not import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfgrad.derivatives.reverse import derivative, grad, value_and_grad
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "derivative": "tfgrad.derivatives.reverse",
+    "grad": "tfgrad.derivatives.reverse",
+    "value_and_grad": "tfgrad.derivatives.reverse",
+}
+
+__all__ = [
+    "derivative",
+    "grad",
+    "value_and_grad",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tfgrad' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,256 @@
+"""Nests in and out: convert them, name their leaves, flatten them to one vector and back.
+
+A *nest* is what `tf.nest` says it is: tensors, numbers and arrays in lists, tuples, named
+tuples and dicts of any depth. One rule is added: a list of plain numbers (or of such lists)
+is an *array*, as it is for `tf.constant`.
+
+Plain numbers have no dtype of their own. They take the widest float dtype of the arrays
+they come with, float32 when they come alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.errors import InvalidArgumentError
+
+Nest = Any
+"""Tensors, arrays and numbers in lists, tuples, named tuples and dicts of any depth."""
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` is a plain Python `int` or `float` (`bool` is not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool | np.generic)
+
+
+def is_array_like(value: object) -> bool:
+    """Return whether `value` is a list of plain numbers, at any depth: an array."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(is_number(v) for v in value) or all(is_array_like(v) for v in value)
+
+
+def is_variable(value: object) -> bool:
+    """Return whether `value` is a `tf.Variable` or a `keras.Variable`."""
+    return isinstance(value, tf.Variable | keras.Variable)
+
+
+def describe(value: object) -> str:
+    """Return shape and dtype of an array, or type and value of anything else."""
+    if is_variable(value):
+        return f"a variable of shape {tuple(value.shape)}, {_dtype_name(value)}"
+    if isinstance(value, tf.Tensor | np.ndarray):
+        shape = "unknown" if value.shape is None else _shape(value.shape)
+        return f"shape {shape}, {_dtype_name(value)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name to call `function` by in a message or a tag."""
+    inner = getattr(function, "python_function", function)
+    name = getattr(inner, "__name__", None) or type(inner).__name__
+    return "f" if name == "<lambda>" else str(name)
+
+
+def named_leaves(nest: Nest, name: str) -> list[tuple[str, Any]]:
+    """Return (name, leaf) pairs in `tf.nest` order, each named as one would type it.
+
+    >>> named_leaves({"w": 1.0, "b": (2.0, 3.0)}, "params")
+    [("params['b'][0]", 2.0), ("params['b'][1]", 3.0), ("params['w']", 1.0)]
+    """
+    if is_array_like(nest) or not tf.nest.is_nested(nest):
+        return [(name, nest)]
+    if isinstance(nest, Mapping):
+        children = [(f"{name}[{key!r}]", nest[key]) for key in sorted(nest)]
+    elif hasattr(nest, "_fields"):
+        children = [(f"{name}.{field}", getattr(nest, field)) for field in nest._fields]
+    elif isinstance(nest, list | tuple):
+        children = [(f"{name}[{i}]", child) for i, child in enumerate(nest)]
+    else:  # attrs classes, and whatever else tf.nest learns to take apart
+        leaves = tf.nest.flatten(nest)
+        return [(f"leaf {i} of {name}", leaf) for i, leaf in enumerate(leaves)]
+    return [pair for path, child in children for pair in named_leaves(child, path)]
+
+
+def map_leaves(function: Callable[[Any, str], Any], nest: Nest, name: str) -> Nest:
+    """Return the nest of `function(leaf, name of the leaf)`, structured like `nest`."""
+    leaves = [function(leaf, path) for path, leaf in named_leaves(nest, name)]
+    return tf.nest.pack_sequence_as(_arrays_as_leaves(nest), leaves)
+
+
+def weak_dtype(*nests: Nest) -> tf.DType:
+    """Return the dtype that plain numbers take beside `nests`: the widest float in them."""
+    leaves = (leaf for nest in nests for _, leaf in named_leaves(nest, ""))
+    dtypes = [tf.as_dtype(leaf.dtype) for leaf in leaves if _has_float_dtype(leaf)]
+    return max(dtypes, key=lambda dtype: (dtype.size, dtype.name), default=tf.float32)
+
+
+def to_tensors(nest: Nest, name: str, dtype: tf.DType | None = None) -> Nest:
+    """Return `nest` with float tensors as leaves, ready to be differentiated.
+
+    Args:
+        nest: Float tensors, float arrays, variables (read), numbers, lists of numbers.
+        name: What the caller calls it, for messages.
+        dtype: What plain numbers become; None means `weak_dtype(nest)`.
+
+    Raises:
+        InvalidArgumentError: If a leaf is no float array; its name is in the message.
+    """
+    weak = weak_dtype(nest) if dtype is None else dtype
+    return map_leaves(lambda leaf, path: to_tensor(leaf, path, weak), nest, name)
+
+
+def to_tensor(leaf: Any, name: str, weak: tf.DType) -> tf.Tensor:
+    """Return one leaf as a float tensor; plain numbers become `weak`."""
+    if isinstance(leaf, tf.Tensor):
+        tensor = leaf
+    elif is_variable(leaf):
+        tensor = tf.convert_to_tensor(leaf)
+    elif is_number(leaf) or is_array_like(leaf):
+        return tf.constant(_rectangular(leaf, name), weak)
+    elif isinstance(leaf, np.ndarray | np.generic) or hasattr(leaf, "__array__"):
+        tensor = _array_to_tensor(leaf, name)
+    else:
+        raise InvalidArgumentError(
+            f"`{name}` must be made of float tensors, arrays or numbers.",
+            got=f"`{name}` is {_article(leaf)}: {describe(leaf)}",
+            hint="tf.constant(...) of the numbers in it, or leave it out of the nest",
+        )
+    if tensor.dtype.is_floating:
+        return tensor
+    if tensor.dtype.is_complex:
+        raise InvalidArgumentError(
+            f"`{name}` must be real: complex derivatives have no single convention.",
+            got=f"`{name}` has {describe(tensor)}",
+            hint="real and imaginary parts as two real arguments, tf.complex inside f",
+        )
+    raise InvalidArgumentError(
+        f"`{name}` must be of a float dtype: integers have no derivative.",
+        got=f"`{name}` has {describe(tensor)}",
+        hint=f"tf.cast({name}, tf.float32), or write the numbers as floats",
+    )
+
+
+def variables_of(wrt: Nest) -> tuple[Nest, list[tf.Variable]]:
+    """Return `wrt` with each module replaced by its list of variables, and the flat list.
+
+    Args:
+        wrt: A `tf.Variable`, `keras.Variable`, `tf.Module`, `keras.Model`, or a nest of them.
+
+    Raises:
+        InvalidArgumentError: If there is no variable, a value, or a non-float variable.
+    """
+    nest = tf.nest.map_structure(_open_module, wrt)
+    flat = [_as_tf_variable(leaf, path) for path, leaf in named_leaves(nest, "wrt")]
+    if not flat:
+        raise InvalidArgumentError(
+            "`wrt` must hold at least one variable.",
+            got=f"wrt={describe(wrt)}, which holds none",
+            hint="call the model once on an input to build it, or pass its variables",
+        )
+    return nest, flat
+
+
+def ravel(leaves: Iterable[tf.Tensor]) -> tf.Tensor:
+    """Return the elements of all `leaves`, of one dtype, as one vector of shape `[n]`."""
+    flat = [tf.reshape(leaf, [-1]) for leaf in leaves]
+    return flat[0] if len(flat) == 1 else tf.concat(flat, axis=0)
+
+
+def unravel(vector: tf.Tensor, like: Iterable[tf.Tensor]) -> list[tf.Tensor]:
+    """Return the vector's elements in the shapes of `like`: the inverse of `ravel`."""
+    like = list(like)
+    if len(like) == 1:
+        return [tf.reshape(vector, tf.shape(like[0]))]
+    parts = tf.split(vector, [tf.size(leaf) for leaf in like])
+    pairs = zip(parts, like, strict=True)
+    return [tf.reshape(part, tf.shape(leaf)) for part, leaf in pairs]
+
+
+def _dtype_name(value: Any) -> str:
+    return str(tf.as_dtype(value.dtype).name)
+
+
+def _shape(shape: Any) -> str:
+    return str(tuple(shape)) if tf.TensorShape(shape).rank is not None else "unknown"
+
+
+def _article(leaf: object) -> str:
+    return "missing" if leaf is None else f"of type {type(leaf).__name__}"
+
+
+def _has_float_dtype(leaf: Any) -> bool:
+    try:
+        return bool(tf.as_dtype(leaf.dtype).is_floating)
+    except (AttributeError, TypeError):
+        return False
+
+
+def _rectangular(leaf: Any, name: str) -> np.ndarray:
+    try:
+        return np.array(leaf, dtype=np.float64)
+    except ValueError as error:
+        lengths = sorted({len(row) for row in leaf})
+        raise InvalidArgumentError(
+            f"`{name}` must be rectangular: lists of numbers are one array.",
+            got=f"`{name}` has rows of {' and '.join(map(str, lengths))} numbers",
+            hint="a tuple or a dict of arrays, each with a shape of its own",
+        ) from error
+
+
+def _array_to_tensor(leaf: Any, name: str) -> tf.Tensor:
+    array = np.asarray(leaf)
+    try:
+        return tf.convert_to_tensor(array)
+    except (TypeError, ValueError, tf.errors.OpError) as error:
+        raise InvalidArgumentError(
+            f"`{name}` must be an array of numbers that TensorFlow can hold.",
+            got=f"`{name}` has shape {array.shape}, {array.dtype}",
+            hint="numpy.asarray(..., dtype=float), with all rows of one length",
+        ) from error
+
+
+def _arrays_as_leaves(nest: Nest) -> Nest:
+    """Return `nest` with None in place of each list of numbers, as a template to pack."""
+    if is_array_like(nest):
+        return None
+    if isinstance(nest, Mapping):
+        children = {key: _arrays_as_leaves(child) for key, child in nest.items()}
+        template = copy.copy(nest)  # keeps the type: OrderedDict, defaultdict, ...
+        template.update(children)
+        return template
+    if hasattr(nest, "_fields"):
+        return type(nest)(*map(_arrays_as_leaves, nest))
+    if isinstance(nest, list | tuple):
+        return type(nest)(map(_arrays_as_leaves, nest))
+    return nest
+
+
+def _open_module(leaf: Any) -> Any:
+    return list(leaf.trainable_variables) if hasattr(leaf, "trainable_variables") else leaf
+
+
+def _as_tf_variable(leaf: Any, name: str) -> tf.Variable:
+    if not is_variable(leaf):
+        raise InvalidArgumentError(
+            "`wrt` names variables; values are positional arguments.",
+            got=f"`{name}` is {describe(leaf)}",
+            hint="tf.Variable(...) that the function reads, or the value as an argument",
+        )
+    variable = leaf.value if isinstance(leaf, keras.Variable) else leaf
+    if not variable.dtype.is_floating:
+        raise InvalidArgumentError(
+            f"`{name}` must be a real float variable.",
+            got=f"{leaf.name!r} of {describe(variable)}",
+            hint="leave it out of `wrt`, or make it a float variable",
+        )
+    return variable
