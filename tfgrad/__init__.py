@@ -15,18 +15,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfgrad.derivatives.reverse import derivative, grad, value_and_grad
+    from tfgrad.optimize.minimize import descend, minimize
+    from tfgrad.optimize.result import OptimizeResult
+    from tfgrad.runs.board import show
+    from tfgrad.runs.writer import Run
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "OptimizeResult": "tfgrad.optimize.result",
+    "Run": "tfgrad.runs.writer",
     "derivative": "tfgrad.derivatives.reverse",
+    "descend": "tfgrad.optimize.minimize",
     "grad": "tfgrad.derivatives.reverse",
+    "minimize": "tfgrad.optimize.minimize",
+    "show": "tfgrad.runs.board",
     "value_and_grad": "tfgrad.derivatives.reverse",
 }
 
 __all__ = [
+    "OptimizeResult",
+    "Run",
     "derivative",
+    "descend",
     "grad",
+    "minimize",
+    "show",
     "value_and_grad",
 ]
 

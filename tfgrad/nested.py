@@ -11,8 +11,6 @@ they come with, float32 when they come alone.
 from __future__ import annotations
 
 import copy
-import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -140,8 +138,8 @@ def to_tensor(leaf: Any, name: str, weak: tf.DType) -> tf.Tensor:
     )
 
 
-def variables_of(wrt: Nest) -> tuple[Nest, list[tf.Variable]]:
-    """Return `wrt` with each module replaced by its list of variables, and the flat list.
+def variables_of(wrt: Nest) -> Nest:
+    """Return the nest of `tf.Variable`s in `wrt`, modules replaced by their lists of them.
 
     Args:
         wrt: A `tf.Variable`, `keras.Variable`, `tf.Module`, `keras.Model`, or a nest of them.
@@ -150,14 +148,14 @@ def variables_of(wrt: Nest) -> tuple[Nest, list[tf.Variable]]:
         InvalidArgumentError: If there is no variable, a value, or a non-float variable.
     """
     nest = tf.nest.map_structure(_open_module, wrt)
-    flat = [_as_tf_variable(leaf, path) for path, leaf in named_leaves(nest, "wrt")]
-    if not flat:
+    nest = map_leaves(_as_tf_variable, nest, "wrt")
+    if not tf.nest.flatten(nest):
         raise InvalidArgumentError(
             "`wrt` must hold at least one variable.",
             got=f"wrt={describe(wrt)}, which holds none",
             hint="call the model once on an input to build it, or pass its variables",
         )
-    return nest, flat
+    return nest
 
 
 def ravel(leaves: Iterable[tf.Tensor]) -> tf.Tensor:

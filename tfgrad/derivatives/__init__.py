@@ -1,0 +1,1 @@
+"""Transforms: they take a function and return the function that differentiates it."""

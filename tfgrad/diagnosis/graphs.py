@@ -1,0 +1,195 @@
+"""The graph of a function, traced for reading: where data flows, where gradients do."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+_RUN_EAGERLY = threading.RLock()
+
+_WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
+           "ResourceStridedSliceAssign")  # fmt: skip
+"""How the ops that write to a variable, their first input, are called."""
+
+_BODIES = {
+    "PartitionedCall": ("f",),
+    "StatefulPartitionedCall": ("f",),
+    "If": ("then_branch", "else_branch"),
+    "StatelessIf": ("then_branch", "else_branch"),
+    "Case": ("branches",),
+    "StatelessCase": ("branches",),
+    "While": ("body",),
+    "StatelessWhile": ("body",),
+}
+"""The attributes in which calls, conditionals and loops name the functions they run."""
+
+
+def trace(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> Any:
+    """Return the concrete function of `function`, with nested ones inlined if possible.
+
+    Raises:
+        Exception: Whatever `function` raises when its arguments are symbolic.
+    """
+    # A Python `if` on a tensor needs AutoGraph. Inlining switches AutoGraph off inside of
+    # nested tf.functions; if that is where the `if` is, they have to stay calls.
+    attempts = [(inlined, False), (inlined, True), (contextlib.nullcontext, True)]
+    for context, autograph in attempts[:-1]:
+        with contextlib.suppress(Exception), context():
+            return tf.function(function, autograph=autograph).get_concrete_function(
+                *specs
+            )
+    return tf.function(function).get_concrete_function(*specs)
+
+
+@contextlib.contextmanager
+def inlined() -> Iterator[None]:
+    """Within it, the ops of a nested tf.function go into the caller's graph."""
+    with _RUN_EAGERLY, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tf.data warns that the flag is not for it
+        before = tf.config.functions_run_eagerly()
+        tf.config.run_functions_eagerly(True)
+        try:
+            yield
+        finally:
+            tf.config.run_functions_eagerly(before)
+
+
+def handle_of(variable: tf.Variable, traced: Any) -> tf.Tensor | None:
+    """Return the input of the `traced` function that is the variable's storage."""
+    captured = traced.captured_inputs
+    pairs = zip(traced.inputs[-len(captured) :], captured, strict=False)
+    return next((inner for inner, outer in pairs if outer is variable.handle), None)
+
+
+def writes(op: tf.Operation) -> bool:
+    """Return whether `op` writes to a variable, whose handle is its first input."""
+    to_handle = len(op.inputs) > 0 and op.inputs[0].dtype == tf.resource
+    return to_handle and op.type.startswith(_WRITES)
+
+
+def bodies(op: tf.Operation) -> list[Any]:
+    """Return the graphs of the functions that a call, conditional or loop runs."""
+    found = []
+    for attribute in _BODIES.get(op.type, ()):
+        value = op.get_attr(attribute)
+        names = value if isinstance(value, list) else [value]
+        found += [_body(op.graph, name.name) for name in names]
+    return [body for body in found if body is not None]
+
+
+def condition(op: tf.Operation) -> Any:
+    """Return the graph of the function that decides whether a loop goes on."""
+    return _body(op.graph, op.get_attr("cond").name)
+
+
+def carries(tensor: tf.Tensor) -> bool:
+    """Return whether gradients flow through tensors of this dtype."""
+    dtype = tensor.dtype
+    return dtype.is_floating or dtype.is_complex or dtype in (tf.resource, tf.variant)
+
+
+def path(
+    graph: tf.Graph,
+    root: tf.Tensor,
+    outputs: Sequence[tf.Tensor],
+    blocks: Callable[[tf.Operation], bool],
+) -> dict[Any, tf.Tensor]:
+    """Return the tensors between `root` and `outputs` by `ref()`, in creation order.
+
+    Creation order is execution order, so one pass each way is enough: a variable that
+    is written to carries the value to all reads that come later.
+
+    Args:
+        graph: The graph they are in.
+        root: Where the paths start.
+        outputs: Where they end.
+        blocks: Whether an op is one that no path goes through.
+    """
+    leads = leading_to(graph, outputs, blocks)
+    forward = {root.ref(): root}
+    for op in graph.get_operations():
+        if any(t.ref() in forward for t in op.inputs) and not blocks(op):
+            forward.update((tensor.ref(), tensor) for tensor in results(op))
+    return {ref: tensor for ref, tensor in forward.items() if ref in leads}
+
+
+def leading_to(
+    graph: tf.Graph,
+    outputs: Sequence[tf.Tensor],
+    blocks: Callable[[tf.Operation], bool] = lambda op: False,
+) -> set[Any]:
+    """Return the refs of the tensors in `graph` that `outputs` depend on."""
+    found = {tensor.ref() for tensor in outputs}
+    for op in reversed(graph.get_operations()):
+        if any(tensor.ref() in found for tensor in results(op)) and not blocks(op):
+            found.update(tensor.ref() for tensor in op.inputs)
+    return found
+
+
+def results(op: tf.Operation) -> list[tf.Tensor]:
+    """Return the outputs of `op`, and the handles of the variables it writes to."""
+    inside = any(
+        writes(inner) for body in bodies(op) for inner in body.get_operations()
+    )
+    if inside:
+        return [*op.outputs, *(t for t in op.inputs if t.dtype == tf.resource)]
+    return [*op.outputs, op.inputs[0]] if writes(op) else list(op.outputs)
+
+
+def connected(
+    graph: tf.Graph, outputs: Sequence[tf.Tensor], tensors: Sequence[tf.Tensor]
+) -> set[Any]:
+    """Return the refs of those `tensors` that a gradient of `outputs` arrives at."""
+    pairs = zip(tensors, gradients(graph, outputs, tensors), strict=True)
+    return {tensor.ref() for tensor, gradient in pairs if gradient is not None}
+
+
+def gradients(
+    graph: tf.Graph,
+    outputs: Sequence[tf.Tensor],
+    tensors: Sequence[tf.Tensor],
+    cotangents: Sequence[tf.Tensor] | None = None,
+) -> list[Any]:
+    """Return the gradients of `outputs`; None, too, behind an op that has none."""
+    dead_ends: list[tf.Tensor] = []
+    while outputs and tensors:
+        try:
+            with graph.as_default(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # dense gradients of tf.gather
+                found: list[Any] = tf.gradients(
+                    outputs, tensors, cotangents, stop_gradients=dead_ends
+                )
+            return found
+        except LookupError as error:
+            ends = _named_op(graph, error)
+            if not ends or ends[0].ref() in {tensor.ref() for tensor in dead_ends}:
+                raise
+            dead_ends += ends
+    return [None for _ in tensors]
+
+
+def _body(graph: Any, name: str) -> Any:
+    # The one private function used here. Without it a cut inside of a branch or a loop
+    # is reported on the line of the `if` or the loop.
+    lookup = getattr(graph, "_get_function", lambda name: None)
+    return getattr(lookup(name), "graph", None)
+
+
+def _named_op(graph: tf.Graph, error: LookupError) -> list[tf.Tensor]:
+    """Return the outputs of the op without gradient, or of the calls that run it."""
+    match = re.search(r"operation\s*'([^']+)' \(op type: (\w+)\)", str(error))
+    name, kind = match.groups() if match else ("", "PreventGradient")
+    ops = graph.get_operations()
+    found = [op for op in ops if op.type == kind and name in ("", op.name)]
+    return [t for op in found or ops if found or _runs(op, kind) for t in op.outputs]
+
+
+def _runs(op: tf.Operation, kind: str) -> bool:
+    inside = (inner for body in bodies(op) for inner in body.get_operations())
+    return any(inner.type == kind or _runs(inner, kind) for inner in inside)

@@ -1,0 +1,95 @@
+"""Which line of the user's own code an op or an error comes from."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import os
+import re
+import sysconfig
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import tensorflow as tf
+
+_USER_CODE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
+
+_GRADIENT_FILES = ("_grad.py", "backprop.py", "gradients_util.py")
+
+
+class Line(NamedTuple):
+    """A line of source: where it is, and what it says (empty where unknown)."""
+
+    file: str
+    number: int
+    source: str
+
+    def __bool__(self) -> bool:
+        """Return whether there is such a line: not every op is made by the user."""
+        return bool(self.file)
+
+    def __str__(self) -> str:
+        """Return file:line and the source, as messages show them."""
+        place = f"{Path(self.file).name}:{self.number}" if self else "an unknown line"
+        return f"{place}, `{self.source}`" if self.source else place
+
+
+_NOWHERE = Line("", 0, "")
+
+
+def line_of(op: tf.Operation) -> Line:
+    """Return the innermost line of the user's own code that made `op`."""
+    return _innermost((frame.filename, frame.lineno) for frame in op.traceback)
+
+
+def line_of_error(error: BaseException) -> Line:
+    """Return the innermost line of the user's own code that `error` went through.
+
+    AutoGraph runs a translation of the user's function, so the traceback leads to a
+    file that is not the user's; the line in the original is in the message.
+    """
+    matches = _USER_CODE.finditer(str(error))
+    in_text = _innermost((match["file"], int(match["line"])) for match in matches)
+    frames = traceback.extract_tb(error.__traceback__)
+    return in_text or _innermost(
+        (frame.filename, frame.lineno or 0) for frame in frames
+    )
+
+
+def made_by_gradient(op: tf.Operation) -> bool:
+    """Return whether TensorFlow made `op` while it differentiated something."""
+    files = [frame.filename for frame in op.traceback]
+    own = [file for file in files if file.startswith(_folder(tf))]
+    return any(file.endswith(_GRADIENT_FILES) for file in own)
+
+
+def _innermost(frames: Iterable[tuple[str, int]]) -> Line:
+    own = [frame for frame in frames if _is_users(frame[0])]
+    if not own:
+        return _NOWHERE
+    file, number = own[-1]
+    # linecache, since the cells of a notebook are in no file but are in its cache.
+    return Line(file, number, linecache.getline(file, number).strip())
+
+
+@functools.cache
+def _is_users(file: str) -> bool:
+    """Return whether `file` is none of tfgrad, installed packages, Python itself."""
+    if any(f"{part}-packages" in file for part in ("site", "dist")):
+        return False
+    if "__autograph_generated_file" in file or file.startswith("<frozen"):
+        return False
+    return not file.startswith(_foreign_folders())
+
+
+@functools.cache
+def _foreign_folders() -> tuple[str, ...]:
+    own = f"{Path(__file__).parents[1]}{os.sep}"
+    return own, f"{sysconfig.get_path('stdlib')}{os.sep}"
+
+
+def _folder(package: ModuleType) -> str:
+    return f"{Path(str(package.__file__)).parent}{os.sep}"

@@ -1,0 +1,160 @@
+"""Run a copy of a traced graph on given values, or of the body of a branch or a loop.
+
+A copy, since the graph of a finished function cannot get new outputs, and since what is
+inside of a conditional or a loop has no outputs at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfgrad.diagnosis.graphs import bodies, condition, gradients
+
+_MOST_TURNS = 1000
+"""Turns of a loop that are replayed in search of the one that goes wrong."""
+
+Replay = Callable[[Sequence[Any], Sequence[Any]], tuple[list[Any], list[Any]]]
+
+
+class Turn(NamedTuple):
+    """One run of a body: of a call, of the branch taken, of one turn of a loop.
+
+    Attributes:
+        body: Its graph.
+        inputs: One value for each input of the body.
+        outputs: The float outputs of the body.
+        cotangents: The gradients that arrive at them.
+    """
+
+    body: Any
+    inputs: list[Any]
+    outputs: list[tf.Tensor]
+    cotangents: list[Any]
+
+
+def replay(
+    graph: Any,
+    tensors: Sequence[tf.Tensor],
+    outputs: Sequence[tf.Tensor],
+    reduce: Callable[[tf.Tensor], tf.Tensor],
+) -> Replay:
+    """Return a compiled function that runs a copy of `graph`.
+
+    Args:
+        graph: What to copy.
+        tensors: Tensors in it to report.
+        outputs: Tensors in it to differentiate.
+        reduce: Applied to each reported tensor and gradient; storage is not reported.
+
+    Returns:
+        A function of one value per input of the graph, and one cotangent per output. It
+        returns the reduced values of `tensors`, and their reduced gradients or None.
+    """
+    definition = graph.as_graph_def()
+    places = [tensor.name for tensor in graph.inputs]
+    names = [tensor.name for tensor in (*tensors, *outputs)]
+
+    def run(inputs: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+        given = dict(zip(places, map(tf.identity, inputs), strict=True))
+        found = tf.graph_util.import_graph_def(definition, given, names, name="copy")
+        copies = [given.get(name, copy) for name, copy in zip(names, found, strict=True)]
+        inner, ends = copies[: len(tensors)], copies[len(tensors) :]
+        here = tf.compat.v1.get_default_graph()
+        slopes = gradients(here, ends, inner, list(cotangents))
+        dense = [None if g is None else tf.convert_to_tensor(g) for g in slopes]
+        return list(map(reported, inner)), list(map(reported, dense))
+
+    def reported(tensor: tf.Tensor | None) -> tf.Tensor | None:
+        hidden = tensor is None or tensor.dtype in (tf.resource, tf.variant)
+        return None if hidden else reduce(tensor)
+
+    compiled: Replay = tf.function(run, autograph=False)
+    return compiled
+
+
+def turn_inside(
+    op: tf.Operation, values: list[Any], slopes: list[Any], *, backward: bool
+) -> Turn | None:
+    """Return the run of a body of `op` in which a number goes wrong, if it is found.
+
+    Args:
+        op: A call, conditional or loop.
+        values: The values of its inputs, then of its outputs.
+        slopes: The gradients of its outputs, None for none.
+        backward: Whether a gradient goes wrong, instead of a value.
+    """
+    inputs, results = values[: len(op.inputs)], values[len(op.inputs) :]
+    body = _chosen(bodies(op), op, inputs)
+    if body is None:
+        return None
+    # The first input of a conditional chooses the branch, which does not get it.
+    passed = inputs[len(inputs) - len(body.inputs) :]
+    if any(value is None for value in passed):  # a list of tensors cannot be fetched
+        return None
+    # Pairs stop at the shortest: building a gradient adds outputs to the body.
+    ends = [
+        (end, tf.zeros_like(value) if slope is None else slope)
+        for end, value, slope in zip(body.outputs, results, slopes, strict=False)
+        if end.dtype.is_floating
+    ]
+    turn = Turn(body, passed, [end for end, _ in ends], [slope for _, slope in ends])
+    return _turn_of_loop(op, turn, backward) if op.type.endswith("While") else turn
+
+
+def _chosen(found: list[Any], op: tf.Operation, inputs: list[Any]) -> Any:
+    """Return the body that ran."""
+    index = 0
+    if op.type.endswith("If"):
+        index = 0 if inputs[0] else 1
+    elif op.type.endswith("Case"):
+        index = min(max(int(inputs[0]), 0), len(found) - 1)
+    return found[index] if found else None
+
+
+def _turn_of_loop(op: tf.Operation, last: Turn, backward: bool) -> Turn | None:
+    """Return the turn of a loop in which a value, or going back a gradient, goes wrong.
+
+    Args:
+        op: The loop.
+        last: Its body, the inputs of the first turn, the cotangents of the last.
+        backward: Whether to look for a gradient.
+    """
+    body = last.body
+    step = replay(body, body.outputs, [], tf.identity)
+    goes_on = replay(condition(op), condition(op).outputs, [], tf.identity)
+    states = [last.inputs]
+    while goes_on(states[-1], [])[0][0]:
+        after, _ = step(states[-1], [])
+        pairs = zip(states[-1], after, strict=True)
+        states.append([old if new is None else new for old, new in pairs])
+        if not backward and any(map(_is_spoiled, after)):
+            return last._replace(inputs=states[-2])
+        if len(states) > _MOST_TURNS:
+            return None
+    return _turn_back(last, states[:-1]) if backward else None
+
+
+def _turn_back(last: Turn, states: list[list[Any]]) -> Turn | None:
+    """Return the turn, the last one first, that passes on a gradient that is not finite."""
+    body, ends = last.body, [tensor.ref() for tensor in last.outputs]
+    kept = [i for i, tensor in enumerate(body.outputs) if tensor.ref() in ends]
+    pull = replay(body, [body.inputs[i] for i in kept], last.outputs, tf.identity)
+    turn = last
+    for state in reversed(states):
+        turn = turn._replace(inputs=state)
+        values, slopes = pull(turn.inputs, turn.cotangents)
+        pairs = zip(values, slopes, strict=True)
+        before = [tf.zeros_like(v) if slope is None else slope for v, slope in pairs]
+        if any(map(_is_spoiled, before)):
+            return turn
+        turn = turn._replace(cotangents=before)
+    return None
+
+
+def _is_spoiled(value: tf.Tensor | None) -> bool:
+    if value is None or not value.dtype.is_floating:
+        return False
+    return not bool(tf.reduce_all(tf.math.is_finite(value)))

@@ -1,0 +1,1 @@
+"""Go downhill: every method on one compiled loop, every step recorded."""

@@ -1,0 +1,211 @@
+"""A minimisation under way: the loop, its history, its log, and how it ended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.nested import Nest
+from tfgrad.optimize.log import Log, check_log
+from tfgrad.optimize.loop import Loop, Rows
+from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
+from tfgrad.optimize.objective import Objective
+from tfgrad.optimize.result import OptimizeResult
+from tfgrad.optimize.stopping import NONFINITE, RUNNING, SOLUTIONS, STATUSES, Stopping
+from tfgrad.runs.writer import Run
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a minimisation is after some steps.
+
+    Attributes:
+        step: How many steps were taken; 0 is the start.
+        x: The point, in the structure of `x0` (of `wrt`).
+        fun: The value of the objective there, in its dtype.
+        grad_norm: The largest |element| of the gradient there.
+        seconds: The time since the start, in seconds.
+    """
+
+    step: int
+    x: Nest
+    fun: Any
+    grad_norm: Any
+    seconds: float
+
+
+class Descent:
+    """One minimisation: `with` it, `advance` it until it has a `status`, take the `result`.
+
+    Arguments are those of `minimize`, checked.
+
+    Attributes:
+        status: Why it ended; None while it goes on. May be set, to end it.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        x0: Nest,
+        *,
+        wrt: Nest,
+        method: Any,
+        learning_rate: Any,
+        stopping: Stopping,
+        steps: int,
+        seconds: float | None,
+        has_aux: bool,
+        jit: bool | str,
+        log: Run | str | PathLike[str] | None,
+    ) -> None:
+        """Check what can be checked; nothing is traced or written."""
+        check_log(log)
+        factory = optimizer_factory(method, learning_rate)
+        self._objective = Objective(f, x0, wrt, has_aux=has_aux)
+        self._make_method = lambda variables: KerasMethod(factory, variables)
+        self._stopping = stopping
+        self._steps = steps
+        self._seconds = seconds
+        self._jit = jit
+        self._log_to = log
+        self._facts = {
+            "problem": self._objective.name,
+            "method": str(method),
+            "learning_rate": learning_rate,
+            "steps": steps,
+            **{k: v for k, v in vars(stopping).items() if v is not None},
+            "jit": jit,
+        }
+        self._log: Log | None = None
+        self._rows: list[Rows] = []
+        self.status: str | None = None
+
+    def __enter__(self) -> Self:
+        """Evaluate the start and, if it is to be logged, open the log."""
+        start = self._objective.arguments()
+        self._loop = Loop(
+            self._objective,
+            self._make_method,
+            self._stopping,
+            steps=self._steps,
+            jit=self._jit,
+        )
+        if self._log_to is not None:
+            self._log = Log(self._log_to, self._loop.method.name)
+            self._log.problem(self._objective.f, start, self._facts)
+        self._keep(self._loop.here())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the log, whatever happened."""
+        if error is not None and self.status is None:
+            self.status = "interrupted" if kind is KeyboardInterrupt else "stopped"
+        if error is None and self._loop.method.finish():
+            self._loop.evaluate()
+        if self._log is not None:
+            self._log.close(self.status or "", **self._outcome())
+
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        at = self._loop.evaluation
+        return State(
+            step=self._loop.step,
+            x=self._objective.pack(at.x),
+            fun=at.row["fun"].numpy(),
+            grad_norm=at.row["grad_norm"].numpy(),
+            seconds=self._loop.seconds,
+        )
+
+    def advance(self, most: int) -> State:
+        """Take one chunk of at most `most` steps; return the state after it."""
+        loop = self._loop
+        if self.status is None:
+            self._keep(loop.advance(min(most, self._steps - loop.step)))
+        return self.state
+
+    def result(self) -> OptimizeResult:
+        """Return what came out."""
+        at = self._loop.evaluation
+        names = self._rows[0].columns
+        history = {
+            name: np.concatenate([rows.columns[name] for rows in self._rows])
+            for name in names
+        }
+        status = self.status or ""
+        return OptimizeResult(
+            x=self._objective.pack(at.x),
+            fun=at.row["fun"].numpy(),
+            grad=self._objective.pack(self._loop.gradient()),
+            nit=self._loop.step,
+            nfev=self._loop.evaluations,
+            success=status in SOLUTIONS,
+            status=status,
+            message=self._message(status),
+            history=history,
+            seconds=float(self._loop.seconds),
+            directory=self._log.directory if self._log else None,
+        )
+
+    def _keep(self, rows: Rows) -> None:
+        self._rows.append(rows)
+        if self._log is not None and len(rows):
+            self._log.rows(rows)
+        if self._loop.code != RUNNING:
+            self.status = STATUSES[self._loop.code]
+        elif self._loop.step >= self._steps:
+            self.status = "steps"
+        elif self._seconds is not None and self._loop.seconds >= self._seconds:
+            self.status = "seconds"
+
+    def _outcome(self) -> dict[str, Any]:
+        at = self._loop.evaluation.row
+        return {
+            "fun": float(at["fun"]),
+            "grad_norm": float(at["grad_norm"]),
+            "nit": self._loop.step,
+            "nfev": self._loop.evaluations,
+            "message": self._message(self.status or ""),
+        }
+
+    def _message(self, status: str) -> str:
+        """Return the sentence for a status."""
+        step, rules = self._loop.step, self._stopping
+        if status == "nonfinite":
+            return self._nonfinite_message()
+        return {
+            "gtol": f"No element of the gradient is larger than {rules.gtol}.",
+            "ftol": f"The last step changed f by less than {rules.ftol}, relatively.",
+            "xtol": f"The last step was shorter than {rules.xtol}, relatively.",
+            "target": f"f has reached the target {rules.target}.",
+            "steps": f"All {step} steps were taken; no rule says this is a solution.",
+            "seconds": f"The {self._seconds} seconds were over after {step} steps.",
+            "callback": f"The callback asked to stop after step {step}.",
+            "interrupted": f"Interrupted after step {step}; all until there is kept.",
+            "stopped": f"Left after step {step}.",
+        }[status]
+
+    def _nonfinite_message(self) -> str:
+        bad = {name: c[-1] for name, c in self._loop.nonfinite.columns.items()}
+        if np.isfinite(bad["fun"]):
+            what, value = "an element of the gradient", bad["grad_norm"]
+        else:
+            what, value = "f", bad["fun"]
+        if bad["step"] == 0:
+            return f"At the start, {what} is {value}: no step was taken."
+        return (
+            f"In step {self._loop.step + 1}, {what} became {value}; "
+            f"x is the last finite point, after step {self._loop.step}."
+        )

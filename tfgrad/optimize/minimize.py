@@ -1,0 +1,284 @@
+"""`minimize` and `descend`: go downhill from a point, all at once or step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterator
+from os import PathLike
+from typing import Any
+
+from tfgrad.derivatives.tracing import as_written
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import Nest, describe
+from tfgrad.optimize.descent import Descent, State
+from tfgrad.optimize.interrupt import Interrupts
+from tfgrad.optimize.result import OptimizeResult
+from tfgrad.optimize.stopping import Stopping
+from tfgrad.runs.writer import Run
+
+
+def minimize(
+    f: Callable[..., Any],
+    x0: Nest | None = None,
+    *,
+    wrt: Nest | None = None,
+    method: Any = "adam",
+    learning_rate: Any = None,
+    steps: int = 1000,
+    gtol: float | None = None,
+    ftol: float | None = None,
+    xtol: float | None = None,
+    target: float | None = None,
+    seconds: float | None = None,
+    has_aux: bool = False,
+    jit: bool | str = "auto",
+    callback: Callable[[State], Any] | None = None,
+    log: Run | str | PathLike[str] | None = None,
+) -> OptimizeResult:
+    """Minimise a function of values or of variables, in one compiled loop.
+
+    Give it a function of values and where to start, or a function of nothing and the
+    variables that it reads (`wrt`; found when left out), which are then updated in place.
+    The function is traced once, twice with `log`. The first step runs alone, so that errors
+    surface at once; the loop is compiled when the run is long enough to earn that back.
+
+    Args:
+        f: Returns one float number (shape `[]`) to be made small.
+        x0: The values to start from: numbers, arrays, tensors, nests of them. Not changed.
+        wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of them, a
+            `tf.Module` or a `keras.Model`.
+        method: The name of a Keras optimizer ("sgd", "adam", ...), an instance of one (cloned,
+            so that two runs share nothing), or any object with `apply_gradients`.
+        learning_rate: For a method by name: a positive number or a Keras schedule.
+        steps: How many steps to take at most; all of them, unless a rule below holds.
+        gtol: Stop where no element of the gradient is larger.
+        ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
+        xtol: Stop after a step no longer than this, relative to max(1, ||x||).
+        target: Stop where f is no larger.
+        seconds: Stop after this time, in seconds.
+        has_aux: `f` returns `(value, aux)`; the numbers in aux go to the history and the log.
+        jit: Compile with XLA: True, False, or "auto": where the run is long enough to earn
+            the compilation back and XLA's first value and gradient agree with the graph's.
+        callback: Called with a `State` after each chunk of steps (every step in short runs,
+            ten times a second or more in long ones); return True to stop.
+        log: A directory, in which the run gets one of its own, named after the method, or an
+            open `Run`. Every step is written, the graph, and a card of the problem.
+
+    Returns:
+        An `OptimizeResult`. Row k of its history is the point after k steps. A value or a
+        gradient that is not finite ends the run at the last finite point, Ctrl-C at the
+        current one; the status says so.
+
+    Raises:
+        InvalidArgumentError: If an argument breaks its rule; nothing was traced or written.
+        ScalarObjectiveError: If `f` returns anything but one float number.
+        NoGradientError: If a path from an argument to the value exists, but is cut.
+        RunError: If the log cannot be written.
+
+    Example:
+        >>> result = minimize(
+        ...     lambda x: x**2 + x - 1, 3.0, method="sgd", learning_rate=0.1, steps=30
+        ... )
+        >>> print(result.history["x"][:4], result.history["fun"][:3])
+        [3.    2.3   1.74  1.292] [11.      6.59    3.7676]
+        >>> print(result.status, f"{float(result.x):.3f}")
+        steps -0.496
+
+    References:
+        Robbins and Monro (1951), Annals of Mathematical Statistics 22, for descent along a
+        gradient; Keras's documentation for each optimizer.
+    """
+    if callback is not None and not callable(callback):
+        raise InvalidArgumentError(
+            "`callback` must be a function of a `State`.",
+            got=f"callback={describe(callback)}",
+            hint="callback=lambda state: print(state.step, state.fun)",
+        )
+    descent = Descent(
+        f,
+        x0,
+        wrt=wrt,
+        method=method,
+        learning_rate=learning_rate,
+        stopping=Stopping(
+            _tolerance("gtol", gtol),
+            _tolerance("ftol", ftol),
+            _tolerance("xtol", xtol),
+            _number("target", target),
+        ),
+        steps=_count("steps", steps),
+        seconds=_tolerance("seconds", seconds),
+        has_aux=has_aux,
+        jit=_jit(jit),
+        log=log,
+    )
+    with as_written(), Interrupts() as interrupts, descent, _progress(steps) as progress:
+        while descent.status is None:
+            state = descent.advance(steps)
+            progress.update(state.step - progress.n)
+            if callback is not None and _asks_to_stop(callback, state, interrupts):
+                descent.status = "callback"
+            if interrupts.caught:
+                descent.status = "interrupted"
+    return descent.result()
+
+
+def descend(
+    f: Callable[..., Any],
+    x0: Nest | None = None,
+    *,
+    wrt: Nest | None = None,
+    method: Any = "adam",
+    learning_rate: Any = None,
+    every: int = 1,
+    steps: int = 1000,
+    gtol: float | None = None,
+    ftol: float | None = None,
+    xtol: float | None = None,
+    target: float | None = None,
+    seconds: float | None = None,
+    has_aux: bool = False,
+    jit: bool | str = "auto",
+    log: Run | str | PathLike[str] | None = None,
+) -> Iterator[State]:
+    """Minimise like `minimize`, and yield the state on the way: a plain `for` loop.
+
+    Use it to print, plot or decide at each state; leave the loop to stop. Between two states
+    the steps run compiled, so a larger `every` is faster.
+
+    Args:
+        f: As for `minimize`, like all arguments but `every`.
+        x0: The values to start from.
+        wrt: Variables that `f` reads.
+        method: A method by name, or an optimizer.
+        learning_rate: For a method by name.
+        every: How many steps there are from one state to the next.
+        steps: How many steps to take at most.
+        gtol: Stop where no element of the gradient is larger.
+        ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
+        xtol: Stop after a step no longer than this, relative to max(1, ||x||).
+        target: Stop where f is no larger.
+        seconds: Stop after this time, in seconds.
+        has_aux: `f` returns `(value, aux)`.
+        jit: Compile with XLA: True, False or "auto".
+        log: A directory or an open `Run`.
+
+    Yields:
+        A `State`: the start, the state after every `every` steps, and the last one.
+
+    Raises:
+        InvalidArgumentError: As for `minimize`, at once and not at the first state.
+
+    Example:
+        >>> for state in descend(lambda x: x**2 + x - 1, 3.0, method="sgd",
+        ...                      learning_rate=0.1, steps=2):
+        ...     print(state.step, state.x.numpy(), state.fun)
+        0 3.0 11.0
+        1 2.3 6.59
+        2 1.74 3.7676
+    """
+    every = _count("every", every)
+    descent = Descent(
+        f,
+        x0,
+        wrt=wrt,
+        method=method,
+        learning_rate=learning_rate,
+        stopping=Stopping(
+            _tolerance("gtol", gtol),
+            _tolerance("ftol", ftol),
+            _tolerance("xtol", xtol),
+            _number("target", target),
+        ),
+        steps=_count("steps", steps),
+        seconds=_tolerance("seconds", seconds),
+        has_aux=has_aux,
+        jit=_jit(jit),
+        log=log,
+    )
+    return _states(descent, every)
+
+
+def _states(descent: Descent, every: int) -> Iterator[State]:
+    with contextlib.ExitStack() as stack:
+        with as_written():
+            stack.enter_context(descent)
+        state = descent.state
+        yield state
+        while descent.status is None:
+            last = state.step
+            while descent.status is None and state.step < last + every:
+                with as_written(), Interrupts() as interrupts:
+                    state = descent.advance(last + every - state.step)
+                if interrupts.caught:
+                    descent.status = "interrupted"
+                    raise KeyboardInterrupt
+            if state.step > last:
+                yield state
+
+
+def _asks_to_stop(
+    callback: Callable[[State], Any], state: State, interrupts: Interrupts
+) -> bool:
+    try:
+        return callback(state) is True
+    except StopIteration:  # SciPy's way to say it
+        return True
+    except KeyboardInterrupt:
+        interrupts.caught = True
+        return False
+
+
+@contextlib.contextmanager
+def _progress(steps: int) -> Iterator[Any]:
+    """Yield a progress bar that shows itself after a second, in terminals and notebooks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about widgets that a notebook does not have
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=steps, delay=1.0, disable=None, leave=False, unit="step")
+    with bar:
+        yield bar
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0:
+        return int(value)
+    raise InvalidArgumentError(
+        f"`{name}` must be a whole number of at least 1.",
+        got=f"{name}={value!r}",
+        hint=f"{name}=100",
+    )
+
+
+def _number(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if not math.isnan(value):
+            return float(value)
+    raise InvalidArgumentError(
+        f"`{name}` must be a number, or None to leave it out.",
+        got=f"{name}={value!r}",
+        hint=f"{name}=1e-6",
+    )
+
+
+def _tolerance(name: str, value: Any) -> float | None:
+    number = _number(name, value)
+    if number is None or 0 <= number:
+        return number
+    raise InvalidArgumentError(
+        f"`{name}` must not be negative.", got=f"{name}={value!r}", hint=f"{name}=1e-6"
+    )
+
+
+def _jit(jit: Any) -> bool | str:
+    if jit in (True, False) or jit == "auto":
+        return jit  # type: ignore[no-any-return] # one of the three
+    raise InvalidArgumentError(
+        '`jit` must be True, False or "auto".', got=f"jit={jit!r}", hint='jit="auto"'
+    )

@@ -1,0 +1,187 @@
+"""The function being minimised, in the one form that every method calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfgrad.derivatives.calls import Call
+from tfgrad.derivatives.recording import Recording, objective
+from tfgrad.derivatives.tracing import Traces
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import (
+    Nest,
+    describe,
+    is_variable,
+    name_of,
+    named_leaves,
+    to_tensors,
+    variables_of,
+)
+
+SMALL = 10
+"""Parameters, and numbers in an aux value, up to which each step's are kept in the history."""
+
+
+class Evaluation(NamedTuple):
+    """The objective at one point.
+
+    Attributes:
+        row: What the history keeps of it, by name: `fun`, `grad_norm` (the largest |element|
+            of the gradient), `x` and aux values while they are small.
+        x: The leaves of the point.
+        gradient: The leaves of the gradient.
+    """
+
+    row: dict[str, tf.Tensor]
+    x: list[tf.Tensor]
+    gradient: list[tf.Tensor]
+
+
+class Objective:
+    """A user's function, and the variables that the loop moves.
+
+    Args:
+        f: The function: of one nest of values, or of nothing.
+        x0: Where to start; None for a function of variables.
+        wrt: The variables; None and no `x0` means all trainable ones that `f` reads.
+        has_aux: `f` returns `(value, aux)`.
+
+    Attributes:
+        variables: What the loop moves: the user's variables, or new ones that hold the values.
+            Empty until the first evaluation if they are still to be found.
+        template: The nest to pack an answer in.
+    """
+
+    def __init__(
+        self, f: Callable[..., Any], x0: Nest, wrt: Nest, *, has_aux: bool
+    ) -> None:
+        """Check the point; nothing is traced."""
+        _check_sources(f, x0, wrt)
+        self.f = f
+        self.name = name_of(f)
+        self._has_aux = has_aux
+        self._takes_values = x0 is not None
+        self._finds = x0 is None and wrt is None
+        if self._takes_values:
+            self.template = _checked_start(x0)
+            leaves = tf.nest.flatten(self.template)
+            self.variables = [tf.Variable(leaf) for leaf in leaves]
+        else:
+            self.template = () if self._finds else variables_of(wrt)
+            self.variables = tf.nest.flatten(self.template)
+        self._traces = Traces(self._run, f, jit=False)
+
+    def evaluate(self, scale: tf.Tensor | None = None) -> Evaluation:
+        """Return value and gradient where the variables are; traced once, then compiled.
+
+        Args:
+            scale: What to multiply the gradient by: a loss scale, in the value's dtype.
+        """
+        evaluation: Evaluation = self._traces(scale)
+        return evaluation
+
+    def arguments(self) -> tuple[Nest, ...]:
+        """Return what the user's function is called with where the variables are."""
+        x = [variable.read_value() for variable in self.variables]
+        return (self.pack(x),) if self._takes_values else ()
+
+    def operations(self, scale: tf.Tensor | None = None) -> list[str]:
+        """Return the op types of an earlier evaluation; none if it could not be compiled."""
+        return self._traces.operations(scale)
+
+    def pack(self, leaves: Sequence[tf.Tensor]) -> Nest:
+        """Return one tensor per variable in the structure that the user passed."""
+        return tf.nest.pack_sequence_as(self.template, list(leaves))
+
+    def _run(self, f: Callable[..., Any], scale: tf.Tensor | None) -> Evaluation:
+        variables = None if self._takes_values else self.template
+        call = Call(f, self.name, ("x",), self.arguments(), {}, 0, variables)
+        recording = Recording(
+            objective(self._has_aux), call, has_aux=self._has_aux
+        )
+        if self._finds and not self.variables:
+            self._found(recording.sources)
+        x = [variable.read_value() for variable in self.variables]
+        gradient = recording.gradients(scale)
+        row = {
+            "fun": recording.output,
+            "grad_norm": _largest(gradient, scale, recording.output.dtype),
+            **_small({"x": tf.nest.pack_sequence_as(self.template, x)}),
+            **_small(_named_aux(recording.aux)),
+        }
+        return Evaluation(row, x, gradient)
+
+    def _found(self, variables: Sequence[tf.Variable]) -> None:
+        if not variables:
+            raise InvalidArgumentError(
+                "Without `x0` and `wrt`, the function must read trainable variables.",
+                got=f"`{self.name}` reads none",
+                hint="minimize(f, x0) for a function of values, or tf.Variable in f",
+            )
+        self.variables = list(variables)
+        self.template = list(variables) if len(variables) > 1 else variables[0]
+
+
+def _check_sources(f: Any, x0: Nest, wrt: Nest) -> None:
+    if not callable(f):
+        raise InvalidArgumentError(
+            "The first argument is the function to minimise.",
+            got=f"f={describe(f)}",
+            hint="tfgrad.minimize(lambda x: (x + 1) ** 2, 0.0)",
+        )
+    if x0 is not None and wrt is not None:
+        raise InvalidArgumentError(
+            "Either `x0` holds the values to start from, or `wrt` names the variables.",
+            got="both `x0` and `wrt`",
+            hint="minimize(f, x0), or minimize(f, wrt=variables)",
+        )
+
+
+def _checked_start(x0: Nest) -> Nest:
+    for path, leaf in named_leaves(x0, "x0"):
+        if is_variable(leaf):
+            raise InvalidArgumentError(
+                "`x0` holds values; variables, which change in place, go to `wrt=`.",
+                got=f"`{path}` is {describe(leaf)}",
+                hint="minimize(f, wrt=variable), or variable.numpy() as the start",
+            )
+    point = to_tensors(x0, "x0")
+    if sum(leaf.shape.num_elements() for leaf in tf.nest.flatten(point)) == 0:
+        raise InvalidArgumentError(
+            "`x0` must hold at least one number.",
+            got=f"x0={describe(x0)}",
+            hint="a number, an array, or a nest of them to start from",
+        )
+    return point
+
+
+def _largest(gradient: list[tf.Tensor], scale: Any, dtype: tf.DType) -> tf.Tensor:
+    """Return the largest |element|, without the scale; an empty leaf counts as 0."""
+    flat = [tf.reshape(tf.abs(tf.cast(leaf, dtype)), [-1]) for leaf in gradient]
+    largest = [
+        tf.reduce_max(leaf if leaf.shape.num_elements() else tf.pad(leaf, [[0, 1]]))
+        for leaf in flat
+    ]
+    norm = largest[0] if len(largest) == 1 else tf.reduce_max(tf.stack(largest))
+    return norm if scale is None else norm / scale
+
+
+def _named_aux(aux: Any) -> dict[str, Any]:
+    if aux is None:
+        return {}
+    return dict(aux) if isinstance(aux, dict) else {"aux": aux}
+
+
+def _small(values: dict[str, Any]) -> dict[str, tf.Tensor]:
+    """Return the numbers in `values` that a history can keep, by name."""
+    pairs = [pair for name, nest in values.items() for pair in named_leaves(nest, name)]
+    tensors = {
+        name: tf.convert_to_tensor(leaf)
+        for name, leaf in pairs
+        if isinstance(leaf, tf.Tensor | int | float)
+    }
+    count = sum(tensor.shape.num_elements() or SMALL + 1 for tensor in tensors.values())
+    return tensors if count <= SMALL else {}

@@ -1,0 +1,85 @@
+"""When to stop, with the same meaning for every method, and what to call it.
+
+A rule is asked after every step, inside the compiled loop. The outcome is a `status` and a
+sentence, never a bare flag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+STATUSES = ("running", "nonfinite", "target", "gtol", "ftol", "xtol")
+"""What a compiled rule says; the code of a status is its position here."""
+
+RUNNING, NONFINITE = 0, 1
+
+SOLUTIONS = frozenset({"target", "gtol", "ftol", "xtol"})
+"""The statuses that say: the point is a solution, by the rule of that name."""
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """The rules that end a run at a solution; None leaves a rule out.
+
+    Attributes:
+        gtol: Largest |element| of the gradient, in units of f per unit of x.
+        ftol: Change of f in one step, relative to max(1, |f|).
+        xtol: Euclidean length of one step, relative to max(1, ||x||).
+        target: The value of f to reach.
+
+    References:
+        Gill, Murray and Wright (1981), Practical Optimization, section 8.2.3.
+    """
+
+    gtol: float | None = None
+    ftol: float | None = None
+    xtol: float | None = None
+    target: float | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no rule but that numbers are finite."""
+        rules = (self.gtol, self.ftol, self.xtol, self.target)
+        return all(rule is None for rule in rules)
+
+    def code(self, step: Step) -> tf.Tensor:
+        """Return the position in `STATUSES` of the first rule that holds, or RUNNING."""
+        rules = [
+            ~(tf.math.is_finite(step.fun) & tf.math.is_finite(step.grad_norm)),
+            None if self.target is None else step.fun <= self.target,
+            None if self.gtol is None else step.grad_norm <= self.gtol,
+            None if self.ftol is None else self._stands_still(step),
+            None if self.xtol is None else self._hardly_moves(step),
+        ]
+        code = tf.constant(RUNNING)
+        for position, holds in reversed(list(enumerate(rules, start=1))):
+            if holds is not None:
+                code = tf.where(holds, position, code)
+        return code
+
+    def _stands_still(self, step: Step) -> tf.Tensor:
+        size = tf.maximum(tf.abs(step.fun), 1)
+        return tf.abs(step.fun - step.previous_fun) <= self.ftol * size
+
+    def _hardly_moves(self, step: Step) -> tf.Tensor:
+        moved = [a - b for a, b in zip(step.x, step.previous_x, strict=True)]
+        dtype = step.fun.dtype
+        return _length(moved, dtype) <= self.xtol * tf.maximum(_length(step.x, dtype), 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rule may look at: one step, from one evaluated point to the next."""
+
+    fun: tf.Tensor
+    grad_norm: tf.Tensor
+    x: list[tf.Tensor]
+    previous_fun: tf.Tensor
+    previous_x: list[tf.Tensor]
+
+
+def _length(leaves: list[tf.Tensor], dtype: tf.DType) -> tf.Tensor:
+    squares = [tf.cast(tf.reduce_sum(tf.square(leaf)), dtype) for leaf in leaves]
+    return tf.sqrt(tf.add_n(squares))

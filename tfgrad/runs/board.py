@@ -1,0 +1,248 @@
+"""`show`: TensorBoard, alive, on the right view, and gone when it is not wanted."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import html
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from tfgrad.errors import InvalidArgumentError, RunError
+
+_START_SECONDS = 60.0  # it takes about one; a cold disk or a busy machine takes many
+_LOAD_SECONDS = 3.0  # for the first page to have its runs; they keep loading after that
+_CLOSE_SECONDS = 10.0
+_SAMPLES = "scalars=1000000,images=200"  # 0, for all, gives empty charts in 2.21
+
+
+class Board:
+    """A TensorBoard process and its address; made by `show`.
+
+    Attributes:
+        url: The address to open: unsmoothed, with what was pinned on top.
+        root: The directory whose runs it shows.
+    """
+
+    def __init__(self, root: Path, command: list[str], pin: Iterable[str]) -> None:
+        """Start `command` and wait until it answers."""
+        self.root = root
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open while it lives
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,  # Ctrl-C in a terminal is for the parent alone
+        )
+        atexit.register(self.close)
+        try:
+            address = self._read_address()
+            _wait_for_runs(address, expected=_has_events(root))
+        except BaseException:
+            self.close()
+            raise
+        self.url = f"{address}?{_view(pin)}#timeseries"
+
+    def close(self) -> None:
+        """End TensorBoard and its data server, and wait until both are gone."""
+        atexit.unregister(self.close)
+        if self._log.closed:
+            return
+        with self._process, self._log:
+            try:
+                # Ends its input, which is its sign to leave; then reads its output to
+                # the end, which comes when the data server, too, has left.
+                self._process.communicate(timeout=_CLOSE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._kill()
+
+    def __enter__(self) -> Self:
+        """Return the board itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Return where it is."""
+        state = "closed" if self._log.closed else self.url
+        return f"<TensorBoard on {self.root}: {state}>"
+
+    def _repr_html_(self) -> str:
+        source = html.escape(self.url)
+        style = "width: 100%; height: 800px; border: 0"
+        return f'<iframe src="{source}" style="{style}"></iframe>'
+
+    def _read_address(self) -> str:
+        assert self._process.stdout is not None
+        too_late = threading.Timer(_START_SECONDS, self._kill)
+        too_late.daemon = True
+        too_late.start()
+        try:
+            address = self._process.stdout.readline().strip()  # empty when it dies
+        finally:
+            too_late.cancel()
+        if address:
+            return address
+        self._process.wait()
+        self._log.seek(0)
+        output = self._log.read().strip().splitlines() or ["no output"]
+        raise RunError(
+            f"TensorBoard must start within {_START_SECONDS:.0f} seconds.",
+            got=f"exit code {self._process.returncode}; its last words: {output[-1]}",
+            hint="another port=, or `tensorboard --logdir ...` to see more",
+        )
+
+    def _kill(self) -> None:
+        if os.name == "posix":
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
+
+
+def show(
+    root: str | os.PathLike[str],
+    pin: str | Iterable[str] = (),
+    *,
+    port: int | None = None,
+    load_fast: Literal["auto", "true", "false"] = "auto",
+) -> Board:
+    """Start TensorBoard on all runs under `root`; return it when it answers.
+
+    That takes about a second. It listens on this machine only (127.0.0.1: TensorBoard
+    has no login), and ends with
+    `close()`, with a `with` block, or with this process, even if that is killed. As the
+    last line of a notebook cell it is shown inline.
+
+    Args:
+        root: A directory of runs, or one run. It may still be empty: what is written
+            later appears on "reload".
+        pin: Tags of scalars to pin above all others.
+        port: Where to listen; None takes a free one.
+        load_fast: TensorBoard's own switch: "true" for its data server, "false" for its
+            Python loader, "auto" for the first that this machine has.
+
+    Returns:
+        A `Board`; its `url` is the address to open.
+
+    Raises:
+        InvalidArgumentError: If `port`, `pin` or `load_fast` is not of its kind.
+        RunError: If `root` is no directory, or TensorBoard does not start; its own last
+            words are in the message.
+
+    Example:
+        >>> import tempfile
+        >>> with show(tempfile.mkdtemp(), pin="loss") as board:
+        ...     board.url.startswith("http://127.0.0.1:")
+        True
+    """
+    path = _checked_root(root)
+    options = {
+        "logdir": path,
+        "host": "127.0.0.1",
+        "port": _checked_port(port),
+        "samples_per_plugin": _SAMPLES,
+        "load_fast": _checked_loader(load_fast),
+    }
+    # -P: the folder of the script holds modules of this package, not of the path.
+    script = Path(__file__).with_name("serve.py")
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return Board(path, [sys.executable, "-P", str(script), *flags], _checked_pins(pin))
+
+
+def _checked_root(root: Any) -> Path:
+    if not isinstance(root, str | os.PathLike):
+        raise InvalidArgumentError(
+            "`show` needs the name of a directory.",
+            got=f"root={root!r}",
+            hint='the directory that holds the runs, such as "logs"',
+        )
+    path = Path(os.fsdecode(root)).expanduser().absolute()
+    if not path.is_dir():
+        raise RunError(
+            "`show` needs a directory that exists.",
+            got=f"{path}, which is {'a file' if path.exists() else 'not there'}",
+            hint="the directory given to Run, or mkdir to watch a run yet to come",
+        )
+    return path
+
+
+def _checked_port(port: Any) -> int:
+    if port is None:
+        return 0  # the system picks one, and TensorBoard says which: no race for it
+    if isinstance(port, int) and 0 < port < 2**16:
+        return port
+    raise InvalidArgumentError(
+        "A port is a number from 1 to 65535.",
+        got=f"port={port!r}",
+        hint="port=6006, or leave it out for a free one",
+    )
+
+
+def _checked_loader(load_fast: Any) -> str:
+    if load_fast in ("auto", "true", "false"):
+        return str(load_fast)
+    raise InvalidArgumentError(
+        '`load_fast` is "auto", "true" or "false".',
+        got=f"load_fast={load_fast!r}",
+        hint="leave it out",
+    )
+
+
+def _checked_pins(pin: Any) -> list[str]:
+    pins = [pin] if isinstance(pin, str) else list(pin)
+    if all(isinstance(tag, str) for tag in pins):
+        return pins
+    raise InvalidArgumentError(
+        "`pin` takes tags of scalars.",
+        got=f"pin={pin!r}",
+        hint='pin="loss", or pin=["loss", "gradient/norm"]',
+    )
+
+
+def _view(pin: Iterable[str]) -> str:
+    cards = [{"plugin": "scalars", "tag": tag} for tag in pin]
+    pinned = {"pinnedCards": json.dumps(cards, separators=(",", ":"))} if cards else {}
+    return urllib.parse.urlencode({"smoothing": 0} | pinned)
+
+
+def _has_events(root: Path) -> bool:
+    return next(root.rglob("*tfevents*"), None) is not None
+
+
+def _wait_for_runs(address: str, expected: bool) -> None:
+    """Return when TensorBoard answers and, if some are `expected`, knows of a run.
+
+    http.client goes to the address itself, where urllib would ask the proxy of the
+    environment for it.
+    """
+    host = urllib.parse.urlsplit(address).netloc
+    deadline = time.monotonic() + _LOAD_SECONDS
+    while True:
+        with contextlib.closing(http.client.HTTPConnection(host, timeout=10)) as server:
+            server.request("GET", "/data/runs")
+            runs = json.load(server.getresponse())
+        if runs or not expected or time.monotonic() > deadline:
+            return
+        time.sleep(0.02)

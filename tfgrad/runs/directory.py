@@ -1,0 +1,163 @@
+"""Where a run is written: one directory, one run, one writer at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+from tfgrad.errors import InvalidArgumentError, RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are numbered there, and not locked
+    fcntl = None  # type: ignore[assignment]  # a module or nothing
+
+
+class Claim:
+    """A directory and the lock that keeps other writers out of it.
+
+    The lock is the kernel's, on the directory itself (`flock`): it leaves no file
+    behind and ends with the process, however that ends, so a lock is never stale.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        """Hold `path` by the open, locked `descriptor`."""
+        self.path = path
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let other writers in."""
+        if fcntl is not None:
+            # Closing is not enough: a forked worker may hold a copy of the descriptor.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        os.close(self._descriptor)
+
+
+def claim(directory: str | os.PathLike[str], resume: bool) -> Claim:
+    """Return a locked directory to write a run in.
+
+    Args:
+        directory: The wanted directory; its parents are made if they are missing.
+        resume: True takes exactly this directory, which must exist. False takes it if
+            it is new or empty, else the first free one of `directory-002`,
+            `directory-003`... Two processes that ask at the same time get two
+            directories.
+
+    Raises:
+        InvalidArgumentError: If `directory` is no path, empty, or on another machine.
+        RunError: If the directory cannot be made or written, does not exist (`resume`),
+            or has a live writer (`resume`).
+    """
+    path = _checked_path(directory)
+    return _claim_existing(path) if resume else _claim_next_free(path)
+
+
+def check(directory: str | os.PathLike[str]) -> None:
+    """Raise what `claim` would, as far as can be told without making anything."""
+    path = _checked_path(directory)
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise _is_a_file(nearest)
+    _check_writable(nearest)
+
+
+def _checked_path(directory: Any) -> Path:
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise InvalidArgumentError(
+            "A run needs the name of a directory.",
+            got=f"directory={directory!r}",
+            hint='a path such as "logs/rosenbrock/adam"',
+        )
+    name = os.fspath(directory)
+    if isinstance(name, bytes) or "://" in name or "\0" in name:
+        raise InvalidArgumentError(
+            "A run is written to a directory of this machine.",
+            got=f"directory={directory!r}",
+            hint='a local path such as "logs/rosenbrock/adam"',
+        )
+    return Path(name).expanduser()
+
+
+def _claim_existing(path: Path) -> Claim:
+    if not path.is_dir():
+        raise RunError(
+            "`resume_from` continues a run that exists.",
+            got=f"{path}, which is no directory",
+            hint="the `.directory` of the run to continue, or leave `resume_from` out",
+        )
+    _check_writable(path)
+    descriptor = _try_lock(path)
+    if descriptor is None:
+        raise RunError(
+            "A run has one writer at a time: two would hide each other's curves.",
+            got=f"{path}, where another writer is alive",
+            hint="close() of that run first, or a directory of its own for this one",
+        )
+    return Claim(path, descriptor)
+
+
+def _claim_next_free(path: Path) -> Claim:
+    for number in itertools.count(1):
+        free = path if number == 1 else path.with_name(f"{path.name}-{number:03d}")
+        _make(free)
+        if _is_empty(free):
+            descriptor = _try_lock(free)
+            if descriptor is not None:
+                # Another process may have come and gone between the look and the lock.
+                if _is_empty(free):
+                    return Claim(free, descriptor)
+                Claim(free, descriptor).release()
+    raise AssertionError("unreachable: numbers do not end")
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(p for p in (path, *path.parents) if p.exists())
+        raise _is_a_file(file) from error
+    except OSError as error:
+        raise _not_writable(path, error.strerror or str(error)) from error
+    _check_writable(path)
+
+
+def _is_a_file(path: Path) -> RunError:
+    return RunError(
+        "A run is written to a directory.",
+        got=f"{path}, which is a file",
+        hint="another name, or move the file away",
+    )
+
+
+def _check_writable(path: Path) -> None:
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _not_writable(path, "no permission to write")
+
+
+def _not_writable(path: Path, reason: str) -> RunError:
+    return RunError(
+        "A run needs a directory that can be written.",
+        got=f"{path}: {reason}",
+        hint="a directory of your own, or chmod u+w",
+    )
+
+
+def _is_empty(path: Path) -> bool:
+    return next(path.iterdir(), None) is None
+
+
+def _try_lock(path: Path) -> int | None:
+    """Return an open descriptor that holds the lock of `path`, None if it is taken."""
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # a file system without locks, as some network mounts: go on unlocked
+    return descriptor

@@ -1,0 +1,138 @@
+"""`run.json`: what a run was, for readers that have no TensorFlow."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorboard
+import tensorflow as tf
+
+import tfgrad
+from tfgrad import nested
+from tfgrad.errors import RunError
+
+FILE_NAME = "run.json"
+_LARGEST_ARRAY = 1000
+"""Elements of the largest array that is written whole; of others, shape and dtype."""
+
+
+class Record:
+    """The facts of one run, kept in memory and written whole, in one atomic step.
+
+    A reader sees the old file or the new one, never half of one. When a run is resumed,
+    the records of its earlier sessions are kept in `earlier`, the oldest first.
+    """
+
+    def __init__(self, directory: Path, **facts: Any) -> None:
+        """Start the record of a session in `directory`, and write it."""
+        self._path = directory / FILE_NAME
+        self.earlier = _read(self._path)
+        self._facts = {
+            "status": "running",
+            "started": datetime.now(UTC).isoformat(),
+            "process": os.getpid(),
+            "versions": _versions(),
+            **facts,
+        }
+        self.update()
+
+    def earlier_tags(self) -> dict[str, Any]:
+        """Return the kinds of the tags that earlier sessions have recorded."""
+        kinds: dict[str, Any] = {}
+        for session in self.earlier:
+            kinds |= session.get("tags", {})
+        return kinds
+
+    def update(self, **facts: Any) -> None:
+        """Add `facts` (or replace them) and write the file."""
+        self._facts |= facts
+        content = to_json({**self._facts, "earlier": self.earlier})
+        text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+        draft = self._path.with_name(f".{FILE_NAME}.{os.getpid()}")
+        try:
+            draft.write_text(text + "\n", encoding="utf-8")
+            draft.replace(self._path)
+        except OSError as error:
+            raise RunError(
+                f"{FILE_NAME} could not be written; its last version is safe.",
+                got=f"{self._path}: {error.strerror}",
+                hint="room on the disk, and a directory that still exists",
+            ) from error
+
+
+def to_json(value: Any) -> Any:
+    """Return `value` in JSON's own types, with all 64 bits of every float.
+
+    JSON has no NaN and no infinities: they become the strings "NaN", "Infinity" and
+    "-Infinity", as in the JSON form of protocol buffers. What JSON cannot hold at all
+    becomes its `repr`, and an array of more than 1,000 elements its shape and dtype.
+
+    >>> to_json({"x": (1, 2.5), "loss": float("nan"), "path": Path("a/b")})
+    {'x': [1, 2.5], 'loss': 'NaN', 'path': 'a/b'}
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else _name_of_nonfinite(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_json(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _array_to_json(value)
+    if isinstance(value, tf.Tensor) or nested.is_variable(value):
+        return _array_to_json(np.asarray(value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return nested.name_of(value) if callable(value) else nested.describe(value)
+
+
+def _array_to_json(array: Any) -> Any:
+    if array.size > _LARGEST_ARRAY:
+        return f"array of {nested.describe(np.asarray(array))}"
+    if (
+        array.dtype.kind not in "biufSU"
+    ):  # bfloat16 and its kin have no JSON of their own
+        array = (
+            array.astype(np.float64) if array.dtype.kind == "V" else array.astype(str)
+        )
+    return to_json(array.tolist())
+
+
+def _name_of_nonfinite(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "tfgrad": tfgrad.__version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+        "tensorboard": tensorboard.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return the records of the sessions before this one, the oldest first."""
+    try:
+        last = json.loads(path.read_text(encoding="utf-8"))
+        return [*last.pop("earlier", []), last]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise RunError(
+            f"A run to resume has a {FILE_NAME} that can be read.",
+            got=f"{path}: {error}",
+            hint="mend the file, or move it away to go on without it",
+        ) from error

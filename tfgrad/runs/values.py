@@ -1,0 +1,113 @@
+"""What may be logged: each value checked and converted before anything is written."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tfgrad import nested
+from tfgrad.errors import InvalidArgumentError
+
+_REAL_KINDS = "biufV"  # NumPy's; "V" is bfloat16 and its kin
+
+
+def to_step(value: Any, name: str) -> int:
+    """Return `value` as a step: a whole number from 0 up, of any integer type."""
+    try:
+        if type(value) is not int and nested.is_variable(value):
+            value = np.asarray(value)
+        step = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        step = -1
+    if 0 <= step < 2**63:
+        return step
+    raise InvalidArgumentError(
+        "A step is a whole number, 0 or more.",
+        got=f"{name}={nested.describe(value)}",
+        hint=f"{name}=0 for the start, then the number of steps done",
+    )
+
+
+def to_number(value: Any, tag: str) -> float:
+    """Return `value` as one float; NaN and infinities are numbers here."""
+    if type(value) is float:
+        return value
+    try:
+        array = np.asarray(value)
+        if array.ndim == 0 and array.dtype.kind in _REAL_KINDS:
+            return float(array)
+    except (TypeError, ValueError, NotImplementedError):
+        pass  # a symbolic tensor, a ragged list
+    raise InvalidArgumentError(
+        "A scalar is one real number.",
+        got=f"{tag!r} is {nested.describe(value)}",
+        hint="float(...) of a number, tf.reduce_mean of a vector, .text for a string",
+    )
+
+
+def to_steps(values: Any) -> np.ndarray:
+    """Return `values` as int64 steps of shape `[n]` that grow."""
+    steps = np.asarray(values)
+    if steps.size == 0 and steps.ndim == 1:
+        return steps.astype(np.int64)
+    if steps.ndim != 1 or steps.dtype.kind not in "iu":
+        raise InvalidArgumentError(
+            "The steps of a history are one row of whole numbers.",
+            got=f"steps of {nested.describe(steps)}",
+            hint="range(len(values)), or an integer array of shape (n,)",
+        )
+    falls = np.flatnonzero(steps[1:] <= steps[:-1])
+    if falls.size:
+        at = int(falls[0])
+        raise InvalidArgumentError(
+            "The steps of a history grow from row to row.",
+            got=f"step {steps[at + 1]} after step {steps[at]}, in row {at + 1}",
+            hint="one call for each pass over the steps, each in a run of its own",
+        )
+    to_step(steps[0], "steps[0]")
+    return steps.astype(np.int64)
+
+
+def to_column(values: Any, tag: str, length: int) -> np.ndarray:
+    """Return `values` as float64 of shape `[length]`."""
+    try:
+        column = np.asarray(values)
+    except (TypeError, ValueError, NotImplementedError):
+        column = np.asarray(None)
+    if column.shape == (length,) and column.dtype.kind in _REAL_KINDS:
+        return column.astype(np.float64)
+    raise InvalidArgumentError(
+        "A history has one real number per step and tag.",
+        got=f"{tag!r} is {_describe(values)}, for {length} steps",
+        hint='arrays of one length; a column of a matrix as {"x/0": x[:, 0], ...}',
+    )
+
+
+def check_tag(tag: Any) -> None:
+    """Raise unless `tag` can name a curve: a string that is not empty."""
+    if isinstance(tag, str) and tag and tag.isprintable():
+        return
+    raise InvalidArgumentError(
+        "A tag is a string of printable characters, and not empty.",
+        got=f"tag={tag!r}",
+        hint='a name such as "loss" or "gradient/norm"',
+    )
+
+
+def check_mapping(value: Any, name: str) -> None:
+    """Raise unless `value` is a mapping."""
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError(
+            f"`{name}` maps names to values.",
+            got=f"{name}={nested.describe(value)}",
+            hint='a dict such as {"loss": 0.5}',
+        )
+
+
+def _describe(values: Any) -> str:
+    if isinstance(values, list | tuple):
+        return f"a {type(values).__name__} of {len(values)}"
+    return nested.describe(values)
