@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tfgrad.derivatives.reverse import derivative, grad, value_and_grad
+    from tfgrad.differences import finite_difference
     from tfgrad.optimize.minimize import descend, minimize
     from tfgrad.optimize.result import OptimizeResult
     from tfgrad.runs.board import show
@@ -27,6 +28,7 @@ _HOMES = {
     "Run": "tfgrad.runs.writer",
     "derivative": "tfgrad.derivatives.reverse",
     "descend": "tfgrad.optimize.minimize",
+    "finite_difference": "tfgrad.differences",
     "grad": "tfgrad.derivatives.reverse",
     "minimize": "tfgrad.optimize.minimize",
     "show": "tfgrad.runs.board",
@@ -38,6 +40,7 @@ __all__ = [
     "Run",
     "derivative",
     "descend",
+    "finite_difference",
     "grad",
     "minimize",
     "show",

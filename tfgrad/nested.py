@@ -147,8 +147,7 @@ def variables_of(wrt: Nest) -> Nest:
     Raises:
         InvalidArgumentError: If there is no variable, a value, or a non-float variable.
     """
-    nest = tf.nest.map_structure(_open_module, wrt)
-    nest = map_leaves(_as_tf_variable, nest, "wrt")
+    nest = map_leaves(_as_tf_variable, open_modules(wrt), "wrt")
     if not tf.nest.flatten(nest):
         raise InvalidArgumentError(
             "`wrt` must hold at least one variable.",
@@ -156,6 +155,16 @@ def variables_of(wrt: Nest) -> Nest:
             hint="call the model once on an input to build it, or pass its variables",
         )
     return nest
+
+
+def open_modules(wrt: Nest) -> Nest:
+    """Return `wrt` with each module or model replaced by its list of variables."""
+    return tf.nest.map_structure(
+        lambda leaf: list(leaf.trainable_variables)
+        if hasattr(leaf, "trainable_variables")
+        else leaf,
+        wrt,
+    )
 
 
 def ravel(leaves: Iterable[tf.Tensor]) -> tf.Tensor:
@@ -231,10 +240,6 @@ def _arrays_as_leaves(nest: Nest) -> Nest:
     if isinstance(nest, list | tuple):
         return type(nest)(map(_arrays_as_leaves, nest))
     return nest
-
-
-def _open_module(leaf: Any) -> Any:
-    return list(leaf.trainable_variables) if hasattr(leaf, "trainable_variables") else leaf
 
 
 def _as_tf_variable(leaf: Any, name: str) -> tf.Variable:

@@ -82,7 +82,7 @@ class Loop:
     def __init__(
         self,
         objective: Objective,
-        make_method: Callable[[list[tf.Variable]], KerasMethod],
+        make_method: Callable[[list[Any]], KerasMethod],
         stopping: Stopping,
         *,
         steps: int,
@@ -96,7 +96,7 @@ class Loop:
         if not objective.variables:  # this first evaluation is what finds them
             objective.evaluate()
             self.evaluations += 1
-        self.method = make_method(objective.variables)
+        self.method = make_method(objective.owners)
         self.step = 0
         self.evaluation = self._evaluate()
         start = self.here()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call
@@ -17,6 +18,7 @@ from tfgrad.nested import (
     is_variable,
     name_of,
     named_leaves,
+    open_modules,
     to_tensors,
     variables_of,
 )
@@ -52,6 +54,7 @@ class Objective:
     Attributes:
         variables: What the loop moves: the user's variables, or new ones that hold the values.
             Empty until the first evaluation if they are still to be found.
+        owners: The same, Keras's as Keras has them: some of its optimizers ask for paths.
         template: The nest to pack an answer in.
     """
 
@@ -68,10 +71,13 @@ class Objective:
         if self._takes_values:
             self.template = _checked_start(x0)
             leaves = tf.nest.flatten(self.template)
-            self.variables = [tf.Variable(leaf) for leaf in leaves]
+            self.owners = [keras.Variable(leaf, dtype=leaf.dtype.name) for leaf in leaves]
+            self.variables = [owner.value for owner in self.owners]
         else:
             self.template = () if self._finds else variables_of(wrt)
+            self.owners = [] if self._finds else tf.nest.flatten(open_modules(wrt))
             self.variables = tf.nest.flatten(self.template)
+            _check_distinct(self.variables)
         self._traces = Traces(self._run, f, jit=False)
 
     def evaluate(self, scale: tf.Tensor | None = None) -> Evaluation:
@@ -121,7 +127,7 @@ class Objective:
                 got=f"`{self.name}` reads none",
                 hint="minimize(f, x0) for a function of values, or tf.Variable in f",
             )
-        self.variables = list(variables)
+        self.variables = self.owners = list(variables)
         self.template = list(variables) if len(variables) > 1 else variables[0]
 
 
@@ -137,6 +143,15 @@ def _check_sources(f: Any, x0: Nest, wrt: Nest) -> None:
             "Either `x0` holds the values to start from, or `wrt` names the variables.",
             got="both `x0` and `wrt`",
             hint="minimize(f, x0), or minimize(f, wrt=variables)",
+        )
+
+
+def _check_distinct(variables: Sequence[tf.Variable]) -> None:
+    if len({id(variable) for variable in variables}) < len(variables):
+        raise InvalidArgumentError(
+            "`wrt` must name each variable once.",
+            got=f"{len(variables)} variables, some of them the same",
+            hint="leave out the repeated ones; a model lists shared weights once",
         )
 
 

@@ -23,11 +23,11 @@ from tfgrad.nested import describe
 
 def optimizer_names() -> dict[str, type[keras.optimizers.Optimizer]]:
     """Return every Keras optimizer that stands alone, by its name in lower case."""
-    base, wrapper = keras.optimizers.Optimizer, keras.optimizers.LossScaleOptimizer
+    base = keras.optimizers.Optimizer
     return {
         name.lower(): kind
         for name, kind in inspect.getmembers(keras.optimizers, inspect.isclass)
-        if issubclass(kind, base) and kind not in (base, wrapper)
+        if issubclass(kind, base) and kind is not base and not _needs_arguments(kind)
     }
 
 
@@ -76,7 +76,7 @@ class KerasMethod:
 
     Args:
         factory: What `optimizer_factory` returned.
-        variables: What to update.
+        variables: What to update: `keras.Variable`s or `tf.Variable`s.
 
     Attributes:
         name: What to call the method: its class in lower case.
@@ -85,19 +85,19 @@ class KerasMethod:
     """
 
     def __init__(
-        self, factory: Callable[[], Any], variables: Sequence[tf.Variable]
+        self, factory: Callable[[], Any], variables: Sequence[Any]
     ) -> None:
         """Build the optimizer, outside of any trace (inside, some are silently wrong)."""
         self._variables = list(variables)
         # Keras keeps its learning rate in floatx; float64 steps should not carry a rate
         # rounded to float32.
-        double = all(variable.dtype == tf.float64 for variable in self._variables)
+        double = all(tf.as_dtype(v.dtype) == tf.float64 for v in self._variables)
         self._floatx = "float64" if double else keras.config.floatx()
         with self._precision():
             self._optimizer = factory()
             self._is_built = hasattr(self._optimizer, "build")
             if self._is_built:
-                self._optimizer.build(self._variables)
+                self._build()
         self.name = type(self._optimizer).__name__.lower()
         self.is_compiled = True
         self._apply: Callable[..., Any] | None = None
@@ -126,6 +126,18 @@ class KerasMethod:
             return False
         self._optimizer.finalize_variable_values(self._variables)
         return True
+
+    def _build(self) -> None:
+        try:
+            self._optimizer.build(self._variables)
+        except AttributeError as error:
+            if all(isinstance(v, keras.Variable) for v in self._variables):
+                raise
+            raise InvalidArgumentError(
+                f"`{type(self._optimizer).__name__}` works on Keras variables only.",
+                got=f"tf.Variables, of which it wants more ({error})",
+                hint="keras.Variable(...), a Keras model, or another method",
+            ) from error
 
     def _apply_gradients(
         self, apply_gradients: Callable[..., Any], *gradient: tf.Tensor
@@ -171,6 +183,13 @@ class KerasMethod:
             keras.config.set_floatx(before)
 
 
+def _needs_arguments(kind: type) -> bool:
+    """Return whether it wraps other optimizers, which only an instance can say."""
+    parameters = inspect.signature(kind).parameters.values()
+    named = (p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    return any(p.default is p.empty for p in named)
+
+
 class _PythonState:
     """What an object keeps in plain attributes, to see whether a trace changes it."""
 
@@ -196,7 +215,8 @@ class _PythonState:
         return {
             name: copy.copy(value)
             for name, value in getattr(self._owner, "__dict__", {}).items()
-            if type(value) in (list, dict) or isinstance(value, kept)
+            if not name.startswith("_self_")  # TensorFlow's own notes on checkpoints
+            and (type(value) in (list, dict) or isinstance(value, kept))
         }
 
 

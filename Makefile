@@ -1,0 +1,36 @@
+# `make demo` and `make test` do everything on a machine that has Python 3.11-3.13 and pip:
+# they make the environment when it is missing or stale, then run.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made-from
+
+.PHONY: demo test check notebooks bench clean
+
+demo: $(STAMP)
+	$(BIN)/tfgrad demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Runs each notebook from clean; its code is in the paired .py beside it.
+notebooks: $(STAMP)
+	$(BIN)/jupytext --to ipynb --test-strict --quiet notebooks/*.py
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 -p no:doctest notebooks/*.ipynb
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup
+	sh scripts/setup $(VENV)
+	touch $@

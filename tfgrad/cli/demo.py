@@ -1,0 +1,107 @@
+"""What `tfgrad demo` shows: the founding notebook, in one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import tfgrad
+
+EAGER_STEPS = 200
+COMPILED_STEPS = 100_000
+
+
+def demo(logs: str) -> Iterator[str]:
+    """Yield the lines; write one run below `logs`, with a picture in it."""
+    yield "Derivatives, each beside a finite difference"
+    yield from _derivatives()
+    yield ""
+    least = tfgrad.minimize(lambda x: (x + 1) ** 2, 0.0, method="sgd", learning_rate=0.1)
+    yield f"Minimum of (x + 1)²: x = {float(least.x):.6f}, f = {least.fun:.1e}"
+    yield ""
+    yield "30 steps of gradient descent on x² + x - 1 from 3, rate 0.1"
+    x = tf.Variable(3.0)
+
+    @tf.function
+    def f_x() -> tf.Tensor:
+        return x**2 + x - 1
+
+    result = tfgrad.minimize(
+        f_x,
+        wrt=x,
+        method="sgd",
+        learning_rate=0.1,
+        steps=30,
+        log=Path(logs, "parabola"),
+    )
+    yield from _columns(result.history)
+    yield ""
+    yield from _speed()
+    yield ""
+    assert result.directory is not None
+    picture = result.directory / "history.png"
+    result.plot().savefig(picture, dpi=150)
+    yield f"Run:      {result.directory}"
+    yield f"Picture:  {picture}"
+    yield f'Watch it: python -c \'import tfgrad; tfgrad.show("{logs}"); input()\''
+
+
+def _derivatives() -> Iterator[str]:
+    cases = [
+        ("x²", "5", lambda x: x * x, 5.0),
+        ("x²", "[5, 10, 15.23232]", lambda x: x * x, [5.0, 10.0, 15.23232]),
+        ("x² + x - 1", "3", lambda x: x**2 + x - 1, 3.0),
+    ]
+    for name, where, f, point in cases:
+        x = tf.constant(point, tf.float64)
+        exact = tfgrad.derivative(f)(x).numpy()
+        value, error = tfgrad.finite_difference(f, x, tf.ones_like(x))
+        yield (
+            f"  {name:<10} at {where:<18} {np.array2string(exact):<28}"
+            f" {np.array2string(value.numpy()):<28} ± {np.max(error):.0e}"
+        )
+
+
+def _columns(history: dict[str, np.ndarray]) -> Iterator[str]:
+    rows = [
+        f"{step:3d} {x!s:>13} {f!s:>12}"
+        for step, x, f in zip(
+            history["step"], history["x"], history["fun"], strict=True
+        )
+    ]
+    yield "  " + "   ".join([f"{'':3} {'x':>13} {'f':>12}"] * 3)
+    height = -(-len(rows) // 3)
+    for i in range(height):
+        yield "  " + "   ".join(rows[i::height])
+
+
+def _speed() -> Iterator[str]:
+    x = tf.Variable(3.0)
+    optimizer = keras.optimizers.SGD(0.1)
+    began = time.perf_counter()
+    for _ in range(EAGER_STEPS):
+        with tf.GradientTape() as tape:
+            y = x**2 + x - 1
+        optimizer.apply_gradients([(tape.gradient(y, x), x)])
+    by_hand = (time.perf_counter() - began) / EAGER_STEPS
+
+    result = tfgrad.minimize(
+        lambda x: x**2 + x - 1,
+        3.0,
+        method="sgd",
+        learning_rate=0.1,
+        steps=COMPILED_STEPS,
+    )
+    half = result.history["seconds"][COMPILED_STEPS // 2 :]
+    steady = (half[-1] - half[0]) / (len(half) - 1)
+    yield f"A step by hand, in eager TensorFlow:  {by_hand * 1e6:9.2f} µs"
+    yield (
+        f"A step of tfgrad, of {COMPILED_STEPS:,}:       {steady * 1e6:9.2f} µs"
+        f"   ({by_hand / steady:,.0f} times faster; "
+        f"{result.seconds / COMPILED_STEPS * 1e6:.2f} µs with all compiling counted)"
+    )
