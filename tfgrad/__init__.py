@@ -4,8 +4,8 @@
 >>> float(tfgrad.derivative(lambda x: x * x)(5.0))
 10.0
 
-The public names are listed in `tfgrad.__all__`. Each is imported when it is first used, so
-that `import tfgrad` takes milliseconds and does not import TensorFlow.
+The public names are listed in `tfgrad.__all__`. Each is imported when it is first used,
+so that `import tfgrad` takes milliseconds and does not import TensorFlow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Nests in and out: convert them, name their leaves, flatten them to one vector and back.
+"""Nests in and out: convert them, name their leaves, flatten them and back.
 
-A *nest* is what `tf.nest` says it is: tensors, numbers and arrays in lists, tuples, named
-tuples and dicts of any depth. One rule is added: a list of plain numbers (or of such lists)
-is an *array*, as it is for `tf.constant`.
+A *nest* is what `tf.nest` says it is: tensors, numbers and arrays in lists, tuples,
+named tuples and dicts of any depth. One rule is added: a list of plain numbers (or of
+such lists) is an *array*, as it is for `tf.constant`.
 
 Plain numbers have no dtype of their own. They take the widest float dtype of the arrays
 they come with, float32 when they come alone.
@@ -11,7 +11,7 @@ they come with, float32 when they come alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import keras
@@ -41,7 +41,7 @@ def is_variable(value: object) -> bool:
     return isinstance(value, tf.Variable | keras.Variable)
 
 
-def describe(value: object) -> str:
+def describe(value: Any) -> str:
     """Return shape and dtype of an array, or type and value of anything else."""
     if is_variable(value):
         return f"a variable of shape {tuple(value.shape)}, {_dtype_name(value)}"
@@ -86,7 +86,7 @@ def map_leaves(function: Callable[[Any, str], Any], nest: Nest, name: str) -> Ne
 
 
 def weak_dtype(*nests: Nest) -> tf.DType:
-    """Return the dtype that plain numbers take beside `nests`: the widest float in them."""
+    """Return the dtype of plain numbers beside `nests`: the widest float in them."""
     leaves = (leaf for nest in nests for _, leaf in named_leaves(nest, ""))
     dtypes = [tf.as_dtype(leaf.dtype) for leaf in leaves if _has_float_dtype(leaf)]
     return max(dtypes, key=lambda dtype: (dtype.size, dtype.name), default=tf.float32)
@@ -139,10 +139,11 @@ def to_tensor(leaf: Any, name: str, weak: tf.DType) -> tf.Tensor:
 
 
 def variables_of(wrt: Nest) -> Nest:
-    """Return the nest of `tf.Variable`s in `wrt`, modules replaced by their lists of them.
+    """Return the nest of `tf.Variable`s in `wrt`, modules replaced by lists of them.
 
     Args:
-        wrt: A `tf.Variable`, `keras.Variable`, `tf.Module`, `keras.Model`, or a nest of them.
+        wrt: A `tf.Variable`, `keras.Variable`, `tf.Module`, `keras.Model`, or a nest of
+            them.
 
     Raises:
         InvalidArgumentError: If there is no variable, a value, or a non-float variable.
@@ -160,15 +161,17 @@ def variables_of(wrt: Nest) -> Nest:
 def open_modules(wrt: Nest) -> Nest:
     """Return `wrt` with each module or model replaced by its list of variables."""
     return tf.nest.map_structure(
-        lambda leaf: list(leaf.trainable_variables)
-        if hasattr(leaf, "trainable_variables")
-        else leaf,
+        lambda leaf: (
+            list(leaf.trainable_variables)
+            if hasattr(leaf, "trainable_variables")
+            else leaf
+        ),
         wrt,
     )
 
 
 def ravel(leaves: Iterable[tf.Tensor]) -> tf.Tensor:
-    """Return the elements of all `leaves`, of one dtype, as one vector of shape `[n]`."""
+    """Return the elements of all `leaves`, of one dtype, as a vector of shape `[n]`."""
     flat = [tf.reshape(leaf, [-1]) for leaf in leaves]
     return flat[0] if len(flat) == 1 else tf.concat(flat, axis=0)
 
@@ -227,13 +230,13 @@ def _array_to_tensor(leaf: Any, name: str) -> tf.Tensor:
 
 
 def _arrays_as_leaves(nest: Nest) -> Nest:
-    """Return `nest` with None in place of each list of numbers, as a template to pack."""
+    """Return `nest` with None for each list of numbers, as a template to pack."""
     if is_array_like(nest):
         return None
-    if isinstance(nest, Mapping):
-        children = {key: _arrays_as_leaves(child) for key, child in nest.items()}
+    if isinstance(nest, MutableMapping):
         template = copy.copy(nest)  # keeps the type: OrderedDict, defaultdict, ...
-        template.update(children)
+        for key, child in nest.items():
+            template[key] = _arrays_as_leaves(child)
         return template
     if hasattr(nest, "_fields"):
         return type(nest)(*map(_arrays_as_leaves, nest))
@@ -247,9 +250,9 @@ def _as_tf_variable(leaf: Any, name: str) -> tf.Variable:
         raise InvalidArgumentError(
             "`wrt` names variables; values are positional arguments.",
             got=f"`{name}` is {describe(leaf)}",
-            hint="tf.Variable(...) that the function reads, or the value as an argument",
+            hint="the tf.Variable that the function reads, or an argument of its own",
         )
-    variable = leaf.value if isinstance(leaf, keras.Variable) else leaf
+    variable: tf.Variable = leaf.value if isinstance(leaf, keras.Variable) else leaf
     if not variable.dtype.is_floating:
         raise InvalidArgumentError(
             f"`{name}` must be a real float variable.",

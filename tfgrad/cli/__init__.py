@@ -1,6 +1,7 @@
 """The command `tfgrad`: parse, call, print; no mathematics.
 
-TensorFlow takes seconds to import and is imported by the commands that need it, when they
+TensorFlow takes seconds to import and is imported by the commands that need it, when
+they
 run: `tfgrad --help` answers at once.
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,8 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser(
-        "demo",
-        help="derivatives, 30 steps of descent, and a run for TensorBoard, in one screen",
+        "demo", help="derivatives, 30 steps of descent and a run, in one screen"
     )
     demo.add_argument(
         "--logs", default="logs", help="where to write the run (default: %(default)s)"
@@ -60,7 +61,7 @@ def _quiet_tensorflow() -> Iterator[None]:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()
     saved = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
+    with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 import tfgrad
+from tfgrad.optimize.result import History
 
 EAGER_STEPS = 200
 COMPILED_STEPS = 100_000
@@ -21,11 +23,13 @@ def demo(logs: str) -> Iterator[str]:
     yield "Derivatives, each beside a finite difference"
     yield from _derivatives()
     yield ""
-    least = tfgrad.minimize(lambda x: (x + 1) ** 2, 0.0, method="sgd", learning_rate=0.1)
+    least = tfgrad.minimize(
+        lambda x: (x + 1) ** 2, 0.0, method="sgd", learning_rate=0.1
+    )
     yield f"Minimum of (x + 1)²: x = {float(least.x):.6f}, f = {least.fun:.1e}"
     yield ""
     yield "30 steps of gradient descent on x² + x - 1 from 3, rate 0.1"
-    x = tf.Variable(3.0)
+    x = tf.Variable(tf.constant(3.0))
 
     @tf.function
     def f_x() -> tf.Tensor:
@@ -48,11 +52,11 @@ def demo(logs: str) -> Iterator[str]:
     result.plot().savefig(picture, dpi=150)
     yield f"Run:      {result.directory}"
     yield f"Picture:  {picture}"
-    yield f'Watch it: python -c \'import tfgrad; tfgrad.show("{logs}"); input()\''
+    yield f"Watch it: python -c 'import tfgrad; tfgrad.show(\"{logs}\"); input()'"
 
 
 def _derivatives() -> Iterator[str]:
-    cases = [
+    cases: list[tuple[str, str, Callable[[Any], Any], Any]] = [
         ("x²", "5", lambda x: x * x, 5.0),
         ("x²", "[5, 10, 15.23232]", lambda x: x * x, [5.0, 10.0, 15.23232]),
         ("x² + x - 1", "3", lambda x: x**2 + x - 1, 3.0),
@@ -67,7 +71,7 @@ def _derivatives() -> Iterator[str]:
         )
 
 
-def _columns(history: dict[str, np.ndarray]) -> Iterator[str]:
+def _columns(history: History) -> Iterator[str]:
     rows = [
         f"{step:3d} {x!s:>13} {f!s:>12}"
         for step, x, f in zip(
@@ -81,7 +85,7 @@ def _columns(history: dict[str, np.ndarray]) -> Iterator[str]:
 
 
 def _speed() -> Iterator[str]:
-    x = tf.Variable(3.0)
+    x = tf.Variable(tf.constant(3.0))
     optimizer = keras.optimizers.SGD(0.1)
     began = time.perf_counter()
     for _ in range(EAGER_STEPS):

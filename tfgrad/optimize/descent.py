@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import tensorflow as tf
 
+from tfgrad.derivatives.tracing import as_written
 from tfgrad.nested import Nest
 from tfgrad.optimize.log import Log, check_log
-from tfgrad.optimize.loop import Loop, Rows
+from tfgrad.optimize.loop import LOOP_STEPS, Loop, Rows
 from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
 from tfgrad.optimize.objective import Objective
 from tfgrad.optimize.result import OptimizeResult
-from tfgrad.optimize.stopping import NONFINITE, RUNNING, SOLUTIONS, STATUSES, Stopping
+from tfgrad.optimize.stopping import RUNNING, SOLUTIONS, STATUSES, Stopping
 from tfgrad.runs.writer import Run
 
 
@@ -42,7 +42,7 @@ class State:
 
 
 class Descent:
-    """One minimisation: `with` it, `advance` it until it has a `status`, take the `result`.
+    """One minimisation: advance it until it has a status, then take its result.
 
     Arguments are those of `minimize`, checked.
 
@@ -117,13 +117,17 @@ class Descent:
         if self._log is not None:
             self._log.close(self.status or "", **self._outcome())
 
+    def compiling(self) -> AbstractContextManager[None]:
+        """Return the context in which `with` and `advance` are to be called."""
+        return as_written(optimized=self._steps >= LOOP_STEPS)
+
     @property
     def state(self) -> State:
         """Where it is."""
         at = self._loop.evaluation
         return State(
             step=self._loop.step,
-            x=self._objective.pack(at.x),
+            x=self._objective.pack(self._objective.read()),
             fun=at.row["fun"].numpy(),
             grad_norm=at.row["grad_norm"].numpy(),
             seconds=self._loop.seconds,
@@ -145,9 +149,10 @@ class Descent:
             for name in names
         }
         status = self.status or ""
+        fun: Any = at.row["fun"].numpy()
         return OptimizeResult(
-            x=self._objective.pack(at.x),
-            fun=at.row["fun"].numpy(),
+            x=self._objective.pack(self._objective.read()),
+            fun=fun,
             grad=self._objective.pack(self._loop.gradient()),
             nit=self._loop.step,
             nfev=self._loop.evaluations,

@@ -1,7 +1,8 @@
-"""From the loop to a run: every step's numbers, the graph of the step, a card of the problem."""
+"""From the loop to a run: every step's numbers, the graph, a card of the problem."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import textwrap
@@ -15,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from tfgrad.errors import RunError
+from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.optimize.loop import Rows
 from tfgrad.runs.directory import check
 from tfgrad.runs.writer import Run
 
 TAGS = {"fun": "loss", "grad_norm": "gradient/max_norm"}
-"""What TensorBoard calls a column; others keep their name, with slashes for brackets."""
+"""What TensorBoard calls a column; others keep their name, with slashes for
+brackets."""
 
 
 def check_log(log: Run | str | PathLike[str] | None) -> None:
@@ -36,8 +38,8 @@ class Log:
     A chunk is written by a thread of its own while the next one runs.
 
     Args:
-        log: A directory, in which the run gets one named after the method, or an open run,
-            which stays open.
+        log: A directory, in which the run gets one named after the method, or an open
+            run, which stays open.
         method: The name of the method.
     """
 
@@ -46,18 +48,21 @@ class Log:
         self._is_own = not isinstance(log, Run)
         self._run = log if isinstance(log, Run) else Run(Path(log) / method)
         self.directory = self._run.directory
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tfgrad-log")
+        self._thread = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="tfgrad-log"
+        )
         self._pending: Future[None] | None = None
         self._is_lost = False
 
     def problem(
         self, f: Callable[..., Any], args: tuple[Any, ...], facts: Mapping[str, Any]
     ) -> None:
-        """Write what is minimised and how: a card, `run.json`, and the graph of the step."""
+        """Write what is minimised and how: a card, `run.json`, and the graph."""
         card = problem_card(f, facts)
         self._guarded(self._run.describe, **facts)
         self._guarded(self._run.text, "problem", card)
-        self._guarded(self._run.graph, f, *args)
+        with contextlib.suppress(InvalidArgumentError):  # it runs eagerly: no graph
+            self._guarded(self._run.graph, f, *args)
 
     def rows(self, rows: Rows) -> None:
         """Write rows in the background, after the ones before."""

@@ -1,12 +1,12 @@
-"""THE loop: update, evaluate, record, ask the stopping rules; whole chunks of it compiled.
+"""THE loop: update, evaluate, record, ask the stopping rules; compiled in chunks.
 
-Steps run in chunks. The first is one step, so that errors surface at once; then the loop is
-compiled, and chunks grow until one takes `CHUNK_SECONDS`. A chunk returns what happened at
-each of its steps as arrays: every step is recorded, and none costs a call from Python.
-Progress, logs, callbacks and interrupts live between chunks.
+Steps run in chunks. The first is one step, so that errors surface at once; then the
+loop is compiled, and chunks grow until one takes `CHUNK_SECONDS`. A chunk returns what
+happened at each of its steps as arrays: every step is recorded, and none costs a call
+from Python. Progress, logs, callbacks and interrupts live between chunks.
 
-Which steps run in which compiled form depends on the function and on the number of steps
-alone, never on the clock, so that a run repeats to the last bit.
+Which steps run in which compiled form depends on the function and on the number of
+steps alone, never on the clock, so that a run repeats to the last bit.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from tfgrad.optimize.objective import Evaluation, Objective
 from tfgrad.optimize.stopping import NONFINITE, RUNNING, Step, Stopping
 
 CHUNK_SECONDS = 0.075
-"""What a chunk should take: short enough for Ctrl-C, long enough to hide a Python call."""
+"""What a chunk should take: short enough for Ctrl-C, long enough to hide a Python
+call."""
 
 GROWTH = 16
 """How much longer a chunk may be than the one before it, which was timed."""
 
-ROW_BYTES = 2**22
+ROW_BYTES = 2**20
 """Memory for the rows of one chunk; XLA sets it aside whatever the chunk's length."""
 
 LOOP_STEPS = 100
@@ -43,7 +44,8 @@ XLA_STEPS_PER_OP = 20
 """... and for larger functions, which take longer to compile, from this many per op."""
 
 NOT_FOR_XLA = ("Random", "Multinomial", "PyFunc", "Conv", "Pool")
-"""Parts of op names: what XLA draws otherwise, cannot compile, or runs slower on a CPU."""
+"""Parts of op names: what XLA draws otherwise, cannot compile, or runs slower on a
+CPU."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Rows:
     """What happened at consecutive steps: arrays with one row per step.
 
     Attributes:
-        columns: By name, arrays of shape `[rows, ...]`; `step` and `seconds` among them.
+        columns: By name, arrays of shape `[rows, ...]`; `step` and `seconds` among
+            them.
     """
 
     columns: dict[str, np.ndarray[Any, Any]]
@@ -115,7 +118,9 @@ class Loop:
 
     def here(self) -> Rows:
         """Return the one row of the current point."""
-        row = {name: np.asarray(value)[None] for name, value in self.evaluation.row.items()}
+        row = {
+            name: np.asarray(value)[None] for name, value in self.evaluation.row.items()
+        }
         return self._rows(row, self.seconds)
 
     def advance(self, most: int) -> Rows:
@@ -135,7 +140,9 @@ class Loop:
         """Return the gradient where the variables are, without the method's scale."""
         scale = self.method.scale()
         leaves = self.evaluation.gradient
-        return leaves if scale is None else [g / tf.cast(scale, g.dtype) for g in leaves]
+        return (
+            leaves if scale is None else [g / tf.cast(scale, g.dtype) for g in leaves]
+        )
 
     def evaluate(self) -> None:
         """Evaluate the objective again: its variables have been moved."""
@@ -146,7 +153,7 @@ class Loop:
         return self._objective.evaluate(self.method.scale())
 
     def _take_one(self) -> Rows:
-        before = self.evaluation
+        before, x = self.evaluation, self._objective.read()
         self.method.update(before.gradient)
         self.evaluation = self._evaluate()
         self.step += 1
@@ -154,11 +161,14 @@ class Loop:
         if self._stopping.is_empty:
             self.code = RUNNING if _is_finite(rows) else NONFINITE
         else:
-            self.code = int(self._stopping.code(_between(before, self.evaluation)))
-        return self._without_last(rows, before.x) if self.code == NONFINITE else rows
+            self.code = int(
+                self._stopping.code(self._between(x, before, self.evaluation))
+            )
+        return self._without_last(rows, x) if self.code == NONFINITE else rows
 
     def _take_chunk(self, length: int) -> Rows:
         began = self.seconds
+        assert self._chunk is not None
         taken, code, before, self.evaluation, columns = self._chunk(
             tf.constant(length), self.evaluation
         )
@@ -171,13 +181,14 @@ class Loop:
         return self._without_last(rows, before) if self.code == NONFINITE else rows
 
     def _take_first_chunk(self) -> Rows:
-        """Compile the loop and take one step; under "auto", XLA has to agree with it."""
+        """Compile the loop and take one step; under "auto", XLA has to agree."""
         self._chunk = self._compile()
         if self._form == "graph" or not self._is_fallible:
             return self._take_chunk(1)
         try:
             rows = self._take_chunk(1)
-        except tf.errors.OpError:  # XLA has no kernel for something in it; nothing was run
+        except tf.errors.OpError:
+            # XLA has no kernel for something in it, and nothing was run.
             self._form = "graph"
             return self._take_first_chunk()
         claimed, self.evaluation = self.evaluation, self._evaluate()
@@ -186,6 +197,12 @@ class Loop:
             self._chunk = self._compile()
             return self.here()
         return rows
+
+    def _between(self, x: list[tf.Tensor], before: Evaluation, at: Evaluation) -> Step:
+        """Return the step from `x` to where the variables are now."""
+        fun, norm, previous = at.row["fun"], at.row["grad_norm"], before.row["fun"]
+        now = [] if self._stopping.xtol is None else self._objective.read()
+        return Step(fun, norm, now, previous, x)
 
     def _without_last(self, rows: Rows, x: list[tf.Tensor]) -> Rows:
         """Go back from a point that is not finite to the one before it."""
@@ -204,7 +221,7 @@ class Loop:
         return Rows({"step": steps, **columns, "seconds": seconds})
 
     def _compile(self) -> Callable[..., Any]:
-        """Return the function that takes up to `limit` steps from an evaluated point."""
+        """Return the function that takes up to `limit` steps."""
         is_xla = self._form == "xla"
 
         def chunk(limit: tf.Tensor, start: Evaluation) -> Any:
@@ -215,26 +232,31 @@ class Loop:
             }
 
             def goes_on(taken: Any, code: Any, *_: Any) -> tf.Tensor:
-                return (taken < limit) & (code == RUNNING)
+                on: tf.Tensor = (taken < limit) & (code == RUNNING)
+                return on
 
             def body(taken: Any, _: Any, __: Any, at: Evaluation, arrays: Any) -> Any:
+                x = self._objective.read()
                 self.method.update(at.gradient)
                 after = self._objective.evaluate(self.method.scale())
                 written = {
                     name: array.write(taken, after.row[name])
                     for name, array in arrays.items()
                 }
-                code = self._stopping.code(_between(at, after))
-                return taken + 1, code, at.x, after, written
+                code = self._stopping.code(self._between(x, at, after))
+                return taken + 1, code, x, after, written
 
-            carry = (0, RUNNING, start.x, start, arrays)
+            carry = (0, RUNNING, self._objective.read(), start, arrays)
             *rest, arrays = tf.while_loop(goes_on, body, carry, parallel_iterations=1)
             return *rest, {name: array.stack() for name, array in arrays.items()}
 
-        return tf.function(chunk, autograph=False, jit_compile=is_xla or None)
+        compiled: Callable[..., Any] = tf.function(
+            chunk, autograph=False, jit_compile=is_xla or None
+        )
+        return compiled
 
     def _choose_form(self, steps: int, jit: bool | str) -> str:
-        """Return "single", "graph" or "xla": how all steps but the first are to be run."""
+        """Return "single", "graph" or "xla": how all steps but the first are run."""
         operations = self._objective.operations(self.method.scale())
         if not operations:  # it runs eagerly
             return "single"
@@ -252,11 +274,6 @@ def _is_finite(rows: Rows) -> bool:
     """Return whether the last row is."""
     last = [rows.columns[name][-1] for name in ("fun", "grad_norm")]
     return bool(np.all(np.isfinite(last)))
-
-
-def _between(before: Evaluation, after: Evaluation) -> Step:
-    row = after.row
-    return Step(row["fun"], row["grad_norm"], after.x, before.row["fun"], before.x)
 
 
 def _agree(a: Evaluation, b: Evaluation) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from os import PathLike
 from typing import Any
 
-from tfgrad.derivatives.tracing import as_written
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe
 from tfgrad.optimize.descent import Descent, State
@@ -41,17 +40,20 @@ def minimize(
     """Minimise a function of values or of variables, in one compiled loop.
 
     Give it a function of values and where to start, or a function of nothing and the
-    variables that it reads (`wrt`; found when left out), which are then updated in place.
-    The function is traced once, twice with `log`. The first step runs alone, so that errors
-    surface at once; the loop is compiled when the run is long enough to earn that back.
+    variables that it reads (`wrt`; found when left out), which are then updated in
+    place. The function is traced once, twice with `log`. The first step runs alone, so
+    that errors surface at once; the loop is compiled when the run is long enough to
+    earn that back.
 
     Args:
         f: Returns one float number (shape `[]`) to be made small.
-        x0: The values to start from: numbers, arrays, tensors, nests of them. Not changed.
-        wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of them, a
-            `tf.Module` or a `keras.Model`.
-        method: The name of a Keras optimizer ("sgd", "adam", ...), an instance of one (cloned,
-            so that two runs share nothing), or any object with `apply_gradients`.
+        x0: The values to start from: numbers, arrays, tensors, nests of them. Not
+            changed.
+        wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of
+            them, a `tf.Module` or a `keras.Model`.
+        method: The name of a Keras optimizer ("sgd", "adam", ...), an instance of one
+            (cloned, so that two runs share nothing), or any object with
+            `apply_gradients`.
         learning_rate: For a method by name: a positive number or a Keras schedule.
         steps: How many steps to take at most; all of them, unless a rule below holds.
         gtol: Stop where no element of the gradient is larger.
@@ -59,21 +61,25 @@ def minimize(
         xtol: Stop after a step no longer than this, relative to max(1, ||x||).
         target: Stop where f is no larger.
         seconds: Stop after this time, in seconds.
-        has_aux: `f` returns `(value, aux)`; the numbers in aux go to the history and the log.
-        jit: Compile with XLA: True, False, or "auto": where the run is long enough to earn
-            the compilation back and XLA's first value and gradient agree with the graph's.
-        callback: Called with a `State` after each chunk of steps (every step in short runs,
-            ten times a second or more in long ones); return True to stop.
-        log: A directory, in which the run gets one of its own, named after the method, or an
-            open `Run`. Every step is written, the graph, and a card of the problem.
+        has_aux: `f` returns `(value, aux)`; the numbers in aux go to the history and
+            the log.
+        jit: Compile with XLA: True, False, or "auto": where the run is long enough to
+            earn the compilation back and XLA's first value and gradient agree with the
+            graph's.
+        callback: Called with a `State` after each chunk of steps (every step in short
+            runs, ten times a second or more in long ones); return True to stop.
+        log: A directory, in which the run gets one of its own, named after the method,
+            or an open `Run`. Every step is written, the graph, and a card of the
+            problem.
 
     Returns:
-        An `OptimizeResult`. Row k of its history is the point after k steps. A value or a
-        gradient that is not finite ends the run at the last finite point, Ctrl-C at the
-        current one; the status says so.
+        An `OptimizeResult`. Row k of its history is the point after k steps. A value or
+        a gradient that is not finite ends the run at the last finite point, Ctrl-C at
+        the current one; the status says so.
 
     Raises:
-        InvalidArgumentError: If an argument breaks its rule; nothing was traced or written.
+        InvalidArgumentError: If an argument breaks its rule; nothing was traced or
+            written.
         ScalarObjectiveError: If `f` returns anything but one float number.
         NoGradientError: If a path from an argument to the value exists, but is cut.
         RunError: If the log cannot be written.
@@ -88,8 +94,8 @@ def minimize(
         steps -0.496
 
     References:
-        Robbins and Monro (1951), Annals of Mathematical Statistics 22, for descent along a
-        gradient; Keras's documentation for each optimizer.
+        Robbins and Monro (1951), Annals of Mathematical Statistics 22, for descent
+        along a gradient; Keras's documentation for each optimizer.
     """
     if callback is not None and not callable(callback):
         raise InvalidArgumentError(
@@ -115,7 +121,12 @@ def minimize(
         jit=_jit(jit),
         log=log,
     )
-    with as_written(), Interrupts() as interrupts, descent, _progress(steps) as progress:
+    with (
+        descent.compiling(),
+        Interrupts() as interrupts,
+        descent,
+        _progress(steps) as progress,
+    ):
         while descent.status is None:
             state = descent.advance(steps)
             progress.update(state.step - progress.n)
@@ -146,8 +157,8 @@ def descend(
 ) -> Iterator[State]:
     """Minimise like `minimize`, and yield the state on the way: a plain `for` loop.
 
-    Use it to print, plot or decide at each state; leave the loop to stop. Between two states
-    the steps run compiled, so a larger `every` is faster.
+    Use it to print, plot or decide at each state; leave the loop to stop. Between two
+    states the steps run compiled, so a larger `every` is faster.
 
     Args:
         f: As for `minimize`, like all arguments but `every`.
@@ -204,14 +215,14 @@ def descend(
 
 def _states(descent: Descent, every: int) -> Iterator[State]:
     with contextlib.ExitStack() as stack:
-        with as_written():
+        with descent.compiling():
             stack.enter_context(descent)
         state = descent.state
         yield state
         while descent.status is None:
             last = state.step
             while descent.status is None and state.step < last + every:
-                with as_written(), Interrupts() as interrupts:
+                with descent.compiling(), Interrupts() as interrupts:
                     state = descent.advance(last + every - state.step)
                 if interrupts.caught:
                     descent.status = "interrupted"
@@ -234,7 +245,7 @@ def _asks_to_stop(
 
 @contextlib.contextmanager
 def _progress(steps: int) -> Iterator[Any]:
-    """Yield a progress bar that shows itself after a second, in terminals and notebooks."""
+    """Yield a bar that shows itself after a second, in terminals and notebooks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about widgets that a notebook does not have
         from tqdm.auto import tqdm
@@ -245,7 +256,8 @@ def _progress(steps: int) -> Iterator[Any]:
 
 
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0:
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if is_whole and int(value) > 0:
         return int(value)
     raise InvalidArgumentError(
         f"`{name}` must be a whole number of at least 1.",
@@ -257,9 +269,9 @@ def _count(name: str, value: Any) -> int:
 def _number(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if not math.isnan(value):
-            return float(value)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if is_number and not math.isnan(value):
+        return float(value)
     raise InvalidArgumentError(
         f"`{name}` must be a number, or None to leave it out.",
         got=f"{name}={value!r}",
@@ -269,7 +281,7 @@ def _number(name: str, value: Any) -> float | None:
 
 def _tolerance(name: str, value: Any) -> float | None:
     number = _number(name, value)
-    if number is None or 0 <= number:
+    if number is None or number >= 0:
         return number
     raise InvalidArgumentError(
         f"`{name}` must not be negative.", got=f"{name}={value!r}", hint=f"{name}=1e-6"

@@ -9,7 +9,8 @@ import keras
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call
-from tfgrad.derivatives.recording import Recording, objective
+from tfgrad.derivatives.outputs import objective
+from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
@@ -24,21 +25,20 @@ from tfgrad.nested import (
 )
 
 SMALL = 10
-"""Parameters, and numbers in an aux value, up to which each step's are kept in the history."""
+"""Parameters, and numbers in an aux value, up to which each step's are kept in the
+history."""
 
 
 class Evaluation(NamedTuple):
     """The objective at one point.
 
     Attributes:
-        row: What the history keeps of it, by name: `fun`, `grad_norm` (the largest |element|
-            of the gradient), `x` and aux values while they are small.
-        x: The leaves of the point.
-        gradient: The leaves of the gradient.
+        row: What the history keeps of it, by name: `fun`, `grad_norm` (the largest
+            |element| of the gradient), `x` and aux values while they are small.
+        gradient: Its leaves, times the scale that the method asked for.
     """
 
     row: dict[str, tf.Tensor]
-    x: list[tf.Tensor]
     gradient: list[tf.Tensor]
 
 
@@ -52,9 +52,10 @@ class Objective:
         has_aux: `f` returns `(value, aux)`.
 
     Attributes:
-        variables: What the loop moves: the user's variables, or new ones that hold the values.
-            Empty until the first evaluation if they are still to be found.
-        owners: The same, Keras's as Keras has them: some of its optimizers ask for paths.
+        variables: What the loop moves: the user's variables, or new ones that hold the
+            values. Empty until the first evaluation if they are still to be found.
+        owners: The same, Keras's as Keras has them: some of its optimizers ask for
+            paths.
         template: The nest to pack an answer in.
     """
 
@@ -71,7 +72,9 @@ class Objective:
         if self._takes_values:
             self.template = _checked_start(x0)
             leaves = tf.nest.flatten(self.template)
-            self.owners = [keras.Variable(leaf, dtype=leaf.dtype.name) for leaf in leaves]
+            self.owners = [
+                keras.Variable(leaf, dtype=leaf.dtype.name) for leaf in leaves
+            ]
             self.variables = [owner.value for owner in self.owners]
         else:
             self.template = () if self._finds else variables_of(wrt)
@@ -81,7 +84,7 @@ class Objective:
         self._traces = Traces(self._run, f, jit=False)
 
     def evaluate(self, scale: tf.Tensor | None = None) -> Evaluation:
-        """Return value and gradient where the variables are; traced once, then compiled.
+        """Return value and gradient where the variables are; traced once.
 
         Args:
             scale: What to multiply the gradient by: a loss scale, in the value's dtype.
@@ -89,13 +92,16 @@ class Objective:
         evaluation: Evaluation = self._traces(scale)
         return evaluation
 
+    def read(self) -> list[tf.Tensor]:
+        """Return the point: the values of the variables now."""
+        return [variable.read_value() for variable in self.variables]
+
     def arguments(self) -> tuple[Nest, ...]:
         """Return what the user's function is called with where the variables are."""
-        x = [variable.read_value() for variable in self.variables]
-        return (self.pack(x),) if self._takes_values else ()
+        return (self.pack(self.read()),) if self._takes_values else ()
 
     def operations(self, scale: tf.Tensor | None = None) -> list[str]:
-        """Return the op types of an earlier evaluation; none if it could not be compiled."""
+        """Return the op types of an evaluation; none if it could not be compiled."""
         return self._traces.operations(scale)
 
     def pack(self, leaves: Sequence[tf.Tensor]) -> Nest:
@@ -105,20 +111,21 @@ class Objective:
     def _run(self, f: Callable[..., Any], scale: tf.Tensor | None) -> Evaluation:
         variables = None if self._takes_values else self.template
         call = Call(f, self.name, ("x",), self.arguments(), {}, 0, variables)
-        recording = Recording(
-            objective(self._has_aux), call, has_aux=self._has_aux
-        )
+        recording = Recording(objective(self._has_aux), call, has_aux=self._has_aux)
         if self._finds and not self.variables:
             self._found(recording.sources)
-        x = [variable.read_value() for variable in self.variables]
         gradient = recording.gradients(scale)
         row = {
             "fun": recording.output,
             "grad_norm": _largest(gradient, scale, recording.output.dtype),
-            **_small({"x": tf.nest.pack_sequence_as(self.template, x)}),
+            **self._point(),
             **_small(_named_aux(recording.aux)),
         }
-        return Evaluation(row, x, gradient)
+        return Evaluation(row, gradient)
+
+    def _point(self) -> dict[str, tf.Tensor]:
+        count = sum(variable.shape.num_elements() for variable in self.variables)
+        return _small({"x": self.pack(self.read())}) if count <= SMALL else {}
 
     def _found(self, variables: Sequence[tf.Variable]) -> None:
         if not variables:
@@ -175,11 +182,9 @@ def _checked_start(x0: Nest) -> Nest:
 
 def _largest(gradient: list[tf.Tensor], scale: Any, dtype: tf.DType) -> tf.Tensor:
     """Return the largest |element|, without the scale; an empty leaf counts as 0."""
-    flat = [tf.reshape(tf.abs(tf.cast(leaf, dtype)), [-1]) for leaf in gradient]
-    largest = [
-        tf.reduce_max(leaf if leaf.shape.num_elements() else tf.pad(leaf, [[0, 1]]))
-        for leaf in flat
-    ]
+    sizes = [tf.abs(leaf) for leaf in gradient if leaf.shape.num_elements() != 0]
+    largest = [tf.reduce_max(leaf) if leaf.shape.rank else leaf for leaf in sizes]
+    largest = [tf.cast(leaf, dtype) for leaf in largest]
     norm = largest[0] if len(largest) == 1 else tf.reduce_max(tf.stack(largest))
     return norm if scale is None else norm / scale
 

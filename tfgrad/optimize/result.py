@@ -12,7 +12,7 @@ import numpy as np
 from tfgrad.nested import Nest, named_leaves
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from tfgrad.runs.pictures import Picture
 
 History = dict[str, np.ndarray[Any, Any]]
 """Arrays by name, one row per state: row k is the point after k steps."""
@@ -29,18 +29,18 @@ class OptimizeResult:
         nit: Steps taken.
         nfev: Evaluations of the objective with its gradient.
         success: True if `x` is a solution by the rule that `status` names.
-        status: Why the run ended: "gtol", "ftol", "xtol", "target" (solutions), "steps",
-            "seconds", "callback", "interrupted", "nonfinite".
+        status: Why the run ended: "gtol", "ftol", "xtol", "target" (solutions),
+            "steps", "seconds", "callback", "interrupted", "nonfinite".
         message: The same as a sentence.
         history: One row per state, row 0 the start: `step`, `fun`, `grad_norm` (largest
-            |element|), `seconds`; the leaves of `x` while they are ten numbers or fewer;
-            what `has_aux` returns, likewise.
+            |element|), `seconds`; the leaves of `x` while they are ten numbers or
+            fewer; what `has_aux` returns, likewise.
         seconds: How long it took, in seconds, tracing included.
         directory: Where the run was logged; None if it was not.
     """
 
     x: Nest
-    fun: float
+    fun: np.floating[Any]
     grad: Nest
     nit: int
     nfev: int
@@ -65,21 +65,24 @@ class OptimizeResult:
         )
         return f"<table>{rows}</table>"
 
-    def plot(self) -> Figure:
-        """Return a figure of the history: the objective, and its gap and gradient in logs.
+    def plot(self) -> Picture:
+        """Return a figure of the history: f, and in logs its gap and gradient.
 
-        The gap is to the lowest value of the run. Needs no display; in a notebook the figure
-        shows itself.
+        The gap is to the lowest value of the run. Needs no display; in a notebook the
+        figure shows itself.
         """
-        from matplotlib.figure import Figure
+        from tfgrad.runs.pictures import Picture
 
         steps, fun = self.history["step"], self.history["fun"]
-        figure = Figure(figsize=(8, 3), layout="constrained")
+        figure = Picture(figsize=(8, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot(steps, fun)
         left.set(xlabel="step", ylabel="f", title="objective")
         gap = np.abs(fun - np.min(fun, initial=self.fun))
-        for values, label in ((gap, "f - lowest f"), (self.history["grad_norm"], "max |gradient|")):
+        for values, label in (
+            (gap, "f - lowest f"),
+            (self.history["grad_norm"], "max |gradient|"),
+        ):
             positive = values > 0
             right.semilogy(steps[positive], values[positive], label=label)
         right.set(xlabel="step", title="convergence")
@@ -92,7 +95,9 @@ class OptimizeResult:
             ("status", f"{self.status} (success: {self.success})"),
             ("fun", f"{self.fun:.10g}"),
         ]
-        rows += [(name, _short(leaf)) for name, leaf in named_leaves(self.x, "x")[:SHOWN]]
+        rows += [
+            (name, _short(leaf)) for name, leaf in named_leaves(self.x, "x")[:SHOWN]
+        ]
         hidden = len(named_leaves(self.x, "x")) - SHOWN
         if hidden > 0:
             rows.append(("x", f"and {hidden} more"))

@@ -1,7 +1,7 @@
 """When to stop, with the same meaning for every method, and what to call it.
 
-A rule is asked after every step, inside the compiled loop. The outcome is a `status` and a
-sentence, never a bare flag.
+A rule is asked after every step, inside the compiled loop. The outcome is a `status`
+and a sentence, never a bare flag.
 """
 
 from __future__ import annotations
@@ -45,28 +45,19 @@ class Stopping:
         return all(rule is None for rule in rules)
 
     def code(self, step: Step) -> tf.Tensor:
-        """Return the position in `STATUSES` of the first rule that holds, or RUNNING."""
+        """Return the position in `STATUSES` of the first rule that holds."""
         rules = [
             ~(tf.math.is_finite(step.fun) & tf.math.is_finite(step.grad_norm)),
             None if self.target is None else step.fun <= self.target,
             None if self.gtol is None else step.grad_norm <= self.gtol,
-            None if self.ftol is None else self._stands_still(step),
-            None if self.xtol is None else self._hardly_moves(step),
+            None if self.ftol is None else _stands_still(step, self.ftol),
+            None if self.xtol is None else _hardly_moves(step, self.xtol),
         ]
         code = tf.constant(RUNNING)
         for position, holds in reversed(list(enumerate(rules, start=1))):
             if holds is not None:
                 code = tf.where(holds, position, code)
         return code
-
-    def _stands_still(self, step: Step) -> tf.Tensor:
-        size = tf.maximum(tf.abs(step.fun), 1)
-        return tf.abs(step.fun - step.previous_fun) <= self.ftol * size
-
-    def _hardly_moves(self, step: Step) -> tf.Tensor:
-        moved = [a - b for a, b in zip(step.x, step.previous_x, strict=True)]
-        dtype = step.fun.dtype
-        return _length(moved, dtype) <= self.xtol * tf.maximum(_length(step.x, dtype), 1)
 
 
 @dataclass(frozen=True)
@@ -78,6 +69,17 @@ class Step:
     x: list[tf.Tensor]
     previous_fun: tf.Tensor
     previous_x: list[tf.Tensor]
+
+
+def _stands_still(step: Step, ftol: float) -> tf.Tensor:
+    size = tf.maximum(tf.abs(step.fun), 1)
+    return tf.abs(step.fun - step.previous_fun) <= ftol * size
+
+
+def _hardly_moves(step: Step, xtol: float) -> tf.Tensor:
+    moved = [a - b for a, b in zip(step.x, step.previous_x, strict=True)]
+    dtype = step.fun.dtype
+    return _length(moved, dtype) <= xtol * tf.maximum(_length(step.x, dtype), 1)
 
 
 def _length(leaves: list[tf.Tensor], dtype: tf.DType) -> tf.Tensor:

@@ -226,7 +226,8 @@ def test_a_start_that_is_not_finite_is_said_at_once():
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize(
-    ("name", "bound"), [("gtol", 1e-3), ("ftol", 1e-6), ("xtol", 1e-4), ("target", -1.2)]
+    ("name", "bound"),
+    [("gtol", 1e-3), ("ftol", 1e-6), ("xtol", 1e-4), ("target", -1.2)],
 )
 def test_a_rule_that_holds_stops_at_the_first_step_where_it_does(name, bound, form):
     result = sgd(parabola, np.float64(3.0), steps=1000, **{name: bound})
@@ -423,6 +424,7 @@ ERRORS = (InvalidArgumentError, ScalarObjectiveError, NoGradientError)
 def test_bad_input_gets_a_rule_what_arrived_and_what_to_try(case):
     call, message = BAD_INPUT[case]
     if case == "rate of instance":
+
         def call():
             return tfgrad.minimize(
                 parabola, 3.0, method=keras.optimizers.SGD(), learning_rate=0.1

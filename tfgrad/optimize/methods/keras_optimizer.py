@@ -35,16 +35,18 @@ def optimizer_factory(method: Any, learning_rate: Any) -> Callable[[], Any]:
     """Return the function that makes an optimizer of a run's own, not yet built.
 
     Args:
-        method: The name of a Keras optimizer, an instance (cloned from its configuration), or
-            any object with `apply_gradients` (used as it is if it cannot be cloned).
+        method: The name of a Keras optimizer, an instance (cloned from its
+            configuration), or any object with `apply_gradients` (used as it is if it
+            cannot be cloned).
         learning_rate: For a name: a positive number or a Keras schedule; None means the
             optimizer's default.
 
     Raises:
-        InvalidArgumentError: If there is no such method, or the learning rate is no such thing.
+        InvalidArgumentError: If there is no such method, or the learning rate is no
+            such thing.
     """
     if isinstance(method, str):
-        kind = _named(method)
+        kind: Callable[..., Any] = _named(method)
         if learning_rate is None:
             return kind
         return functools.partial(kind, learning_rate=_rate(learning_rate))
@@ -80,14 +82,12 @@ class KerasMethod:
 
     Attributes:
         name: What to call the method: its class in lower case.
-        is_compiled: Whether updates can be part of a trace. False for an optimizer that keeps
-            its state in Python, where a trace would freeze it.
+        is_compiled: Whether updates can be part of a trace. False for an optimizer that
+            keeps its state in Python, where a trace would freeze it.
     """
 
-    def __init__(
-        self, factory: Callable[[], Any], variables: Sequence[Any]
-    ) -> None:
-        """Build the optimizer, outside of any trace (inside, some are silently wrong)."""
+    def __init__(self, factory: Callable[[], Any], variables: Sequence[Any]) -> None:
+        """Build the optimizer, outside of any trace: inside, some go wrong silently."""
         self._variables = list(variables)
         # Keras keeps its learning rate in floatx; float64 steps should not carry a rate
         # rounded to float32.
@@ -103,10 +103,11 @@ class KerasMethod:
         self._apply: Callable[..., Any] | None = None
 
     def scale(self) -> tf.Tensor | None:
-        """Return what to multiply the gradient by before `update`; None means nothing."""
+        """Return what `update` wants the gradient multiplied by, if anything."""
         if not isinstance(self._optimizer, keras.optimizers.LossScaleOptimizer):
             return None
-        return self._optimizer.scale_loss(tf.constant(1.0))
+        scale: tf.Tensor = self._optimizer.scale_loss(tf.constant(1.0))
+        return scale
 
     def update(self, gradient: Sequence[tf.Tensor]) -> None:
         """Take one step; compiled, except for a first one that may create variables."""
@@ -201,7 +202,9 @@ class _PythonState:
         """Return the names of the attributes that are not what they were."""
         now = self._attributes()
         names = sorted(self._before.keys() | now.keys())
-        return [name for name in names if not _same(self._before.get(name), now.get(name))]
+        return [
+            name for name in names if not _same(self._before.get(name), now.get(name))
+        ]
 
     def restore(self) -> None:
         """Put the attributes back."""
@@ -228,9 +231,9 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, int | float):
-        return a == b
+        return bool(a == b)
     if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
+        return bool(np.array_equal(a, b))
     return a is b
 
 
