@@ -12,13 +12,21 @@ from typing import Any, Self
 import numpy as np
 
 from tfgrad.derivatives.tracing import as_written
+from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
 from tfgrad.optimize.log import Log, check_log
 from tfgrad.optimize.loop import LOOP_STEPS, Loop, Rows
-from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
 from tfgrad.optimize.objective import Objective
 from tfgrad.optimize.result import OptimizeResult
-from tfgrad.optimize.stopping import RUNNING, SOLUTIONS, STATUSES, Stopping
+from tfgrad.optimize.stopping import (
+    GIVEN_UP,
+    RUNNING,
+    SOLUTIONS,
+    STATUSES,
+    UNBOUNDED,
+    Stopping,
+)
+from tfgrad.optimize.turns import make_turns
 from tfgrad.runs.writer import Run
 
 
@@ -67,9 +75,8 @@ class Descent:
     ) -> None:
         """Check what can be checked; nothing is traced or written."""
         check_log(log)
-        factory = optimizer_factory(method, learning_rate)
+        self._make_turns = make_turns(method, learning_rate)
         self._objective = Objective(f, x0, wrt, has_aux=has_aux)
-        self._make_method = lambda variables: KerasMethod(factory, variables)
         self._stopping = stopping
         self._steps = steps
         self._seconds = seconds
@@ -89,17 +96,18 @@ class Descent:
 
     def __enter__(self) -> Self:
         """Evaluate the start and, if it is to be logged, open the log."""
-        start = self._objective.arguments()
         self._loop = Loop(
             self._objective,
-            self._make_method,
+            self._make_turns,
             self._stopping,
             steps=self._steps,
             jit=self._jit,
         )
         if self._log_to is not None:
-            self._log = Log(self._log_to, self._loop.method.name)
-            self._log.problem(self._objective.f, start, self._facts)
+            name = self._loop.turns.name
+            self._log = Log(
+                self._log_to, name, self._objective, self._facts, self._steps
+            )
         self._keep(self._loop.here())
         return self
 
@@ -112,7 +120,7 @@ class Descent:
         """Close the log, whatever happened."""
         if error is not None and self.status is None:
             self.status = "interrupted" if kind is KeyboardInterrupt else "stopped"
-        if error is None and self._loop.method.finish():
+        if error is None and self._loop.turns.finish():
             self._loop.evaluate()
         if self._log is not None:
             self._log.close(self.status or "", **self._outcome())
@@ -124,10 +132,10 @@ class Descent:
     @property
     def state(self) -> State:
         """Where it is."""
-        at = self._loop.evaluation
+        at = self._loop.at
         return State(
             step=self._loop.step,
-            x=self._objective.pack(self._objective.read()),
+            x=self._objective.pack(self._loop.point()),
             fun=at.row["fun"].numpy(),
             grad_norm=at.row["grad_norm"].numpy(),
             seconds=self._loop.seconds,
@@ -142,7 +150,7 @@ class Descent:
 
     def result(self) -> OptimizeResult:
         """Return what came out."""
-        at = self._loop.evaluation
+        at = self._loop.at
         names = self._rows[0].columns
         history = {
             name: np.concatenate([rows.columns[name] for rows in self._rows])
@@ -151,9 +159,9 @@ class Descent:
         status = self.status or ""
         fun: Any = at.row["fun"].numpy()
         return OptimizeResult(
-            x=self._objective.pack(self._objective.read()),
+            x=self._objective.pack(self._loop.point()),
             fun=fun,
-            grad=self._objective.pack(self._loop.gradient()),
+            grad=self._objective.pack(self._loop.turns.gradient(at)),
             nit=self._loop.step,
             nfev=self._loop.evaluations,
             success=status in SOLUTIONS,
@@ -167,17 +175,31 @@ class Descent:
     def _keep(self, rows: Rows) -> None:
         self._rows.append(rows)
         if self._log is not None and len(rows):
-            self._log.rows(rows)
-        if self._loop.code != RUNNING:
+            self._log.rows(rows, self._leaves)
+        if self._loop.code == GIVEN_UP:
+            self.status = self._why_given_up()
+        elif self._loop.code != RUNNING:
             self.status = STATUSES[self._loop.code]
         elif self._loop.step >= self._steps:
             self.status = "steps"
         elif self._seconds is not None and self._loop.seconds >= self._seconds:
             self.status = "seconds"
 
+    def _why_given_up(self) -> str:
+        """Return "precision" where rounding hides what a step would change."""
+        row = self._loop.at.row
+        fun, norm = float(row["fun"]), float(row["grad_norm"])
+        hidden = EPSILONS[row["fun"].dtype] ** 0.5 * max(1.0, abs(fun))
+        return "precision" if norm <= hidden else "linesearch"
+
+    def _leaves(self) -> tuple[list[Any], list[Any]]:
+        """Return the point and the gradient there, leaf by leaf."""
+        return self._loop.point(), self._loop.turns.gradient(self._loop.at)
+
     def _outcome(self) -> dict[str, Any]:
-        at = self._loop.evaluation.row
+        at = self._loop.at.row
         return {
+            "x": self._objective.pack(self._loop.point()),
             "fun": float(at["fun"]),
             "grad_norm": float(at["grad_norm"]),
             "nit": self._loop.step,
@@ -187,7 +209,7 @@ class Descent:
 
     def _message(self, status: str) -> str:
         """Return the sentence for a status."""
-        step, rules = self._loop.step, self._stopping
+        step, rules = self._loop.step, self._loop.stopping
         if status == "nonfinite":
             return self._nonfinite_message()
         return {
@@ -196,6 +218,9 @@ class Descent:
             "xtol": f"The last step was shorter than {rules.xtol}, relatively.",
             "target": f"f has reached the target {rules.target}.",
             "steps": f"All {step} steps were taken; no rule says this is a solution.",
+            "unbounded": f"f fell below {UNBOUNDED:g}: it seems to have no minimum.",
+            "precision": "Rounding hides what any further step would change.",
+            "linesearch": "No step downhill was found; f may have a kink here.",
             "seconds": f"The {self._seconds} seconds were over after {step} steps.",
             "callback": f"The callback asked to stop after step {step}.",
             "interrupted": f"Interrupted after step {step}; all until there is kept.",

@@ -1,14 +1,11 @@
-"""From the loop to a run: every step's numbers, the graph, a card of the problem."""
+"""From the loop to a run: what a minimiser wants to see, without asking for it."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
-import textwrap
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
@@ -16,14 +13,37 @@ from typing import Any
 
 import numpy as np
 
-from tfgrad.errors import InvalidArgumentError, RunError
+from tfgrad.errors import InvalidArgumentError, TfgradError
+from tfgrad.nested import named_leaves
+from tfgrad.optimize.cards import point_text, problem_card, result_card
 from tfgrad.optimize.loop import Rows
+from tfgrad.optimize.objective import SMALL, Objective
 from tfgrad.runs.directory import check
+from tfgrad.runs.guard import Guard
+from tfgrad.runs.inline import UniqueNames
 from tfgrad.runs.writer import Run
 
-TAGS = {"fun": "loss", "grad_norm": "gradient/max_norm"}
+TAGS = {
+    "fun": "loss",
+    "grad_norm": "gradient/max_norm",
+    "step_length": "step/length",
+    "step_size": "step/size",
+}
 """What TensorBoard calls a column; others keep their name, with slashes for
 brackets."""
+
+EVERY_STEP = 10_000
+"""Steps up to which each is written; from here on every second, from twice as many on
+every fourth ... A million steps are 43,000 rows, some megabytes."""
+
+HISTOGRAMS = 50
+"""How often, at most, the distribution of many parameters is written in a run."""
+
+PICTURE_SECONDS = 1.0
+"""What the picture of the path may cost: f is evaluated at some thousand points."""
+
+Leaves = Sequence[Any]
+"""Arrays or tensors, one for each variable."""
 
 
 def check_log(log: Run | str | PathLike[str] | None) -> None:
@@ -35,97 +55,251 @@ def check_log(log: Run | str | PathLike[str] | None) -> None:
 class Log:
     """Where a minimisation is written: a run of its own, or one that the user opened.
 
-    A chunk is written by a thread of its own while the next one runs.
+    A chunk is written by a thread of its own while the next one runs. A disk that
+    refuses ends the log with a warning, not the minimisation.
 
     Args:
         log: A directory, in which the run gets one named after the method, or an open
             run, which stays open.
         method: The name of the method.
+        objective: What is minimised, where it starts.
+        facts: How it is minimised, for the card, `run.json` and the HParams tab.
+        steps: How many steps are planned.
     """
 
-    def __init__(self, log: Run | str | PathLike[str], method: str) -> None:
-        """Open the run."""
-        self._is_own = not isinstance(log, Run)
-        self._run = log if isinstance(log, Run) else Run(Path(log) / method)
-        self.directory = self._run.directory
-        self._thread = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="tfgrad-log"
-        )
-        self._pending: Future[None] | None = None
-        self._is_lost = False
-
-    def problem(
-        self, f: Callable[..., Any], args: tuple[Any, ...], facts: Mapping[str, Any]
+    def __init__(
+        self,
+        log: Run | str | PathLike[str],
+        method: str,
+        objective: Objective,
+        facts: Mapping[str, Any],
+        steps: int,
     ) -> None:
-        """Write what is minimised and how: a card, `run.json`, and the graph."""
-        card = problem_card(f, facts)
-        self._guarded(self._run.describe, **facts)
-        self._guarded(self._run.text, "problem", card)
-        with contextlib.suppress(InvalidArgumentError):  # it runs eagerly: no graph
-            self._guarded(self._run.graph, f, *args)
-
-    def rows(self, rows: Rows) -> None:
-        """Write rows in the background, after the ones before."""
-        now = time.time()
-        seconds = rows.columns["seconds"]
-        wall_times = now - (seconds[-1:] - seconds)
-        self._wait()
-        self._pending = self._thread.submit(
-            self._guarded,
-            self._run.log_history,
-            dict(_scalars(rows)),
-            rows.columns["step"],
-            wall_times,
+        """Open the run; write the card of the problem, `run.json`, and the graph."""
+        facts = {**facts, "method": method}
+        self._is_own = not isinstance(log, Run)
+        self._run = (
+            log if isinstance(log, Run) else Run(Path(log) / method, _given(facts))
         )
+        self.directory = self._run.directory
+        self._objective = objective
+        self._guard = Guard("The optimisation")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tfgrad-log")
+        self._pending: list[Future[None]] = []
+        self._kept: list[Rows] = []
+        self._last: Rows | None = None
+        self._lowest = np.inf
+        count = sum(v.shape.num_elements() for v in objective.variables)
+        self._names = _leaf_names(objective) if count > SMALL else []
+        self._histogram_gap = max(1, steps // HISTOGRAMS)
+        self._next_histogram = 0
+        self._write_problem(facts, steps)
+
+    def rows(self, rows: Rows, leaves: Callable[[], tuple[Leaves, Leaves]]) -> None:
+        """Write rows in the background, after the ones before.
+
+        Args:
+            rows: What the loop has returned.
+            leaves: Returns the point and the gradient after the last of them; called
+                when it is time for histograms of many parameters.
+        """
+        self._wait()
+        self._submit(self._take, Rows({**rows.columns, "time": _wall_times(rows)}))
+        step = int(rows.columns["step"][-1])
+        if self._names and step >= self._next_histogram:
+            self._next_histogram = step + self._histogram_gap
+            point, gradient = ([np.asarray(x) for x in part] for part in leaves())
+            self._submit(self._write_histograms, step, point, gradient)
 
     def close(self, status: str, **result: Any) -> None:
-        """Write what is left, and close the run if it is not the user's."""
+        """Write what is left, and close the run if it is not the user's.
+
+        Args:
+            status: Why the minimisation ended.
+            **result: What came out: `x` and `nfev` among it.
+        """
         self._wait()
         self._thread.shutdown()
-        if self._is_own:
-            self._guarded(self._run.close, status, **result)
+        if self._last is not None and not _is_kept(self._last)[0]:
+            self._guard(self._write_rows, self._last)
+        if self._kept:
+            self._guard(self._write_gap)
+            self._guard(self._write_result, status, result)
+        if self._guard.is_lost and self._is_own:
+            with contextlib.suppress(TfgradError, OSError):  # the first one was told
+                self._run.close("failure")
+        elif self._is_own:
+            self._guard(self._run.close, status, **result)
         else:
-            self._guarded(self._run.describe, status=status, result=result)
+            self._guard(self._run.describe, status=status, result=result)
+
+    # --- what is written ---
+
+    def _write_problem(self, facts: Mapping[str, Any], steps: int) -> None:
+        start = self._objective.pack(self._objective.read())
+        facts = {**facts, "start": point_text(start)}
+        if steps > EVERY_STEP:
+            facts["curves"] = (
+                f"every step up to {EVERY_STEP:,}, then every second, from "
+                f"{2 * EVERY_STEP:,} on every fourth, and so on; "
+                "the history of the result has all"
+            )
+        self._guard(self._run.describe, **facts)
+        card = problem_card(self._objective.f, facts)
+        self._guard(self._run.text, "problem", card)
+        self._guard(self._write_graph)
+
+    def _write_graph(self) -> None:
+        with contextlib.suppress(InvalidArgumentError):  # it runs eagerly: no graph
+            self._run.graph(self._objective.f, *self._objective.arguments())
+
+    def _take(self, rows: Rows) -> None:
+        """Write those of the rows that are to be kept."""
+        self._lowest = min(self._lowest, _lowest(rows.columns["fun"]))
+        points = _points(rows)
+        if points.size and self._last is not None:
+            way = np.diff(np.concatenate([_points(self._last), points]), axis=0)
+            rows.columns["step_length"] = np.linalg.norm(way, axis=1)
+        self._last = _selected(rows, slice(-1, None))
+        self._write_rows(_selected(rows, _is_kept(rows)))
+
+    def _write_rows(self, rows: Rows) -> None:
+        if len(rows):
+            self._kept.append(rows)
+            columns = rows.columns
+            scalars = dict(_scalars(rows))
+            self._run.log_history(scalars, columns["step"], columns["time"])
+
+    def _write_histograms(self, step: int, point: Leaves, gradient: Leaves) -> None:
+        for name, x, slope in zip(self._names, point, gradient, strict=True):
+            self._run.histogram(f"parameters/{name}", x, step)
+            self._run.histogram(f"gradients/{name}", slope, step)
+
+    def _write_gap(self) -> None:
+        """Write log10 of what the loss still had to fall; only the end knows how far.
+
+        The lowest point itself, whose logarithm is none, is left out.
+        """
+        step, fun, times = (self._column(name) for name in ("step", "fun", "time"))
+        gap = fun.astype(np.float64) - self._lowest
+        above = gap > 0
+        gaps = {"loss/log10_gap": np.log10(gap[above])}
+        self._run.log_history(gaps, step[above], times[above])
+
+    def _write_result(self, status: str, result: Mapping[str, Any]) -> None:
+        last = self._kept[-1].columns
+        step, seconds = int(last["step"][-1]), float(last["seconds"][-1])
+        counts = {"result/evaluations": result["nfev"], "result/seconds": seconds}
+        self._run.log(step, counts)
+        shown = {**result, "x": point_text(result["x"]), "seconds": seconds}
+        self._run.text("result", result_card(status, shown), step)
+        self._write_picture(result["x"], step)
+
+    def _write_picture(self, x: Any, step: int) -> None:
+        """Write the contour and the path, or the graph of f if it has one parameter."""
+        path = np.concatenate([_points(rows) for rows in self._kept])
+        resolution = self._affordable_resolution()
+        if path.shape[1] not in (1, 2) or resolution < 10:
+            return
+        from tfgrad.runs.pictures import draw_path  # it imports matplotlib: 0.3 s
+
+        objective = self._objective
+        picture = draw_path(
+            lambda: objective.evaluate().row["fun"],  # traced already
+            x,
+            path,
+            self._column("fun"),
+            name=objective.name,
+            variables=objective.variables,
+            resolution=min(resolution, 60),
+        )
+        self._run.image("path", picture, step)
+
+    def _affordable_resolution(self) -> int:
+        """Return how many points a side of the picture can have in its time."""
+        seconds = self._column("seconds")
+        half = len(seconds) // 2  # the first half has the tracing in it
+        steps = max(1, self._column("step")[-1] - self._column("step")[half])
+        step_seconds = (seconds[-1] - seconds[half]) / steps
+        return int((PICTURE_SECONDS / max(step_seconds, 1e-6)) ** 0.5)
+
+    # --- the thread ---
+
+    def _submit(self, write: Callable[..., None], *args: Any) -> None:
+        self._pending.append(self._thread.submit(self._guard, write, *args))
 
     def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        for pending in self._pending:
+            pending.result()
+        self._pending.clear()
 
-    def _guarded(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Write; a disk that refuses ends the log, not the optimisation."""
-        if self._is_lost:
-            return
-        try:
-            write(*args, **kwargs)
-        except RunError as error:
-            self._is_lost = True
-            warnings.warn(
-                f"The optimisation goes on without its log. {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    def _column(self, name: str) -> np.ndarray[Any, Any]:
+        return np.concatenate([rows.columns[name] for rows in self._kept])
 
 
-def problem_card(f: Callable[..., Any], facts: Mapping[str, Any]) -> str:
-    """Return the Markdown of a problem: the source of the function, and the facts."""
-    source = getattr(f, "python_function", f)
-    try:
-        code = textwrap.dedent(inspect.getsource(source)).rstrip()
-    except (OSError, TypeError):  # typed at a prompt, or no Python function
-        code = repr(f)
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"```python\n{code}\n```\n\n| | |\n|---|---|\n{rows}\n"
+def _given(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts by which runs are compared: those that were given."""
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _leaf_names(objective: Objective) -> list[str]:
+    """Return a name for the histograms of each variable."""
+    unique = UniqueNames()
+    if point := objective.arguments():  # of values
+        paths = [path for path, _ in named_leaves(point[0], "x")]
+        return [unique.take(_as_tag(path)) for path in paths]
+    names = (getattr(v, "path", v.name.removesuffix(":0")) for v in objective.owners)
+    return [unique.take(name) for name in names]
+
+
+def _as_tag(name: str) -> str:
+    """Return the name of a leaf as a tag.
+
+    >>> _as_tag("x['w'][0]")
+    'x/w/0'
+    """
+    return re.sub(r"[\[\].']+", "/", name).strip("/")
+
+
+def _points(rows: Rows) -> np.ndarray[Any, Any]:
+    """Return the points of the rows, shape `[rows, parameters that they hold]`."""
+    columns = [c for name, c in rows.columns.items() if re.match(r"x\b", name)]
+    empty = np.empty([len(rows), 0])
+    return np.concatenate([empty, *(c.reshape(len(c), -1) for c in columns)], axis=1)
 
 
 def _scalars(rows: Rows) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """Yield (tag, array of shape [rows]) for each number that a row holds."""
-    for name, column in rows.columns.items():
-        if name in ("step", "seconds"):
+    columns = rows.columns
+    for name, column in columns.items():
+        if name in ("step", "seconds", "time"):
             continue
-        tag = TAGS.get(name) or re.sub(r"[\[\].']+", "/", name).strip("/")
+        tag = TAGS.get(name) or _as_tag(name)
         if column.ndim == 1:
             yield tag, column
             continue
         for index in np.ndindex(column.shape[1:]):
             yield f"{tag}/{'_'.join(map(str, index))}", column[:, *index]
+    with np.errstate(divide="ignore"):  # of a gradient that is zero, it is -inf
+        yield "gradient/log10_max_norm", np.log10(columns["grad_norm"])
+
+
+def _is_kept(rows: Rows) -> np.ndarray[Any, Any]:
+    """Return whether each row is written; its step alone decides."""
+    steps = rows.columns["step"]
+    doublings = np.ceil(np.log2(np.maximum(steps / EVERY_STEP, 1.0)))
+    return np.asarray(steps % 2 ** doublings.astype(np.int64) == 0)
+
+
+def _selected(rows: Rows, which: Any) -> Rows:
+    return Rows({name: column[which] for name, column in rows.columns.items()})
+
+
+def _lowest(values: np.ndarray[Any, Any]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.min(finite, initial=np.inf))
+
+
+def _wall_times(rows: Rows) -> np.ndarray[Any, Any]:
+    seconds = rows.columns["seconds"]
+    return np.asarray(time.time() - (seconds[-1:] - seconds))

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
-from tfgrad.optimize.methods.keras_optimizer import KerasMethod
 from tfgrad.optimize.objective import Evaluation, Objective
-from tfgrad.optimize.stopping import NONFINITE, RUNNING, Step, Stopping
+from tfgrad.optimize.stopping import GIVEN_UP, NONFINITE, RUNNING, Step, Stopping
+from tfgrad.optimize.turns import PureTurns, Turns
 
 CHUNK_SECONDS = 0.075
 """What a chunk should take: short enough for Ctrl-C, long enough to hide a Python
@@ -42,6 +42,17 @@ XLA_STEPS = 3000
 
 XLA_STEPS_PER_OP = 20
 """... and for larger functions, which take longer to compile, from this many per op."""
+
+PURE_XLA_FROM = 300
+"""The step from which a pure method runs under XLA: most runs end long before."""
+
+NEVER = -1
+
+TURNS = 8
+"""Evaluations that a chunk may take per step; a line search takes one to three."""
+
+GTOL = {tf.float64: 1e-6, tf.float32: 1e-3}
+"""Where a pure method stops unless told otherwise: about half of the dtype's digits."""
 
 NOT_FOR_XLA = ("Random", "Multinomial", "PyFunc", "Conv", "Pool")
 """Parts of op names: what XLA draws otherwise, cannot compile, or runs slower on a
@@ -63,29 +74,55 @@ class Rows:
         """Return the number of rows."""
         return len(self.columns["step"])
 
+    def first(self, count: int) -> Rows:
+        """Return the first `count` rows."""
+        return Rows({name: column[:count] for name, column in self.columns.items()})
+
+
+class Carried(NamedTuple):
+    """What the compiled loop carries from turn to turn.
+
+    Attributes:
+        taken: Steps taken in this chunk.
+        turns: Evaluations made in this chunk.
+        code: What stopped it.
+        before: The point before the last step, leaf by leaf.
+        at: The evaluation of the current point.
+        state: What the method needs.
+    """
+
+    taken: Any
+    turns: Any
+    code: Any
+    before: list[tf.Tensor]
+    at: Evaluation
+    state: Any
+
 
 class Loop:
     """A run of a method on an objective, from chunk to chunk.
 
     Args:
         objective: What to minimise.
-        make_method: Returns the method for the variables of the objective.
+        make_turns: Returns the method at work on the objective.
         stopping: The rules to ask after every step.
         steps: How many steps are planned.
         jit: True compiles with XLA, False does not, "auto" where it pays and agrees.
 
     Attributes:
-        evaluation: The objective where the variables are now.
+        stopping: The rules that are asked.
+        at: The evaluation of the current point.
         step: How many steps were taken to get there.
         evaluations: How often the objective was evaluated.
         code: What stopped the loop: a position in `STATUSES`; RUNNING if nothing did.
+        turns: The method at work.
         nonfinite: With code NONFINITE, rows of which the last is not finite.
     """
 
     def __init__(
         self,
         objective: Objective,
-        make_method: Callable[[list[Any]], KerasMethod],
+        make_turns: Callable[[Objective], Turns],
         stopping: Stopping,
         *,
         steps: int,
@@ -93,19 +130,20 @@ class Loop:
     ) -> None:
         """Evaluate the start, which is row 0."""
         self._objective = objective
-        self._stopping = stopping
         self._began = time.perf_counter()
         self.evaluations = 0
         if not objective.variables:  # this first evaluation is what finds them
             objective.evaluate()
             self.evaluations += 1
-        self.method = make_method(objective.owners)
+        self.turns = make_turns(objective)
         self.step = 0
-        self.evaluation = self._evaluate()
+        self.at = self._evaluate()
+        self.stopping = self._rules(stopping)
+        self._state = self.turns.start(self.at)
         start = self.here()
-        self.code = RUNNING if _is_finite(start) else NONFINITE
+        self.code = self._code_of_start() if _is_finite(start) else NONFINITE
         self.nonfinite = start
-        self._form = self._choose_form(steps, jit)
+        self._form, self._xla_from = self._plan(steps, jit)
         self._is_fallible = jit == "auto"
         self._chunk: Callable[..., Any] | None = None
         self._length = 1
@@ -118,67 +156,72 @@ class Loop:
 
     def here(self) -> Rows:
         """Return the one row of the current point."""
-        row = {
-            name: np.asarray(value)[None] for name, value in self.evaluation.row.items()
-        }
+        row = {name: np.asarray(value)[None] for name, value in self.at.row.items()}
         return self._rows(row, self.seconds)
 
+    def point(self) -> list[tf.Tensor]:
+        """Return the current point, leaf by leaf."""
+        return self.turns.point(self._state)
+
     def advance(self, most: int) -> Rows:
-        """Take between one and `most` steps; return their rows."""
+        """Take up to `most` steps, at least one unless the method gives up."""
         began = self.seconds
-        if self.step == 0 or self._form == "single" or not self.method.is_compiled:
+        if self._form == "single" or not self.turns.is_compiled:
             return self._take_one()
+        if self.step == self._xla_from:
+            self._form, self._chunk = "xla", None
         if self._chunk is None:
             return self._take_first_chunk()
+        if self.step < self._xla_from:
+            most = min(most, self._xla_from - self.step)
         length = min(most, self._length, self._capacity)
         rows = self._take_chunk(length)
         growth = CHUNK_SECONDS / (self.seconds - began)
         self._length = max(1, int(length * min(GROWTH, growth)))
         return rows
 
-    def gradient(self) -> list[tf.Tensor]:
-        """Return the gradient where the variables are, without the method's scale."""
-        scale = self.method.scale()
-        leaves = self.evaluation.gradient
-        return (
-            leaves if scale is None else [g / tf.cast(scale, g.dtype) for g in leaves]
-        )
-
     def evaluate(self) -> None:
         """Evaluate the objective again: its variables have been moved."""
-        self.evaluation = self._evaluate()
+        self.at = self._evaluate()
+        self._state = self.turns.start(self.at)
 
     def _evaluate(self) -> Evaluation:
         self.evaluations += 1
-        return self._objective.evaluate(self.method.scale())
+        return self.turns.evaluate()
 
     def _take_one(self) -> Rows:
-        before, x = self.evaluation, self._objective.read()
-        self.method.update(before.gradient)
-        self.evaluation = self._evaluate()
-        self.step += 1
+        before, x = self.at, self.point()
+        accepted = failed = False
+        while not accepted and not failed:
+            turn = self.turns.turn(self.at, self._state)
+            self.at, self._state, accepted, failed = turn
+            self.evaluations += 1
+        self.turns.settle(self._state)
+        self.step += int(accepted)
         rows = self.here()
-        if self._stopping.is_empty:
+        if failed:
+            self.code = GIVEN_UP
+            return rows if accepted else rows.first(0)
+        if self.stopping.is_empty:
             self.code = RUNNING if _is_finite(rows) else NONFINITE
         else:
-            self.code = int(
-                self._stopping.code(self._between(x, before, self.evaluation))
-            )
+            step = self._between(x, before, self._state, self.at)
+            self.code = int(self.stopping.code(step))
         return self._without_last(rows, x) if self.code == NONFINITE else rows
 
     def _take_chunk(self, length: int) -> Rows:
-        began = self.seconds
         assert self._chunk is not None
-        taken, code, before, self.evaluation, columns = self._chunk(
-            tf.constant(length), self.evaluation
-        )
-        count = int(taken)
+        began = self.seconds
+        carried, columns = self._chunk(tf.constant(length), self.at, self._state)
+        count, self.code = int(carried.taken), int(carried.code)
+        self.at, self._state = carried.at, carried.state
         self.step += count
-        self.evaluations += count
-        self.code = int(code)
+        self.evaluations += int(carried.turns)
         kept = {name: column.numpy()[:count] for name, column in columns.items()}
         rows = self._rows(kept, began)
-        return self._without_last(rows, before) if self.code == NONFINITE else rows
+        if self.code == NONFINITE:
+            return self._without_last(rows, carried.before)
+        return rows
 
     def _take_first_chunk(self) -> Rows:
         """Compile the loop and take one step; under "auto", XLA has to agree."""
@@ -189,29 +232,32 @@ class Loop:
             rows = self._take_chunk(1)
         except tf.errors.OpError:
             # XLA has no kernel for something in it, and nothing was run.
-            self._form = "graph"
-            return self._take_first_chunk()
-        claimed, self.evaluation = self.evaluation, self._evaluate()
-        if self.code != NONFINITE and not _agree(claimed, self.evaluation):
-            self._form, self.code = "graph", RUNNING
-            self._chunk = self._compile()
-            return self.here()
-        return rows
+            return self._without_xla()._take_first_chunk()
+        if self.code == NONFINITE or _agree(self.at, again := self._evaluate()):
+            return rows
+        self.at, self.code = again, RUNNING
+        self._without_xla()._chunk = self._compile()
+        return self.here()
 
-    def _between(self, x: list[tf.Tensor], before: Evaluation, at: Evaluation) -> Step:
-        """Return the step from `x` to where the variables are now."""
+    def _without_xla(self) -> Self:
+        self._form, self._xla_from = "graph", -1
+        return self
+
+    def _between(
+        self, x: list[tf.Tensor], before: Evaluation, state: Any, at: Evaluation
+    ) -> Step:
+        """Return the step from `x` to where `state` is."""
         fun, norm, previous = at.row["fun"], at.row["grad_norm"], before.row["fun"]
-        now = [] if self._stopping.xtol is None else self._objective.read()
+        now = [] if self.stopping.xtol is None else self.turns.point(state)
         return Step(fun, norm, now, previous, x)
 
     def _without_last(self, rows: Rows, x: list[tf.Tensor]) -> Rows:
         """Go back from a point that is not finite to the one before it."""
         self.nonfinite = rows
         self.step -= 1
-        for variable, value in zip(self._objective.variables, x, strict=True):
-            variable.assign(value)
+        self._objective.assign(x)
         self.evaluate()
-        return Rows({name: column[:-1] for name, column in rows.columns.items()})
+        return rows.first(len(rows) - 1)
 
     def _rows(self, columns: dict[str, Any], began: float) -> Rows:
         """Return rows that end at the current step; their time is spread evenly."""
@@ -224,50 +270,80 @@ class Loop:
         """Return the function that takes up to `limit` steps."""
         is_xla = self._form == "xla"
 
-        def chunk(limit: tf.Tensor, start: Evaluation) -> Any:
+        def chunk(limit: tf.Tensor, at: Evaluation, state: Any) -> Any:
             size = self._capacity if is_xla else limit  # XLA needs to know it
             arrays = {
                 name: tf.TensorArray(value.dtype, size, element_shape=value.shape)
-                for name, value in start.row.items()
+                for name, value in at.row.items()
             }
 
-            def goes_on(taken: Any, code: Any, *_: Any) -> tf.Tensor:
-                on: tf.Tensor = (taken < limit) & (code == RUNNING)
+            def goes_on(carried: Carried, _: Any) -> tf.Tensor:
+                # A chunk of steps that are never accepted must end, too.
+                is_within = (carried.taken < limit) & (carried.turns < TURNS * limit)
+                on: tf.Tensor = is_within & (carried.code == RUNNING)
                 return on
 
-            def body(taken: Any, _: Any, __: Any, at: Evaluation, arrays: Any) -> Any:
-                x = self._objective.read()
-                self.method.update(at.gradient)
-                after = self._objective.evaluate(self.method.scale())
+            def body(carried: Carried, arrays: Any) -> Any:
+                after = self._turn(carried)
+                # A row of a point that was not accepted is written over by the next.
                 written = {
-                    name: array.write(taken, after.row[name])
+                    name: array.write(carried.taken, after.at.row[name])
                     for name, array in arrays.items()
                 }
-                code = self._stopping.code(self._between(x, at, after))
-                return taken + 1, code, x, after, written
+                return after, written
 
-            carry = (0, RUNNING, self._objective.read(), start, arrays)
-            *rest, arrays = tf.while_loop(goes_on, body, carry, parallel_iterations=1)
-            return *rest, {name: array.stack() for name, array in arrays.items()}
+            start = Carried(0, 0, RUNNING, self.turns.point(state), at, state)
+            last, arrays = tf.while_loop(
+                goes_on, body, (start, arrays), parallel_iterations=1
+            )
+            self.turns.settle(last.state)
+            return last, {name: array.stack() for name, array in arrays.items()}
 
         compiled: Callable[..., Any] = tf.function(
             chunk, autograph=False, jit_compile=is_xla or None
         )
         return compiled
 
-    def _choose_form(self, steps: int, jit: bool | str) -> str:
-        """Return "single", "graph" or "xla": how all steps but the first are run."""
-        operations = self._objective.operations(self.method.scale())
+    def _turn(self, carried: Carried) -> Carried:
+        """Take one turn and judge it, inside the compiled loop."""
+        x = self.turns.point(carried.state)
+        at, state, accepted, failed = self.turns.turn(carried.at, carried.state)
+        code = self.stopping.code(self._between(x, carried.at, state, at))
+        taken, before = carried.taken + 1, x
+        if accepted is not True:
+            code = tf.where(accepted, code, RUNNING)
+            taken = carried.taken + tf.cast(accepted, tf.int32)
+            pairs = zip(x, carried.before, strict=True)
+            before = [tf.where(accepted, new, old) for new, old in pairs]
+        if failed is not False:
+            code = tf.where(failed & (code == RUNNING), GIVEN_UP, code)
+        return Carried(taken, carried.turns + 1, code, before, at, state)
+
+    def _code_of_start(self) -> int:
+        """Return the code of the rules that look at one point; the others need a step."""
+        row, rules = self.at.row, replace(self.stopping, ftol=None, xtol=None)
+        return int(rules.code(Step(row["fun"], row["grad_norm"], [], row["fun"], [])))
+
+    def _rules(self, asked: Stopping) -> Stopping:
+        """Return the rules that were asked for; a pure method stops at a solution."""
+        if asked.gtol is not None or not isinstance(self.turns, PureTurns):
+            return asked
+        return replace(asked, gtol=GTOL.get(self.at.row["fun"].dtype, 0.1))
+
+    def _plan(self, steps: int, jit: bool | str) -> tuple[str, int]:
+        """Return "single", "graph" or "xla", and from which step on it is XLA."""
+        operations = self.turns.operations()
         if not operations:  # it runs eagerly
-            return "single"
+            return "single", NEVER
         if jit is True:
-            return "xla"
-        if steps < LOOP_STEPS:
-            return "single"
-        if jit is False or steps < max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations)):
-            return "graph"
+            return "xla", NEVER
         unfit = any(part in op for op in operations for part in NOT_FOR_XLA)
-        return "graph" if unfit else "xla"
+        is_long = steps >= max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations))
+        if isinstance(self.turns, PureTurns):  # which may end long before `steps`
+            return "graph", NEVER if unfit or jit is False else PURE_XLA_FROM
+        if steps < LOOP_STEPS:
+            return "single", NEVER
+        return "graph" if unfit or jit is False or not is_long else "xla", NEVER
 
 
 def _is_finite(rows: Rows) -> bool:

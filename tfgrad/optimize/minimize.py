@@ -24,7 +24,7 @@ def minimize(
     x0: Nest | None = None,
     *,
     wrt: Nest | None = None,
-    method: Any = "adam",
+    method: Any = "lbfgs",
     learning_rate: Any = None,
     steps: int = 1000,
     gtol: float | None = None,
@@ -51,12 +51,15 @@ def minimize(
             changed.
         wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of
             them, a `tf.Module` or a `keras.Model`.
-        method: The name of a Keras optimizer ("sgd", "adam", ...), an instance of one
-            (cloned, so that two runs share nothing), or any object with
-            `apply_gradients`.
-        learning_rate: For a method by name: a positive number or a Keras schedule.
-        steps: How many steps to take at most; all of them, unless a rule below holds.
-        gtol: Stop where no element of the gradient is larger.
+        method: "lbfgs", for smooth functions of any size; the name of a Keras optimizer
+            ("sgd", "adam", ...), for noisy ones, or an instance of one (cloned, so that
+            two runs share nothing); any object with `apply_gradients`; or a method of
+            your own (`tfgrad.optimize.methods.protocol`).
+        learning_rate: For a Keras optimizer by name: a positive number or a schedule.
+        steps: How many steps to take at most. An optimizer of Keras takes all of them
+            unless a rule below says otherwise.
+        gtol: Stop where no element of the gradient is larger. None means no such rule
+            for an optimizer of Keras, else 1e-6 in float64 and 1e-3 in float32.
         ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
         xtol: Stop after a step no longer than this, relative to max(1, ||x||).
         target: Stop where f is no larger.
@@ -92,10 +95,15 @@ def minimize(
         [3.    2.3   1.74  1.292] [11.      6.59    3.7676]
         >>> print(result.status, f"{float(result.x):.3f}")
         steps -0.496
+        >>> def rosenbrock(p):
+        ...     return (1 - p["a"]) ** 2 + 100 * (p["b"] - p["a"] ** 2) ** 2
+        >>> result = minimize(rosenbrock, {"a": np.float64(-1.2), "b": np.float64(1)})
+        >>> print(result.status, result.success, f"{float(result.x['b']):.4f}")
+        gtol True 1.0000
 
     References:
-        Robbins and Monro (1951), Annals of Mathematical Statistics 22, for descent
-        along a gradient; Keras's documentation for each optimizer.
+        `tfgrad.optimize.methods.lbfgs` for L-BFGS; Keras's documentation for each of
+        its optimizers.
     """
     if callback is not None and not callable(callback):
         raise InvalidArgumentError(
@@ -142,7 +150,7 @@ def descend(
     x0: Nest | None = None,
     *,
     wrt: Nest | None = None,
-    method: Any = "adam",
+    method: Any = "lbfgs",
     learning_rate: Any = None,
     every: int = 1,
     steps: int = 1000,
@@ -165,7 +173,7 @@ def descend(
         x0: The values to start from.
         wrt: Variables that `f` reads.
         method: A method by name, or an optimizer.
-        learning_rate: For a method by name.
+        learning_rate: For a Keras optimizer by name.
         every: How many steps there are from one state to the next.
         steps: How many steps to take at most.
         gtol: Stop where no element of the gradient is larger.

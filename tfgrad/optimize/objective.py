@@ -96,6 +96,11 @@ class Objective:
         """Return the point: the values of the variables now."""
         return [variable.read_value() for variable in self.variables]
 
+    def assign(self, x: Sequence[tf.Tensor]) -> None:
+        """Put the variables to a point, leaf by leaf."""
+        for variable, value in zip(self.variables, x, strict=True):
+            variable.assign(value)
+
     def arguments(self) -> tuple[Nest, ...]:
         """Return what the user's function is called with where the variables are."""
         return (self.pack(self.read()),) if self._takes_values else ()

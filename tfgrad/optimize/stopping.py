@@ -10,10 +10,15 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-STATUSES = ("running", "nonfinite", "target", "gtol", "ftol", "xtol")
+STATUSES = (
+    "running", "nonfinite", "unbounded", "target", "gtol", "ftol", "xtol", "gave up"
+)  # fmt: skip
 """What a compiled rule says; the code of a status is its position here."""
 
-RUNNING, NONFINITE = 0, 1
+RUNNING, NONFINITE, GIVEN_UP = 0, 1, 7
+
+UNBOUNDED = -1e16
+"""A value below which f is taken to have no minimum; 1 changes nothing beside it."""
 
 SOLUTIONS = frozenset({"target", "gtol", "ftol", "xtol"})
 """The statuses that say: the point is a solution, by the rule of that name."""
@@ -48,6 +53,7 @@ class Stopping:
         """Return the position in `STATUSES` of the first rule that holds."""
         rules = [
             ~(tf.math.is_finite(step.fun) & tf.math.is_finite(step.grad_norm)),
+            step.fun <= UNBOUNDED if step.fun.dtype.max > -UNBOUNDED else None,
             None if self.target is None else step.fun <= self.target,
             None if self.gtol is None else step.grad_norm <= self.gtol,
             None if self.ftol is None else _stands_still(step, self.ftol),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import inspect
 import math
@@ -35,21 +34,20 @@ def optimizer_factory(method: Any, learning_rate: Any) -> Callable[[], Any]:
     """Return the function that makes an optimizer of a run's own, not yet built.
 
     Args:
-        method: The name of a Keras optimizer, an instance (cloned from its
+        method: The class of a Keras optimizer, an instance (cloned from its
             configuration), or any object with `apply_gradients` (used as it is if it
             cannot be cloned).
-        learning_rate: For a name: a positive number or a Keras schedule; None means the
-            optimizer's default.
+        learning_rate: For a class: a positive number or a Keras schedule; None means
+            the optimizer's default.
 
     Raises:
         InvalidArgumentError: If there is no such method, or the learning rate is no
             such thing.
     """
-    if isinstance(method, str):
-        kind: Callable[..., Any] = _named(method)
+    if inspect.isclass(method) and method in optimizer_names().values():
         if learning_rate is None:
-            return kind
-        return functools.partial(kind, learning_rate=_rate(learning_rate))
+            return method
+        return functools.partial(method, learning_rate=_rate(learning_rate))
     if inspect.isclass(method) or not hasattr(method, "apply_gradients"):
         raise InvalidArgumentError(
             "`method` must be a name, or an optimizer with `apply_gradients`.",
@@ -82,8 +80,9 @@ class KerasMethod:
 
     Attributes:
         name: What to call the method: its class in lower case.
-        is_compiled: Whether updates can be part of a trace. False for an optimizer that
-            keeps its state in Python, where a trace would freeze it.
+        is_compiled: Whether updates can be part of a trace: from the first one on,
+            unless the optimizer keeps its state in Python, where a trace would freeze
+            it.
     """
 
     def __init__(self, factory: Callable[[], Any], variables: Sequence[Any]) -> None:
@@ -99,7 +98,7 @@ class KerasMethod:
             if self._is_built:
                 self._build()
         self.name = type(self._optimizer).__name__.lower()
-        self.is_compiled = True
+        self.is_compiled = False
         self._apply: Callable[..., Any] | None = None
 
     def scale(self) -> tf.Tensor | None:
@@ -162,10 +161,10 @@ class KerasMethod:
         else:
             changed = state.changed()
             if not changed:
+                self.is_compiled = True
                 return concrete
             reason = f"it keeps its state in Python ({', '.join(changed)})"
         state.restore()
-        self.is_compiled = False
         warnings.warn(
             f"`{self.name}` runs eagerly, which is slower: {reason}. Keep state in "
             "tf.Variable to have it compiled.",
@@ -235,18 +234,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return bool(np.array_equal(a, b))
     return a is b
-
-
-def _named(method: str) -> type[keras.optimizers.Optimizer]:
-    names = optimizer_names()
-    if method.lower() in names:
-        return names[method.lower()]
-    close = difflib.get_close_matches(method.lower(), names, n=3, cutoff=0.4)
-    raise InvalidArgumentError(
-        "`method` must be the name of a method, or an optimizer.",
-        got=f"method={method!r}",
-        hint=" or ".join(map(repr, close or sorted(names))),
-    )
 
 
 def _rate(learning_rate: Any) -> Any:

@@ -1,0 +1,76 @@
+"""What a method is: where to look first, and where to look next.
+
+A method is any object with `name`, `init` and `update`, as `Method` describes. The loop
+does the rest: it evaluates the objective and its gradient once for each `update`, keeps
+the history, asks the stopping rules, writes the log. Whatever was passed to `minimize`,
+a method sees one vector of one float dtype.
+
+This is all of the Barzilai-Borwein method (1988, IMA Journal of Numerical Analysis 8):
+
+>>> import tensorflow as tf
+>>> import tfgrad
+>>> from tfgrad.optimize.methods.protocol import Move
+>>> class BarzilaiBorwein:
+...     name = "barzilai-borwein"
+...     def init(self, start):
+...         return Move(start.x - 1e-3 * start.grad)
+...     def update(self, new, old, state):
+...         s, y = new.x - old.x, new.grad - old.grad
+...         step_size = tf.reduce_sum(s * s) / tf.reduce_sum(s * y)
+...         return Move(new.x - step_size * new.grad)
+>>> def bowl(x):
+...     return tf.reduce_sum([1.0, 10.0, 100.0] * x**2)
+>>> tfgrad.minimize(bowl, [1.0, 1.0, 1.0], method=BarzilaiBorwein(), gtol=1e-3).success
+True
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import tensorflow as tf
+
+
+class Point(NamedTuple):
+    """An evaluated point.
+
+    Attributes:
+        x: Where, shape `[n]`.
+        fun: The value of the objective, shape `[]`; may be NaN or infinite.
+        grad: Its gradient, shape `[n]`.
+    """
+
+    x: tf.Tensor
+    fun: tf.Tensor
+    grad: tf.Tensor
+
+
+class Move(NamedTuple):
+    """What a method wants next.
+
+    Attributes:
+        x: Where to evaluate next, shape `[n]`.
+        state: What the method has to remember: a nest of tensors, of the same
+            structure, shapes and dtypes every time.
+        accepted: Whether the point just evaluated becomes the current one and so
+            completes a step; a line search says False while it looks further.
+        failed: Whether the method cannot do better than the current point.
+    """
+
+    x: tf.Tensor
+    state: Any = ()
+    accepted: Any = True
+    failed: Any = False
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A method of minimisation; both functions are pure and run inside a trace."""
+
+    name: str
+
+    def init(self, start: Point) -> Move:
+        """Return the first move; its `accepted` and `failed` are not read."""
+
+    def update(self, new: Point, old: Point, state: Any) -> Move:
+        """Return the next move, given the point just evaluated and the current one."""

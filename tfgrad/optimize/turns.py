@@ -1,0 +1,213 @@
+"""One turn of the loop, for the two kinds of methods: pure ones, and Keras's.
+
+A turn takes one evaluation. A pure method looks at it and says where to look next; an
+optimizer of Keras moves the variables by the gradient it has, and then they are
+evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import tensorflow as tf
+
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import ravel, unravel
+from tfgrad.optimize.methods import PURE, named_method
+from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
+from tfgrad.optimize.methods.protocol import Method, Point
+from tfgrad.optimize.objective import Evaluation, Objective
+
+
+class Turn(NamedTuple):
+    """What a turn leads to.
+
+    Attributes:
+        at: The evaluation of the current point.
+        state: What the next turn needs.
+        accepted: Whether the current point is a new one: a step is complete.
+        failed: Whether the method cannot go on from here.
+    """
+
+    at: Evaluation
+    state: Any
+    accepted: Any
+    failed: Any
+
+
+class Turns(Protocol):
+    """A method at work on an objective."""
+
+    name: str
+    is_compiled: bool
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the objective where the variables are."""
+
+    def operations(self) -> list[str]:
+        """Return the op types of an evaluation; none if it cannot be compiled."""
+
+    def start(self, at: Evaluation) -> Any:
+        """Return the state before the first turn."""
+
+    def turn(self, at: Evaluation, state: Any) -> Turn:
+        """Take one turn; may be part of a trace."""
+
+    def point(self, state: Any) -> list[tf.Tensor]:
+        """Return the current point, leaf by leaf."""
+
+    def settle(self, state: Any) -> None:
+        """Put the variables to the current point."""
+
+    def gradient(self, at: Evaluation) -> list[tf.Tensor]:
+        """Return the gradient of an evaluation, in its own units."""
+
+    def finish(self) -> bool:
+        """Do what is due at the end; return whether that moved the variables."""
+
+
+class KerasTurns:
+    """Turns of an optimizer, which moves the variables by itself."""
+
+    def __init__(self, objective: Objective, method: KerasMethod) -> None:
+        """Bring the two together."""
+        self._objective = objective
+        self._method = method
+        self.name = method.name
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a turn can be part of a trace."""
+        return self._method.is_compiled
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the objective where the variables are."""
+        return self._objective.evaluate(self._method.scale())
+
+    def operations(self) -> list[str]:
+        """Return the op types of an evaluation; none if it cannot be compiled."""
+        return self._objective.operations(self._method.scale())
+
+    def start(self, at: Evaluation) -> Any:
+        """Return nothing: an optimizer keeps its state in variables."""
+        return ()
+
+    def turn(self, at: Evaluation, state: Any) -> Turn:
+        """Update the variables and evaluate: every turn is a step."""
+        self._method.update(at.gradient)
+        return Turn(self.evaluate(), (), True, False)
+
+    def point(self, state: Any) -> list[tf.Tensor]:
+        """Return the values of the variables."""
+        return self._objective.read()
+
+    def settle(self, state: Any) -> None:
+        """Do nothing: the variables are the current point."""
+
+    def gradient(self, at: Evaluation) -> list[tf.Tensor]:
+        """Return the gradient without the loss scale."""
+        scale = self._method.scale()
+        if scale is None:
+            return at.gradient
+        return [leaf / tf.cast(scale, leaf.dtype) for leaf in at.gradient]
+
+    def finish(self) -> bool:
+        """Let the optimizer put its averages in place, if it keeps any."""
+        return self._method.finish()
+
+
+class PureTurns:
+    """Turns of a pure method, which sees one vector and moves nothing by itself."""
+
+    is_compiled = True
+
+    def __init__(self, objective: Objective, method: Method) -> None:
+        """Bring the two together; the variables must share one dtype."""
+        self._objective = objective
+        self._method = method
+        self.name = method.name
+        dtypes = {variable.dtype.name for variable in objective.variables}
+        if len(dtypes) > 1:
+            raise InvalidArgumentError(
+                f"`{self.name}` works on one vector of one dtype.",
+                got=f"leaves of {' and '.join(sorted(dtypes))}",
+                hint="cast them to one dtype, or a Keras optimizer such as 'adam'",
+            )
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate the objective where the variables are."""
+        return self._objective.evaluate()
+
+    def operations(self) -> list[str]:
+        """Return the op types of an evaluation; none if it cannot be compiled."""
+        return self._objective.operations()
+
+    def start(self, at: Evaluation) -> Any:
+        """Return the first trial, what the method remembers, and the current point."""
+        here = self._as_point(ravel(self._objective.read()), at)
+        move = self._method.init(here)
+        return move.x, move.state, here
+
+    def turn(self, at: Evaluation, state: Any) -> Turn:
+        """Evaluate the trial and ask the method what to make of it."""
+        trial, remembered, old = state
+        self._objective.assign(unravel(trial, self._objective.variables))
+        evaluation = self.evaluate()
+        new = self._as_point(trial, evaluation)
+        move = self._method.update(new, old, remembered)
+        if move.accepted is not True:
+            new, evaluation = _either(move.accepted, (new, evaluation), (old, at))
+        return Turn(evaluation, (move.x, move.state, new), move.accepted, move.failed)
+
+    def point(self, state: Any) -> list[tf.Tensor]:
+        """Return the current point, leaf by leaf."""
+        return unravel(state[2].x, self._objective.variables)
+
+    def settle(self, state: Any) -> None:
+        """Put the variables to the current point; the last trial may lie elsewhere."""
+        self._objective.assign(self.point(state))
+
+    def gradient(self, at: Evaluation) -> list[tf.Tensor]:
+        """Return the gradient as it is."""
+        return at.gradient
+
+    def finish(self) -> bool:
+        """Do nothing."""
+        return False
+
+    def _as_point(self, x: tf.Tensor, at: Evaluation) -> Point:
+        return Point(x, tf.cast(at.row["fun"], x.dtype), ravel(at.gradient))
+
+
+def make_turns(method: Any, learning_rate: Any) -> Callable[[Objective], Turns]:
+    """Return the function from an objective to the turns of a method on it.
+
+    Args:
+        method: The name of a method, a pure method (`protocol.Method`), an instance of
+            a Keras optimizer, or any object with `apply_gradients`.
+        learning_rate: For an optimizer of Keras by name.
+
+    Raises:
+        InvalidArgumentError: If there is no such method, or it has no learning rate.
+    """
+    if isinstance(method, str):
+        method = named_method(method)
+        if method in PURE.values():
+            method = method()
+    if isinstance(method, Method) and not isinstance(method, type):
+        if learning_rate is not None:
+            raise InvalidArgumentError(
+                f"`{method.name}` finds its own step size.",
+                got=f"learning_rate={learning_rate!r}",
+                hint='method="adam" or another optimizer of Keras, or no learning_rate',
+            )
+        return lambda objective: PureTurns(objective, method)
+    factory = optimizer_factory(method, learning_rate)
+    return lambda objective: KerasTurns(
+        objective, KerasMethod(factory, objective.owners)
+    )
+
+
+def _either(condition: tf.Tensor, a: Any, b: Any) -> Any:
+    return tf.nest.map_structure(lambda x, y: tf.where(condition, x, y), a, b)
