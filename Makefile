@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/tfgrad demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto
 
 check: $(STAMP)
 	$(BIN)/ruff check .

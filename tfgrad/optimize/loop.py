@@ -320,7 +320,7 @@ class Loop:
         return Carried(taken, carried.turns + 1, code, before, at, state)
 
     def _code_of_start(self) -> int:
-        """Return the code of the rules that look at one point; the others need a step."""
+        """Return the code of the rules that need no step."""
         row, rules = self.at.row, replace(self.stopping, ftol=None, xtol=None)
         return int(rules.code(Step(row["fun"], row["grad_norm"], [], row["fun"], [])))
 

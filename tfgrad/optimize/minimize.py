@@ -95,6 +95,7 @@ def minimize(
         [3.    2.3   1.74  1.292] [11.      6.59    3.7676]
         >>> print(result.status, f"{float(result.x):.3f}")
         steps -0.496
+        >>> import numpy as np
         >>> def rosenbrock(p):
         ...     return (1 - p["a"]) ** 2 + 100 * (p["b"] - p["a"] ** 2) ** 2
         >>> result = minimize(rosenbrock, {"a": np.float64(-1.2), "b": np.float64(1)})

@@ -40,7 +40,10 @@ class Turns(Protocol):
     """A method at work on an objective."""
 
     name: str
-    is_compiled: bool
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a turn can be part of a trace."""
 
     def evaluate(self) -> Evaluation:
         """Evaluate the objective where the variables are."""

@@ -411,7 +411,7 @@ BAD_INPUT = {
     ),
     "gtol": (lambda: sgd(parabola, 3.0, gtol=-1.0), "must not be negative"),
     "target": (lambda: sgd(parabola, 3.0, target="low"), "must be a number"),
-    "jit": (lambda: sgd(parabola, 3.0, jit="yes"), '`jit` must be True, False or "auto"'),
+    "jit": (lambda: sgd(parabola, 3.0, jit="yes"), "`jit` must be True, False or"),
     "callback": (lambda: sgd(parabola, 3.0, callback=3), "function of a `State`"),
     "every": (lambda: tfgrad.descend(parabola, 3.0, every=0), "every=0"),
     "aux": (lambda: sgd(parabola, 3.0, has_aux=True), "pair \\(value, aux\\)"),

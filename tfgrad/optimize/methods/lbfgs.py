@@ -236,7 +236,7 @@ def _between(low: Trial, high: Trial) -> tf.Tensor:
 
 
 def _remember(memory: Memory, s: tf.Tensor, y: tf.Tensor) -> Memory:
-    """Return the memory with a new pair for the oldest, if its curvature is positive."""
+    """Return the memory with a new pair for the oldest, if it curves upwards."""
     curvature = _dot(s, y)
     is_kept = curvature > EPSILONS[s.dtype] * _dot(y, y)  # else 1 / it may overflow
     slot = memory.count % memory.s.shape[0]
@@ -255,7 +255,7 @@ def _remember(memory: Memory, s: tf.Tensor, y: tf.Tensor) -> Memory:
 
 def _times_inverse_hessian(memory: Memory, gradient: tf.Tensor) -> tf.Tensor:
     """Return the two-loop recursion (algorithm 7.4)."""
-    size = memory.s.shape[0]
+    size = int(memory.s.shape[0] or 0)
     kept = tf.minimum(memory.count, size)
     weights = tf.zeros_like(memory.curvature)
 
