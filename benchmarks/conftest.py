@@ -14,7 +14,7 @@ ROWS = []
 
 
 def interleaved(repeats, **calls):
-    """Return the median seconds of each call, timed in turns; the first turn warms up."""
+    """Return the median seconds of each call, timed in turns after a first one."""
     seconds = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():

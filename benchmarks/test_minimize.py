@@ -116,9 +116,7 @@ def test_a_keras_optimizer_against_the_hand_written_xla_loop(report):
     ours, theirs = [], []
     for _ in range(4):
         f, variables = network(32)
-        result = tfgrad.minimize(
-            f, wrt=variables, learning_rate=1e-3, steps=steps, jit=True
-        )
+        result = tfgrad.minimize(f, wrt=variables, method="adam", steps=steps, jit=True)
         ours.append(steady(result))
         theirs.append(hand_written(*network(32), steps) / steps)
 
@@ -138,7 +136,7 @@ def test_logging_every_step(report, tmp_path):
         for name, log in (("plain", None), ("logged", tmp_path / str(turn))):
             f, variables = network(32)
             result = tfgrad.minimize(
-                f, wrt=variables, learning_rate=1e-3, steps=steps, jit=True, log=log
+                f, wrt=variables, method="adam", steps=steps, jit=True, log=log
             )
             seconds[name].append(steady(result))
     plain, logged = (np.median(seconds[name][1:]) for name in ("plain", "logged"))

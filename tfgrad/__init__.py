@@ -14,37 +14,69 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tfgrad.derivatives.reverse import derivative, grad, value_and_grad
+    from tfgrad.checks.gradcheck import check_grads
+    from tfgrad.checks.report import GradCheck
+    from tfgrad.derivatives.elementwise import derivative
+    from tfgrad.derivatives.forward import jvp
+    from tfgrad.derivatives.matrices import hessian, hvp, jacobian
+    from tfgrad.derivatives.reverse import grad, value_and_grad, vjp
+    from tfgrad.diagnosis.explain import explain
     from tfgrad.differences import finite_difference
     from tfgrad.optimize.minimize import descend, minimize
     from tfgrad.optimize.result import OptimizeResult
     from tfgrad.runs.board import show
+    from tfgrad.runs.pictures import plot_path, plot_runs
+    from tfgrad.runs.reader import load_run, load_runs
     from tfgrad.runs.writer import Run
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "GradCheck": "tfgrad.checks.report",
     "OptimizeResult": "tfgrad.optimize.result",
     "Run": "tfgrad.runs.writer",
-    "derivative": "tfgrad.derivatives.reverse",
+    "check_grads": "tfgrad.checks.gradcheck",
+    "derivative": "tfgrad.derivatives.elementwise",
     "descend": "tfgrad.optimize.minimize",
+    "explain": "tfgrad.diagnosis.explain",
     "finite_difference": "tfgrad.differences",
     "grad": "tfgrad.derivatives.reverse",
+    "hessian": "tfgrad.derivatives.matrices",
+    "hvp": "tfgrad.derivatives.matrices",
+    "jacobian": "tfgrad.derivatives.matrices",
+    "jvp": "tfgrad.derivatives.forward",
+    "load_run": "tfgrad.runs.reader",
+    "load_runs": "tfgrad.runs.reader",
     "minimize": "tfgrad.optimize.minimize",
+    "plot_path": "tfgrad.runs.pictures",
+    "plot_runs": "tfgrad.runs.pictures",
     "show": "tfgrad.runs.board",
     "value_and_grad": "tfgrad.derivatives.reverse",
+    "vjp": "tfgrad.derivatives.reverse",
 }
 
 __all__ = [
+    "GradCheck",
     "OptimizeResult",
     "Run",
+    "check_grads",
     "derivative",
     "descend",
+    "explain",
     "finite_difference",
     "grad",
+    "hessian",
+    "hvp",
+    "jacobian",
+    "jvp",
+    "load_run",
+    "load_runs",
     "minimize",
+    "plot_path",
+    "plot_runs",
     "show",
     "value_and_grad",
+    "vjp",
 ]
 
 

@@ -71,7 +71,7 @@ def compiled(optimizer, monkeypatch, form):
 
 
 def agree(ours, theirs):
-    # Up to 12 steps of float32 rounding, amplified by optimizers that divide by moments.
+    # 12 steps of float32 rounding, amplified by optimizers that divide by moments.
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
