@@ -109,7 +109,8 @@ def line_derivative(
     line: Callable[[float], Array],
     step: float,
     epsilon: float,
-    sensitivity: Callable[[Array], Any],
+    sensitivity: Callable[[Array], Any] = np.zeros_like,
+    noise: float | None = None,
 ) -> tuple[Array, Array]:
     """Return the derivative of `line` at 0 and its error estimate, both elementwise.
 
@@ -119,6 +120,9 @@ def line_derivative(
         epsilon: The machine epsilon of what the line is computed in.
         sensitivity: Given the derivative, the sum over the arguments of |gradient|
             times |argument|: how far the line moves when the arguments are rounded.
+            Without it, they are taken to be exact.
+        noise: The rounding error of a value, if it is known; else it is taken to be
+            eight roundings: what functions of a dozen operations were seen to need.
     """
     value: Array = np.asarray(np.nan)
     error: Array = np.asarray(np.inf)
@@ -126,7 +130,10 @@ def line_derivative(
         with np.errstate(
             all="ignore"
         ):  # not finite is an answer here: its error is inf
-            slope, rounding, truncation = _richardson(line, step, epsilon, sensitivity)
+            slope, largest, truncation = _richardson(line, step)
+            known = 8 * epsilon * largest if noise is None else noise
+            evaluation = np.maximum(known, epsilon * largest)
+            rounding = (evaluation + epsilon * sensitivity(slope)) / step
             total = np.where(np.isfinite(slope), rounding + truncation, np.inf)
         value = np.where(total < error, slope, value)
         error = np.fmin(total, error)
@@ -168,20 +175,14 @@ def require_finite(nest: nested.Nest, name: str) -> None:
 
 
 def _richardson(
-    line: Callable[[float], Array],
-    step: float,
-    epsilon: float,
-    sensitivity: Callable[[Array], Any],
+    line: Callable[[float], Array], step: float
 ) -> tuple[Array, Array, Array]:
-    """Return the extrapolated slope, its rounding error and its truncation error."""
+    """Return the extrapolated slope, the largest value, and the truncation error."""
     right, left = line(step), line(-step)
     far_right, far_left = line(2 * step), line(-2 * step)
     near, far = (right - left) / (2 * step), (far_right - far_left) / (4 * step)
-    slope = (4 * near - far) / 3
     largest = np.max(np.abs([right, left, far_right, far_left]), axis=0)
-    # Eight roundings: what functions made of a dozen operations were seen to need.
-    rounding = epsilon * (8 * largest + sensitivity(slope)) / step
-    return slope, rounding, np.abs(near - far) / 3
+    return (4 * near - far) / 3, largest, np.abs(near - far) / 3
 
 
 def _gradient(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import tensorflow as tf
 
@@ -35,6 +35,10 @@ class Culprit:
     label: str
     reason: str
     hint: str
+
+    def within(self, line: Line) -> Self:
+        """Return it with `line`, that of the op around it, if its own is unknown."""
+        return self if self.where else replace(self, where=line)
 
 
 _STEP = "it is constant between its jumps, so TensorFlow defines no gradient"

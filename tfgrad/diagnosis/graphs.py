@@ -6,7 +6,7 @@ import contextlib
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -16,6 +16,8 @@ _RUN_EAGERLY = threading.RLock()
 _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
            "ResourceStridedSliceAssign")  # fmt: skip
 """How the ops that write to a variable, their first input, are called."""
+
+_NEEDS_AUTOGRAPH = tf.errors.OperatorNotAllowedInGraphError
 
 _BODIES = {
     "PartitionedCall": ("f",),
@@ -31,20 +33,24 @@ _BODIES = {
 
 
 def trace(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> Any:
-    """Return the concrete function of `function`, with nested ones inlined if possible.
+    """Return the concrete function of `function`, nested ones inlined if possible.
 
     Raises:
         Exception: Whatever `function` raises when its arguments are symbolic.
     """
-    # A Python `if` on a tensor needs AutoGraph. Inlining switches AutoGraph off inside of
-    # nested tf.functions; if that is where the `if` is, they have to stay calls.
-    attempts = [(inlined, False), (inlined, True), (contextlib.nullcontext, True)]
-    for context, autograph in attempts[:-1]:
-        with contextlib.suppress(Exception), context():
-            return tf.function(function, autograph=autograph).get_concrete_function(
-                *specs
-            )
-    return tf.function(function).get_concrete_function(*specs)
+    # A Python `if` on a tensor needs AutoGraph. Inlining switches AutoGraph off inside
+    # of nested tf.functions; if that is where the `if` is, they have to stay calls.
+    failures: list[Exception] = []
+    for inline, autograph in [(True, False), (True, True), (False, True)]:
+        with inlined() if inline else contextlib.nullcontext():
+            try:
+                compiled = tf.function(function, autograph=autograph)
+                return compiled.get_concrete_function(*specs)
+            except Exception as error:
+                failures.append(error)
+    first, *_, last = failures
+    # AutoGraph turns float(x) into something that fails later, on a line too far down.
+    raise last if isinstance(first, _NEEDS_AUTOGRAPH) else first
 
 
 @contextlib.contextmanager
@@ -83,6 +89,14 @@ def bodies(op: tf.Operation) -> list[Any]:
     return [body for body in found if body is not None]
 
 
+def counterparts(op: tf.Operation, body: Any, refs: Container[Any]) -> list[tf.Tensor]:
+    """Return the inputs of a body of `op` that stand for those in `refs`."""
+    # The first input of a conditional chooses the branch, which does not get it.
+    passed = list(op.inputs)[len(op.inputs) - len(body.inputs) :]
+    pairs = zip(passed, body.inputs, strict=True)
+    return [inner for outer, inner in pairs if outer.ref() in refs]
+
+
 def condition(op: tf.Operation) -> Any:
     """Return the graph of the function that decides whether a loop goes on."""
     return _body(op.graph, op.get_attr("cond").name)
@@ -94,29 +108,21 @@ def carries(tensor: tf.Tensor) -> bool:
     return dtype.is_floating or dtype.is_complex or dtype in (tf.resource, tf.variant)
 
 
-def path(
+def following(
     graph: tf.Graph,
     root: tf.Tensor,
-    outputs: Sequence[tf.Tensor],
-    blocks: Callable[[tf.Operation], bool],
-) -> dict[Any, tf.Tensor]:
-    """Return the tensors between `root` and `outputs` by `ref()`, in creation order.
+    blocks: Callable[[tf.Operation], bool] = lambda op: False,
+) -> set[Any]:
+    """Return the refs of the tensors in `graph` that depend on `root`, and its own.
 
-    Creation order is execution order, so one pass each way is enough: a variable that
-    is written to carries the value to all reads that come later.
-
-    Args:
-        graph: The graph they are in.
-        root: Where the paths start.
-        outputs: Where they end.
-        blocks: Whether an op is one that no path goes through.
+    Creation order is execution order, so one pass is enough: a variable that is written
+    to carries the value to all reads that come later.
     """
-    leads = leading_to(graph, outputs, blocks)
-    forward = {root.ref(): root}
+    found = {root.ref()}
     for op in graph.get_operations():
-        if any(t.ref() in forward for t in op.inputs) and not blocks(op):
-            forward.update((tensor.ref(), tensor) for tensor in results(op))
-    return {ref: tensor for ref, tensor in forward.items() if ref in leads}
+        if any(tensor.ref() in found for tensor in op.inputs) and not blocks(op):
+            found.update(tensor.ref() for tensor in results(op))
+    return found
 
 
 def leading_to(
@@ -124,7 +130,7 @@ def leading_to(
     outputs: Sequence[tf.Tensor],
     blocks: Callable[[tf.Operation], bool] = lambda op: False,
 ) -> set[Any]:
-    """Return the refs of the tensors in `graph` that `outputs` depend on."""
+    """Return the refs of `outputs` and of the tensors that they depend on."""
     found = {tensor.ref() for tensor in outputs}
     for op in reversed(graph.get_operations()):
         if any(tensor.ref() in found for tensor in results(op)) and not blocks(op):

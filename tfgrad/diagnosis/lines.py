@@ -34,7 +34,9 @@ class Line(NamedTuple):
     def __str__(self) -> str:
         """Return file:line and the source, as messages show them."""
         place = f"{Path(self.file).name}:{self.number}" if self else "an unknown line"
-        return f"{place}, `{self.source}`" if self.source else place
+        source = self.source
+        shown = source if len(source) <= 80 else f"{source[:77]}..."
+        return f"{place}, `{shown}`" if shown else place
 
 
 _NOWHERE = Line("", 0, "")
@@ -82,7 +84,8 @@ def _is_users(file: str) -> bool:
         return False
     if "__autograph_generated_file" in file or file.startswith("<frozen"):
         return False
-    return not file.startswith(_foreign_folders())
+    # Messages of the runtime leave out the first separator.
+    return not f"{os.sep}{file.lstrip(os.sep)}".startswith(_foreign_folders())
 
 
 @functools.cache

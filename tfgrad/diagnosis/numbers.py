@@ -1,21 +1,27 @@
 """Where a number goes wrong: the first NaN, infinity or zero, forward and backward.
 
-A copy of the traced graph is run once, to count the NaNs, the infinities and the non-zero
-numbers in each tensor and in its gradient. The origin forward is the op with a bad output
-and clean inputs. Backward it is the op that clean gradients arrive at, and bad ones leave.
+A copy of the traced graph is run once, to count the NaNs, infinities and non-zero
+numbers in each tensor and in its gradient. The origin forward is the op with a bad
+output and clean inputs. Backward it is the op that clean gradients arrive at, and bad
+ones leave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfgrad.diagnosis.causes import Culprit, cause_of_nonfinite, cause_of_zero
-from tfgrad.diagnosis.graphs import bodies, carries, gradients, leading_to
+from tfgrad.diagnosis.causes import Culprit
+from tfgrad.diagnosis.graphs import bodies, counterparts, leading_to
 from tfgrad.diagnosis.lines import line_of
+from tfgrad.diagnosis.number_causes import cause_of_nonfinite, cause_of_zero
+from tfgrad.diagnosis.path import find_cuts_inside
+from tfgrad.diagnosis.replay import Turn, replay, turn_inside
+
+_SOURCES = {"Placeholder", "ReadVariableOp"}
+
 
 class Counts(NamedTuple):
     """What kinds of numbers a tensor holds."""
@@ -34,17 +40,6 @@ class Counts(NamedTuple):
     def zero(self) -> bool:
         """Whether there are some, and all of them are exactly zero."""
         return self.size > 0 and self.nonzero == 0
-
-
-@dataclass(frozen=True)
-class Origin(Culprit):
-    """Where a zero, NaN or infinity first arises.
-
-    Attributes:
-        backward: Whether it arises in a gradient that the op passes on, not in its value.
-    """
-
-    backward: bool
 
 
 class Numbers:
@@ -72,10 +67,12 @@ class Numbers:
         needed = leading_to(graph, outputs)
         ops = graph.get_operations()
         tensors = [t for op in ops for t in op.outputs if t.ref() in needed]
-        values, slopes = self._run(tensors, _count)
+        run = replay(graph, tensors, outputs, _count)
+        values, slopes = run(self._inputs, self._cotangents)
         refs = [tensor.ref() for tensor in tensors]
         self._values = dict(zip(refs, map(_to_counts, values), strict=True))
         self._slopes = dict(zip(refs, map(_to_counts, slopes), strict=True))
+        self._sources = [t for t in tensors if t.op.type in _SOURCES]
 
     def value(self, tensor: tf.Tensor) -> Counts | None:
         """Return what is in `tensor`; None if it holds no float numbers."""
@@ -87,47 +84,116 @@ class Numbers:
 
     def origin_of_value(self, tensor: tf.Tensor) -> Culprit:
         """Return where the NaN or infinity in `tensor` comes from."""
-        spoiled = [tensor]
+        # A NaN that comes in may be hidden on its way: tf.nn.max_pool drops it.
+        spoiled = [t for t in self._sources if _has_nan(self.value(t))][:1] or [tensor]
         while spoiled:
             op = spoiled[0].op
-            spoiled = [t for t in op.inputs if _spoiled(self.value(t))]
-        turn = self._inside(op, backward=False)
-        if turn is not None:
-            inner = Numbers(*turn[:3])
-            for end in turn.outputs:
-                if _spoiled(inner.value(end)):
-                    return inner.origin_of_value(end).within(line_of(op))
+            spoiled = [t for t in op.inputs if _is_spoiled(self.value(t))]
+        turn = self._turn_inside(op, backward=False)
+        inner = Numbers(*turn) if turn else self
+        for end in turn.outputs if turn else ():
+            if _is_spoiled(inner.value(end)):
+                return inner.origin_of_value(end).within(line_of(op))
         return Culprit(op.type, line_of(op), *cause_of_nonfinite(op, backward=False))
 
     def origin_of_slope(self, tensor: tf.Tensor) -> Culprit | None:
         """Return where the NaN or infinity in the gradient of `tensor` comes from."""
-        users = self._users(tensor)
-        later = [t for op in users for t in op.outputs if _spoiled(self.slope(t))]
-        if later:
-            return self.origin_of_slope(later[0])
-        op = next((op for op in users if self._spoils(op, tensor, users)), None)
-        if op is None:
+        later = [tensor]
+        while later:
+            tensor = later[0]
+            users = self._users(tensor)
+            later = [
+                t for op in users for t in op.outputs if _is_spoiled(self.slope(t))
+            ]
+        blamed = [op for op in users if len(users) == 1 or self._spoils(op, tensor)]
+        if not blamed:
             return None
-        turn = self._inside(op, backward=True)
-        if turn is not None:
-            inner, root = Numbers(*turn), _counterpart(op, tensor, turn)
-            if root is not None and _spoiled(inner.slope(root)):
-                found = inner.origin_of_slope(root)
-                if found is not None:
-                    return found.within(line_of(op))
+        op = blamed[0]
+        turn = self._turn_inside(op, backward=True)
+        inner = Numbers(*turn) if turn else self
+        for root in turn.body.inputs if turn else ():
+            found = _is_spoiled(inner.slope(root)) and inner.origin_of_slope(root)
+            if found:
+                return found.within(line_of(op))
         return Culprit(op.type, line_of(op), *cause_of_nonfinite(op, backward=True))
 
     def origin_of_zero(self, tensor: tf.Tensor) -> Culprit | None:
         """Return where the gradient of `tensor` becomes zero in every element."""
-        users = self._users(tensor)
-        if not users:
-            return None
-        alive = [op for op in users if not self._is_dead(op)]
-        if not alive:
-            ends = [t for t in users[0].outputs if self.slope(t) is not None]
-            return self.origin_of_zero(ends[0])
+        while True:
+            users = self._users(tensor)
+            if not users:
+                return None
+            ends = [(op, end) for op in users for end in op.outputs if self.slope(end)]
+            alive = [op for op, end in ends if not _is_zero(self.slope(end))]
+            if alive:
+                break
+            tensor = ends[0][1]
         op = alive[0]
-        cut = cut_inside(op, {tensor.ref()}) if bodies(op) else None
-        if cut is not None:
+        turn = self._turn_inside(op, backward=True)
+        inner = Numbers(*turn) if turn else self
+        for root in counterparts(op, turn.body, {tensor.ref()}) if turn else ():
+            found = _is_zero(inner.slope(root)) and inner.origin_of_zero(root)
+            if found:
+                return found.within(line_of(op))
+        lively = {end.ref() for _, end in ends if not _is_zero(self.slope(end))}
+        for cut in filter(None, find_cuts_inside(op, {tensor.ref(), *lively})):
             return cut
-        turn = self._inside(op, backward=True) if 
+        return Culprit(op.type, line_of(op), *cause_of_zero(op))
+
+    def _users(self, tensor: tf.Tensor) -> list[tf.Operation]:
+        """Return the ops that `tensor` gets a gradient from."""
+        return [op for op in tensor.consumers() if any(map(self.slope, op.outputs))]
+
+    def _spoils(self, op: tf.Operation, tensor: tf.Tensor) -> bool:
+        """Return whether `op` alone makes the gradient of `tensor` not finite."""
+        ends = [end for end in op.outputs if self.slope(end)]
+        run = replay(self._graph, ends, self._outputs, tf.identity)
+        _, slopes = run(self._inputs, self._cotangents)
+        return _is_spoiled(
+            Numbers(self._graph, self._inputs, ends, slopes).slope(tensor)
+        )
+
+    def _turn_inside(self, op: tf.Operation, *, backward: bool) -> Turn | None:
+        """Return the run of a body of `op` in which a number goes wrong."""
+        if not bodies(op):
+            return None
+        tensors = [*op.inputs, *op.outputs]
+        run = replay(self._graph, tensors, self._outputs, tf.identity)
+        values, slopes = run(self._inputs, self._cotangents)
+        storage = zip(self._graph.inputs, self._inputs, strict=True)
+        handles = {place.ref(): value for place, value in storage}
+        pairs = zip(tensors, values, strict=True)
+        known = [handles.get(t.ref()) if v is None else v for t, v in pairs]
+        return turn_inside(op, known, slopes[len(op.inputs) :], backward=backward)
+
+
+def _count(tensor: tf.Tensor) -> tf.Tensor:
+    """Return the fields of `Counts`; nothing is counted where there are no floats."""
+    if tensor.dtype.is_complex:
+        tensor = tf.abs(tensor)
+    if not tensor.dtype.is_floating:
+        return tf.zeros([0], tf.int64)
+    tensor = tf.reshape(
+        tensor, [-1]
+    )  # what py_function returns may lie about its shape
+    kinds = [tf.math.is_nan(tensor), tf.math.is_inf(tensor), tf.not_equal(tensor, 0)]
+    counts = [tf.math.count_nonzero(kind) for kind in kinds]
+    return tf.stack([*counts, tf.size(tensor, tf.int64)])
+
+
+def _to_counts(counted: tf.Tensor | None) -> Counts | None:
+    if counted is None or not counted.shape.num_elements():
+        return None
+    return Counts(*map(int, counted.numpy()))
+
+
+def _has_nan(counts: Counts | None) -> bool:
+    return counts is not None and counts.nan > 0
+
+
+def _is_spoiled(counts: Counts | None) -> bool:
+    return counts is not None and counts.spoiled
+
+
+def _is_zero(counts: Counts | None) -> bool:
+    return counts is not None and counts.zero

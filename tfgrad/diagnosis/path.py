@@ -1,7 +1,7 @@
 """Where the path from an input to the output is cut: the op, and the user's line.
 
-A gradient that is `None` means one of two things. Either nothing leads from the input to
-the output, or only what stops a gradient on purpose does: zero is the answer. Or
+A gradient that is `None` means one of two things. Either nothing leads from the input
+to the output, or only what stops a gradient on purpose does: zero is the answer. Or
 something does, and one op on the way has no gradient: the cut. Telling them apart takes
 the graph: the tensors between input and output, and those among them that a gradient
 arrives at.
@@ -9,8 +9,7 @@ arrives at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -20,8 +19,10 @@ from tfgrad.diagnosis.graphs import (
     bodies,
     carries,
     connected,
+    counterparts,
+    following,
     handle_of,
-    path,
+    leading_to,
     results,
     trace,
 )
@@ -77,19 +78,35 @@ def find_cuts(
     graph: Any, outputs: Sequence[tf.Tensor], roots: Sequence[tf.Tensor]
 ) -> list[Cut | None]:
     """Return where the gradient of `outputs` is cut on its way to each of `roots`."""
-    paths = [path(graph, root, outputs, _blocks) for root in roots]
+    leads = leading_to(graph, outputs, blocks)
     floats = [tensor for tensor in outputs if tensor.dtype.is_floating]
-    tensors = {ref: tensor for between in paths for ref, tensor in between.items()}
-    sources = [tensor for tensor in tensors.values() if carries(tensor)]
+    made = (tensor for op in graph.get_operations() for tensor in op.outputs)
+    sources = [tensor for tensor in made if tensor.ref() in leads and carries(tensor)]
     arrives = connected(graph, floats, sources)
     ends = arrives | {tensor.ref() for tensor in outputs}
     cuts: list[Cut | None] = []
-    for root, between in zip(roots, paths, strict=True):
+    for root in roots:
         found: Iterator[Cut | None] = iter(())
-        if root.ref() not in arrives:
+        if root.ref() in leads and root.ref() not in arrives:
+            between = leads & following(graph, root, blocks)
             found = (_cut_at(op, between) for op in _frontier(graph, between, ends))
-        cuts.append(next((cut for cut in found if cut is not None), None))
+        cuts.append(next(filter(None, found), None))
     return cuts
+
+
+def find_cuts_inside(op: tf.Operation, between: Container[Any]) -> Iterator[Cut | None]:
+    """Yield the cuts in the functions that `op`, a call, branch or loop, runs.
+
+    Args:
+        op: The op.
+        between: The refs of the tensors that the path goes through.
+    """
+    for body in bodies(op):
+        # Pairs stop at the shorter: building a gradient adds outputs to the body.
+        pairs = zip(op.outputs, body.outputs, strict=False)
+        outputs = [inner for outer, inner in pairs if outer.ref() in between]
+        for cut in find_cuts(body, outputs, counterparts(op, body, between)):
+            yield cut and cut.within(line_of(op))
 
 
 def _traced_cuts(
@@ -119,26 +136,26 @@ def _cuts_or_error(
 
 
 def _frontier(
-    graph: Any, between: dict[Any, tf.Tensor], arrives: set[Any]
+    graph: Any, between: Container[Any], arrives: set[Any]
 ) -> list[tf.Operation]:
     """Return the ops on the path that gradients arrive at and do not pass."""
     return [
         op
         for op in graph.get_operations()
-        if not _blocks(op)
+        if not blocks(op)
         and any(tensor.ref() in arrives for tensor in results(op))
         and _values(op, between)
         and not any(tensor.ref() in arrives for tensor in _values(op, between))
     ]
 
 
-def _values(op: tf.Operation, between: dict[Any, tf.Tensor]) -> list[tf.Tensor]:
+def _values(op: tf.Operation, between: Container[Any]) -> list[tf.Tensor]:
     """Return the inputs of `op` on the path, without the variables it writes to."""
     written = {tensor.ref() for tensor in results(op)}
     return [t for t in op.inputs if t.ref() in between and t.ref() not in written]
 
 
-def _cut_at(op: tf.Operation, between: dict[Any, tf.Tensor]) -> Cut | None:
+def _cut_at(op: tf.Operation, between: Container[Any]) -> Cut | None:
     """Return the cut at `op`, or further back at the op that left the float numbers."""
     by_value = any(map(carries, _values(op, between)))
     if (op.type in _STEPS or not by_value) and made_by_gradient(op):
@@ -151,25 +168,10 @@ def _cut_at(op: tf.Operation, between: dict[Any, tf.Tensor]) -> Cut | None:
         if op.type == "Placeholder":
             return None
     if bodies(op):
-        return _cut_inside(op, between)
+        return next(filter(None, find_cuts_inside(op, between)), None)
     return Cut(op.type, line_of(op), *cause_of_cut(op))
 
 
-def _cut_inside(op: tf.Operation, between: dict[Any, tf.Tensor]) -> Cut | None:
-    """Return the cut in a function that `op`, a call, branch or loop, runs."""
-    for body in bodies(op):
-        # The first input of a conditional chooses the branch, which does not get it.
-        passed = list(op.inputs)[len(op.inputs) - len(body.inputs) :]
-        # Pairs stop at the shorter: building a gradient adds outputs to the body.
-        pairs = zip(op.outputs, body.outputs, strict=False)
-        outputs = [inner for outer, inner in pairs if outer.ref() in between]
-        pairs = zip(passed, body.inputs, strict=True)
-        roots = [inner for outer, inner in pairs if outer.ref() in between]
-        for cut in filter(None, find_cuts(body, outputs, roots)):
-            return replace(cut, where=cut.where or line_of(op))
-    return None
-
-
-def _blocks(op: tf.Operation) -> bool:
+def blocks(op: tf.Operation) -> bool:
     """Return whether `op` is there to pass no gradient: zero is the answer."""
     return op.type in _STOPS or op.type in _READS_SHAPES

@@ -6,6 +6,8 @@ inside of a conditional or a loop has no outputs at all.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,9 @@ from tfgrad.diagnosis.graphs import bodies, condition, gradients
 
 _MOST_TURNS = 1000
 """Turns of a loop that are replayed in search of the one that goes wrong."""
+
+_COPIES = itertools.count()
+_CALLED: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 Replay = Callable[[Sequence[Any], Sequence[Any]], tuple[list[Any], list[Any]]]
 
@@ -44,7 +49,8 @@ def replay(
     """Return a compiled function that runs a copy of `graph`.
 
     Args:
-        graph: What to copy.
+        graph: What to copy. Nothing in it may have been differentiated before: that
+            rewrites conditionals and loops in place.
         tensors: Tensors in it to report.
         outputs: Tensors in it to differentiate.
         reduce: Applied to each reported tensor and gradient; storage is not reported.
@@ -53,26 +59,76 @@ def replay(
         A function of one value per input of the graph, and one cotangent per output. It
         returns the reduced values of `tensors`, and their reduced gradients or None.
     """
-    definition = graph.as_graph_def()
-    places = [tensor.name for tensor in graph.inputs]
-    names = [tensor.name for tensor in (*tensors, *outputs)]
 
     def run(inputs: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-        given = dict(zip(places, map(tf.identity, inputs), strict=True))
-        found = tf.graph_util.import_graph_def(definition, given, names, name="copy")
-        copies = [given.get(name, copy) for name, copy in zip(names, found, strict=True)]
+        copies = _copy(graph, list(map(tf.identity, inputs)), [*tensors, *outputs])
         inner, ends = copies[: len(tensors)], copies[len(tensors) :]
         here = tf.compat.v1.get_default_graph()
         slopes = gradients(here, ends, inner, list(cotangents))
         dense = [None if g is None else tf.convert_to_tensor(g) for g in slopes]
         return list(map(reported, inner)), list(map(reported, dense))
 
-    def reported(tensor: tf.Tensor | None) -> tf.Tensor | None:
+    def reported(tensor: Any) -> Any:
         hidden = tensor is None or tensor.dtype in (tf.resource, tf.variant)
         return None if hidden else reduce(tensor)
 
     compiled: Replay = tf.function(run, autograph=False)
     return compiled
+
+
+def _copy(
+    graph: Any, inputs: Sequence[tf.Tensor], tensors: Sequence[tf.Tensor]
+) -> list[tf.Tensor]:
+    """Return the copies of `tensors` in a copy of `graph` in the current graph."""
+    definition = _renamed(graph)
+    functions = tf.compat.v1.GraphDef(
+        library=definition.library, versions=definition.versions
+    )
+    with tf.init_scope():  # imported eagerly, functions are registered to be run
+        tf.graph_util.import_graph_def(functions, name="")
+    places = [place.name for place in graph.inputs]
+    given = dict(zip(places, inputs, strict=True))
+    names = [tensor.name for tensor in tensors]
+    found = tf.graph_util.import_graph_def(definition, given, names, name="copy")
+    pairs = zip(names, found, strict=True)
+    return [given.get(name, tensor) for name, tensor in pairs]
+
+
+def _renamed(graph: Any) -> Any:
+    """Return the definition of `graph` with functions that have names of their own.
+
+    Differentiating a conditional or a loop registers rewritten branches under names
+    made of the old ones; those of a copy must not collide with the original's.
+    """
+    definition = graph.as_graph_def()
+    mark = f"_copy_{next(_COPIES)}"
+    functions = definition.library.function
+    own = {function.signature.name for function in functions}
+    for function in functions:
+        function.signature.name += mark
+    scopes = [definition.node, *(function.node_def for function in functions)]
+    for value in (v for nodes in scopes for node in nodes for v in node.attr.values()):
+        for called in (value.func, *value.list.func):
+            if called.name in own:
+                called.name += mark
+    for node in definition.node:
+        if node.op.endswith("PartitionedCall"):
+            (body,) = bodies(graph.get_operation_by_name(node.name))
+            _CALLED[node.attr["f"].func.name] = body
+            node.attr["_gradient_op_type"].s = b"TfgradCall"
+    return definition
+
+
+@tf.RegisterGradient("TfgradCall")
+def _gradient_of_call(op: tf.Operation, *cotangents: tf.Tensor) -> list[Any]:
+    """Return the gradient of a copied call: TensorFlow has none that knows branches."""
+    body = _CALLED[op.get_attr("f").name]
+    copies = _copy(body, op.inputs, [*body.inputs, *body.outputs])
+    inner, ends = copies[: len(body.inputs)], copies[len(body.inputs) :]
+    floats = [i for i, end in enumerate(ends) if end.dtype.is_floating]
+    here = tf.compat.v1.get_default_graph()
+    given = [cotangents[i] for i in floats]
+    return gradients(here, [ends[i] for i in floats], inner, given)
 
 
 def turn_inside(
@@ -124,7 +180,8 @@ def _turn_of_loop(op: tf.Operation, last: Turn, backward: bool) -> Turn | None:
     """
     body = last.body
     step = replay(body, body.outputs, [], tf.identity)
-    goes_on = replay(condition(op), condition(op).outputs, [], tf.identity)
+    test = condition(op)
+    goes_on = replay(test, test.outputs, [], tf.identity)
     states = [last.inputs]
     while goes_on(states[-1], [])[0][0]:
         after, _ = step(states[-1], [])
@@ -138,10 +195,15 @@ def _turn_of_loop(op: tf.Operation, last: Turn, backward: bool) -> Turn | None:
 
 
 def _turn_back(last: Turn, states: list[list[Any]]) -> Turn | None:
-    """Return the turn, the last one first, that passes on a gradient that is not finite."""
+    """Return the turn, going back, that passes on a gradient that is not finite."""
     body, ends = last.body, [tensor.ref() for tensor in last.outputs]
     kept = [i for i, tensor in enumerate(body.outputs) if tensor.ref() in ends]
-    pull = replay(body, [body.inputs[i] for i in kept], last.outputs, tf.identity)
+    pull = replay(
+        body,
+        [body.inputs[i] for i in kept],
+        last.outputs,
+        tf.identity,
+    )
     turn = last
     for state in reversed(states):
         turn = turn._replace(inputs=state)

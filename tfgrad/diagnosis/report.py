@@ -1,9 +1,137 @@
-"""What a diagnosis says: the error, and the report, in lines and in HTML."""
+"""What a diagnosis says: the report, in lines and in HTML, and the error."""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tfgrad.diagnosis.causes import Culprit
 from tfgrad.diagnosis.path import Cut
 from tfgrad.errors import NoGradientError
+
+VALUE = "the value"
+"""The name of the finding for a function whose value is not finite."""
+
+_REASONS = {
+    "connected": "its gradient arrives",
+    "stopped": "only tf.stop_gradient or its shape leads on to the output",
+    "unused": "nothing leads from it to the output",
+    "integer": "whole numbers have no derivative",
+    "zero": "every element of its gradient is exactly zero",
+    "non-finite": "there are NaNs or infinities in its gradient",
+}
+
+_HINTS = {
+    "connected": "tfgrad.check_grads, which tells whether it is right",
+    "unused": "reading it; changing a variable by x.assign(...), never by x = ...",
+    "integer": "tf.cast(..., tf.float32) of it before the call",
+    "zero": "another starting point",
+    "non-finite": "what is said of the value, or another point",
+}
+
+_WORST_FIRST = (
+    "non-finite",
+    "cut",
+    "zero",
+    "unused",
+    "integer",
+    "stopped",
+    "connected",
+)
+_MOST_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What happens to the gradient of one input.
+
+    Attributes:
+        name: What the user calls the input.
+        status: "connected"; "unused": nothing leads from it to the output; "stopped":
+            only tf.stop_gradient or a shape does; "cut"; "zero"; "non-finite";
+            "integer".
+        culprit: The op to blame, if one is.
+    """
+
+    name: str
+    status: str
+    culprit: Culprit | None = None
+
+    @property
+    def place(self) -> str:
+        """The user's line, with its source; empty if unknown."""
+        return str(self.culprit.where) if self.culprit and self.culprit.where else ""
+
+    @property
+    def reason(self) -> str:
+        """Why it has this status."""
+        if self.culprit is None:
+            return _REASONS.get(self.status, "")
+        return f"{self.culprit.label}: {self.culprit.reason}"
+
+    @property
+    def hint(self) -> str:
+        """What to write instead, or next."""
+        return self.culprit.hint if self.culprit else _HINTS.get(self.status, "")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why each gradient of a function arrives or does not.
+
+    Attributes:
+        function: What the user calls the function.
+        findings: One for each input, and one for the value if that is not finite.
+    """
+
+    function: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def title(self) -> str:
+        """How many gradients arrive, in a few words."""
+        inputs = [finding for finding in self.findings if finding.name != VALUE]
+        arrived = sum(finding.status == "connected" for finding in inputs)
+        noun = "gradient" if len(inputs) == 1 else "gradients"
+        return f"{self.function}: {arrived} of {len(inputs)} {noun} arrived"
+
+    def __str__(self) -> str:
+        """Return three to six lines: the worst finding in full, a word on others."""
+        worst, *others = self._groups()
+        at = f" at {worst[0].place}" if worst[0].place else ""
+        lines = [f"{_names(worst)}: {worst[0].status}{at}", f"   {worst[0].reason}"]
+        if worst[0].hint:
+            lines.append(f"   try: {worst[0].hint}")
+        for group in others[:1] if len(others) < 3 else ():
+            at = f" at {group[0].place}" if group[0].place else ""
+            lines.append(f"{_names(group)}: {group[0].status}{at}")
+        rest = others[1:] if len(others) < 3 else others
+        if rest:
+            words = (f"{_names(group)}: {group[0].status}" for group in rest)
+            lines.append("; ".join(words))
+        return "\n  ".join([self.title, *lines])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return a table for a notebook: one row for each kind of finding."""
+        titles = ("input", "gradient", "where", "why", "try")
+        rows = [
+            (_names(group), first.status, first.place, first.reason, first.hint)
+            for group in self._groups()
+            for first in group[:1]
+        ]
+        table = _row("th", titles) + "".join(_row("td", row) for row in rows)
+        return f"<p>{html.escape(self.title)}</p><table>{table}</table>"
+
+    def _groups(self) -> list[list[Finding]]:
+        """Return the findings that say the same together, the worst first."""
+        groups: dict[object, list[Finding]] = {}
+        for finding in self.findings:
+            key = finding.status, finding.culprit
+            groups.setdefault(key, []).append(finding)
+        return sorted(groups.values(), key=lambda g: _WORST_FIRST.index(g[0].status))
 
 
 def no_gradient_error(
@@ -21,3 +149,16 @@ def no_gradient_error(
         got=f"{cut.label} at {cut.where}: {cut.reason}",
         hint=cut.hint,
     )
+
+
+def _names(group: list[Finding]) -> str:
+    """Return the names in the group; of many, the first ones and how many more."""
+    names = [finding.name for finding in group]
+    more = len(names) - _MOST_NAMES
+    shown = ", ".join(names[:_MOST_NAMES] if more > 1 else names)
+    return f"{shown} and {more} more" if more > 1 else shown
+
+
+def _row(tag: str, cells: Iterable[str]) -> str:
+    inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+    return f"<tr>{inner}</tr>"

@@ -1,0 +1,1 @@
+"""Procedures that tell whether a derivative can be trusted."""

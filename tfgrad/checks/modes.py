@@ -1,0 +1,218 @@
+"""The modes of a check: reverse, forward, compiled; each a table row per argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tfgrad.checks.report import Check, Element
+from tfgrad.checks.scalar import Point, Scalar, forward_slope
+from tfgrad.checks.slopes import Probe, Slope
+from tfgrad.differences import Array
+
+_SAME = 100
+"""Machine epsilons by which two orders of the same operations may differ."""
+
+
+Norm = Callable[[Array], float]
+
+
+@dataclass(frozen=True)
+class Level:
+    """The function of one order: the output, or the weighted gradient of the last one.
+
+    Attributes:
+        order: 1 for the output, 2 for its gradient.
+        scalar: The function, eager.
+        evaluate: The same from arrays to a number, by the fastest way that is right.
+        value: Its value at the point.
+        gradient: Its gradient there, in reverse mode.
+        magnitude: The size of the terms that it sums.
+    """
+
+    order: int
+    scalar: Scalar
+    evaluate: Callable[[Sequence[Array]], float]
+    value: float
+    gradient: list[Array]
+    magnitude: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all checks of one call share.
+
+    Attributes:
+        point: Where to check.
+        directions: Random directions for each argument, each of length 1.
+        epsilon: The machine epsilon of the coarsest dtype involved.
+        rtol: The relative disagreement that is allowed.
+        full: Look at every element of an argument that fails.
+    """
+
+    point: Point
+    directions: list[list[Array]]
+    epsilon: float
+    rtol: float
+    full: bool
+
+    def along(self, level: Level, index: int) -> list[Array]:
+        """Return the directions for one argument: its gradient's own first."""
+        own = level.gradient[index]
+        length = float(np.linalg.norm(own))
+        known = np.isfinite(length) and length > 0
+        first = [own / length] if known else []
+        return [*first, *self.directions[index]][: len(self.directions[index])]
+
+    def slack(self, level: Level, index: int, norm: Norm) -> float:
+        """Return how far two ways to compute one gradient may be apart."""
+        sizes = [norm(gradient) for gradient in level.gradient]
+        return self.epsilon * max(_SAME * sizes[index], max(sizes))
+
+
+def reverse(level: Level, setting: Setting) -> list[Check]:
+    """Compare the gradient with finite differences."""
+    probe = Probe(
+        level.evaluate,
+        setting.point,
+        level.gradient,
+        epsilon=setting.epsilon,
+        magnitude=level.magnitude,
+        rtol=setting.rtol,
+    )
+    checks = []
+    for index, name in enumerate(setting.point.names):
+        tangents = setting.along(level, index)
+        slope = _telling([probe.slope(index, tangent) for tangent in tangents])
+        numbers = slope.autodiff, slope.numerical, slope.error
+        check = Check(
+            name, level.order, "reverse", slope.verdict, *numbers, _note(slope)
+        )
+        if slope.verdict == "fail":
+            elements, complete = probe.wrong_elements(index, setting.full)
+            size = setting.point.arrays[index].size
+            check = replace(check, size=size, elements=elements, complete=complete)
+        checks.append(check)
+    return checks
+
+
+def forward(level: Level, setting: Setting) -> list[Check]:
+    """Compare the slope in forward mode with the gradient: no differences are needed.
+
+    All arguments move at once; each of them alone only to find out which one is wrong.
+
+    Raises:
+        Exception: If an op in the function cannot be differentiated forward.
+    """
+    every = range(len(setting.point.names))
+    together = _forward(level, setting, every)
+    if together.verdict == "pass" or len(every) == 1:
+        return [together]
+    alone = [_forward(level, setting, [index]) for index in every]
+    return [check for check in alone if check.verdict == "fail"] or [together]
+
+
+def _forward(level: Level, setting: Setting, moving: Sequence[int]) -> Check:
+    point = setting.point
+    tangents = [np.zeros_like(array) for array in point.arrays]
+    for index in moving:
+        # A random direction: the gradient's own would be blind to what it lacks.
+        direction = point.cast(index, setting.directions[index][-1])
+        tangents[index] = direction.astype(np.float64)
+    slope = float(forward_slope(level.scalar, point, tangents)(*point.at(point.arrays)))
+    pairs = zip(level.gradient, tangents, strict=True)
+    expected = float(sum(np.vdot(g, tangent) for g, tangent in pairs))
+    allowed = sum(setting.slack(level, index, _length) for index in moving)
+    verdict = "pass" if abs(slope - expected) <= allowed else "fail"
+    name = _together([point.names[index] for index in moving])
+    return Check(name, level.order, "forward", verdict, slope, expected, allowed)
+
+
+def compiled(
+    level: Level, setting: Setting, mode: str, value: float, gradient: list[Array]
+) -> list[Check]:
+    """Compare what the compiled function returned with the eager one, by element."""
+    size = max(abs(level.value), level.magnitude)
+    same_value = abs(value - level.value) <= _SAME * setting.epsilon * size
+    note = f"its value is {value:.6g}, and {level.value:.6g} eagerly"
+    checks = []
+    for index, name in enumerate(setting.point.names):
+        found, expected = gradient[index].ravel(), level.gradient[index].ravel()
+        allowed = setting.slack(level, index, _largest)
+        gaps = np.abs(found - expected)
+        gaps = np.where(np.isnan(gaps), np.inf, gaps)  # NaN in one of them, or in both
+        gaps = np.where(np.isnan(found) & np.isnan(expected), 0.0, gaps)
+        order = np.argsort(-gaps)
+        wrong = [int(i) for i in order if gaps[i] > allowed]
+        verdict = "pass" if same_value and not wrong else "fail"
+        numbers = (0.0, 0.0)
+        if gaps.size:
+            numbers = float(found[order[0]]), float(expected[order[0]])
+        check = Check(name, level.order, mode, verdict, *numbers, allowed)
+        shape = gradient[index].shape
+        elements = tuple(
+            Element(_place(i, shape), float(found[i]), float(expected[i]), allowed)
+            for i in wrong
+        )
+        note = "" if same_value else note
+        checks.append(replace(check, note=note, size=found.size, elements=elements))
+    return checks
+
+
+def symmetry(
+    level: Level, setting: Setting, weights: list[Array], product: list[Array]
+) -> Check:
+    """Compare u·Hv with v·Hu, which a gradient of something has to have equal.
+
+    Args:
+        level: The second order: its gradient is Hu.
+        setting: What all checks share; the last random directions are v.
+        weights: u.
+        product: Hv.
+    """
+    directions = [tangents[-1] for tangents in setting.directions]
+    one = sum(float(np.vdot(u, hv)) for u, hv in zip(weights, product, strict=True))
+    pairs = zip(directions, level.gradient, strict=True)
+    other = sum(float(np.vdot(v, hu)) for v, hu in pairs)
+    sizes = sum(_length(a) for a in (*product, *level.gradient))
+    allowed = _SAME * setting.epsilon * sizes
+    verdict = "pass" if abs(one - other) <= allowed else "fail"
+    name = _together(setting.point.names)
+    return Check(name, level.order, "symmetry", verdict, one, other, allowed)
+
+
+def _together(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else "all"
+
+
+def _telling(slopes: Sequence[Slope]) -> Slope:
+    """Return the slope that decides: the worst failure, or else the surest one."""
+    failed = [slope for slope in slopes if slope.verdict == "fail"]
+    if failed:
+        return max(failed, key=lambda slope: slope.excess)
+    return min(slopes, key=lambda slope: (slope.verdict != "pass", -slope.scale))
+
+
+def _note(slope: Slope) -> str:
+    if not np.isfinite(slope.autodiff):
+        return "the gradient is not finite; tfgrad.explain(f, ...) says where and why"
+    if slope.kink is not None:
+        left, right = slope.kink
+        return f"a kink: the slope is {left:.4g} on one side, {right:.4g} on the other"
+    if slope.verdict == "inconclusive":
+        return "rounding hides the slope; float64 or another point would show it"
+    return ""
+
+
+def _length(array: Array) -> float:
+    return float(np.linalg.norm(array))
+
+
+def _largest(array: Array) -> float:
+    return float(np.max(np.abs(array), initial=0.0))
+
+
+def _place(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(index, shape))

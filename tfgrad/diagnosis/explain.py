@@ -1,0 +1,194 @@
+"""`explain`: for each input, whether its gradient arrives; if not, why and where."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad import nested
+from tfgrad.diagnosis.causes import Culprit
+from tfgrad.diagnosis.graphs import handle_of, leading_to, trace
+from tfgrad.diagnosis.numbers import Numbers
+from tfgrad.diagnosis.path import blocks, find_cuts, missing_gradients
+from tfgrad.diagnosis.report import VALUE, Explanation, Finding
+from tfgrad.diagnosis.sources import Sources, restored, sources_of, variable_name
+from tfgrad.errors import InvalidArgumentError, TfgradError
+
+_NOT_REPLAYED = (tf.errors.OpError, LookupError, ValueError)
+"""What may be raised where a part of a graph cannot be run on its own."""
+
+
+def explain(f: Callable[..., Any], *args: Any, wrt: Any = None) -> Explanation:
+    """Explain why a gradient is None, zero or not finite: which op, which line.
+
+    Use it when a gradient surprises you. It traces `f`, follows the path from each
+    input to the output, and runs a copy of the graph once to see the numbers on it.
+    Variables that `f` writes to get their values back.
+
+    Args:
+        f: Takes `args`, returns one tensor of any shape: its elements are summed.
+        *args: The point. Float numbers and arrays, and nests of them, are explained;
+            all else is passed on.
+        wrt: Variables that `f` reads, to explain instead of the arguments: a variable,
+            a nest of them, a `tf.Module` or a `keras.Model`. Without `args` and `wrt`,
+            all trainable variables that `f` reads.
+
+    Returns:
+        An `Explanation`: it prints as three to six lines, and as a table in a notebook.
+        Its `findings` say of each input whether its gradient is `connected`,
+        `unused`, `stopped` (on purpose), `cut`, `zero` or `non-finite`, or the input
+        `integer`.
+
+    Raises:
+        InvalidArgumentError: If `f` does not return one tensor, or if there is nothing
+            to explain.
+
+    Example:
+        >>> report = explain(lambda x, t: tf.reduce_sum(tf.round(x) * t), 2.6, 3.0)
+        >>> [(finding.name, finding.status) for finding in report.findings]
+        [('x', 'cut'), ('t', 'connected')]
+        >>> report.findings[0].culprit.hint
+        'x + tf.stop_gradient(tf.round(x) - x), a straight-through estimator'
+    """
+    sources = sources_of(f, args, wrt)
+    name = nested.name_of(f)
+
+    def function(*tensors: tf.Tensor) -> tf.Tensor:
+        return _one_tensor(sources.call(*tensors), name)
+
+    try:
+        specs = [tf.TensorSpec(x.shape, x.dtype) for x in sources.tensors]
+        traced = trace(function, specs)
+    except TfgradError:
+        raise
+    except Exception:  # it leaves TensorFlow, and may do so in any way
+        findings = _without_graph(function, sources)
+    else:
+        findings = _with_graph(traced, sources)
+    findings += [Finding(name, "integer") for name in sources.integers]
+    if not findings:
+        raise InvalidArgumentError(
+            "There must be something to differentiate with respect to.",
+            got=f"no float argument, and `{name}` reads no trainable variable",
+            hint="explain(f, x), or wrt= the variables that f should read",
+        )
+    return Explanation(name, tuple(findings))
+
+
+def _with_graph(traced: Any, sources: Sources) -> list[Finding]:
+    """Return the findings for a function that can be traced."""
+    graph, outputs = traced.graph, traced.outputs[:1]
+    variables, names = sources.variables, sources.names
+    if not sources.tensors and not variables:
+        variables = tuple(traced.trainable_variables)
+        names = tuple(map(variable_name, variables))
+    places = list(traced.inputs[: len(sources.tensors)])
+    places += [handle_of(variable, traced) for variable in variables]
+    with restored(traced.variables):
+        # Before the cuts: looking for those builds gradients in the graph.
+        numbers = _numbers(traced, sources)
+        of_value = _by_value(outputs[0], numbers)
+        pairs = zip(names, places, strict=True)
+        findings = [_by_slope(*pair, numbers, known=bool(of_value)) for pair in pairs]
+    leads, unblocked = leading_to(graph, outputs), leading_to(graph, outputs, blocks)
+    cuts = iter(find_cuts(graph, outputs, [p for p in places if p is not None]))
+    for index, (name, place) in enumerate(zip(names, places, strict=True)):
+        cut = None if place is None else next(cuts)
+        if place is None or place.ref() not in leads:
+            findings[index] = Finding(name, "unused")
+        elif cut is not None:
+            findings[index] = Finding(name, "cut", cut)
+        elif place.ref() not in unblocked:
+            findings[index] = Finding(name, "stopped")
+    return of_value + findings
+
+
+def _numbers(traced: Any, sources: Sources) -> Numbers | None:
+    """Return the numbers in the graph; None if there are none, or it cannot be run."""
+    if not traced.outputs[0].dtype.is_floating:
+        return None
+    with contextlib.suppress(*_NOT_REPLAYED):
+        values = [*sources.tensors, *traced.captured_inputs]
+        return Numbers(traced.graph, values, traced.outputs[:1])
+    return None
+
+
+def _by_value(output: tf.Tensor, numbers: Numbers | None) -> list[Finding]:
+    """Return the finding for the value of the function, if that is not finite."""
+    counts = numbers.value(output) if numbers else None
+    if numbers is None or counts is None or not counts.spoiled:
+        return []
+    return [Finding(VALUE, "non-finite", numbers.origin_of_value(output))]
+
+
+def _by_slope(
+    name: str, place: tf.Tensor | None, numbers: Numbers | None, *, known: bool
+) -> Finding:
+    """Return the finding for an input by what its gradient holds.
+
+    Args:
+        name: What the user calls it.
+        place: The tensor that stands for it.
+        numbers: The numbers in the graph.
+        known: The value is not finite, which explains gradients that are not.
+    """
+    if place is None or numbers is None:
+        return Finding(name, "connected")
+    counts = numbers.slope(place)
+    if counts is None or not (counts.spoiled or counts.zero):
+        return Finding(name, "connected")
+    status = "non-finite" if counts.spoiled else "zero"
+    if counts.spoiled and known:
+        return Finding(name, status)
+    find = numbers.origin_of_slope if counts.spoiled else numbers.origin_of_zero
+    with contextlib.suppress(*_NOT_REPLAYED):
+        return Finding(name, status, find(place))
+    return Finding(name, status)
+
+
+def _without_graph(
+    function: Callable[..., tf.Tensor], sources: Sources
+) -> list[Finding]:
+    """Return the findings for a function that only runs eagerly."""
+    with tf.GradientTape() as tape:
+        tape.watch(sources.tensors)
+        output = function(*sources.tensors)
+    variables, names = sources.variables, sources.names
+    if not sources.tensors and not variables:
+        variables = tape.watched_variables()
+        names = tuple(map(variable_name, variables))
+    watched = [*sources.tensors, *variables]
+    gradients: list[Any] = [None for _ in watched]
+    with contextlib.suppress(LookupError):  # an op without gradient: it is a cut
+        gradients = tape.gradient(output, watched)
+    cuts = missing_gradients(function, sources.tensors, variables)
+    return [_by_gradient(*known) for known in zip(names, gradients, cuts, strict=True)]
+
+
+def _by_gradient(name: str, gradient: Any, cut: Culprit | None) -> Finding:
+    if cut is not None:  # even beside a gradient, which then misses a part
+        return Finding(name, "cut", cut)
+    if gradient is None:
+        return Finding(name, "unused")
+    dense = tf.convert_to_tensor(gradient)
+    if not tf.reduce_all(tf.math.is_finite(dense)):
+        return Finding(name, "non-finite")
+    return Finding(name, "connected" if tf.reduce_any(dense != 0) else "zero")
+
+
+def _one_tensor(output: Any, name: str) -> tf.Tensor:
+    """Return the one tensor that the function returned, or refuse what it did."""
+    is_array = isinstance(output, tf.Tensor | np.ndarray | np.generic)
+    if is_array or nested.is_number(output) or nested.is_variable(output):
+        tensor = tf.convert_to_tensor(output)
+        if tensor.dtype != tf.string:
+            return tensor
+    raise InvalidArgumentError(
+        "The function must return one tensor.",
+        got=f"`{name}` returned {nested.describe(output)}",
+        hint="return the tensor to differentiate; is a `return` missing?",
+    )

@@ -1,0 +1,143 @@
+"""What a function is differentiated with respect to: float arguments, or variables."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad import nested
+from tfgrad.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The float arguments of a call of `f`, or the variables that it reads.
+
+    Attributes:
+        f: The function.
+        args: Its arguments; float leaves are tensors, all others are as they came.
+        tensors: The float leaves, flat; empty if variables are asked for.
+        variables: The variables that are asked for; empty if arguments are.
+        names: What the user calls each of them.
+        integers: What the user calls the integer leaves: they have no derivative.
+    """
+
+    f: Callable[..., Any]
+    args: tuple[Any, ...]
+    tensors: tuple[tf.Tensor, ...]
+    variables: tuple[tf.Variable, ...]
+    names: tuple[str, ...]
+    integers: tuple[str, ...]
+
+    def call(self, *tensors: tf.Tensor) -> Any:
+        """Return what `f` returns with `tensors` in the places of the float leaves."""
+        if not tensors:
+            return self.f(*self.args)
+        given = iter(tensors)
+
+        def fill(leaf: Any) -> Any:
+            return next(given) if _is_float_tensor(leaf) else leaf
+
+        return self.f(*tf.nest.map_structure(fill, self.args))
+
+
+def sources_of(f: Callable[..., Any], args: tuple[Any, ...], wrt: Any) -> Sources:
+    """Return what `f(*args)` is differentiated with respect to.
+
+    Args:
+        f: The function.
+        args: Its arguments.
+        wrt: Variables, as `variables_of` takes them; None means the float arguments.
+
+    Raises:
+        InvalidArgumentError: If `f` is no function, or `wrt` holds no float variable.
+    """
+    if not callable(f):
+        raise InvalidArgumentError(
+            "The function comes first, then its arguments.",
+            got=f"f={nested.describe(f)}",
+            hint="check_grads(f, x) or explain(f, x), with f not called",
+        )
+    names = argument_names(f, len(args))
+    weak = nested.weak_dtype(*args)
+    has_float = any(_is_float(leaf) for arg in args for _, leaf in _leaves(arg))
+
+    def convert(leaf: Any, name: str) -> Any:
+        if _is_float(leaf) or (nested.is_number(leaf) and not has_float):
+            return nested.to_tensor(leaf, name, weak)
+        return leaf
+
+    pairs = list(zip(args, names, strict=True))
+    filled = tuple(nested.map_leaves(convert, arg, name) for arg, name in pairs)
+    leaves = [pair for arg, name in pairs for pair in _leaves(arg, name)]
+    flat = tf.nest.flatten(filled)
+    named = list(zip([name for name, _ in leaves], flat, strict=True))
+    integers = tuple(name for name, leaf in named if _is_integer_array(leaf))
+    if wrt is not None:
+        variables = tuple(tf.nest.flatten(nested.variables_of(wrt)))
+        return Sources(f, filled, (), variables, variable_names(wrt), ())
+    chosen = [(name, leaf) for name, leaf in named if _is_float_tensor(leaf)]
+    tensors = tuple(leaf for _, leaf in chosen)
+    return Sources(f, filled, tensors, (), tuple(name for name, _ in chosen), integers)
+
+
+def argument_names(f: Callable[..., Any], count: int) -> list[str]:
+    """Return what `f` calls its first `count` positional arguments."""
+    try:
+        parameters = list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):  # builtins and some callables have no signature
+        parameters = []
+    named = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return [*named[:count], *(f"args[{i}]" for i in range(len(named), count))]
+
+
+def variable_names(wrt: Any) -> tuple[str, ...]:
+    """Return what the user calls each variable in `wrt`."""
+    opened = tf.nest.map_structure(
+        lambda leaf: list(getattr(leaf, "trainable_variables", [leaf])), wrt
+    )
+    return tuple(map(variable_name, tf.nest.flatten(opened)))
+
+
+def variable_name(variable: Any) -> str:
+    """Return the path of a Keras variable, the name of any other."""
+    return str(getattr(variable, "path", variable.name)).removesuffix(":0")
+
+
+@contextlib.contextmanager
+def restored(variables: Sequence[tf.Variable]) -> Iterator[None]:
+    """Give the variables their values back at the end, whatever happens in between."""
+    before = [tf.identity(variable) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+
+
+def _leaves(nest: Any, name: str = "") -> list[tuple[str, Any]]:
+    return nested.named_leaves(nest, name)
+
+
+def _is_float(leaf: Any) -> bool:
+    if nested.is_array_like(leaf):
+        return True
+    if isinstance(leaf, float) or nested.is_variable(leaf):
+        return True
+    is_array = isinstance(leaf, tf.Tensor | np.ndarray | np.generic)
+    return is_array and bool(tf.as_dtype(leaf.dtype).is_floating)
+
+
+def _is_float_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, tf.Tensor) and bool(leaf.dtype.is_floating)
+
+
+def _is_integer_array(leaf: Any) -> bool:
+    is_array = isinstance(leaf, tf.Tensor | np.ndarray | np.generic)
+    return is_array and bool(tf.as_dtype(leaf.dtype).is_integer)
