@@ -1,4 +1,4 @@
-"""The public edge of every transform: values become tensors, variables are found."""
+"""The public edge of every transform: the call of a user's function, the answer."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from tfgrad.derivatives.tracing import Traces, converted
-from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import (
-    Nest,
-    describe,
-    is_array_like,
-    map_leaves,
-    name_of,
-    named_leaves,
-    to_tensors,
-    variables_of,
-    weak_dtype,
+from tfgrad.derivatives.arguments import (
+    arguments_in_tensors,
+    direction_in_tensors,
+    is_float_tensor,
+    parameter_names,
+    positions_of,
 )
+from tfgrad.derivatives.repairs import repaired
+from tfgrad.derivatives.soundness import (
+    RepairableGradientError,
+    every,
+    require_right_kernels,
+)
+from tfgrad.derivatives.tracing import (
+    Traces,
+    converted,
+    is_compiling,
+    not_converted,
+    traced_operations,
+)
+from tfgrad.diagnosis.graphs import writes
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import Nest, describe, name_of, named_leaves, variables_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,10 @@ class Call:
         args: Its positional arguments: nests of tensors and of static Python values.
         kwargs: Its keyword arguments, likewise.
         argnums: Which positional arguments are differentiated: one, or a tuple of them.
-        variables: The nest of variables differentiated instead, or None; the empty tuple means
-            all trainable ones that `f` reads.
+        variables: The nest of variables differentiated instead, or None; the empty
+            tuple means all trainable ones that `f` reads.
+        direction: What the derivative is multiplied by, structured like
+            `differentiated`; None for a transform that takes none.
     """
 
     f: Callable[..., Any]
@@ -48,6 +59,7 @@ class Call:
     kwargs: Mapping[str, Nest]
     argnums: int | tuple[int, ...]
     variables: Nest | None
+    direction: Nest | None = None
 
     @property
     def differentiated(self) -> Nest:
@@ -74,6 +86,11 @@ class Call:
         nests = [named_leaves(self.args[i], self.parameters[i]) for i in argnums]
         return [path for pairs in nests for path, _ in pairs]
 
+    @property
+    def nests(self) -> tuple[Any, ...]:
+        """What `Compiled` takes: all but the function and its names."""
+        return self.args, self.kwargs, self.argnums, self.variables, self.direction
+
     def at(self, inputs: Sequence[tf.Tensor]) -> Call:
         """Return the same call with other values for the differentiated arguments."""
         values = self.pack(inputs)
@@ -85,6 +102,10 @@ class Call:
             args[i] = value
         return replace(self, args=tuple(args))
 
+    def along(self, direction: Sequence[tf.Tensor]) -> Call:
+        """Return the same call with another direction, one tensor for each source."""
+        return replace(self, direction=self.pack(direction))
+
     def output(self) -> Any:
         """Return what the user's function returns."""
         return self.f(*self.args, **self.kwargs)
@@ -94,6 +115,67 @@ class Call:
         return tf.nest.pack_sequence_as(self.differentiated, list(flat))
 
 
+class Compiled:
+    """The function from a call of `f` to `body(call)`, compiled for each signature.
+
+    Args:
+        f: The user's function.
+        body: Takes a `Call`, returns a nest of tensors. It runs inside the trace.
+        jit: Compile with XLA.
+        check: `check(call, answer, compiled)`: called with the first answer of each
+            trace, in eager mode, and this object; it raises if the answer is wrong.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        body: Callable[[Call], Any],
+        *,
+        jit: bool = False,
+        check: Callable[[Call, Any, Compiled], None] | None = None,
+    ) -> None:
+        """Compile nothing yet."""
+        self._f, self._body, self._jit, self._checks = f, body, jit, check
+        self.name = name_of(f)
+        self.parameters = parameter_names(f)
+        self._traces = Traces(self._run, f, jit=jit, check=check and self._check)
+
+    def __call__(self, *nests: Any) -> Any:
+        """Return the answer to the call that `Call.nests` are given of."""
+        if tf.executing_eagerly():
+            return self._traces(*nests)
+        # Inside another trace the ops go straight into it: no call, no second trace.
+        f, before = converted(self._f), len(traced_operations())
+        try:
+            return self._run(f, *nests)
+        except RepairableGradientError:
+            # Our own trace begins anew. A user's goes on, after the ops that failed,
+            # which do no harm unless they write to variables.
+            if is_compiling() or any(map(writes, every(traced_operations()[before:]))):
+                raise
+            return self._run(repaired(f), *nests)
+
+    def graph(self, *nests: Any) -> Any:
+        """Return the graph of an earlier answer; None if it was computed eagerly."""
+        return self._traces.graph(*nests)
+
+    def _run(self, f: Callable[..., Any], *nests: Any) -> Any:
+        before = len(traced_operations())
+        answer = self._body(self._call(f, *nests))
+        if not self._jit:
+            operations = traced_operations()[before:]
+            require_right_kernels(operations, self.name, own=is_compiling())
+        return answer
+
+    def _call(self, f: Callable[..., Any], *nests: Any) -> Call:
+        return Call(f, self.name, self.parameters(len(nests[0])), *nests)
+
+    def _check(self, answer: Any, *nests: Any) -> None:
+        assert self._checks is not None
+        call = self._call(self._f, *nests)
+        self._checks(call, answer, self)
+
+
 def transform(
     f: Callable[..., Any],
     body: Callable[[Call], Any],
@@ -101,36 +183,59 @@ def transform(
     argnums: int | Sequence[int] = 0,
     wrt: Nest | None = None,
     jit: bool = False,
+    directed: bool = False,
+    check: Callable[[Call, Any, Compiled], None] | None = None,
 ) -> Callable[..., Any]:
     """Return the function that answers each call of `f` with `body`, compiled.
 
     Args:
         f: The user's function.
-        body: Takes a `Call`, returns a nest of tensors. It runs inside the trace.
+        body: See `Compiled`.
         argnums: Positions of the differentiated arguments, negative ones from the end.
         wrt: Variables to differentiate instead.
         jit: Compile with XLA.
+        directed: The last positional argument is no argument of `f` but the direction.
+        check: See `Compiled`.
     """
     _check_transform(f, argnums, wrt)
-    name, parameters = name_of(f), _parameters(f)
+    compiled = Compiled(f, body, jit=jit, check=check)
+    name, parameters = compiled.name, compiled.parameters
 
-    def run(f: Callable[..., Any], args: Any, kwargs: Any, chosen: Any, on: Any) -> Any:
-        return body(Call(f, name, parameters(len(args)), args, kwargs, chosen, on))
+    @functools.cache
+    def chosen_of(count: int) -> int | tuple[int, ...]:
+        return () if wrt is not None else positions_of(argnums, count, name)
 
-    traces = Traces(run, f, jit=jit)
-
-    @tf.autograph.experimental.do_not_convert
+    @not_converted
     def transformed(*args: Any, **kwargs: Any) -> Any:
+        direction = None
+        if directed:
+            args, direction = _split_direction(args, name)
         variables = None if wrt is None else variables_of(wrt)
-        chosen = () if wrt is not None else _positions(argnums, len(args), name)
-        if kwargs or not all(map(_is_float_tensor, args)):
-            args, kwargs = _to_tensors(args, kwargs, chosen, parameters(len(args)))
-        if tf.executing_eagerly():
-            return traces(args, kwargs, chosen, variables)
-        # Inside another trace the ops go straight into it: no call, no second trace.
-        return run(converted(f), args, kwargs, chosen, variables)
+        chosen = chosen_of(len(args))
+        if kwargs or not all(map(is_float_tensor, args)):
+            args, kwargs = arguments_in_tensors(
+                args, kwargs, chosen, parameters(len(args))
+            )
+        if directed:
+            like = Call(f, name, (), args, kwargs, chosen, variables).differentiated
+            direction = direction_in_tensors(direction, like)
+        return compiled(args, kwargs, chosen, variables, direction)
 
-    return functools.wraps(f)(transformed) if inspect.isfunction(f) else transformed
+    if inspect.isfunction(f):
+        functools.update_wrapper(transformed, f)
+        if directed:  # its signature is not that of f
+            vars(transformed).pop("__wrapped__")
+    return transformed
+
+
+def _split_direction(args: tuple[Any, ...], name: str) -> tuple[tuple[Any, ...], Any]:
+    if not args:
+        raise InvalidArgumentError(
+            "The last positional argument is the direction to multiply by.",
+            got=f"a call for `{name}` without positional arguments",
+            hint="tfgrad.hvp(f)(x, v), or tfgrad.hvp(f, wrt=variables)(v)",
+        )
+    return args[:-1], args[-1]
 
 
 def _check_transform(f: Any, argnums: Any, wrt: Any) -> None:
@@ -153,69 +258,3 @@ def _check_transform(f: Any, argnums: Any, wrt: Any) -> None:
             got=f"argnums={argnums!r}",
             hint="argnums=0, or argnums=(0, 1)",
         )
-
-
-def _parameters(f: Callable[..., Any]) -> Callable[[int], tuple[str, ...]]:
-    """Return the function from a count of positional arguments to their names."""
-    try:
-        parameters = inspect.signature(f).parameters.values()
-    except (TypeError, ValueError):  # builtins and some callables have no signature
-        parameters = ()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    known = tuple(p.name for p in parameters if p.kind in positional)
-
-    @functools.cache
-    def names(count: int) -> tuple[str, ...]:
-        return tuple(known[i] if i < len(known) else f"args[{i}]" for i in range(count))
-
-    return names
-
-
-def _positions(argnums: Any, count: int, name: str) -> int | tuple[int, ...]:
-    """Return `argnums` with negative positions counted from the end."""
-    numbers = argnums if isinstance(argnums, list | tuple) else (argnums,)
-    positions = tuple(n + count if n < 0 else n for n in numbers)
-    if any(not 0 <= p < count for p in positions) or len(set(positions)) < len(numbers):
-        raise InvalidArgumentError(
-            "`argnums` must name different positional arguments of the call.",
-            got=f"argnums={argnums!r}, and `{name}` was called with {count} of them",
-            hint="the differentiated arguments by position, all else by keyword",
-        )
-    return positions if isinstance(argnums, list | tuple) else positions[0]
-
-
-def _is_float_tensor(value: Any) -> bool:
-    return isinstance(value, tf.Tensor) and value.dtype.is_floating
-
-
-def _to_tensors(
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    chosen: int | tuple[int, ...],
-    names: tuple[str, ...],
-) -> tuple[tuple[Nest, ...], dict[str, Nest]]:
-    """Return all arguments in tensors; the differentiated ones must be of a float dtype."""
-    weak = weak_dtype(args, kwargs)
-    active = (chosen,) if isinstance(chosen, int) else chosen
-    values = [
-        to_tensors(arg, names[i], weak) if i in active else _passive(arg, names[i], weak)
-        for i, arg in enumerate(args)
-    ]
-    options = {key: _passive(value, key, weak) for key, value in kwargs.items()}
-    return tuple(values), options
-
-
-def _passive(value: Nest, name: str, weak: tf.DType) -> Nest:
-    """Return `value` with arrays and floats as tensors: new numbers must not retrace."""
-
-    def convert(leaf: Any, path: str) -> Any:
-        if isinstance(leaf, float) and not isinstance(leaf, np.generic):
-            return tf.constant(leaf, weak)
-        if is_array_like(leaf):
-            array = np.array(leaf)
-            return tf.constant(array, weak if array.dtype.kind == "f" else None)
-        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype != object:
-            return tf.convert_to_tensor(leaf)
-        return leaf
-
-    return map_leaves(convert, value, name)

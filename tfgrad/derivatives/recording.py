@@ -1,34 +1,46 @@
-"""What every derivative is made of: a recorded evaluation whose gradients are never None."""
+"""What derivatives are made of: a recorded evaluation, never answering None."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call
+from tfgrad.derivatives.repairs import ADJOINT
+from tfgrad.derivatives.soundness import (
+    every,
+    may_drop,
+    needs_repair,
+    require_whole,
+)
+from tfgrad.derivatives.tracing import leaves_tensorflow, traced_operations
+from tfgrad.derivatives.verification import random_like, wrong_gradient
+from tfgrad.diagnosis.causes import cause_of_cut
+from tfgrad.diagnosis.lines import line_of
 from tfgrad.diagnosis.path import Cut, missing_gradients
 from tfgrad.diagnosis.report import no_gradient_error
-from tfgrad.differences import finite_difference
-from tfgrad.errors import InvalidArgumentError, ScalarObjectiveError, TfgradError
-from tfgrad.nested import describe, is_variable
-
-RTOL = {tf.float64: 1e-6, tf.float32: 1e-3}
-"""Relative disagreement with a finite difference, beyond its error bar, that is refused."""
+from tfgrad.errors import NoGradientError, TfgradError
 
 
 class Recording:
     """One evaluation of `function(call)` on a tape, ready to be pulled back.
 
     Args:
-        function: Takes a `Call`, returns one float tensor, or with `has_aux` a pair of it
-            and anything else.
+        function: Takes a `Call`, returns a nest of float tensors, or with `has_aux` a
+            pair of it and anything else.
         call: Where to evaluate it, and what to differentiate.
         has_aux: See `function`.
-        persistent: Allow several calls of `gradients`.
+        persistent: Allow more than one pull-back.
+
+    Attributes:
+        output: The nest that the function returned; `outputs` are its leaves.
+        aux: What came with it.
+        sources: What is differentiated, flat.
     """
 
     def __init__(
@@ -47,6 +59,7 @@ class Recording:
         self._tape = tf.GradientTape(
             persistent=persistent, watch_accessed_variables=finds
         )
+        self._before = len(traced_operations())
         with self._tape:
             self._tape.watch(call.sources)
             returned = function(call)
@@ -56,146 +69,198 @@ class Recording:
         self._call = call
         self._has_aux = has_aux
         self.sources = call.sources
+        self.output: Any
+        self.aux: Any
         self.output, self.aux = returned if has_aux else (returned, None)
+        self.outputs: list[tf.Tensor] = tf.nest.flatten(self.output)
 
-    def gradients(self, cotangent: tf.Tensor | None = None) -> list[tf.Tensor]:
+    @property
+    def name(self) -> str:
+        """What to call the function in messages."""
+        return self._call.name
+
+    @property
+    def operations(self) -> list[tf.Operation]:
+        """The ops traced since the evaluation began; none in eager mode."""
+        return traced_operations()[self._before :]
+
+    def gradients(
+        self, cotangents: tf.Tensor | Sequence[tf.Tensor] | None = None
+    ) -> list[tf.Tensor]:
         """Return the gradient of each source: dense, zeros where there is no path.
 
         Args:
-            cotangent: Weights of the output's elements, of its shape; None means ones.
+            cotangents: Weights of the output's elements, one tensor for each output, of
+                its shape; None means ones.
 
         Raises:
             NoGradientError: If a path exists, but is cut.
         """
-        try:
-            found = self._tape.gradient(
-                self.output, self.sources, output_gradients=cotangent
-            )
-        except LookupError:  # an operation has no gradient: one of the sources is cut
-            found = [None] * len(self.sources)
-        if tf.executing_eagerly():
-            # A function that leaves TensorFlow: what the tape saw may not be all.
-            dense = [_dense(g, s) for g, s in zip(found, self.sources, strict=True)]
-            self._verify(dense, cotangent)
-            return dense
-        if any(gradient is None for gradient in found):
-            self._settle(found)
-        return [_dense(g, s) for g, s in zip(found, self.sources, strict=True)]
+        weights = _as_list(cotangents)
+        found = self._require_sound(self.outputs, weights)
+        return self._dense(found)
 
-    def _settle(self, found: list[Any]) -> None:
-        """Raise if one of the missing gradients is cut; the others are zeros."""
-        for index, cut in enumerate(self._cuts()):
-            if found[index] is None and cut is not None:
-                raise no_gradient_error(self._call.name, self._call.names[index], cut)
+    def pull(self, cotangents: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Return what `gradients` does, of a recording that is known to be sound."""
+        return self._dense(self._pulled(self.outputs, list(cotangents)))
 
-    def _cuts(self) -> list[Cut | None]:
-        if self._call.variables is not None:
-            return missing_gradients(lambda: self._at([]), [], self.sources)
-        return missing_gradients(lambda *inputs: self._at(list(inputs)), self.sources)
+    def require_sound(self, *, separately: bool = True) -> None:
+        """Refuse outputs that some path to is cut; `pull` may then be called.
 
-    def _at(self, inputs: list[tf.Tensor]) -> tf.Tensor:
-        call = self._call.at(inputs) if inputs else self._call
-        output = self._function(call)
-        return output[0] if self._has_aux else output
-
-    def _verify(self, found: list[tf.Tensor], cotangent: tf.Tensor | None) -> None:
-        """Compare each gradient with a finite difference along one random direction."""
-        generator = np.random.default_rng(0)
-        for index, (gradient, source) in enumerate(
-            zip(found, self.sources, strict=True)
-        ):
-            direction = tf.constant(
-                generator.normal(size=gradient.shape), gradient.dtype
-            )
-            value, error = finite_difference(
-                lambda x, i=index: self._moved(i, x, cotangent),
-                tf.convert_to_tensor(source),
-                direction,
-            )
-            claimed = tf.reduce_sum(gradient * direction)
-            rtol = RTOL.get(gradient.dtype, 3e-2)
-            allowed = 3 * error + rtol * tf.maximum(tf.abs(value), tf.abs(claimed))
-            if not tf.abs(claimed - value) <= allowed:
-                cut = next(filter(None, self._cuts()), None)
-                raise no_gradient_error(self._call.name, self._call.names[index], cut)
-
-    def _moved(self, index: int, x: tf.Tensor, cotangent: Any) -> tf.Tensor:
-        """Return the weighted output with one source replaced by `x`."""
-        if self._call.variables is None:
-            inputs = list(self.sources)
-            inputs[index] = x
-            output = self._at(inputs)
+        Args:
+            separately: Whether each output is looked at by itself. Otherwise an output
+                that is cut may hide behind one that is not.
+        """
+        if leaves_tensorflow():
+            # On a tape of its own: a tf.py_function can be pulled back once.
+            again = Recording(self._function, self._call, has_aux=self._has_aux)
+            again.gradients(random_like(self.outputs, seed=1))
+        elif separately:
+            for output in self.outputs:
+                self._require_sound([output], None)
         else:
-            variable = self.sources[index]
-            before = tf.identity(variable)
-            try:
-                variable.assign(x)
-                output = self._at([])
-            finally:
-                variable.assign(before)
-        return tf.reduce_sum(output if cotangent is None else output * cotangent)
+            self._require_sound(self.outputs, None)
 
+    def _require_sound(
+        self, outputs: list[tf.Tensor], weights: list[tf.Tensor] | None
+    ) -> list[Any]:
+        """Return what the tape finds for each source, if that is all there is."""
+        undefined = None
+        try:
+            found = self._pulled(outputs, weights)
+        except LookupError as error:  # an op has no gradient: one of the sources is cut
+            found, undefined = [None] * len(self.sources), error
+        if leaves_tensorflow():
+            self._verify(self._dense(found), weights)
+        if may_drop(self.operations):
+            require_whole(
+                self._one_output(outputs),
+                *self._roots(),
+                self._call.name,
+                self._call.names,
+            )
+        if any(gradient is None for gradient in found):
+            self._settle(outputs, found, undefined)
+        return found
 
-def objective(has_aux: bool) -> Callable[[Call], Any]:
-    """Return the function from a call to its one number, or to (number, aux)."""
+    def _pulled(self, outputs: list[tf.Tensor], weights: Any) -> list[Any]:
+        """Return what the tape finds for each source: a gradient, or None."""
+        with refusals_explained(self.name):
+            found: list[Any] = self._tape.gradient(
+                outputs, self.sources, output_gradients=weights
+            )
+        return found
 
-    def scalar(call: Call) -> Any:
-        if not has_aux:
-            return scalar_output(call.output(), call.name)
-        value, aux = aux_pair(call.output(), call.name)
-        return scalar_output(value, call.name), aux
+    def _settle(
+        self, outputs: list[tf.Tensor], found: list[Any], undefined: LookupError | None
+    ) -> None:
+        """Raise if one of the missing gradients is cut; the others are zeros."""
+        name, names = self._call.name, self._call.names
+        for index, cut in enumerate(self._cuts(outputs)):
+            if found[index] is None and cut is not None:
+                raise no_gradient_error(name, names[index], cut)
+        if undefined is not None:
+            raise self._undefined(undefined)
 
-    return scalar
-
-
-def float_output(output: Any, name: str) -> tf.Tensor:
-    """Return what the user's function returned as a float tensor, or refuse it."""
-    if is_variable(output):
-        output = tf.convert_to_tensor(output)
-    if isinstance(output, tf.Tensor) and output.dtype.is_floating:
-        return output
-    if isinstance(output, np.ndarray | np.generic | float):
-        hint = "tf.* functions all the way: what left TensorFlow has no derivative"
-    elif isinstance(output, tf.Tensor) and output.dtype.is_complex:
-        hint = "tf.math.real(...) or tf.abs(...) of it"
-    elif isinstance(output, tf.Tensor):
-        hint = "tf.cast(..., tf.float32), before anything is rounded"
-    else:
-        hint = "return the tensor; is a `return` missing?"
-    raise ScalarObjectiveError(
-        "The function to differentiate must return a real float tensor.",
-        got=f"`{name}` returned {describe(output)}",
-        hint=hint,
-    )
-
-
-def aux_pair(returned: Any, name: str) -> tuple[Any, Any]:
-    """Return the pair (value, aux) that the user's function returned, or refuse it."""
-    if isinstance(returned, tuple) and len(returned) == 2:
-        return returned
-    raise InvalidArgumentError(
-        "With has_aux=True the function must return a pair (value, aux).",
-        got=f"`{name}` returned {describe(returned)}",
-        hint="return value, aux",
-    )
-
-
-def scalar_output(output: Any, name: str) -> tf.Tensor:
-    """Return what the user's function returned as one float number, or refuse it."""
-    tensor = float_output(output, name)
-    if tensor.shape.rank is None:
-        return tf.ensure_shape(tensor, [])
-    if tensor.shape.rank != 0:
-        raise ScalarObjectiveError(
-            "The gradient needs an objective that returns one number.",
-            got=f"`{name}` returned {describe(tensor)}",
-            hint="tf.reduce_mean(...) or tf.reduce_sum(...) around it, or "
-            "tfgrad.jacobian for one row per output, or tfgrad.derivative elementwise",
+    def _undefined(self, error: LookupError) -> TfgradError:
+        """Return the error for an op without gradient that other paths lead around."""
+        kinds = {*re.findall(r"\w+", str(error))}
+        for op in every(self.operations):
+            if op.type in ADJOINT and op.type in kinds:
+                return needs_repair(op, self.name)
+            if op.type in kinds:
+                cut = Cut(op.type, line_of(op), *cause_of_cut(op))
+                return no_gradient_error(self.name, self._call.names[0], cut)
+        return NoGradientError(
+            f"The gradient of `{self.name}` lacks a term: one of its ops has none.",
+            got=str(error).splitlines()[0],
+            hint="a smooth stand-in, or a tf.custom_gradient",
         )
-    return tensor
+
+    def _cuts(self, outputs: list[tf.Tensor]) -> list[Cut | None]:
+        return missing_gradients(self._one_output(outputs), *self._roots())
+
+    def _roots(self) -> tuple[list[tf.Tensor], list[tf.Variable]]:
+        if self._call.variables is None:
+            return self.sources, []
+        return [], self.sources
+
+    def _one_output(self, outputs: list[tf.Tensor]) -> Callable[..., tf.Tensor]:
+        """Return the function to one tensor that depends on all `outputs`."""
+        chosen = [
+            index
+            for index, output in enumerate(self.outputs)
+            if any(output is other for other in outputs)
+        ]
+
+        def function(*inputs: tf.Tensor) -> tf.Tensor:
+            call = self._call.at(inputs) if inputs else self._call
+            returned = self._evaluate(call)
+            if len(chosen) == 1:
+                return returned[chosen[0]]
+            parts = [tf.reduce_sum(tf.cast(returned[i], tf.float64)) for i in chosen]
+            return tf.add_n(parts)
+
+        return function
+
+    def _evaluate(self, call: Call) -> list[tf.Tensor]:
+        returned = self._function(call)
+        leaves: list[tf.Tensor] = tf.nest.flatten(
+            returned[0] if self._has_aux else returned
+        )
+        return leaves
+
+    def _verify(self, found: list[tf.Tensor], weights: list[tf.Tensor] | None) -> None:
+        """Compare with differences, since the tape may not have seen all."""
+        wrong = wrong_gradient(self._call, self._evaluate, weights, found)
+        if wrong is None:
+            return
+        index, numbers = wrong
+        cuts = self._cuts(self.outputs)
+        cut = cuts[index] or next(filter(None, cuts), None)
+        if cut is not None and cut.where:
+            raise no_gradient_error(self.name, self._call.names[index], cut)
+        raise NoGradientError(
+            f"The gradient of `{self.name}` with respect to "
+            f"`{self._call.names[index]}` is cut.",
+            got=f"autodiff {numbers}: part of the path is Python, which no tape sees",
+            hint="the same in tf.math or tf.experimental.numpy; a tf.custom_gradient",
+        )
+
+    def _dense(self, found: Sequence[Any]) -> list[tf.Tensor]:
+        return [dense(g, s) for g, s in zip(found, self.sources, strict=True)]
 
 
-def _dense(gradient: Any, source: Any) -> tf.Tensor:
+@contextlib.contextmanager
+def refusals_explained(name: str) -> Iterator[None]:
+    """Say what TensorFlow means where it refuses to differentiate twice."""
+    try:
+        yield
+    except tf.errors.UnknownError as error:
+        if "pyfunc" not in str(error):
+            raise
+        raise NoGradientError(
+            f"The tf.py_function in `{name}` can be differentiated once, in one pass.",
+            got="a second pass, for another row, direction or order",
+            hint="the same in tf.math, or tf.custom_gradient around tf.numpy_function",
+        ) from None
+    except NotImplementedError as error:
+        if "recompute_grad" not in str(error):
+            raise
+        raise NoGradientError(
+            f"The tf.recompute_grad in `{name}` has first derivatives only.",
+            got="a gradient, or a direction, of its gradient",
+            hint="the function itself, without tf.recompute_grad around it",
+        ) from None
+
+
+def _as_list(cotangents: Any) -> list[tf.Tensor] | None:
+    if cotangents is None:
+        return None
+    return list(cotangents) if isinstance(cotangents, list | tuple) else [cotangents]
+
+
+def dense(gradient: Any, source: Any) -> tf.Tensor:
     """Return a tensor of the shape of `source`; zeros for None."""
     if gradient is None:
         return tf.zeros_like(source)

@@ -1,21 +1,33 @@
 """Compile once, never retrace: one compiled function per structure, shapes and dtypes.
 
-`tf.function` retraces for each new Python number and keeps every trace for ever. Here the
-caller has made tensors of numbers *before* the compiled call, and the traces are bounded.
+`tf.function` retraces for each new Python number and keeps every trace for ever. Here
+the caller has made tensors of numbers *before* the compiled call, and the traces are
+bounded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import logging
+import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import tensorflow as tf
 
+from tfgrad.derivatives.repairs import repaired
+from tfgrad.derivatives.signatures import is_dynamic, signature
+from tfgrad.derivatives.soundness import (
+    RepairableGradientError,
+    UnverifiableGradientError,
+    folds_wrongly,
+)
 from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.errors import TfgradError
 from tfgrad.nested import name_of
@@ -23,17 +35,28 @@ from tfgrad.nested import name_of
 MOST_TRACES = 64
 """Compiled functions kept for one transform; the least recently used goes first."""
 
-# The namespace that Keras, too, builds on. The context is that of plain Python code, so that
-# a user's function is converted wherever it is called from.
+_LIBRARIES = (str(Path(__file__).parents[1]), str(Path(tf.__file__).parent))
+
+# The namespace that Keras, too, builds on. The context is that of plain Python code, so
+# that a user's function is converted wherever it is called from.
 _autograph = tf.__internal__.autograph
 _PLAIN_PYTHON = _autograph.control_status_ctx()
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _as_it_is: ContextVar[bool] = ContextVar("as_it_is", default=False)
+_is_compiling: ContextVar[bool] = ContextVar("is_compiling", default=False)
+_leaves_tensorflow: ContextVar[bool] = ContextVar("leaves_tensorflow", default=False)
+
+
+def not_converted(f: F) -> F:
+    """Keep AutoGraph from rewriting `f` where a user's tf.function calls it."""
+    return cast(F, tf.autograph.experimental.do_not_convert(f))
 
 
 def converted(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `f` with AutoGraph applied: Python `if` and `while` on tensors can be traced.
+    """Return `f` with AutoGraph applied: `if` and `while` on tensors can be traced.
 
     Within the first attempt of `trace`, that is `f` itself.
     """
@@ -44,9 +67,10 @@ def converted(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def trace(compile: Callable[[Any], Any], f: Callable[..., Any]) -> Any:
-    """Return `compile(f)`, with AutoGraph applied to `f` if it cannot be traced as it is.
+    """Return `compile(f)`, with AutoGraph applied to `f` if it has to be.
 
-    Most functions can: they trace faster so, and their errors name the user's own lines.
+    Most functions can: they trace faster so, and their errors name the user's own
+    lines.
 
     Raises:
         Exception: What the user's function raised as it is, if AutoGraph does not help.
@@ -59,7 +83,8 @@ def trace(compile: Callable[[Any], Any], f: Callable[..., Any]) -> Any:
     except Exception as error:  # a user's function may raise anything
         _as_it_is.set(False)
         try:
-            return compile(converted(f))
+            with quiet():
+                return compile(converted(f))
         except TfgradError:
             raise
         except Exception:
@@ -69,24 +94,59 @@ def trace(compile: Callable[[Any], Any], f: Callable[..., Any]) -> Any:
 
 
 @contextlib.contextmanager
-def as_written() -> Iterator[None]:
-    """Let compiled functions, first run in the block, compute what eager mode would.
+def as_written(*, optimized: bool = True) -> Iterator[None]:
+    """Let compiled functions called in the block compute what eager mode would.
 
-    TensorFlow's graph optimiser moves constants about: x**2 + x - 1 becomes x**2 + (x - 1),
-    which rounds otherwise, and a `tf.dynamic_partition` by constants comes out wrong.
+    TensorFlow's graph optimiser moves constants about: x**2 + x - 1 becomes x**2 + (x -
+    1), which rounds otherwise, and a `tf.dynamic_partition` by constants comes out
+    wrong.
+
+    Args:
+        optimized: Let it do the rest of its work, which takes as long as a hundred
+            calls of a small function do.
     """
     before = tf.config.optimizer.get_experimental_options()
-    tf.config.optimizer.set_experimental_options({"constant_folding": False})
+    options = {"constant_folding": False, "disable_meta_optimizer": not optimized}
+    tf.config.optimizer.set_experimental_options(options)
     try:
         yield
     finally:  # None is TensorFlow's own default
-        user = {"constant_folding": before.get("constant_folding")}
+        user = {option: before.get(option) for option in options}
         tf.config.optimizer.set_experimental_options(user)
 
 
-def is_dynamic(leaf: object) -> bool:
-    """Return whether `leaf` is an input of the compiled function; all else is static."""
-    return isinstance(leaf, tf.Tensor | tf.RaggedTensor | tf.SparseTensor)
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep TensorFlow's log silent in this thread: it dumps what it cannot convert."""
+    thread, logger = threading.get_ident(), tf.get_logger()
+
+    def is_another_thread(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(is_another_thread)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_another_thread)
+
+
+def leaves_tensorflow() -> bool:
+    """Return whether a function runs that leaves TensorFlow, so no tape sees it all."""
+    return _leaves_tensorflow.get() and tf.executing_eagerly()
+
+
+def is_compiling() -> bool:
+    """Return whether the trace being made is one of ours, not a user's tf.function."""
+    return _is_compiling.get()
+
+
+def traced_operations() -> list[tf.Operation]:
+    """Return the ops of the graph that is being traced; none in eager mode."""
+    if tf.executing_eagerly():
+        return []
+    graph = tf.compat.v1.get_default_graph()
+    operations: list[tf.Operation] = graph.get_operations()
+    return operations
 
 
 class Traces:
@@ -97,94 +157,148 @@ class Traces:
             converted by AutoGraph.
         f: The user's function.
         jit: Compile with XLA.
+        check: `check(answer, *nests)`: called with the first answer of each trace; it
+            raises if that is wrong.
     """
 
     def __init__(
-        self, run: Callable[..., Any], f: Callable[..., Any], *, jit: bool
+        self,
+        run: Callable[..., Any],
+        f: Callable[..., Any],
+        *,
+        jit: bool,
+        check: Callable[..., None] | None = None,
     ) -> None:
         """Compile nothing yet."""
         self._run = run
         self._f = f
         self._jit = jit
-        self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self._check = check
+        self._compiled: OrderedDict[Any, tuple[Callable[..., Any], Any]] = OrderedDict()
         self._warned = False
 
     def __call__(self, *nests: Any) -> Any:
         """Return `run(f, *nests)`, from the trace that fits, or from a new one."""
         key = signature(nests)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compiled[key] = self._compile(nests)
-            if len(self._compiled) > MOST_TRACES:
-                self._compiled.popitem(last=False)
-        else:
-            self._compiled.move_to_end(key)
-        return compiled(*filter(is_dynamic, tf.nest.flatten(nests)))
+        found = self._compiled.get(key)
+        if found is None:
+            return self._first_call(key, nests)
+        self._compiled.move_to_end(key)
+        return found[0](*filter(is_dynamic, tf.nest.flatten(nests)))
+
+    def graph(self, *nests: Any) -> Any:
+        """Return the graph that `nests` were answered by; None if it runs eagerly."""
+        return self._compiled[signature(nests)][1]
 
     def operations(self, *nests: Any) -> list[str]:
-        """Return the op types in the trace that `nests` called; none if they run eagerly."""
-        concrete = self._compiled[signature(nests)]
-        if not isinstance(concrete, tf.types.experimental.ConcreteFunction):
+        """Return the types of the ops in that graph; none if it runs eagerly."""
+        graph = self.graph(*nests)
+        if graph is None:
             return []
-        graph = concrete.graph.as_graph_def()
-        bodies = [graph.node, *(body.node_def for body in graph.library.function)]
-        return [node.op for nodes in bodies for node in nodes]
+        definition = graph.as_graph_def()
+        bodies = [body.node_def for body in definition.library.function]
+        return [node.op for nodes in [definition.node, *bodies] for node in nodes]
 
-    def _compile(self, nests: tuple[Any, ...]) -> Callable[..., Any]:
+    def _first_call(self, key: Any, nests: tuple[Any, ...]) -> Any:
         flat = tf.nest.flatten(nests)
-        specs = [tf.type_spec_from_value(leaf) for leaf in flat if is_dynamic(leaf)]
+        given = list(filter(is_dynamic, flat))
 
-        def traced(f: Callable[..., Any], *dynamic: Any) -> Any:
-            given = iter(dynamic)
-            filled = [next(given) if is_dynamic(leaf) else leaf for leaf in flat]
+        def body(f: Callable[..., Any], *dynamic: Any) -> Any:
+            left = iter(dynamic)
+            filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
             return self._run(f, *tf.nest.pack_sequence_as(nests, filled))
 
-        def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-            body = functools.partial(traced, f)
-            function = tf.function(body, autograph=False, jit_compile=self._jit or None)
-            concrete: Callable[..., Any] = function.get_concrete_function(*specs)
-            return concrete
+        compiled, graph, reason = self._compile(body, given)
+        answer = compiled(*given)
+        if reason:
+            self._warn(reason)
+        self._compiled[key] = compiled, graph
+        if len(self._compiled) > MOST_TRACES:
+            self._compiled.popitem(last=False)
+        if self._check is not None:
+            try:
+                self._check(answer, *nests)
+            except Exception:
+                del self._compiled[key]  # so that the next call is checked, too
+                raise
+        return answer
+
+    def _compile(
+        self, body: Callable[..., Any], given: list[Any]
+    ) -> tuple[Callable[..., Any], Any, str]:
+        """Return `body` compiled and its graph; or as it is, None, and the reason."""
+        specs = [tf.type_spec_from_value(leaf) for leaf in given]
+
+        def compiled(f: Callable[..., Any]) -> Any:
+            whole = functools.partial(body, f)
+            options = {"autograph": False, "jit_compile": self._jit or None}
+            return tf.function(whole, **options).get_concrete_function(*specs)
 
         try:
-            return trace(compiled, self._f)
+            with _set(_is_compiling):
+                concrete = _repaired_if_needed(compiled, self._f)
+        except UnverifiableGradientError as error:
+            if self._jit:
+                raise
+            reason = f"it leaves TensorFlow: {error.got}"
         except TfgradError:
             raise
         except Exception as error:  # a user's function may raise anything
             if self._jit:
                 raise
-            # What fails in eager mode, too, is no matter of tracing: that error is the clear
-            # one, and it is raised from here.
-            eager = functools.partial(traced, self._f)
-            eager(*filter(is_dynamic, flat))
-            self._warn(error)
-            return eager
+            what = str(error).strip().splitlines()[-1].strip()
+            reason = f"it leaves TensorFlow at {line_of_error(error)} ({what})"
+        else:
+            graph = concrete.graph
+            if folds_wrongly(graph.get_operations()) and not self._jit:
+                return as_written()(concrete), graph, ""
+            return concrete, graph, ""
+        # What fails in eager mode, too, is no matter of tracing: that error is the clear
+        # one, and it is raised from there.
+        return _leaving(functools.partial(body, self._f)), None, reason
 
-    def _warn(self, error: Exception) -> None:
+    def _warn(self, reason: str) -> None:
         if self._warned:
             return
         self._warned = True
-        reason = str(error).strip().splitlines()[-1].strip()
         warnings.warn(
-            f"`{name_of(self._f)}` cannot be compiled and runs eagerly, which is slower: "
-            f"it leaves TensorFlow at {line_of_error(error)} ({reason})",
+            f"`{name_of(self._f)}` is not compiled and runs eagerly, which is slower: "
+            f"{reason}",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=_level_of_caller(),
         )
 
 
-def signature(nest: Any) -> Any:
-    """Return a hashable key of the structure, specs and static values in `nest`."""
-    if isinstance(nest, tf.Tensor):
-        return nest.dtype, nest.shape
-    if isinstance(nest, tf.RaggedTensor | tf.SparseTensor):
-        return tf.type_spec_from_value(nest)
-    if isinstance(nest, list | tuple):
-        return type(nest), tuple(map(signature, nest))
-    if isinstance(nest, Mapping):
-        items = tuple((key, signature(nest[key])) for key in sorted(nest))
-        return type(nest), items
+def _repaired_if_needed(compiled: Callable[[Any], Any], f: Callable[..., Any]) -> Any:
     try:
-        hash(nest)
-    except TypeError:  # variables, among others: the trace keeps them, so the id stays theirs
-        return type(nest), id(nest)
-    return type(nest), nest
+        return trace(compiled, f)
+    except RepairableGradientError as error:
+        try:
+            return trace(lambda f: compiled(repaired(f)), f)
+        except Exception:  # what can be done about it is in the first message
+            raise error from None
+
+
+def _leaving(eager: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*given: Any) -> Any:
+        with _set(_leaves_tensorflow):
+            return eager(*given)
+
+    return run
+
+
+@contextlib.contextmanager
+def _set(flag: ContextVar[bool]) -> Iterator[None]:
+    token = flag.set(True)
+    try:
+        yield
+    finally:
+        flag.reset(token)
+
+
+def _level_of_caller() -> int:
+    """Return the stacklevel at which a warning is shown at the user's line."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    return level

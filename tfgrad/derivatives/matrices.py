@@ -1,0 +1,299 @@
+"""Second derivatives and full matrices: `jacobian`, `hessian`, `hvp`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfgrad.derivatives.calls import Call, Compiled, transform
+from tfgrad.derivatives.curvature import gradient, require_derivative
+from tfgrad.derivatives.forward import push_forward, require_adjoint
+from tfgrad.derivatives.outputs import float_outputs, with_aux
+from tfgrad.derivatives.recording import Recording
+from tfgrad.derivatives.tracing import not_converted
+from tfgrad.derivatives.vectorized import rows, static_size
+from tfgrad.derivatives.verification import random_like
+from tfgrad.errors import InvalidArgumentError, NoGradientError
+from tfgrad.nested import Nest
+
+MODES = ("auto", "reverse", "forward")
+
+
+@not_converted
+def jacobian(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    wrt: Nest | None = None,
+    mode: str = "auto",
+    chunk_size: int | None = None,
+    has_aux: bool = False,
+    jit: bool = False,
+) -> Callable[..., Any]:
+    """Return the function that computes all partial derivatives of `f`.
+
+    Use it for a function with several outputs. It costs one pull-back for each output
+    element, or one push-forward for each input element, computed many at a time.
+
+    Args:
+        f: Takes nests of tensors, returns a nest of float tensors of any shapes.
+        argnums: The position of the argument to differentiate, or a tuple of positions;
+            negative ones count from the end.
+        wrt: Variables that `f` reads, to differentiate instead of arguments: a
+            `tf.Variable`, a `keras.Variable`, a nest of them, a `tf.Module` or a
+            `keras.Model`.
+        mode: "reverse" computes row by row, "forward" column by column, "auto" what is
+            cheaper.
+        chunk_size: How many rows (or columns) are computed together; fewer take less
+            memory. None chooses so that they need at most 256 MB.
+        has_aux: `f` returns `(value, aux)`; the answer is then `(jacobian, aux)`.
+        jit: Compile with XLA.
+
+    Returns:
+        A function with the arguments of `f`. Its answer has the structure of the
+        output, with the structure of the argument (of `wrt`) in place of each leaf; an
+        array has the shape `output.shape + input.shape` and the dtype of the input.
+
+    Raises:
+        InvalidArgumentError: If an argument is no float array, or an option is unknown.
+        ScalarObjectiveError: If `f` returns anything but float tensors.
+        NoGradientError: If a path from the argument to an output exists, but is cut.
+
+    Example:
+        >>> jacobian(lambda x: x**2)([1.0, 2.0]).numpy().tolist()
+        [[2.0, 0.0], [0.0, 4.0]]
+        >>> weigh = lambda p: {"sum": p["a"] + 3 * p["b"]}
+        >>> float(jacobian(weigh)({"a": 1.0, "b": 2.0})["sum"]["b"])
+        3.0
+
+    References:
+        Griewank and Walther (2008), Evaluating Derivatives, chapter 3.
+    """
+    if mode not in MODES:
+        raise InvalidArgumentError(
+            "`mode` must be 'auto', 'reverse' or 'forward'.",
+            got=f"mode={mode!r}",
+            hint="mode='auto', which takes the cheaper one",
+        )
+    _check_chunk_size(chunk_size)
+
+    def body(call: Call) -> Any:
+        function = with_aux(float_outputs, has_aux)
+        recording = Recording(function, call, has_aux=has_aux, persistent=True)
+        recording.require_sound()
+        blocks = None
+        tall = _is_tall(*map(static_size, (recording.outputs, recording.sources)))
+        if mode == "forward" or (mode == "auto" and tall):
+            try:
+                blocks = _by_columns(recording, chunk_size)
+            except NoGradientError:  # forward mode differentiates twice
+                if mode == "forward":
+                    raise
+        blocks = blocks or _by_rows(recording, chunk_size)
+        packed = [call.pack(row) for row in blocks]
+        answer = tf.nest.pack_sequence_as(recording.output, packed)
+        return (answer, recording.aux) if has_aux else answer
+
+    def check(call: Call, answer: Any, compiled: Compiled) -> None:
+        blocks = tf.nest.flatten(answer[0] if has_aux else answer)
+        inputs = sum(source.shape.num_elements() for source in call.sources)
+        outputs = sum(block.shape.num_elements() for block in blocks) // max(inputs, 1)
+        if mode == "forward" or _is_tall(outputs, inputs):
+            v = random_like(call.sources)
+            require_adjoint(call, v, _times(blocks, v), has_aux=has_aux)
+
+    return transform(
+        f,
+        body,
+        argnums=argnums,
+        wrt=wrt,
+        jit=jit,
+        check=None if mode == "reverse" else check,
+    )
+
+
+@not_converted
+def hessian(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    wrt: Nest | None = None,
+    chunk_size: int | None = None,
+    verify: bool = True,
+    jit: bool = False,
+) -> Callable[..., Any]:
+    """Return the function that computes all second partial derivatives of `f`.
+
+    Use it for up to some thousand input elements: it costs as many gradients, computed
+    many at a time. For more, `hvp` has what most algorithms need of it.
+
+    Args:
+        f: Takes nests of tensors, returns one float number (shape `[]`).
+        argnums: The position, or positions, of the arguments to differentiate.
+        wrt: Variables that `f` reads, to differentiate instead of arguments.
+        chunk_size: How many rows are computed together; None chooses, see `jacobian`.
+        verify: Compare the first answer for each structure, shapes and dtypes with
+            differences of the gradient, along a random direction.
+        jit: Compile with XLA.
+
+    Returns:
+        A function with the arguments of `f`. For an array the answer has the shape
+        `x.shape + x.shape` and the dtype of `x`; for a nest, it is a nest of nests of
+        blocks, as `hessian["a"]["b"]`. Unit: the value's per unit of x squared.
+
+    Raises:
+        InvalidArgumentError: If an argument is no float array, or an option is unknown.
+        ScalarObjectiveError: If `f` returns anything but one float number.
+        NoGradientError: If a path from the argument to the gradient exists, but is cut.
+        WrongDerivativeError: If TensorFlow's second derivative is wrong, as that of
+            several ops is. No such answer is returned.
+
+    Example:
+        >>> hessian(lambda x: x[0] ** 2 * x[1])([3.0, 5.0]).numpy().tolist()
+        [[10.0, 6.0], [6.0, 0.0]]
+
+    References:
+        Griewank and Walther (2008), Evaluating Derivatives, chapter 3.
+    """
+    _check_chunk_size(chunk_size)
+
+    def body(call: Call) -> Any:
+        recording = Recording(gradient, call, persistent=True)
+        recording.require_sound(separately=False)
+        blocks = _by_rows(recording, chunk_size)
+        return call.pack([call.pack(row) for row in blocks])
+
+    def check(call: Call, answer: Any, compiled: Compiled) -> None:
+        blocks = tf.nest.flatten(answer)
+        require_derivative(call, gradient, lambda v: _times(blocks, v), compiled)
+
+    return transform(
+        f, body, argnums=argnums, wrt=wrt, jit=jit, check=check if verify else None
+    )
+
+
+@not_converted
+def hvp(
+    f: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    *,
+    wrt: Nest | None = None,
+    jit: bool = False,
+) -> Callable[..., Any]:
+    """Return the function that computes the Hessian of `f` times a direction.
+
+    Use it where the Hessian is too large: it costs about two gradients, whatever the
+    size. The first answer for each structure, shapes and dtypes is verified as by
+    `hessian`.
+
+    Args:
+        f: Takes nests of tensors, returns one float number (shape `[]`).
+        argnums: The position, or positions, of the arguments to differentiate.
+        wrt: Variables that `f` reads, to differentiate instead of arguments.
+        jit: Compile with XLA.
+
+    Returns:
+        A function `product(*args, v)` with the arguments of `f` and then the direction
+        `v`, which has the structure and shapes of what is differentiated, and so has
+        the answer.
+
+    Raises:
+        InvalidArgumentError: If an argument is no float array, or `v` does not match.
+        ScalarObjectiveError: If `f` returns anything but one float number.
+        NoGradientError: If a path from the argument to the gradient exists, but is cut.
+        WrongDerivativeError: If TensorFlow's second derivative is wrong, see `hessian`.
+
+    Example:
+        >>> hvp(lambda x: x[0] ** 2 * x[1])([3.0, 5.0], [1.0, 10.0]).numpy().tolist()
+        [70.0, 6.0]
+
+    References:
+        Pearlmutter (1994), Fast exact multiplication by the Hessian; here in reverse
+        mode twice, which no op of TensorFlow refuses.
+    """
+
+    def body(call: Call) -> Any:
+        recording = Recording(gradient, call)
+        return call.pack(recording.gradients(tf.nest.flatten(call.direction)))
+
+    def check(call: Call, answer: Any, compiled: Compiled) -> None:
+        def product(direction: list[tf.Tensor]) -> list[tf.Tensor]:
+            flat: list[tf.Tensor] = tf.nest.flatten(
+                compiled(*call.along(direction).nests)
+            )
+            return flat
+
+        require_derivative(call, gradient, product, compiled)
+
+    return transform(
+        f, body, argnums=argnums, wrt=wrt, jit=jit, directed=True, check=check
+    )
+
+
+def _by_rows(recording: Recording, chunk_size: int | None) -> list[list[tf.Tensor]]:
+    """Return the blocks `[output][source]`, by pull-backs."""
+    return rows(
+        recording.pull,
+        recording.outputs,
+        recording.sources,
+        recording.operations,
+        chunk_size,
+    )
+
+
+def _by_columns(recording: Recording, chunk_size: int | None) -> list[list[tf.Tensor]]:
+    """Return the blocks `[output][source]`, by push-forwards."""
+    push, sources = push_forward(recording), recording.sources
+    blocks = rows(push, sources, recording.outputs, recording.operations, chunk_size)
+    return [
+        [
+            _transposed(column[i], source)
+            for column, source in zip(blocks, sources, strict=True)
+        ]
+        for i in range(len(recording.outputs))
+    ]
+
+
+def _transposed(block: tf.Tensor, source: tf.Tensor) -> tf.Tensor:
+    """Return a block of shape `source.shape + output.shape` with the two exchanged."""
+    rank, first = block.shape.rank, source.shape.rank
+    return tf.transpose(block, [*range(first, rank), *range(first)])
+
+
+def _is_tall(outputs: int | None, inputs: int | None) -> bool:
+    """Return whether outputs outnumber inputs so far that columns are cheaper.
+
+    A push-forward costs about twice what a pull-back does.
+    """
+    return outputs is not None and inputs is not None and outputs > 2 * inputs
+
+
+def _times(
+    blocks: Sequence[tf.Tensor], direction: Sequence[tf.Tensor]
+) -> list[tf.Tensor]:
+    """Return a Jacobian, given as a flat list of its blocks, times a direction."""
+    count = len(direction)
+    return [
+        tf.add_n(
+            [
+                tf.tensordot(_double(block), _double(v), v.shape.rank)
+                for block, v in zip(blocks[i : i + count], direction, strict=True)
+            ]
+        )
+        for i in range(0, len(blocks), count)
+    ]
+
+
+def _double(x: tf.Tensor) -> tf.Tensor:
+    return tf.cast(x, tf.float64)
+
+
+def _check_chunk_size(chunk_size: Any) -> None:
+    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+        raise InvalidArgumentError(
+            "`chunk_size` must be a whole number of at least 1, or None.",
+            got=f"chunk_size={chunk_size!r}",
+            hint="chunk_size=None, which keeps to 256 MB",
+        )
