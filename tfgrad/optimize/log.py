@@ -76,11 +76,10 @@ class Log:
         steps: int,
     ) -> None:
         """Open the run; write the card of the problem, `run.json`, and the graph."""
-        facts = {**facts, "method": method}
+        given = {name: value for name, value in facts.items() if value is not None}
+        facts = {**given, "method": method}
         self._is_own = not isinstance(log, Run)
-        self._run = (
-            log if isinstance(log, Run) else Run(Path(log) / method, _given(facts))
-        )
+        self._run = log if isinstance(log, Run) else Run(Path(log) / method, facts)
         self.directory = self._run.directory
         self._objective = objective
         self._guard = Guard("The optimisation")
@@ -91,7 +90,7 @@ class Log:
         self._lowest = np.inf
         count = sum(v.shape.num_elements() for v in objective.variables)
         self._names = _leaf_names(objective) if count > SMALL else []
-        self._histogram_gap = max(1, steps // HISTOGRAMS)
+        self._histogram_gap = -(-steps // HISTOGRAMS)
         self._next_histogram = 0
         self._write_problem(facts, steps)
 
@@ -235,11 +234,6 @@ class Log:
 
     def _column(self, name: str) -> np.ndarray[Any, Any]:
         return np.concatenate([rows.columns[name] for rows in self._kept])
-
-
-def _given(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts by which runs are compared: those that were given."""
-    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _leaf_names(objective: Objective) -> list[str]:

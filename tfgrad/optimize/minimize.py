@@ -299,7 +299,7 @@ def _tolerance(name: str, value: Any) -> float | None:
 
 def _jit(jit: Any) -> bool | str:
     if jit in (True, False) or jit == "auto":
-        return jit  # type: ignore[no-any-return] # one of the three
+        return jit
     raise InvalidArgumentError(
         '`jit` must be True, False or "auto".', got=f"jit={jit!r}", hint='jit="auto"'
     )

@@ -99,11 +99,11 @@ class Board:
         too_late.daemon = True
         too_late.start()
         try:
-            address = self._process.stdout.readline().strip()  # empty when it dies
+            for line in self._process.stdout:  # ends when the process does
+                if line.startswith("http"):
+                    return line.strip()
         finally:
             too_late.cancel()
-        if address:
-            return address
         self._process.wait()
         self._log.seek(0)
         output = self._log.read().strip().splitlines() or ["no output"]
@@ -211,9 +211,9 @@ def _checked_loader(load_fast: Any) -> str:
 
 
 def _checked_pins(pin: Any) -> list[str]:
-    pins = [pin] if isinstance(pin, str) else list(pin)
-    if all(isinstance(tag, str) for tag in pins):
-        return pins
+    pins = [pin] if isinstance(pin, str) else pin
+    if isinstance(pins, Iterable) and all(isinstance(tag, str) for tag in pins):
+        return list(pins)
     raise InvalidArgumentError(
         "`pin` takes tags of scalars.",
         got=f"pin={pin!r}",

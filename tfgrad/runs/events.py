@@ -22,6 +22,9 @@ from tfgrad.errors import RunError
 
 _COUNTER = itertools.count()
 
+_CHECK_SECONDS = 0.5
+"""How often to look whether the file is still there: a look costs as much as a row."""
+
 
 class EventFile:
     """A new event file in `directory`; earlier files there are left alone.
@@ -34,7 +37,8 @@ class EventFile:
     def __init__(self, directory: Path, first_step: int) -> None:
         """Create the file and write its head."""
         self.path = directory / _file_name()
-        self._failure: tf.errors.OpError | None = None
+        self._failure: tf.errors.OpError | OSError | None = None
+        self._next_check = time.monotonic() + _CHECK_SECONDS
         self._event = tf.compat.v1.Event()
         self._tags: tuple[str, ...] = ()
         self._values: list[Any] = []
@@ -76,9 +80,30 @@ class EventFile:
                     value.simple_value = number
                 write(serialize())
 
+    def tensor(
+        self, tag: str, value: Any, step: int, plugin: str, content: bytes = b""
+    ) -> None:
+        """Write what a tab other than Scalars shows.
+
+        Args:
+            tag: Its name.
+            value: Strings or numbers, as the plugin wants them.
+            step: When it was true.
+            plugin: The name by which TensorBoard's plugin finds its data. There is no
+                `data_class` beside it: the loaders know it for their own plugins, and
+                with it the Graphs plugin of the Python loader answers with an error.
+            content: What the plugin wants to know besides, usually a version.
+        """
+        summary = tf.compat.v1.Summary()
+        entry = summary.value.add(tag=tag, tensor=tf.make_tensor_proto(value))
+        entry.metadata.plugin_data.plugin_name = plugin
+        entry.metadata.plugin_data.content = content
+        with self._disk():
+            self._write(step=step, summary=summary)
+
     def text(self, tag: str, markdown: str, step: int) -> None:
         """Write a Markdown card."""
-        self._plugin(tag, markdown, step, "text", b"")
+        self.tensor(tag, markdown, step, "text")
 
     def graph(
         self, graph_def: tf.compat.v1.GraphDef, tag: str | None, step: int
@@ -90,10 +115,8 @@ class EventFile:
             return
         metadata = tf.compat.v1.RunMetadata()
         metadata.function_graphs.add().pre_optimization_graph.CopyFrom(graph_def)
-        # The Graphs plugin reads this name and version; a `data_class` beside them
-        # would make TensorBoard's Python loader answer with an error 500.
         content = metadata.SerializeToString()
-        self._plugin(tag, content, step, "graph_run_metadata_graph", b"1")
+        self.tensor(tag, content, step, "graph_run_metadata_graph", b"1")
 
     def summary(self, serialized: bytes) -> None:
         """Write a `Summary` that a TensorBoard plugin has built, at step 0."""
@@ -104,16 +127,6 @@ class EventFile:
         """Close the file. What was written before a failure stays readable."""
         with contextlib.suppress(tf.errors.OpError):  # the first failure was reported
             self._writer.close()
-
-    def _plugin(
-        self, tag: str, data: str | bytes, step: int, plugin: str, version: bytes
-    ) -> None:
-        summary = tf.compat.v1.Summary()
-        value = summary.value.add(tag=tag, tensor=tf.make_tensor_proto(data))
-        value.metadata.plugin_data.plugin_name = plugin
-        value.metadata.plugin_data.content = version
-        with self._disk():
-            self._write(step=step, summary=summary)
 
     def _write(self, **content: Any) -> None:
         event = tf.compat.v1.Event(wall_time=time.time(), **content)
@@ -130,14 +143,28 @@ class EventFile:
             try:
                 yield
                 self._writer.flush()
+                self._check_presence()
                 return
-            except tf.errors.OpError as error:
+            except (tf.errors.OpError, OSError) as error:
                 self._failure = error
+        if isinstance(self._failure, FileNotFoundError):
+            raise RunError(
+                "The event file was deleted while its run was alive.",
+                got=f"{self.path}, which is no longer there",
+                hint="a new Run(...); what this one held is gone with the file",
+            ) from self._failure
         raise RunError(
             "The event file could not be written; what it held before is safe.",
-            got=f"{self.path}: {self._failure}",
+            got=str(self._failure),
             hint="make room on the disk, then Run(..., resume_from=the next step)",
         ) from self._failure
+
+    def _check_presence(self) -> None:
+        """Raise FileNotFoundError if the file is gone: writing to it would succeed."""
+        now = time.monotonic()
+        if now > self._next_check:
+            self._next_check = now + _CHECK_SECONDS
+            self.path.stat()
 
 
 def _file_name() -> str:

@@ -12,6 +12,9 @@ import numpy as np
 
 from tfgrad.runs.values import check_mapping, check_tag
 
+FAILURES = ("failure", "interrupted", "nonfinite")
+"""Statuses of runs that did not come to their end; the tab knows two kinds only."""
+
 
 def checked(hparams: Mapping[str, Any]) -> dict[str, bool | float | str]:
     """Return `hparams` as the tab can hold them: what is no number is its `str`."""
@@ -29,12 +32,13 @@ def start(hparams: Mapping[str, bool | float | str], session: str) -> bytes:
     return bytes(summary.SerializeToString())
 
 
-def end(success: bool) -> bytes:
+def end(status: str) -> bytes:
     """Return the serialized `Summary` that ends the session."""
     from tensorboard.plugins.hparams import api_pb2, summary
 
-    status = api_pb2.STATUS_SUCCESS if success else api_pb2.STATUS_FAILURE
-    return bytes(summary.session_end_pb(status).SerializeToString())
+    failed = status in FAILURES
+    shown = api_pb2.STATUS_FAILURE if failed else api_pb2.STATUS_SUCCESS
+    return bytes(summary.session_end_pb(shown).SerializeToString())
 
 
 def _plain(value: Any) -> bool | float | str:

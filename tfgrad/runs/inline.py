@@ -34,6 +34,28 @@ def inline(
     return _Inliner(graph_def).run(graph_def, renamed)
 
 
+class UniqueNames:
+    """Hands out names, with numbers after those that are taken.
+
+    >>> names = UniqueNames()
+    >>> [names.take(name) for name in ("w", "b", "w", "w")]
+    ['w', 'b', 'w_1', 'w_2']
+    """
+
+    def __init__(self) -> None:
+        """Begin with no name taken."""
+        self._last_numbers: dict[str, int] = {}
+
+    def take(self, wanted: str) -> str:
+        """Return `wanted`, or the first `wanted_1`, `wanted_2`... that is free."""
+        name = wanted
+        while name in self._last_numbers:
+            self._last_numbers[wanted] += 1
+            name = f"{wanted}_{self._last_numbers[wanted]}"
+        self._last_numbers[name] = 0
+        return name
+
+
 class _Scope(NamedTuple):
     """One function body on its way into the flat graph."""
 
@@ -67,11 +89,12 @@ class _Inliner:
         self._library = {f.signature.name: f for f in graph_def.library.function}
         self._flat = tf.compat.v1.GraphDef(versions=graph_def.versions)
         self._results: dict[str, str] = {}  # outputs of calls -> tensors in the bodies
-        self._taken: set[str] = set()
+        self._names = UniqueNames()
 
     def run(self, graph_def: Any, renamed: Mapping[str, str]) -> Any:
-        names = {n.name: renamed.get(n.name, n.name) for n in graph_def.node}
-        self._add(graph_def.node, _Scope(self._unique(names), {}))
+        wanted = {n.name: renamed.get(n.name, n.name) for n in graph_def.node}
+        names = {old: self._names.take(new) for old, new in wanted.items()}
+        self._add(graph_def.node, _Scope(names, {}))
         emitted = {node.name for node in self._flat.node}
         for node in self._flat.node:
             inputs = [self._source(i) for i in node.input]
@@ -85,11 +108,10 @@ class _Inliner:
             name = scope.names[node.name]
             bodies = list(self._bodies(node))
             if bodies and node.op in _CALLS:
-                path = posixpath.join(
-                    posixpath.dirname(name), _python_name(bodies[0][1])
-                )
-                path = self._unique({path: path})[path]
-                results = self._splice(bodies[0][1], path, "", scope.data(node))
+                ((_, function),) = bodies
+                path = posixpath.join(posixpath.dirname(name), _python_name(function))
+                path = self._names.take(path)
+                results = self._splice(function, path, "", scope.data(node))
                 self._results |= {f"{name}:{i}": r for i, r in enumerate(results)}
             else:
                 self._copy(node, name, scope, bodies)
@@ -105,11 +127,10 @@ class _Inliner:
             first = _FIRST_DATA_INPUT[node.op]
             data, inputs = inputs[first:], inputs[:first]
             for label, body in bodies:
-                strip = posixpath.commonpath(
-                    [node.name, *(n.name for n in body.node_def)]
-                )
+                places = [node.name, *(n.name for n in body.node_def)]
+                strip = posixpath.commonpath(places)
                 inputs += self._splice(body, f"{name}/{label}", strip, data)
-        copy.input[:] = dict.fromkeys([*inputs, *scope.controls(node)])
+        copy.input[:] = [*inputs, *scope.controls(node)]
         _shorten(copy)
 
     def _splice(self, body: Any, path: str, strip: str, inputs: list[str]) -> list[str]:
@@ -118,7 +139,7 @@ class _Inliner:
         The names in the body of an `if` or a loop repeat where it stands: `strip`.
         """
         local = {n.name: n.name.removeprefix(f"{strip}/") for n in body.node_def}
-        names = self._unique({n: f"{path}/{short}" for n, short in local.items()})
+        names = {n: self._names.take(f"{path}/{short}") for n, short in local.items()}
         parameters = [argument.name for argument in body.signature.input_arg]
         scope = _Scope(names, dict(zip(parameters, inputs, strict=True)))
         self._add(body.node_def, scope)
@@ -136,18 +157,6 @@ class _Inliner:
                 label = f"{label}_{i}" if value.HasField("list") else label
                 if function.name in self._library:
                     yield label, self._library[function.name]
-
-    def _unique(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Return `names` with numbers after the new ones that are taken; take them."""
-        unique = {}
-        for old, wanted in names.items():
-            name, number = wanted, 0
-            while name in self._taken:
-                number += 1
-                name = f"{wanted}_{number}"
-            self._taken.add(name)
-            unique[old] = name
-        return unique
 
     def _source(self, tensor: str) -> str:
         """Return where `tensor` really comes from, in the notation of a GraphDef."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import tensorflow as tf
 import tfgrad
 from tfgrad import nested
 from tfgrad.errors import RunError
+from tfgrad.runs.values import as_array
 
 FILE_NAME = "run.json"
 _LARGEST_ARRAY = 1000
@@ -62,6 +64,8 @@ class Record:
             draft.write_text(text + "\n", encoding="utf-8")
             draft.replace(self._path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
             raise RunError(
                 f"{FILE_NAME} could not be written; its last version is safe.",
                 got=f"{self._path}: {error.strerror}",
@@ -90,7 +94,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return _array_to_json(value)
     if isinstance(value, tf.Tensor) or nested.is_variable(value):
-        return _array_to_json(np.asarray(value))
+        return _array_to_json(as_array(value))
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return nested.name_of(value) if callable(value) else nested.describe(value)
@@ -99,12 +103,6 @@ def to_json(value: Any) -> Any:
 def _array_to_json(array: Any) -> Any:
     if array.size > _LARGEST_ARRAY:
         return f"array of {nested.describe(np.asarray(array))}"
-    if (
-        array.dtype.kind not in "biufSU"
-    ):  # bfloat16 and its kin have no JSON of their own
-        array = (
-            array.astype(np.float64) if array.dtype.kind == "V" else array.astype(str)
-        )
     return to_json(array.tolist())
 
 

@@ -18,7 +18,7 @@ def to_step(value: Any, name: str) -> int:
     """Return `value` as a step: a whole number from 0 up, of any integer type."""
     try:
         if type(value) is not int and nested.is_variable(value):
-            value = np.asarray(value)
+            value = as_array(value)
         step = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         step = -1
@@ -36,9 +36,9 @@ def to_number(value: Any, tag: str) -> float:
     if type(value) is float:
         return value
     try:
-        array = np.asarray(value)
+        array = as_array(value)
         if array.ndim == 0 and array.dtype.kind in _REAL_KINDS:
-            return float(array)
+            return float(array.astype(np.float64))
     except (TypeError, ValueError, NotImplementedError):
         pass  # a symbolic tensor, a ragged list
     raise InvalidArgumentError(
@@ -50,7 +50,7 @@ def to_number(value: Any, tag: str) -> float:
 
 def to_steps(values: Any) -> np.ndarray:
     """Return `values` as int64 steps of shape `[n]` that grow."""
-    steps = np.asarray(values)
+    steps = as_array(values)
     if steps.size == 0 and steps.ndim == 1:
         return steps.astype(np.int64)
     if steps.ndim != 1 or steps.dtype.kind not in "iu":
@@ -74,7 +74,7 @@ def to_steps(values: Any) -> np.ndarray:
 def to_column(values: Any, tag: str, length: int) -> np.ndarray:
     """Return `values` as float64 of shape `[length]`."""
     try:
-        column = np.asarray(values)
+        column = as_array(values)
     except (TypeError, ValueError, NotImplementedError):
         column = np.asarray(None)
     if column.shape == (length,) and column.dtype.kind in _REAL_KINDS:
@@ -84,6 +84,12 @@ def to_column(values: Any, tag: str, length: int) -> np.ndarray:
         got=f"{tag!r} is {_describe(values)}, for {length} steps",
         hint='arrays of one length; a column of a matrix as {"x/0": x[:, 0], ...}',
     )
+
+
+def as_array(value: Any) -> np.ndarray:
+    """Return a tensor, variable or anything that NumPy takes as an array."""
+    # NumPy itself cannot make one of a bfloat16 tensor of shape [].
+    return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
 def check_tag(tag: Any) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tfgrad import nested
-from tfgrad.errors import InvalidArgumentError, RunError
-from tfgrad.runs import hparams as hparams_tab
-from tfgrad.runs.directory import claim
-from tfgrad.runs.events import EventFile
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.runs import media
 from tfgrad.runs.graph import step_graph
-from tfgrad.runs.record import Record
+from tfgrad.runs.layout import TAG as LAYOUT
+from tfgrad.runs.layout import to_layout
+from tfgrad.runs.models import PLUGIN as LAYERS
+from tfgrad.runs.models import conceptual_graph, is_model, model_inputs
+from tfgrad.runs.session import Session
 from tfgrad.runs.values import (
     check_mapping,
     check_tag,
@@ -28,14 +26,15 @@ from tfgrad.runs.values import (
     to_steps,
 )
 
+if TYPE_CHECKING:
+    from tfgrad.runs.callback import RunCallback
+
 _ROWS_AT_ONCE = 10_000
 """Rows of a history that are Python numbers at a time: memory stays bounded."""
 
-_Kind = Literal["scalar", "text", "graph"]
 
-
-class Run:
-    """One TensorBoard run: scalars, text and graphs, in a directory of its own.
+class Run(Session):
+    """One TensorBoard run: curves, cards, pictures, graphs, in a directory of its own.
 
     Use it as a context manager. A call is in the file when it returns, so that a
     process which is killed loses nothing that it logged. Calls may come from several
@@ -54,6 +53,7 @@ class Run:
 
     Attributes:
         directory: The `pathlib.Path` that is really written to.
+        first_step: The step at which this session starts.
 
     Raises:
         InvalidArgumentError: If an argument is not of its kind; nothing was written.
@@ -66,44 +66,15 @@ class Run:
         >>> with Run(f"{logs}/parabola") as run:
         ...     for step in range(3):
         ...         run.log(step, loss=0.64**step)
-        >>> Run(f"{logs}/parabola").directory.name  # the first one is not touched
+        >>> with Run(f"{logs}/parabola") as second:  # the first one is not touched
+        ...     second.directory.name
         'parabola-002'
     """
-
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        hparams: Mapping[str, Any] | None = None,
-        resume_from: int | None = None,
-    ) -> None:
-        """Claim the directory and write the head of the run."""
-        is_resumed = resume_from is not None
-        self._first_step = to_step(resume_from, "resume_from") if is_resumed else 0
-        self._hparams = hparams_tab.checked(hparams or {})
-        self._lock = threading.RLock()
-        self._is_closed = False
-        self._facts: dict[str, Any] = {}
-        self._last_steps: dict[str, int] = {}
-        self._last_write = self._started = time.time()
-        with contextlib.ExitStack() as undo:
-            self._claim = claim(directory, resume=is_resumed)
-            undo.callback(self._claim.release)
-            self.directory = self._claim.path
-            self._record = Record(
-                self.directory, resumed_from=resume_from, hparams=self._hparams
-            )
-            self._kinds = self._record.earlier_tags()
-            self._events = EventFile(self.directory, self._first_step)
-            if self._hparams:
-                self._events.summary(
-                    hparams_tab.start(self._hparams, str(self.directory))
-                )
-            undo.pop_all()
 
     def log(
         self, step: int, scalars: Mapping[str, Any] | None = None, /, **named: Any
     ) -> None:
-        """Write one point of one or more curves, in less than 10 microseconds.
+        """Write one point of one or more curves, in about ten microseconds.
 
         Args:
             step: A whole number from 0 up. On one tag, steps grow.
@@ -202,9 +173,82 @@ class Run:
                 hint='str(...), or "```\\n...\\n```" to show it as it is',
             )
         with self._lock:
-            step = self._first_step if step is None else to_step(step, "step")
+            step = self.first_step if step is None else to_step(step, "step")
             self._admit([tag], "text", step, step)
             self._events.text(tag, markdown, step)
+
+    def histogram(self, tag: str, values: Any, step: int) -> None:
+        """Write the distribution of `values`, for the Histograms tab.
+
+        Args:
+            tag: Its name.
+            values: Real numbers in any shape. Those that are not finite are left out.
+            step: When they were so. On one tag, steps grow.
+
+        Raises:
+            InvalidArgumentError: If an argument is not of its kind, or `tag` is taken.
+            RunError: If the run is closed, or the disk refuses.
+
+        Example:
+            >>> import tempfile
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.histogram("weights", np.linspace(-1, 1, 1000), step=0)
+        """
+        step, buckets = to_step(step, "step"), media.to_buckets(values, tag)
+        with self._lock:
+            self._admit([tag], "histogram", step, step)
+            self._events.tensor(tag, buckets, step, "histograms")
+
+    def image(self, tag: str, image: Any, step: int | None = None) -> None:
+        """Write a picture, for the Images tab.
+
+        Args:
+            tag: Its name.
+            image: A matplotlib figure, or pixels: an array of shape `[height, width]`
+                or `[height, width, 1, 3 or 4]`, of floats in 0..1 or of uint8.
+            step: When it was true; None means the step at which this session started.
+
+        Raises:
+            InvalidArgumentError: If an argument is not of its kind, or `tag` is taken.
+            RunError: If the run is closed, or the disk refuses.
+
+        Example:
+            >>> import tempfile
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.image("ramp", np.linspace(0, 1, 64).reshape(8, 8))
+        """
+        step = self.first_step if step is None else to_step(step, "step")
+        content = media.to_png(image, tag)
+        with self._lock:
+            self._admit([tag], "image", step, step)
+            self._events.tensor(tag, content, step, "images")
+
+    def layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Draw several curves in one chart, in the Custom Scalars tab.
+
+        Args:
+            charts: The tags of each chart's curves, by category and title. They may be
+                logged later.
+
+        Raises:
+            InvalidArgumentError: If `charts` is not of that form, or a second layout.
+            RunError: If the run is closed, or the disk refuses.
+
+        Example:
+            >>> import tempfile
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.layout({"fit": {"loss": ["training/loss", "validation/loss"]}})
+        """
+        content = to_layout(charts)
+        with self._lock:
+            if LAYOUT in self._last_steps:
+                raise InvalidArgumentError(
+                    "A run has one layout.",
+                    got="a second call",
+                    hint="all charts in one call: {category: {chart: [tags]}}",
+                )
+            self._admit([LAYOUT], "layout", self.first_step, self.first_step)
+            self._events.tensor(LAYOUT, content, self.first_step, "custom_scalars")
 
     def graph(self, f: Callable[..., Any], *args: Any, name: str | None = None) -> None:
         """Write the graph of `f` and of its gradient, for TensorBoard's Graphs tab.
@@ -212,18 +256,20 @@ class Run:
         The operations stand under the user's own name scopes; nested `tf.function`s,
         branches and loops are written out. `f` is traced once more for this, not run.
         The first graph is the one that the tab opens; later ones are under its "Tag"
-        menu.
+        menu. Of a Keras model, the graph of its layers is there, too.
 
         Args:
-            f: A TensorFlow function. If it returns one float number, the graph has its
-                gradient with respect to the float tensors in `args` and to the
-                trainable variables that `f` reads.
-            *args: What to trace it with: nests of tensors, arrays, numbers.
+            f: A TensorFlow function or a Keras model. If it returns one float number,
+                the graph has its gradient with respect to the float tensors in `args`
+                and to the trainable variables that `f` reads.
+            *args: What to trace it with: nests of tensors, arrays, numbers, or
+                `tf.TensorSpec`s of them. A model that was built needs none.
             name: Its name; None means that of `f`. A graph that an earlier session has
                 written under this name is left as it is.
 
         Raises:
-            InvalidArgumentError: If this session has a graph of this name already.
+            InvalidArgumentError: If this session has a graph of this name already, or
+                `f` cannot be traced.
             RunError: If the run is closed, or the disk refuses.
 
         Example:
@@ -233,7 +279,9 @@ class Run:
             >>> with Run(tempfile.mkdtemp()) as run:
             ...     run.graph(lambda: x**2 + x - 1, name="parabola")
         """
-        name = nested.name_of(f) if name is None else name
+        is_keras = is_model(f)
+        if name is None:
+            name = str(getattr(f, "name", "")) if is_keras else nested.name_of(f)
         tag = f"graph/{name}"
         check_tag(name)
         self._check_open()
@@ -245,114 +293,45 @@ class Run:
             )
         if self._kinds.get(tag) == "graph":
             return
-        graph_def = step_graph(f, args, name)  # without the lock: others log meanwhile
+        # Traced without the lock: others log meanwhile.
+        graph_def = step_graph(f, args or model_inputs(f) if is_keras else args, name)
         with self._lock:
             # A second graph of the whole run would replace the first in one loader.
             is_first = "graph" not in self._kinds.values()
-            self._admit([tag], "graph", self._first_step, self._first_step)
-            self._events.graph(graph_def, None if is_first else tag, self._first_step)
+            step = self.first_step
+            self._admit([tag], "graph", step, step)
+            self._events.graph(graph_def, None if is_first else tag, step)
+            if is_keras and (layers := conceptual_graph(f)):
+                self._admit([f"layers/{name}"], "graph", step, step)
+                self._events.tensor(f"layers/{name}", layers, step, LAYERS, b"1")
             self._record.update(tags=self._kinds)
 
-    def describe(self, **facts: Any) -> None:
-        """Add facts to `run.json`: the seed, the arguments, the problem.
+    def keras_callback(
+        self, *, batches: int | None = None, histograms: int | None = None
+    ) -> RunCallback:
+        """Return a callback for `Model.fit` that writes to this run.
+
+        Its curves are `epoch/loss`, `epoch/val_loss`... and the learning rate; its
+        graph, that of the model. A step is an epoch or, with `batches`, a batch. A
+        second `fit` goes on where the first ended. A disk that refuses ends the log
+        with a warning, not the training.
 
         Args:
-            **facts: Whatever JSON can hold, and arrays; float64 keeps all its bits, NaN
-                and infinities become strings, and other objects their `repr`.
+            batches: Write `batch/loss`... after every so many batches; None, never.
+            histograms: Write the weights after every so many epochs; None, never.
+
+        Raises:
+            InvalidArgumentError: If a number is not a whole one above 0.
 
         Example:
-            >>> import json, tempfile
+            >>> import keras, tempfile
+            >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+            >>> model.compile("sgd", "mse")
             >>> with Run(tempfile.mkdtemp()) as run:
-            ...     run.describe(seed=7, arguments={"learning_rate": 0.1})
-            >>> json.loads((run.directory / "run.json").read_text())["facts"]["seed"]
-            7
+            ...     callback = run.keras_callback(histograms=1)
+            ...     x, y = np.ones([8, 2]), np.ones([8, 1])
+            ...     history = model.fit(x, y, verbose=0, callbacks=[callback])
         """
-        with self._lock:
-            self._check_open()
-            self._facts |= facts
-            self._record.update(facts=self._facts)
+        from tfgrad.runs.callback import RunCallback  # it imports this module's types
 
-    def close(self, status: str = "success", **result: Any) -> None:
-        """End the run: write status and result to `run.json`, let the directory go.
-
-        Args:
-            status: How it ended, in a word; "success" is the one that HParams shows as
-                such.
-            **result: What came out, for `run.json`.
-
-        A second call does nothing.
-        """
-        with self._lock, contextlib.ExitStack() as ending:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            ending.callback(self._claim.release)
-            ending.callback(self._events.close)
-            seconds = time.time() - self._started
-            self._record.update(
-                status=status, seconds=seconds, result=result, tags=self._kinds
-            )
-            if self._hparams:
-                self._events.summary(hparams_tab.end(status == "success"))
-
-    def __enter__(self) -> Self:
-        """Return the run itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the run, with the status that the block's end has earned."""
-        if error is None:
-            self.close()
-            return
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failure"
-        with contextlib.suppress(RunError):  # the block's own error is the one to see
-            self.close(status, error=f"{type(error).__name__}: {error}")
-
-    def __repr__(self) -> str:
-        """Return the call that made it."""
-        return f"Run({str(self.directory)!r})"
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise RunError(
-                "A run that is closed takes no more.",
-                got=f"{self.directory}, closed",
-                hint="log inside the `with` block, or Run(..., resume_from=step)",
-            )
-
-    def _admit(self, tags: Iterable[str], kind: _Kind, first: int, last: int) -> None:
-        """Check that `tags` may get data of `kind` at these steps, then remember it."""
-        self._check_open()
-        for tag in tags:
-            if tag not in self._kinds:
-                check_tag(tag)
-            elif self._kinds[tag] != kind:
-                # A tag belongs to one plugin per run: the other data would be hidden.
-                raise InvalidArgumentError(
-                    "A tag is for data of one kind.",
-                    got=f"{tag!r}, a {kind} here and a {self._kinds[tag]} before",
-                    hint=f'another tag, such as "{kind}/{tag}"',
-                )
-            if first <= self._last_steps.get(tag, self._first_step - 1):
-                raise self._not_growing(tag, first)
-        for tag in tags:
-            self._kinds[tag] = kind
-            self._last_steps[tag] = last
-
-    def _not_growing(self, tag: str, step: int) -> InvalidArgumentError:
-        # TensorBoard's loaders differ on a step that comes again: one drops what it has
-        # from there on, the other shows both.
-        if tag in self._last_steps:
-            before = f"after step {self._last_steps[tag]}"
-        else:
-            before = f"in a run resumed from step {self._first_step}"
-        return InvalidArgumentError(
-            "On one tag, steps grow.",
-            got=f"{tag!r} at step {step}, {before}",
-            hint=f"Run(..., resume_from={step}) to go back, or another tag",
-        )
+        return RunCallback(self, batches=batches, histograms=histograms)

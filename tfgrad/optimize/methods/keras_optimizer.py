@@ -47,7 +47,8 @@ def optimizer_factory(method: Any, learning_rate: Any) -> Callable[[], Any]:
     if inspect.isclass(method) and method in optimizer_names().values():
         if learning_rate is None:
             return method
-        return functools.partial(method, learning_rate=_rate(learning_rate))
+        kind: Any = method
+        return functools.partial(kind, learning_rate=_rate(learning_rate))
     if inspect.isclass(method) or not hasattr(method, "apply_gradients"):
         raise InvalidArgumentError(
             "`method` must be a name, or an optimizer with `apply_gradients`.",

@@ -48,12 +48,19 @@ class Trial(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The last steps `s` and gradient changes `y`: ring buffers of shape `[m, n]`."""
+    """The last steps `s` and gradient changes `y`: ring buffers of shape `[m, n]`.
+
+    Attributes:
+        s: Steps.
+        y: Changes of the gradient.
+        curvature: Their inner products, shape `[m]`.
+        pairs: How many were remembered in all, forgotten ones included.
+    """
 
     s: tf.Tensor
     y: tf.Tensor
     curvature: tf.Tensor
-    count: tf.Tensor
+    pairs: Any
 
 
 class Progress(NamedTuple):
@@ -136,10 +143,10 @@ def _turn(new: Point, old: Point, state: State) -> Move:
     direction = -_times_inverse_hessian(memory, new.grad)
     points_down = _dot(direction, new.grad) < 0
     # It always does in exact arithmetic; if rounding has spoilt it, start afresh.
-    memory = memory._replace(count=tf.where(points_down, memory.count, 0))
+    memory = memory._replace(pairs=tf.where(points_down, memory.pairs, 0))
     direction = tf.where(points_down, direction, -new.grad)
     one = tf.ones_like(new.fun)
-    length = tf.where(memory.count > 0, one, _first_length(new))
+    length = tf.where(memory.pairs > 0, one, _first_length(new))
     progress = _progress(new, old, state)
     move = _search(new, direction, length, memory, progress)
     return move._replace(failed=progress.idle >= MOST_IDLE)
@@ -148,8 +155,8 @@ def _turn(new: Point, old: Point, state: State) -> Move:
 def _restart(old: Point, narrowed: Move) -> Move:
     """Return `narrowed`; if it failed, try once along the gradient before giving up."""
     memory = narrowed.state.memory
-    retries = narrowed.failed & (memory.count > 0)
-    empty = memory._replace(count=tf.zeros_like(memory.count))
+    retries = narrowed.failed & (memory.pairs > 0)
+    empty = memory._replace(pairs=tf.zeros_like(memory.pairs))
     progress = narrowed.state.progress
     fresh = _search(old, -old.grad, _first_length(old), empty, progress)
     x, state = _either(retries, (fresh.x, fresh.state), (narrowed.x, narrowed.state))
@@ -197,7 +204,7 @@ def _is_wolfe(trial: Trial, start: Trial, new: Point) -> tf.Tensor:
     return flattens & (decreases | (is_level & approximately))
 
 
-def _narrow(trial: Trial, old: Point, state: State, is_finite: tf.Tensor) -> Move:
+def _narrow(trial: Trial, old: Point, state: State, is_finite: Any) -> Move:
     """Return the next trial along the same direction (algorithms 3.5 and 3.6)."""
     start, low, high = state.start, state.low, state.high
     limit = start.fun + SUFFICIENT_DECREASE * trial.t * start.slope
@@ -239,7 +246,7 @@ def _remember(memory: Memory, s: tf.Tensor, y: tf.Tensor) -> Memory:
     """Return the memory with a new pair for the oldest, if it curves upwards."""
     curvature = _dot(s, y)
     is_kept = curvature > EPSILONS[s.dtype] * _dot(y, y)  # else 1 / it may overflow
-    slot = memory.count % memory.s.shape[0]
+    slot = memory.pairs % memory.s.shape[0]
 
     def put(rows: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
         row = tf.where(is_kept, row, tf.gather(rows, slot))
@@ -249,24 +256,24 @@ def _remember(memory: Memory, s: tf.Tensor, y: tf.Tensor) -> Memory:
         put(memory.s, s),
         put(memory.y, y),
         put(memory.curvature, curvature),
-        memory.count + tf.cast(is_kept, tf.int32),
+        memory.pairs + tf.cast(is_kept, tf.int32),
     )
 
 
 def _times_inverse_hessian(memory: Memory, gradient: tf.Tensor) -> tf.Tensor:
     """Return the two-loop recursion (algorithm 7.4)."""
-    size = int(memory.s.shape[0] or 0)
-    kept = tf.minimum(memory.count, size)
+    size: Any = memory.s.shape[0]
+    kept = tf.minimum(memory.pairs, size)
     weights = tf.zeros_like(memory.curvature)
 
     def down(i: tf.Tensor, q: tf.Tensor, weights: tf.Tensor) -> Any:
-        slot = (memory.count - 1 - i) % size
+        slot = (memory.pairs - 1 - i) % size
         weight = _dot(tf.gather(memory.s, slot), q) / tf.gather(memory.curvature, slot)
         weights = tf.where(tf.range(size) == slot, weight, weights)
         return i + 1, q - weight * tf.gather(memory.y, slot), weights
 
     def up(i: tf.Tensor, r: tf.Tensor) -> Any:
-        slot = (memory.count - kept + i) % size
+        slot = (memory.pairs - kept + i) % size
         weight = _dot(tf.gather(memory.y, slot), r) / tf.gather(memory.curvature, slot)
         return i + 1, r + (tf.gather(weights, slot) - weight) * tf.gather(
             memory.s, slot
@@ -275,7 +282,7 @@ def _times_inverse_hessian(memory: Memory, gradient: tf.Tensor) -> tf.Tensor:
     _, q, weights = tf.while_loop(
         lambda i, *_: i < kept, down, (0, gradient, weights), parallel_iterations=1
     )
-    newest = (memory.count - 1) % size
+    newest = (memory.pairs - 1) % size
     y = tf.gather(memory.y, newest)
     scale = tf.gather(memory.curvature, newest) / _dot(y, y)  # equation 7.20
     r = tf.where(kept > 0, scale, tf.ones_like(scale)) * q

@@ -1,0 +1,86 @@
+"""The callback with which `Model.fit` writes to a run."""
+
+from __future__ import annotations
+
+import contextlib
+import numbers
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.runs.guard import Guard
+from tfgrad.runs.values import as_array
+
+if TYPE_CHECKING:
+    from tfgrad.runs.writer import Run
+
+
+class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no stubs
+    """Curves, graph and histograms of a training; made by `Run.keras_callback`.
+
+    Steps are counted here, on from one `fit` to the next: Keras begins each at 0.
+    """
+
+    def __init__(self, run: Run, batches: int | None, histograms: int | None) -> None:
+        """Write to `run`; see there."""
+        super().__init__()
+        self._run = run
+        self._every_batches = _checked("batches", batches)
+        self._every_epochs = _checked("histograms", histograms)
+        self._guard = Guard("The training")
+        self._next = run.first_step  # epochs or, if they are asked for, batches
+        self._epochs = 0
+        self._has_graph = False
+
+    def on_train_batch_end(
+        self, batch: int, logs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the batch's numbers when it is their turn, and the graph once."""
+        if not self._has_graph:  # at the first batch, every model is built
+            self._has_graph = True
+            self._guard(self._write_graph)
+        every = self._every_batches
+        if every is not None:
+            if self._next % every == 0:
+                self._guard(self._run.log, self._next, _tagged("batch", logs))
+            self._next += 1
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Write the epoch's numbers and, when it is their turn, the weights."""
+        if self._every_batches is None:
+            step = max(epoch, self._next)
+            self._next = step + 1
+        else:
+            step = self._next - 1  # the epoch's last batch
+        scalars = _tagged("epoch", logs)
+        if self.model.optimizer is not None:
+            rate = as_array(self.model.optimizer.learning_rate)
+            scalars["epoch/learning_rate"] = rate
+        self._guard(self._run.log, step, scalars)
+        if self._every_epochs and self._epochs % self._every_epochs == 0:
+            for weight in self.model.trainable_weights:
+                tag = f"weights/{weight.path}"
+                self._guard(self._run.histogram, tag, weight, step)
+        self._epochs += 1
+
+    def _write_graph(self) -> None:
+        # Not of a model that TensorFlow cannot trace, nor of one that is there already.
+        with contextlib.suppress(InvalidArgumentError):
+            self._run.graph(self.model)
+
+
+def _tagged(kind: str, logs: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {f"{kind}/{name}": value for name, value in (logs or {}).items()}
+
+
+def _checked(name: str, every: Any) -> int | None:
+    is_whole = isinstance(every, numbers.Integral) and not isinstance(every, bool)
+    if every is None or (is_whole and every > 0):
+        return every  # type: ignore[no-any-return]  # a whole number, or None
+    raise InvalidArgumentError(
+        f"`{name}` says after how many of them something is written.",
+        got=f"{name}={every!r}",
+        hint=f"{name}=1 for each, or leave it out for none",
+    )

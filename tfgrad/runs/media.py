@@ -1,0 +1,93 @@
+"""Pictures and distributions in the forms that TensorBoard stores them."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad import nested
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.runs.values import as_array
+
+BUCKETS = 30
+"""How many bars a histogram has: the default of `tf.summary.histogram`."""
+
+_LARGEST = float(np.finfo(np.float32).max)
+_ROUNDING = 1e-3  # how far a float picture may leave 0..1: less than half a grey level
+
+
+def to_buckets(values: Any, tag: str) -> np.ndarray[Any, Any]:
+    """Return the histogram of `values`: rows (left, right, count), float64.
+
+    Values that are not finite are left out: one NaN would make all of it NaN. Numbers
+    beyond float32 count as its largest. Of no values, the histogram has empty buckets.
+    """
+    numbers = _real_array(values, tag)
+    finite = numbers[np.isfinite(numbers)].clip(-_LARGEST, _LARGEST)
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    if high - low <= BUCKETS * np.spacing(max(abs(low), abs(high))):
+        # One value, or a few neighbours: a bar of a width that can be seen.
+        margin = 0.5 * max(1.0, abs(low))
+        low, high = low - margin, high + margin
+    counts, edges = np.histogram(finite, bins=BUCKETS, range=(low, high))
+    return np.stack([edges[:-1], edges[1:], counts], axis=1)
+
+
+def to_png(image: Any, tag: str) -> list[bytes]:
+    """Return [width, height, PNG] of an array of pixels or of a matplotlib figure."""
+    if hasattr(image, "savefig"):
+        buffer = io.BytesIO()
+        image.savefig(buffer, format="png", dpi=100)
+        png = buffer.getvalue()
+    else:
+        png = tf.io.encode_png(_pixels(image, tag)).numpy()
+    width, height = struct.unpack(">II", png[16:24])  # in PNG's first chunk
+    return [str(width).encode(), str(height).encode(), png]
+
+
+def _real_array(values: Any, tag: str) -> np.ndarray[Any, Any]:
+    try:
+        array = as_array(values)
+        if array.dtype.kind in "biufV":  # "V" is bfloat16 and its kin
+            return array.astype(np.float64).ravel()
+    except (TypeError, ValueError, NotImplementedError):
+        pass  # a symbolic tensor, a ragged list
+    raise InvalidArgumentError(
+        "A histogram is of real numbers, in any shape.",
+        got=f"{tag!r} is {nested.describe(values)}",
+        hint="an array or a tensor; one histogram for each leaf of a nest",
+    )
+
+
+def _pixels(image: Any, tag: str) -> np.ndarray[Any, Any]:
+    """Return `image` as uint8 of shape `[height, width, channels]`."""
+    try:
+        array = as_array(image)
+    except (TypeError, ValueError, NotImplementedError):
+        array = np.asarray(None)
+    array = array[:, :, None] if array.ndim == 2 else array
+    is_picture = array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.size
+    if not is_picture or not (array.dtype in (np.uint8, bool) or _is_float(array)):
+        raise InvalidArgumentError(
+            "An image is a figure, or an array of floats in 0..1 or of uint8.",
+            got=f"{tag!r} is {nested.describe(image)}",
+            hint="shape (height, width), or (height, width, 1, 3 or 4)",
+        )
+    if array.dtype == np.uint8:
+        return array
+    array = array.astype(np.float64)
+    if not (array.min() >= -_ROUNDING and array.max() <= 1 + _ROUNDING):
+        raise InvalidArgumentError(
+            "The floats of an image are from 0 to 1.",
+            got=f"{tag!r} has values from {array.min():.4g} to {array.max():.4g}",
+            hint="(a - a.min()) / (a.max() - a.min()), or a.astype(numpy.uint8)",
+        )
+    return np.round(array.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _is_float(array: np.ndarray[Any, Any]) -> bool:
+    return array.dtype.kind in "fV"

@@ -1,0 +1,239 @@
+"""Figures that need no display, no pyplot, and no set-up in a notebook."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+
+from tfgrad import nested
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import Nest
+from tfgrad.runs.curves import ReadRun, read_run, run_directories
+from tfgrad.runs.grid import Grid, box_around, values_at
+
+_LEVELS = 20
+_NAMED_RUNS = 10  # as many as a legend can hold, and as a set of colours tells apart
+_CHARTS = 4
+_POINTS = 2000  # of a path: more than a picture has pixels for
+_DOTTED = 100  # points of a path up to which each has a dot
+
+
+class Picture(Figure):
+    """A matplotlib figure of its own: nothing global, shown where it is displayed."""
+
+    def _repr_png_(self) -> bytes:
+        """Return the picture for a notebook that has not loaded pyplot."""
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+def plot_path(
+    f: Callable[..., Any], result: Any, *, wrt: Nest | None = None
+) -> Picture:
+    """Return a picture of the way that a minimisation took over the values of `f`.
+
+    Of one parameter it is the graph of `f`, of two a contour. Its levels are quantiles,
+    so that a narrow valley shows beside steep walls. `f` is evaluated at some thousand
+    points.
+
+    Args:
+        f: The function that was minimised.
+        result: What `minimize` returned.
+        wrt: The variables that `f` reads, if it takes no values; they are put back.
+
+    Returns:
+        A `Picture` (a matplotlib figure), which a notebook shows and `savefig` saves.
+
+    Raises:
+        InvalidArgumentError: If `result` is not of one or two parameters, or `f` does
+            not take them.
+
+    Example:
+        >>> import tfgrad
+        >>> bowl = lambda x: x[0] ** 2 + 5 * x[1] ** 2
+        >>> result = tfgrad.minimize(bowl, [1.0, 1.0], learning_rate=0.1, steps=50)
+        >>> plot_path(bowl, result).axes[0].get_xlabel()
+        'x[0]'
+    """
+    names = coordinate_names(result.x)
+    if len(names) not in (1, 2):
+        raise InvalidArgumentError(
+            "`plot_path` draws functions of one or two parameters.",
+            got=f"{len(names)} parameters",
+            hint="result.plot() for the convergence, whatever their number",
+        )
+    variables = None if wrt is None else nested.variables_of(wrt)
+    path, fun = _path(result), np.asarray(result.history["fun"], float)
+    name = nested.name_of(f)
+    return draw_path(f, result.x, path, fun, name=name, variables=variables)
+
+
+def draw_path(
+    f: Callable[..., Any],
+    x: Nest,
+    path: np.ndarray[Any, Any],
+    fun: np.ndarray[Any, Any],
+    *,
+    name: str,
+    variables: Nest | None = None,
+    resolution: int = 60,
+) -> Picture:
+    """Return the picture of `plot_path` of a path of shape `[points, 1 or 2]`."""
+    steps = len(path) - 1
+    path, fun = _drawable(path, fun)
+    box = box_around(path)
+    sizes = (200,) if len(box) == 1 else (resolution, resolution)
+    grid = Grid(box, sizes)
+    values = values_at(f, grid.points, x, variables).reshape(sizes)
+    figure = Picture(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    draw = _draw_graph if len(box) == 1 else _draw_contour
+    draw(axes, grid, np.ma.masked_invalid(values), path, fun)
+    axes.set_xlabel(coordinate_names(x)[0])
+    axes.set_ylabel("f" if len(box) == 1 else coordinate_names(x)[1])
+    axes.set_title(f"{name}: {steps} steps to {fun[-1]:.6g}")
+    axes.legend(loc="best")
+    return figure
+
+
+def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> Picture:
+    """Return a picture that compares the curves of all runs under `root`.
+
+    Args:
+        root: A directory of runs, or one run: whatever `load_runs` reads.
+        tags: Which curves to draw, a chart for each; none means the first four that
+            most of the runs have.
+
+    Returns:
+        A `Picture` (a matplotlib figure), which a notebook shows and `savefig` saves.
+
+    Raises:
+        InvalidArgumentError: If no run has one of the tags.
+        RunError: If there are no runs.
+
+    Example:
+        >>> import tempfile
+        >>> from tfgrad import Run
+        >>> logs = tempfile.mkdtemp()
+        >>> for rate in (0.1, 0.2):
+        ...     with Run(f"{logs}/{rate}") as run:
+        ...         run.log_history({"loss": (1 - 2 * rate) ** np.arange(9)}, range(9))
+        >>> [line.get_label() for line in plot_runs(logs).axes[0].lines]
+        ['0.1', '0.2']
+    """
+    directories = run_directories(root)
+    runs = {name: read_run(path) for name, path in directories.items()}
+    wanted = [tags] if isinstance(tags, str) else list(tags)
+    wanted = _checked_tags(wanted, runs) if wanted else _common_tags(runs)
+    columns = min(len(wanted), 2)
+    rows = -(-len(wanted) // columns)
+    figure = Picture(figsize=(5 * columns, 3 * rows + 0.6), layout="constrained")
+    charts = figure.subplots(rows, columns, squeeze=False).ravel()
+    for chart, tag in zip(charts, wanted, strict=False):
+        _draw_curves(chart, tag, runs)
+    for chart in charts[len(wanted) :]:
+        chart.set_axis_off()
+    handles = [line for line in charts[0].lines if line.get_label()[0] != "_"]
+    if len(runs) <= _NAMED_RUNS:
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def coordinate_names(x: Nest) -> list[str]:
+    """Return what to call each number in `x`: "x", "x[1]", "x['w'][0, 1]"."""
+    names = []
+    for name, leaf in nested.named_leaves(x, "x"):
+        shape = tuple(np.shape(leaf))
+        indices = (", ".join(map(str, index)) for index in np.ndindex(shape))
+        names += [f"{name}[{index}]" if shape else name for index in indices]
+    return names
+
+
+def _path(result: Any) -> np.ndarray[Any, Any]:
+    """Return the points of a history, shape `[rows, parameters]`."""
+    names = [name for name, _ in nested.named_leaves(result.x, "x")]
+    columns = [np.asarray(result.history[name], float) for name in names]
+    return np.concatenate([c.reshape(len(c), -1) for c in columns], axis=1)
+
+
+def _drawable(path: Any, fun: Any) -> tuple[Any, Any]:
+    """Return the points that are finite; of very many, evenly spread ones."""
+    kept = np.flatnonzero(np.isfinite(path).all(axis=1))
+    if len(kept) > _POINTS:
+        kept = kept[np.linspace(0, len(kept) - 1, _POINTS).astype(int)]
+    return path[kept], fun[kept]
+
+
+def _draw_graph(axes: Any, grid: Grid, values: Any, path: Any, fun: Any) -> None:
+    axes.plot(grid.points[:, 0], values, color="0.6", label="f")
+    axes.plot(path[:, 0], fun, "o-", color="C0", ms=3, lw=1, label="path")
+    _mark_ends(axes, path[:, 0], fun)
+
+
+def _draw_contour(axes: Any, grid: Grid, values: Any, path: Any, fun: Any) -> None:
+    finite = values.compressed()
+    levels = np.unique(np.quantile(finite, np.linspace(0, 1, _LEVELS)))
+    if len(levels) > 1:
+        x, y = grid.axes
+        norm = BoundaryNorm(levels, ncolors=256)
+        filled = axes.contourf(
+            x, y, values.T, levels=levels, norm=norm, cmap="Blues_r", alpha=0.8
+        )
+        axes.contour(x, y, values.T, levels=levels, colors="white", linewidths=0.4)
+        bar = axes.figure.colorbar(filled, ax=axes, format="%.3g", label="f")
+        bar.set_ticks(levels[:: max(1, len(levels) // 8)])
+    line = ".-" if len(path) <= _DOTTED else "-"
+    axes.plot(path[:, 0], path[:, 1], line, color="C1", ms=5, lw=1.2, label="path")
+    _mark_ends(axes, path[:, 0], path[:, 1])
+
+
+def _mark_ends(axes: Any, x: Any, y: Any) -> None:
+    axes.plot(x[0], y[0], "o", color="black", ms=6, label="start")
+    axes.plot(x[-1], y[-1], "*", color="red", ms=11, label="end")
+
+
+def _draw_curves(axes: Any, tag: str, runs: dict[str, ReadRun]) -> None:
+    for name, run in runs.items():
+        if tag in run.curves:
+            curve = run.curves[tag]
+            marker = "o" if len(curve.steps) == 1 else None  # no line through one
+            axes.plot(curve.steps, curve.values, marker=marker, lw=1.2, label=name)
+        else:
+            axes.plot([], [], label=name)  # keeps the colours the same in each chart
+    axes.set(xlabel="step", title=tag)
+    axes.grid(alpha=0.3)
+
+
+def _common_tags(runs: dict[str, ReadRun]) -> list[str]:
+    counts: dict[str, int] = {}
+    for run in runs.values():
+        for tag, curve in run.curves.items():
+            # A single point is a result, not a curve.
+            counts[tag] = counts.get(tag, 0) + (len(curve.steps) > 1)
+    most = sorted((tag for tag in counts), key=lambda tag: -counts[tag])
+    if not most:
+        raise InvalidArgumentError(
+            "`plot_runs` draws scalars.",
+            got="runs without any",
+            hint="run.log(step, loss=...) in the loop",
+        )
+    return most[:_CHARTS]
+
+
+def _checked_tags(tags: Sequence[str], runs: dict[str, ReadRun]) -> list[str]:
+    known = dict.fromkeys(tag for run in runs.values() for tag in run.curves)
+    for tag in tags:
+        if tag not in known:
+            raise InvalidArgumentError(
+                "`plot_runs` draws tags that some run has.",
+                got=f"{tag!r}",
+                hint=f"one of {', '.join(map(repr, known))}",
+            )
+    return list(tags)
