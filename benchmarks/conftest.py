@@ -13,7 +13,7 @@ import pytest
 ROWS = []
 
 
-def interleaved(repeats, **calls):
+def _interleaved(repeats, **calls):
     """Return the median seconds of each call, timed in turns after a first one."""
     seconds = {name: [] for name in calls}
     for _ in range(repeats + 1):
@@ -22,6 +22,12 @@ def interleaved(repeats, **calls):
             call()
             seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+@pytest.fixture
+def interleaved():
+    """Return the function that times several calls in turns."""
+    return _interleaved
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import interleaved
 
 import tfgrad
 
@@ -42,7 +41,7 @@ def steady(result):
     return (seconds[-1] - seconds[half]) / (len(seconds) - 1 - half)
 
 
-def test_thirty_steps_with_tracing_counted(report):
+def test_thirty_steps_with_tracing_counted(report, interleaved):
     median = interleaved(
         15, ours=lambda: parabola(30), theirs=lambda: parabola_by_hand(30, show=True)
     )
@@ -57,7 +56,7 @@ def test_thirty_steps_with_tracing_counted(report):
 
 
 @pytest.mark.parametrize("steps", [10_000, 100_000])
-def test_many_steps(report, steps):
+def test_many_steps(report, interleaved, steps):
     by_hand = interleaved(3, eager=lambda: parabola_by_hand(300, show=False))["eager"]
     results = [parabola(steps) for _ in range(4)][1:]
     total = np.median([result.seconds for result in results]) / steps

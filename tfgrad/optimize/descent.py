@@ -141,12 +141,12 @@ class Descent:
             seconds=self._loop.seconds,
         )
 
-    def advance(self, most: int) -> State:
-        """Take one chunk of at most `most` steps; return the state after it."""
+    def advance(self, most: int) -> int:
+        """Take one chunk of at most `most` steps; return how many were taken in all."""
         loop = self._loop
         if self.status is None:
             self._keep(loop.advance(min(most, self._steps - loop.step)))
-        return self.state
+        return loop.step
 
     def result(self) -> OptimizeResult:
         """Return what came out."""

@@ -321,6 +321,8 @@ class Loop:
 
     def _code_of_start(self) -> int:
         """Return the code of the rules that need no step."""
+        if self.stopping.is_empty:
+            return RUNNING
         row, rules = self.at.row, replace(self.stopping, ftol=None, xtol=None)
         return int(rules.code(Step(row["fun"], row["grad_norm"], [], row["fun"], [])))
 

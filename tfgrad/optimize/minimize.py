@@ -137,9 +137,8 @@ def minimize(
         _progress(steps) as progress,
     ):
         while descent.status is None:
-            state = descent.advance(steps)
-            progress.update(state.step - progress.n)
-            if callback is not None and _asks_to_stop(callback, state, interrupts):
+            progress.update(descent.advance(steps) - progress.n)
+            if callback and _asks_to_stop(callback, descent.state, interrupts):
                 descent.status = "callback"
             if interrupts.caught:
                 descent.status = "interrupted"
@@ -226,18 +225,18 @@ def _states(descent: Descent, every: int) -> Iterator[State]:
     with contextlib.ExitStack() as stack:
         with descent.compiling():
             stack.enter_context(descent)
-        state = descent.state
-        yield state
+        step = 0
+        yield descent.state
         while descent.status is None:
-            last = state.step
-            while descent.status is None and state.step < last + every:
+            last = step
+            while descent.status is None and step < last + every:
                 with descent.compiling(), Interrupts() as interrupts:
-                    state = descent.advance(last + every - state.step)
+                    step = descent.advance(last + every - step)
                 if interrupts.caught:
                     descent.status = "interrupted"
                     raise KeyboardInterrupt
-            if state.step > last:
-                yield state
+            if step > last:
+                yield descent.state
 
 
 def _asks_to_stop(

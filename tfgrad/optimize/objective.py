@@ -94,7 +94,7 @@ class Objective:
 
     def read(self) -> list[tf.Tensor]:
         """Return the point: the values of the variables now."""
-        return [variable.read_value() for variable in self.variables]
+        return [variable.value() for variable in self.variables]
 
     def assign(self, x: Sequence[tf.Tensor]) -> None:
         """Put the variables to a point, leaf by leaf."""

@@ -20,6 +20,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import describe
 
 
+@functools.cache
 def optimizer_names() -> dict[str, type[keras.optimizers.Optimizer]]:
     """Return every Keras optimizer that stands alone, by its name in lower case."""
     base = keras.optimizers.Optimizer

@@ -1,0 +1,184 @@
+"""Writing and reading runs, against TensorFlow, TensorBoard, torch and tensorboardX.
+
+torch and tensorboardX are measured in a process of their own, if they are installed:
+`TFGRAD_PEERS=/path/to/python pytest benchmarks/test_runs.py` names the Python.
+"""
+
+import itertools
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import interleaved
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import tfgrad
+from tfgrad.runs.curves import event_files, read_run
+from tfgrad.runs.writer import Run
+
+POINTS = 20_000
+VALUES = np.random.default_rng(0).standard_normal(POINTS)
+
+
+def size(directory):
+    return sum(path.stat().st_size for path in event_files(directory))
+
+
+def numbered(place):
+    return (place / str(i) for i in itertools.count())
+
+
+def test_a_history_against_tf_summary_in_a_compiled_loop(report, tmp_path):
+    ours, theirs = numbered(tmp_path / "ours"), numbered(tmp_path / "theirs")
+
+    @tf.function
+    def loop(writer, values):
+        with writer.as_default():
+            for step in tf.range(len(VALUES), dtype=tf.int64):
+                tf.summary.scalar("loss", values[tf.cast(step, tf.int32)], step)
+
+    def by_tf_summary():
+        writer = tf.summary.create_file_writer(str(next(theirs)))
+        loop(writer, tf.constant(VALUES, tf.float32))
+        writer.close()
+
+    def by_run(tags):
+        with Run(next(ours)) as run:
+            history = dict.fromkeys(map(str, range(tags)), VALUES)
+            run.log_history(history, range(POINTS))
+
+    seconds = interleaved(
+        3, one=lambda: by_run(1), sixteen=lambda: by_run(16), theirs=by_tf_summary
+    )
+    per_point = {name: value / POINTS * 1e6 for name, value in seconds.items()}
+    per_point["sixteen"] /= 16
+    summary = "a scalar of a history, against tf.summary in a tf.function"
+    report(summary, per_point["one"], per_point["theirs"], "µs", "2 µs")
+    report(
+        f"{summary}, 16 tags", per_point["sixteen"], per_point["theirs"], "µs", "0.5"
+    )
+    bytes_ours = size(tmp_path / "ours" / "0") / POINTS
+    bytes_theirs = size(tmp_path / "theirs" / "0") / POINTS
+    report("a scalar, on disk", bytes_ours, bytes_theirs, "bytes", "44 bytes")
+
+
+def test_single_points_against_eager_tf_summary(report, tmp_path):
+    count = 1000
+    steps = itertools.count()
+
+    def by_tf_summary():
+        for _ in range(count):
+            tf.summary.scalar("loss", 0.5, next(steps))
+
+    def by_run():
+        for _ in range(count):
+            run.log(next(steps), loss=0.5)
+
+    writer = tf.summary.create_file_writer(str(tmp_path / "theirs"))
+    with Run(tmp_path / "ours") as run, writer.as_default():
+        seconds = interleaved(5, ours=by_run, theirs=by_tf_summary)
+
+    report(
+        "one point, flushed, against eager tf.summary",
+        seconds["ours"] / count * 1e6,
+        seconds["theirs"] / count * 1e6,
+        "µs",
+        "",
+    )
+
+
+PEER = """
+import sys, time, random
+count, place, kind = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+if kind == "torch":
+    from torch.utils.tensorboard import SummaryWriter
+else:
+    from tensorboardX import SummaryWriter
+writer = SummaryWriter(place)
+began = time.perf_counter()
+for step in range(count):
+    writer.add_scalar("loss", 0.5, step)
+writer.close()
+print((time.perf_counter() - began) / count * 1e6)
+"""
+
+
+@pytest.mark.parametrize("kind", ["torch", "tensorboardX"])
+def test_single_points_against_peers(report, tmp_path, kind):
+    python = os.environ.get("TFGRAD_PEERS", sys.executable)
+    command = [python, "-c", PEER, str(POINTS), str(tmp_path / "theirs"), kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no {kind} in {python}")
+    began = time.perf_counter()
+    with Run(tmp_path / "ours") as run:
+        for step in range(POINTS):
+            run.log(step, loss=0.5)
+    ours = (time.perf_counter() - began) / POINTS * 1e6
+
+    report(f"one point, against {kind}", ours, float(done.stdout), "µs", "")
+
+
+def test_reading_against_event_accumulator(report, tmp_path):
+    count = 100_000
+    with Run(tmp_path) as run:
+        run.log_history({"loss": np.resize(VALUES, count)}, range(count))
+
+    def by_event_accumulator():
+        accumulator = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
+        accumulator.Reload()
+        assert len(accumulator.Scalars("loss")) == count
+
+    seconds = interleaved(
+        5, ours=lambda: read_run(tmp_path), theirs=by_event_accumulator
+    )
+    report(
+        "reading 100,000 points, against EventAccumulator",
+        seconds["ours"],
+        seconds["theirs"],
+        "s",
+        "2x, 0.5 s",
+    )
+
+
+def test_memory_while_ten_million_points_are_written(report, tmp_path):
+    steps, block = 250_000, 50_000
+    values = np.resize(VALUES, block)
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    with Run(tmp_path) as run:
+        for start in range(0, steps, block):
+            history = dict.fromkeys(map(str, range(40)), values)
+            run.log_history(history, np.arange(start, start + block))
+            if not start:
+                first = peak()
+        last = peak()
+
+    report("peak memory after 10,000,000 points, and 2,000,000", last, first, "MB", "=")
+
+
+def test_the_cost_of_a_log_to_a_loop_of_ten_microseconds(report, tmp_path):
+    matrix = tf.constant(np.random.default_rng(0).standard_normal((90, 90)) / 90)
+
+    def f(x):
+        return tf.reduce_sum((tf.linalg.matvec(matrix, x) - 1.0) ** 2)
+
+    def steady(**options):
+        result = tfgrad.minimize(
+            f, np.zeros(90), method="sgd", learning_rate=1e-3, steps=60_000,
+            jit=True, **options,
+        )  # fmt: skip
+        seconds = result.history["seconds"]
+        tenth = len(seconds) // 10
+        return (seconds[-1] - seconds[tenth]) / (len(seconds) - tenth) * 1e6
+
+    pairs = [(steady(log=tmp_path), steady()) for _ in range(5)]
+    ours, theirs = np.median(pairs, axis=0)
+    report("a step that is logged, against one that is not", ours, theirs, "µs", "5 %")
