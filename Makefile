@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/tfgrad demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=auto
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,6 +4,8 @@ Problems, starts and minima: Moré, Garbow and Hillstrom (1981), Testing Unconst
 Optimization Software, ACM TOMS 7; the number of each problem there is in its name.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -149,15 +151,21 @@ PROBLEMS = {
 BEYOND_FLOAT32 = {"3 Powell badly scaled", "4 Brown badly scaled"}
 
 
+@functools.cache
+def solved(name, dtype):
+    f, start, _ = PROBLEMS[name]
+    return tfgrad.minimize(f, np.array(start, dtype), method="lbfgs")
+
+
 def is_minimum(fun, minima, tolerance):
     return any(abs(fun - least) <= tolerance * max(1, abs(least)) for least in minima)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_float64_ends_at_a_known_minimum_and_says_so(name):
-    f, start, minima = PROBLEMS[name]
+    minima = PROBLEMS[name][2]
 
-    result = tfgrad.minimize(f, np.array(start, np.float64), method="lbfgs")
+    result = solved(name, np.float64)
 
     assert is_minimum(result.fun, minima, 1e-6), result
     # Brown-Dennis: a gradient of 1e-6 is below what float64 resolves at f = 85822.
@@ -166,11 +174,11 @@ def test_float64_ends_at_a_known_minimum_and_says_so(name):
     assert np.all(np.diff(result.history["fun"]) <= 1e-12 * abs(result.fun))
 
 
-@pytest.mark.parametrize("name", PROBLEMS.keys() - BEYOND_FLOAT32)
+@pytest.mark.parametrize("name", sorted(PROBLEMS.keys() - BEYOND_FLOAT32))
 def test_float32_ends_near_it_without_spinning(name):
-    f, start, minima = PROBLEMS[name]
+    minima = PROBLEMS[name][2]
 
-    result = tfgrad.minimize(f, np.array(start, np.float32), method="lbfgs")
+    result = solved(name, np.float32)
 
     assert is_minimum(result.fun, minima, 1e-3), result
     assert result.nfev < 300
@@ -179,19 +187,14 @@ def test_float32_ends_near_it_without_spinning(name):
 
 @pytest.mark.parametrize("name", sorted(BEYOND_FLOAT32))
 def test_float32_does_not_claim_what_it_has_not_reached(name):
-    f, start, _ = PROBLEMS[name]
-
-    result = tfgrad.minimize(f, np.array(start, np.float32), method="lbfgs")
+    result = solved(name, np.float32)
 
     assert not result.success
     assert result.nfev < 300
 
 
 def test_the_median_problem_takes_at_most_40_evaluations():
-    counts = [
-        tfgrad.minimize(f, np.array(start, np.float64), method="lbfgs").nfev
-        for f, start, _ in PROBLEMS.values()
-    ]
+    counts = [solved(name, np.float64).nfev for name in PROBLEMS]
 
     assert np.median(counts) <= 40
 
