@@ -95,9 +95,7 @@ result = tfgrad.minimize(f_x, wrt=x, log=logs / "parabola", **descent)
 result
 
 # %%
-figure = result.plot()
-figure.savefig("../docs/parabola.png", dpi=100)
-figure
+result.plot()
 
 # %% [markdown]
 # ## The compute graph, in TensorBoard
