@@ -40,7 +40,7 @@ FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "wave": lambda m, x: m.sin(m.sum(x) / SIZE),
     "log-sum-exp": lambda m, x: m.logsumexp(x),
     "softplus": lambda m, x: m.sum(m.softplus(x)),
-    "sigmoid": lambda m, x: m.sum(m.sigmoid(x) * m.array(_MATRIX[1], x)),
+    "sigmoid": lambda m, x: m.sum(m.sigmoid(m.sin(x)) * m.array(_MATRIX[1], x)),
     "network": _network,
     "smooth norm": lambda m, x: m.sqrt(1 + m.sum(x**2)),
     "deviation": _deviation,
@@ -79,6 +79,11 @@ class Case(NamedTuple):
     bug: str
 
     @property
+    def name(self) -> str:
+        """The case in one line."""
+        return f"{self.function}, scale {self.scale:g}, seed {self.seed}, {self.bug}"
+
+    @property
     def point(self) -> np.ndarray:
         """The point, in float64."""
         return self.scale * np.random.default_rng(self.seed).normal(size=SIZE)
@@ -88,7 +93,7 @@ class Case(NamedTuple):
         return FUNCTIONS[self.function](m, x)
 
     def spoil(self, gradient: np.ndarray) -> np.ndarray:
-        """Return the gradient with the bug in it."""
+        """Return the gradient with the bug in it, or as it is."""
         if not self.bug:
             return gradient
         generator = np.random.default_rng(self.seed + 100)
@@ -102,6 +107,11 @@ def cases() -> Iterator[Case]:
             for seed in SEEDS:
                 for bug in ("", *BUGS):
                     yield Case(function, scale, seed, bug)
+
+
+def is_wrong(right: np.ndarray, spoiled: np.ndarray) -> bool:
+    """Return whether a bug changed the gradient by more than half a percent."""
+    return bool(np.linalg.norm(spoiled - right) > 5e-3 * np.linalg.norm(right))
 
 
 def _any(gradient: np.ndarray, generator: np.random.Generator) -> int:

@@ -2,13 +2,13 @@
 
 ```
 TfgradError
-├── InvalidArgumentError    (ValueError)      an argument breaks a rule of the call
-├── ScalarObjectiveError    (ValueError)      one number was needed, something else came
-├── NoGradientError         (ValueError)      the path from an input to the output is
-cut ├── WrongDerivativeError    (ArithmeticError) a derivative failed its own
-verification ├── GradientMismatchError   (AssertionError)  autodiff and finite
-differences disagree └── RunError                (OSError)         a run cannot be
-written, read or shown ```
+├── InvalidArgumentError   (ValueError)       an argument breaks a rule of the call
+├── ScalarObjectiveError   (ValueError)       one number was needed, not this
+├── NoGradientError        (ValueError)       a path to the output exists, but is cut
+├── WrongDerivativeError   (ArithmeticError)  a derivative failed its verification
+├── GradientMismatchError  (AssertionError)   autodiff and differences disagree
+└── RunError               (OSError)          a run cannot be written, read or shown
+```
 
 A message has three lines: the rule in the caller's words, what arrived, what to type
 next.

@@ -7,10 +7,12 @@ import subprocess
 import time
 import urllib.request
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfgrad
 from tfgrad.runs.board import show
 from tfgrad.runs.writer import Run
 
@@ -118,6 +120,33 @@ def logs(tmp_path_factory):
     return run.directory
 
 
+def rosenbrock(x):
+    return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+@pytest.fixture(scope="module")
+def minimized(tmp_path_factory):
+    """Runs of `minimize`, with two methods on two parameters, and of a Keras model."""
+    logs = tmp_path_factory.mktemp("minimized")
+    for method, steps in (("adam", 60), ("sgd", 30)):
+        tfgrad.minimize(
+            rosenbrock,
+            np.array([-1.2, 1.0]),
+            method=method,
+            learning_rate=1e-3,
+            steps=steps,
+            log=logs / "rosenbrock",
+        )
+    layers = [keras.Input([4]), keras.layers.Dense(3, name="hidden")]
+    model = keras.Sequential([*layers, keras.layers.Dense(1, name="top")], name="net")
+    model.compile("sgd", "mse")
+    with Run(logs / "fit") as run:
+        callback = run.keras_callback(histograms=1)
+        x, y = np.ones([8, 4]), np.ones([8, 1])
+        model.fit(x, y, epochs=3, verbose=0, callbacks=[callback])
+    return logs
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     command = [CHROMEDRIVER, "--port=0"]
@@ -133,6 +162,12 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module", params=["auto", "false"])
 def board(request, logs):
     with show(logs, pin="f", load_fast=request.param) as board:
+        yield board
+
+
+@pytest.fixture(scope="module", params=["auto", "false"])
+def many(request, minimized):
+    with show(minimized, pin="loss", load_fast=request.param) as board:
         yield board
 
 
@@ -200,3 +235,77 @@ def test_the_hparams_page_shows_the_hyper_parameter(board, browser):
     browser.open(tab(board, "hparams"))
 
     assert "0.10000" in browser.wait_for(TEXTS, lambda texts: "0.10000" in texts)
+
+
+# --- what minimize and fit have written -----------------------------------------------
+
+
+def test_the_page_compares_the_methods_on_the_pinned_loss(many, browser):
+    browser.open(many.url)
+    wanted = {"rosenbrock/adam", "rosenbrock/sgd", "60", "30"}
+    texts = browser.wait_for(TEXTS, lambda texts: wanted <= set(texts))
+
+    pinned = texts[texts.index("Pinned") :]
+    assert wanted <= set(pinned)  # a row for each method, with its last step
+    assert "loss" in pinned
+
+
+def test_the_page_shows_what_a_minimiser_wants_to_see(many, browser):
+    browser.open(many.url.replace("#", "&tagFilter=log10#"))
+    wanted = {"/log10_gap", "/log10_max_norm"}  # after the name of their group
+    texts = browser.wait_for(TEXTS, lambda texts: wanted <= set(texts))
+
+    assert wanted <= set(texts)
+
+
+def test_the_images_page_shows_the_contour_with_the_path(many, browser):
+    browser.open(tab(many, "images"))
+    sizes = """return all.filter(e => e.tagName == 'IMG' && e.src.includes('blob_key'))
+      .map(e => [e.naturalWidth, e.naturalHeight]);"""
+    loaded = browser.wait_for(sizes, lambda s: s.count([600, 500]) == 2)
+
+    assert loaded == [[600, 500]] * 2
+
+
+def test_the_histograms_page_draws_a_slice_for_each_epoch(many, browser):
+    browser.open(tab(many, "histograms"))
+    slices = "return all.filter(e => e.matches('g.histogram')).length;"
+
+    # Four weights, in three epochs each; the page may draw a part of what is below.
+    assert browser.wait_for(slices, lambda count: count >= 3) % 3 == 0
+    texts = browser.wait_for(TEXTS, lambda t: any("hidden/kernel" in x for x in t))
+    assert any("hidden/kernel" in text for text in texts)
+
+
+def test_the_hparams_page_compares_the_methods(many, browser):
+    browser.open(tab(many, "hparams"))
+    wanted = {"adam", "sgd", "0.0010000", "result/evaluations"}
+    texts = browser.wait_for(TEXTS, lambda texts: wanted <= set(texts))
+
+    assert wanted <= set(texts)
+
+
+def test_the_text_page_shows_source_and_result(many, browser):
+    browser.open(tab(many, "text"))
+
+    def whole(texts):
+        return any("def rosenbrock" in t for t in texts) and "All 60 steps" in str(
+            texts
+        )
+
+    assert whole(browser.wait_for(TEXTS, whole))
+
+
+def test_the_graph_page_opens_a_model_as_operations_and_as_layers(many, browser):
+    browser.open(f"{tab(many, 'graphs')}&run=fit")
+    operations = browser.wait_for(
+        NODES, lambda nodes: "net_1" in nodes or "net" in nodes
+    )
+    assert {"net", "net_1"} & set(operations)
+
+    browser.open(f"{tab(many, 'graphs')}&run=fit&tag=layers/net&type=conceptual_graph")
+    layers = browser.wait_for(NODES, lambda nodes: "net" in nodes)
+    assert "net" in layers
+    browser.run(EXPAND, "net")
+    inside = {"net/hidden", "net/top"}
+    assert inside <= set(browser.wait_for(NODES, lambda nodes: inside <= set(nodes)))

@@ -380,6 +380,14 @@ def test_the_address_opens_the_right_view(logs):
     ]
 
 
+def test_it_names_the_directory_as_it_was_given(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    with show("logs") as board:  # a notebook keeps it: no path of this machine
+        assert repr(board).startswith("<TensorBoard on logs: http://127.0.0.1:")
+
+
 def test_a_notebook_shows_the_page_itself(board):
     assert board._repr_html_().startswith('<iframe src="http://127.0.0.1:')
 

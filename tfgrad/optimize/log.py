@@ -32,12 +32,16 @@ TAGS = {
 """What TensorBoard calls a column; others keep their name, with slashes for
 brackets."""
 
-EVERY_STEP = 10_000
+EVERY_STEP = 100_000
 """Steps up to which each is written; from here on every second, from twice as many on
 every fourth ... A million steps are 43,000 rows, some megabytes."""
 
 HISTOGRAMS = 50
 """How often, at most, the distribution of many parameters is written in a run."""
+
+QUEUE = 4
+"""Chunks that may wait to be written: the first steps are all written, later ones not,
+so that a loop faster than its log need not wait for it."""
 
 PICTURE_SECONDS = 1.0
 """What the picture of the path may cost: f is evaluated at some thousand points."""
@@ -102,13 +106,20 @@ class Log:
             leaves: Returns the point and the gradient after the last of them; called
                 when it is time for histograms of many parameters.
         """
-        self._wait()
         self._submit(self._take, Rows({**rows.columns, "time": _wall_times(rows)}))
         step = int(rows.columns["step"][-1])
         if self._names and step >= self._next_histogram:
             self._next_histogram = step + self._histogram_gap
             point, gradient = ([np.asarray(x) for x in part] for part in leaves())
             self._submit(self._write_histograms, step, point, gradient)
+
+    def flush(self) -> None:
+        """Wait until all rows are in the file: do so before a checkpoint is saved.
+
+        Else a run that is killed then, and resumed there, has a gap in its curves.
+        """
+        while self._pending:
+            self._pending.pop(0).result()
 
     def close(self, status: str, **result: Any) -> None:
         """Write what is left, and close the run if it is not the user's.
@@ -117,7 +128,7 @@ class Log:
             status: Why the minimisation ended.
             **result: What came out: `x` and `nfev` among it.
         """
-        self._wait()
+        self.flush()
         self._thread.shutdown()
         if self._last is not None and not _is_kept(self._last)[0]:
             self._guard(self._write_rows, self._last)
@@ -225,12 +236,9 @@ class Log:
     # --- the thread ---
 
     def _submit(self, write: Callable[..., None], *args: Any) -> None:
+        while len(self._pending) >= QUEUE:
+            self._pending.pop(0).result()
         self._pending.append(self._thread.submit(self._guard, write, *args))
-
-    def _wait(self) -> None:
-        for pending in self._pending:
-            pending.result()
-        self._pending.clear()
 
     def _column(self, name: str) -> np.ndarray[Any, Any]:
         return np.concatenate([rows.columns[name] for rows in self._kept])

@@ -72,8 +72,8 @@ def minimize(
         callback: Called with a `State` after each chunk of steps (every step in short
             runs, ten times a second or more in long ones); return True to stop.
         log: A directory, in which the run gets one of its own, named after the method,
-            or an open `Run`. Every step is written, the graph, and a card of the
-            problem.
+            or an open `Run`. Every step is written (from 100,000 on every second, from
+            200,000 on every fourth, ...), the graph, and a card of the problem.
 
     Returns:
         An `OptimizeResult`. Row k of its history is the point after k steps. A value or

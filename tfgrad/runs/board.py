@@ -33,7 +33,7 @@ class Board:
 
     Attributes:
         url: The address to open: unsmoothed, with what was pinned on top.
-        root: The directory whose runs it shows.
+        root: The directory whose runs it shows, as it was given.
     """
 
     def __init__(self, root: Path, command: list[str], pin: Iterable[str]) -> None:
@@ -159,7 +159,7 @@ def show(
     """
     path = _checked_root(root)
     options = {
-        "logdir": path,
+        "logdir": path.absolute(),  # TensorBoard takes "a:b" for a name and a path
         "host": "127.0.0.1",
         "port": _checked_port(port),
         "samples_per_plugin": _SAMPLES,
@@ -178,7 +178,7 @@ def _checked_root(root: Any) -> Path:
             got=f"root={root!r}",
             hint='the directory that holds the runs, such as "logs"',
         )
-    path = Path(os.fsdecode(root)).expanduser().absolute()
+    path = Path(os.fsdecode(root)).expanduser()
     if not path.is_dir():
         raise RunError(
             "`show` needs a directory that exists.",

@@ -78,7 +78,7 @@ def _tagged(kind: str, logs: Mapping[str, Any] | None) -> dict[str, Any]:
 def _checked(name: str, every: Any) -> int | None:
     is_whole = isinstance(every, numbers.Integral) and not isinstance(every, bool)
     if every is None or (is_whole and every > 0):
-        return every  # type: ignore[no-any-return]  # a whole number, or None
+        return every
     raise InvalidArgumentError(
         f"`{name}` says after how many of them something is written.",
         got=f"{name}={every!r}",

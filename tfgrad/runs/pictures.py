@@ -58,7 +58,7 @@ def plot_path(
     Example:
         >>> import tfgrad
         >>> bowl = lambda x: x[0] ** 2 + 5 * x[1] ** 2
-        >>> result = tfgrad.minimize(bowl, [1.0, 1.0], learning_rate=0.1, steps=50)
+        >>> result = tfgrad.minimize(bowl, [1.0, 1.0], method="sgd", steps=50)
         >>> plot_path(bowl, result).axes[0].get_xlabel()
         'x[0]'
     """
@@ -217,7 +217,7 @@ def _common_tags(runs: dict[str, ReadRun]) -> list[str]:
         for tag, curve in run.curves.items():
             # A single point is a result, not a curve.
             counts[tag] = counts.get(tag, 0) + (len(curve.steps) > 1)
-    most = sorted((tag for tag in counts), key=lambda tag: -counts[tag])
+    most = sorted(filter(counts.get, counts), key=lambda tag: -counts[tag])
     if not most:
         raise InvalidArgumentError(
             "`plot_runs` draws scalars.",
