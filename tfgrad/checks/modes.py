@@ -85,11 +85,11 @@ def reverse(level: Level, setting: Setting) -> list[Check]:
     checks = []
     for index, name in enumerate(setting.point.names):
         tangents = setting.along(level, index)
-        slope = _telling([probe.slope(index, tangent) for tangent in tangents])
+        slopes = [probe.slope(index, tangent) for tangent in tangents]
+        slope = _telling(slopes)
         numbers = slope.autodiff, slope.numerical, slope.error
-        check = Check(
-            name, level.order, "reverse", slope.verdict, *numbers, _note(slope)
-        )
+        check = Check(name, level.order, "reverse", slope.verdict, *numbers)
+        check = replace(check, note=_note(slope, slopes))
         if slope.verdict == "fail":
             elements, complete = probe.wrong_elements(index, setting.full)
             size = setting.point.arrays[index].size
@@ -177,7 +177,8 @@ def symmetry(
     pairs = zip(directions, level.gradient, strict=True)
     other = sum(float(np.vdot(v, hu)) for v, hu in pairs)
     sizes = sum(_length(a) for a in (*product, *level.gradient))
-    allowed = _SAME * setting.epsilon * sizes
+    # The size of the gradient, too: what it is computed from may cancel in Hu and Hv.
+    allowed = setting.epsilon * (_SAME * sizes + level.magnitude)
     verdict = "pass" if abs(one - other) <= allowed else "fail"
     name = _together(setting.point.names)
     return Check(name, level.order, "symmetry", verdict, one, other, allowed)
@@ -195,11 +196,13 @@ def _telling(slopes: Sequence[Slope]) -> Slope:
     return min(slopes, key=lambda slope: (slope.verdict != "pass", -slope.scale))
 
 
-def _note(slope: Slope) -> str:
+def _note(slope: Slope, slopes: Sequence[Slope]) -> str:
+    """Return what to know about the slope that decides, among all slopes."""
     if not np.isfinite(slope.autodiff):
         return "the gradient is not finite; tfgrad.explain(f, ...) says where and why"
-    if slope.kink is not None:
-        left, right = slope.kink
+    kinks = [other.kink for other in slopes if other.kink is not None]
+    if kinks:
+        left, right = kinks[0]
         return f"a kink: the slope is {left:.4g} on one side, {right:.4g} on the other"
     if slope.verdict == "inconclusive":
         return "rounding hides the slope; float64 or another point would show it"

@@ -94,15 +94,25 @@ def _passive(value: Nest, name: str, weak: tf.DType) -> Nest:
     return map_leaves(convert, value, name)
 
 
-def direction_in_tensors(direction: Nest, like: Nest, name: str = "v") -> Nest:
+def direction_in_tensors(
+    direction: Nest, like: Nest, name: str = "v", what: str = "what is differentiated"
+) -> Nest:
     """Return `direction` as tensors, refused unless it is structured like `like`.
 
     Args:
         direction: Tensors, arrays or numbers; arrays take the dtypes of `like`.
         like: Tensors or variables.
         name: What the caller calls the direction.
+        what: What the caller calls `like`.
     """
     others = iter(tf.nest.flatten(like))
+
+    def mismatch(got: str) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"`{name}` must have the structure and the shapes of {what}.",
+            got=got,
+            hint="tf.nest.map_structure(tf.ones_like, ...) of that shows them",
+        )
 
     def convert(leaf: Any, path: str) -> tf.Tensor:
         other = next(others, None)
@@ -110,20 +120,12 @@ def direction_in_tensors(direction: Nest, like: Nest, name: str = "v") -> Nest:
         if other is None:
             return tensor
         if not tensor.shape.is_compatible_with(other.shape):
-            raise _mismatch(name, f"`{path}` of {describe(leaf)} for {describe(other)}")
+            raise mismatch(f"`{path}` of {describe(tensor)} for {describe(other)}")
         return tf.cast(tensor, other.dtype)
 
     converted = map_leaves(convert, direction, name)
     try:
         tf.nest.assert_same_structure(converted, like, check_types=False)
     except (TypeError, ValueError) as error:
-        raise _mismatch(name, str(error).splitlines()[0]) from None
+        raise mismatch(str(error).splitlines()[0]) from None
     return tf.nest.pack_sequence_as(like, tf.nest.flatten(converted))
-
-
-def _mismatch(name: str, got: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"`{name}` must have the structure and the shapes of what is differentiated.",
-        got=got,
-        hint="tf.nest.map_structure(tf.ones_like, x) shows them",
-    )

@@ -18,6 +18,7 @@ from tfgrad.derivatives.arguments import (
     positions_of,
 )
 from tfgrad.derivatives.repairs import repaired
+from tfgrad.derivatives.signatures import is_dynamic
 from tfgrad.derivatives.soundness import (
     RepairableGradientError,
     every,
@@ -149,9 +150,9 @@ class Compiled:
         try:
             return self._run(f, *nests)
         except RepairableGradientError:
-            # Our own trace begins anew. A user's goes on, after the ops that failed,
-            # which do no harm unless they write to variables.
-            if is_compiling() or any(map(writes, every(traced_operations()[before:]))):
+            # The ops that failed stay behind, which does no harm unless they write to
+            # variables. Then our own trace has to begin anew, and a user's is refused.
+            if any(map(writes, every(traced_operations()[before:]))):
                 raise
             return self._run(repaired(f), *nests)
 
@@ -160,11 +161,10 @@ class Compiled:
         return self._traces.graph(*nests)
 
     def _run(self, f: Callable[..., Any], *nests: Any) -> Any:
-        before = len(traced_operations())
         answer = self._body(self._call(f, *nests))
-        if not self._jit:
-            operations = traced_operations()[before:]
-            require_right_kernels(operations, self.name, own=is_compiling())
+        if not (self._jit or tf.executing_eagerly()):
+            outputs = list(filter(is_dynamic, tf.nest.flatten(answer)))
+            require_right_kernels(outputs, self.name, own=is_compiling())
         return answer
 
     def _call(self, f: Callable[..., Any], *nests: Any) -> Call:

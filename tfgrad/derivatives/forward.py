@@ -92,8 +92,10 @@ def push_forward(
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(cotangents)
         pulled = recording.pull(cotangents)
-    for op in every(recording.operations[before:]):
-        if op.type in ADJOINT and not is_repaired(op):
+    made = recording.operations[before:]
+    for op in every(made):
+        # Repairs hold for the functions that are called, not for what a tape sees.
+        if op.type in ADJOINT and (op in made or not is_repaired(op)):
             raise needs_repair(op, recording.name)
         if op.type in _PYTHON:
             raise _no_push(f"{op.type} at {line_of(op)}")

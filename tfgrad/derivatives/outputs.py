@@ -52,6 +52,8 @@ def float_output(output: Any, name: str, path: str = "") -> tf.Tensor:
         hint = "tf.math.real(...) or tf.abs(...) of it"
     elif isinstance(output, tf.Tensor):
         hint = "tf.cast(..., tf.float32), before anything is rounded"
+    elif tf.nest.is_nested(output):
+        hint = "tfgrad.jacobian or tfgrad.vjp, which take nests; or one number of them"
     elif path:
         hint = "float tensors only; all else comes back by has_aux=True"
     else:

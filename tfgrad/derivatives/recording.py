@@ -223,7 +223,7 @@ class Recording:
         raise NoGradientError(
             f"The gradient of `{self.name}` with respect to "
             f"`{self._call.names[index]}` is cut.",
-            got=f"autodiff {numbers}: part of the path is Python, which no tape sees",
+            got=f"autodiff {numbers}; {leaves_tensorflow()}",
             hint="the same in tf.math or tf.experimental.numpy; a tf.custom_gradient",
         )
 

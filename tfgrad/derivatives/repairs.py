@@ -41,7 +41,8 @@ def repaired(f: Callable[..., Any]) -> Callable[..., Any]:
             with inlined(), _overrides():
                 return f(*args, **kwargs)
 
-        return tf.function(inside, autograph=False)()
+        # A concrete function is called even where other functions run eagerly.
+        return tf.function(inside, autograph=False).get_concrete_function()()
 
     return whole
 

@@ -169,7 +169,7 @@ def vjp(f: Callable[..., Any], *primals: Nest) -> tuple[Nest, Callable[[Nest], A
 
     @not_converted
     def pullback(cotangent: Nest) -> Any:
-        weights = direction_in_tensors(cotangent, y, "cotangent")
+        weights = direction_in_tensors(cotangent, y, "cotangent", "the output")
         with refusals_explained(name_of(f)):
             found = tape.gradient(
                 outputs, sources, output_gradients=tf.nest.flatten(weights)

@@ -106,12 +106,12 @@ def require_whole(
 
 
 def require_right_kernels(
-    operations: Sequence[tf.Operation], name: str, *, own: bool
+    outputs: Sequence[tf.Tensor], name: str, *, own: bool
 ) -> None:
-    """Refuse a trace with ops that compute wrongly when compiled.
+    """Refuse tensors that depend on ops that compute wrongly when compiled.
 
     Args:
-        operations: The ops of the trace.
+        outputs: What was traced.
         name: What the user calls the function.
         own: The trace is one of ours, which is run with constant folding off if need
             be.
@@ -120,6 +120,10 @@ def require_right_kernels(
         RepairableGradientError: If a max pooling writes over its own input.
         WrongDerivativeError: If a partition may be folded.
     """
+    symbolic = [tensor for tensor in outputs if not hasattr(tensor, "numpy")]
+    if not symbolic:
+        return
+    operations, _ = _leading_to(symbolic[0].graph, symbolic)
     pooling = next(filter(_overwrites_its_input, every(operations)), None)
     if pooling is not None:
         raise needs_repair(pooling, name)
@@ -149,16 +153,29 @@ def folds_wrongly(operations: Iterable[tf.Operation]) -> tf.Operation | None:
 
 
 def may_drop(operations: Iterable[tf.Operation]) -> bool:
-    """Return whether one of the ops, at any depth, may drop a term of a gradient."""
-    return any(map(_is_suspect, every(operations)))
+    """Return whether one of the ops, at any depth, may drop a term of a gradient.
+
+    Repairs hold for the functions that are called. A tape that sees the ops themselves
+    passes them by.
+    """
+    return any(
+        _is_suspect(op)
+        or any(_is_suspect(o) and not is_repaired(o) for o in inside(op))
+        for op in operations
+    )
 
 
 def every(operations: Iterable[tf.Operation]) -> Iterator[tf.Operation]:
     """Yield the ops, and those in the functions that they call or loop over."""
     for op in operations:
         yield op
-        for body in bodies(op):
-            yield from every(body.get_operations())
+        yield from inside(op)
+
+
+def inside(op: tf.Operation) -> Iterator[tf.Operation]:
+    """Yield the ops in the functions that `op` calls, branches to or loops over."""
+    for body in bodies(op):
+        yield from every(body.get_operations())
 
 
 _MANUAL = (
@@ -200,13 +217,13 @@ def _dropping(
     """
     leading, leads = _leading_to(graph, outputs)
     between = leads & following(graph, root, _blocks)
-    suspects = [op for op in leading if _takes(op, between)]
+    within = differentiated is not None
+    suspects = [op for op in leading if _takes(op, between, trust=within)]
     if not suspects:
         return None
     passing = {op: _passing(op, differentiated) for op in suspects}
-    if differentiated is None and any(map(bodies, suspects)):
-        # Before `connected` adds gradients of its own to the graph.
-        differentiated = any(map(made_by_gradient, graph.get_operations()))
+    if any(map(bodies, suspects)):
+        differentiated = differentiated or any(map(made_by_gradient, leading))
     floats = [tensor for tensor in outputs if tensor.dtype.is_floating]
     lists = [tensor for tensor in outputs if tensor.dtype == tf.variant]
     tensors = [t for found in passing.values() for t in found if carries(t)]
@@ -251,25 +268,28 @@ def _leading_to(
     return leading, found
 
 
-def _takes(op: tf.Operation, between: set[Any]) -> bool:
-    """Return whether `op` takes a value on the path by an input that it may drop."""
+def _takes(op: tf.Operation, between: set[Any], *, trust: bool) -> bool:
+    """Return whether `op` takes a value on the path by an input that it may drop.
+
+    Args:
+        op: The op.
+        between: The refs of the tensors on the path.
+        trust: Whether it is in a function, where repairs hold.
+    """
     if bodies(op):
         return may_drop([op]) and any(t.ref() in between for t in op.inputs)
-    dropped = _dropped(op) if _is_suspect(op) else []
-    return any(tensor.ref() in between for tensor in dropped if carries(tensor))
+    if not _is_suspect(op) or (trust and is_repaired(op)):
+        return False
+    return any(t.ref() in between for t in _dropped(op) if carries(t))
 
 
 def _is_suspect(op: tf.Operation) -> bool:
     kind = op.type
-    if kind in IGNORED_INPUTS or kind in _PYTHON or writes(op):
+    if kind == "StopGradient":
+        return is_in_moments(op)
+    if kind in IGNORED_INPUTS or kind in _PYTHON or kind == CROSS_ENTROPY:
         return True
-    if kind == "StopGradient" and not is_in_moments(op):
-        return False
-    if kind in ADJOINT:  # made by a tape as part of the gradient of the op that is
-        forward = kind.removesuffix("Grad")
-        made = (other for other in op.graph.get_operations() if other.type == forward)
-        return not any(map(is_repaired, (op, *made)))
-    return kind in _BROKEN and kind not in POOLING and not is_repaired(op)
+    return kind in ADJOINT or writes(op)
 
 
 def _dropped(op: tf.Operation) -> list[tf.Tensor]:
@@ -300,9 +320,16 @@ def _blocks(op: tf.Operation) -> bool:
 
 def _overwrites_its_input(op: tf.Operation) -> bool:
     """Return whether `op` may be given the buffer of its third input for its answer."""
-    if op.type not in POOLING or is_repaired(op):
+    if op.type not in POOLING:
         return False
-    return bool(op.inputs[2].shape.is_compatible_with(op.outputs[0].shape))
+    grad = op.inputs[2]
+    if not grad.shape.is_compatible_with(op.outputs[0].shape):
+        return False
+    aliases = [grad]  # the same buffer, by other names
+    while aliases[-1].op.type in ("Reshape", "Identity"):
+        aliases.append(aliases[-1].op.inputs[0])
+    consumers = (other for alias in aliases for other in alias.consumers())
+    return all(other.type != "IsNan" for other in consumers)
 
 
 def _error(op: tf.Operation, name: str, argument: str) -> Exception:

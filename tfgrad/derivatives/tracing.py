@@ -44,10 +44,11 @@ _PLAIN_PYTHON = _autograph.control_status_ctx()
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 _as_it_is: ContextVar[bool] = ContextVar("as_it_is", default=False)
 _is_compiling: ContextVar[bool] = ContextVar("is_compiling", default=False)
-_leaves_tensorflow: ContextVar[bool] = ContextVar("leaves_tensorflow", default=False)
+_why_eager: ContextVar[str] = ContextVar("why_eager", default="")
 
 
 def not_converted(f: F) -> F:
@@ -130,9 +131,9 @@ def quiet() -> Iterator[None]:
         logger.removeFilter(is_another_thread)
 
 
-def leaves_tensorflow() -> bool:
-    """Return whether a function runs that leaves TensorFlow, so no tape sees it all."""
-    return _leaves_tensorflow.get() and tf.executing_eagerly()
+def leaves_tensorflow() -> str:
+    """Return where the function that runs leaves TensorFlow, so no tape sees it all."""
+    return _why_eager.get() if tf.executing_eagerly() else ""
 
 
 def is_compiling() -> bool:
@@ -235,7 +236,7 @@ class Traces:
             return tf.function(whole, **options).get_concrete_function(*specs)
 
         try:
-            with _set(_is_compiling):
+            with _set(_is_compiling, True):
                 concrete = _repaired_if_needed(compiled, self._f)
         except UnverifiableGradientError as error:
             if self._jit:
@@ -253,9 +254,9 @@ class Traces:
             if folds_wrongly(graph.get_operations()) and not self._jit:
                 return as_written()(concrete), graph, ""
             return concrete, graph, ""
-        # What fails in eager mode, too, is no matter of tracing: that error is the clear
-        # one, and it is raised from there.
-        return _leaving(functools.partial(body, self._f)), None, reason
+        # What fails in eager mode, too, is no matter of tracing: that error is clear,
+        # and it is raised from there.
+        return _leaving(functools.partial(body, self._f), reason), None, reason
 
     def _warn(self, reason: str) -> None:
         if self._warned:
@@ -279,21 +280,21 @@ def _repaired_if_needed(compiled: Callable[[Any], Any], f: Callable[..., Any]) -
             raise error from None
 
 
-def _leaving(eager: Callable[..., Any]) -> Callable[..., Any]:
+def _leaving(eager: Callable[..., Any], reason: str) -> Callable[..., Any]:
     def run(*given: Any) -> Any:
-        with _set(_leaves_tensorflow):
+        with _set(_why_eager, reason):
             return eager(*given)
 
     return run
 
 
 @contextlib.contextmanager
-def _set(flag: ContextVar[bool]) -> Iterator[None]:
-    token = flag.set(True)
+def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        flag.reset(token)
+        variable.reset(token)
 
 
 def _level_of_caller() -> int:

@@ -69,21 +69,10 @@ def disagreement(
         dtype: What `function` is computed in.
         first_step: How far to move at first; None chooses what suits a smooth function.
     """
-    center = function(point)
-    if not np.array_equal(center, function(point)):
-        return None  # a random function (or NaN) cannot be differenced
-    generator = np.random.default_rng(0)
-    worst = None
-    for _ in range(DIRECTIONS):
-        direction = [np.asarray(generator.normal(size=leaf.shape)) for leaf in point]
-        line = _line(function, point, direction)
-        step = first_step or step_for(point, float(EPSILONS[dtype]))
-        step /= _size(direction)
-        claimed = product(direction)
-        worst = _compare(line, center, claimed, step, _size(point), dtype)
-        if worst is None:
-            return None
-    return worst
+    try:
+        return _disagreement(function, product, point, dtype, first_step)
+    except _RefusedError:  # f is not defined on all sides of the point
+        return None
 
 
 def wrong_gradient(
@@ -186,11 +175,42 @@ def _disagreement_along(
     return disagreement(held, product, [point[i] for i in moving], dtype)
 
 
+class _RefusedError(Exception):
+    """A user's function raised at a point that only we asked for."""
+
+
+def _disagreement(
+    function: Callable[[list[Array]], Array],
+    product: Callable[[list[Array]], Array],
+    point: list[Array],
+    dtype: tf.DType,
+    first_step: float | None,
+) -> Disagreement | None:
+    center = function(point)
+    if not np.array_equal(center, function(point)):
+        return None  # a random function (or NaN) cannot be differenced
+    generator = np.random.default_rng(0)
+    worst = None
+    for _ in range(DIRECTIONS):
+        direction = [np.asarray(generator.normal(size=leaf.shape)) for leaf in point]
+        line = _line(function, point, direction)
+        step = first_step or step_for(point, float(EPSILONS[dtype]))
+        step /= _size(direction)
+        claimed = product(direction)
+        worst = _compare(line, center, claimed, step, _size(point), dtype)
+        if worst is None:
+            return None
+    return worst
+
+
 def _line(
     function: Callable[[list[Array]], Array], point: list[Array], direction: list[Array]
 ) -> Callable[[float], Array]:
     def line(t: float) -> Array:
-        return function([x + t * v for x, v in zip(point, direction, strict=True)])
+        try:
+            return function([x + t * v for x, v in zip(point, direction, strict=True)])
+        except Exception as error:  # a user's function may raise anything
+            raise _RefusedError from error
 
     return line
 

@@ -34,7 +34,7 @@ brackets."""
 
 EVERY_STEP = 100_000
 """Steps up to which each is written; from here on every second, from twice as many on
-every fourth ... A million steps are 43,000 rows, some megabytes."""
+every fourth ... A million steps are 263,000 rows, some fifty megabytes."""
 
 HISTOGRAMS = 50
 """How often, at most, the distribution of many parameters is written in a run."""

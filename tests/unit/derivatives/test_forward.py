@@ -1,0 +1,145 @@
+"""`jvp`: forward mode, out of reverse mode twice."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfgrad.derivatives.calls import Call
+from tfgrad.derivatives.forward import jvp, require_adjoint
+from tfgrad.derivatives.reverse import grad, vjp
+from tfgrad.errors import InvalidArgumentError, NoGradientError, WrongDerivativeError
+
+
+def looped(x):
+    return tf.while_loop(
+        lambda i, x: i < 3, lambda i, x: (i + 1, tf.sin(x) * x), (0, x)
+    )[1]
+
+
+def test_value_and_directional_derivative_come_together():
+    y, dy = jvp(lambda x: x**2, (3.0,), (10.0,))
+
+    assert (float(y), float(dy)) == (9.0, 60.0)
+
+
+def test_several_arguments_nests_in_and_nests_out():
+    def f(p, q):
+        return {"sum": p["a"] + p["b"], "product": p["a"] * q}
+
+    y, dy = jvp(
+        f, ({"a": 2.0, "b": 3.0}, [4.0, 5.0]), ({"a": 1.0, "b": 10.0}, [0.0, 1.0])
+    )
+
+    assert {key: value.numpy().tolist() for key, value in y.items()} == {
+        "sum": 5.0,
+        "product": [8.0, 10.0],
+    }
+    assert float(dy["sum"]) == 11.0
+    assert dy["product"].numpy().tolist() == [4.0, 7.0]
+
+
+def test_outputs_without_a_path_have_derivative_zero():
+    _, dy = jvp(lambda x: (x, tf.ones(2), tf.stop_gradient(x)), (3.0,), (1.0,))
+
+    assert [part.numpy().tolist() for part in dy] == [1.0, [0.0, 0.0], 0.0]
+
+
+def test_it_matches_the_pull_back_through_a_loop():
+    x, v = np.linspace(0.5, 1.5, 4), np.array([1.0, -2.0, 0.5, 3.0])
+
+    _, pushed = jvp(looped, (x,), (v,))
+    (pulled,) = vjp(looped, x)[1](np.ones(4))
+
+    assert np.sum(pushed) == pytest.approx(np.dot(pulled, v), rel=1e-12)
+
+
+def test_the_gradient_of_a_directional_derivative_through_a_loop_is_not_zero():
+    x = tf.constant(1.2, tf.float64)
+    slope = lambda x: jvp(looped, (x,), (tf.ones_like(x),))[1]  # noqa: E731  one line
+
+    step = 1e-6
+    expected = (slope(x + step) - slope(x - step)) / (2 * step)
+
+    assert float(grad(slope)(x)) == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_a_function_is_compiled_once():
+    runs = []
+
+    def f(x):
+        runs.append(x)
+        return x**3
+
+    answers = [float(jvp(f, (float(x),), (1.0,))[1]) for x in range(4)]
+
+    assert answers == [0.0, 3.0, 12.0, 27.0]
+    assert len(runs) == 2  # once for the answer, once to verify it
+
+
+def test_functions_that_cannot_be_hashed_are_taken():
+    class Cube:
+        __hash__ = None
+
+        def __call__(self, x):
+            return x**3
+
+    assert float(jvp(Cube(), (2.0,), (1.0,))[1]) == 12.0
+    assert float(vjp(Cube(), 2.0)[1](1.0)[0]) == 12.0
+
+
+@pytest.mark.parametrize("primals", [3.0, np.ones(2)])
+def test_primals_outside_of_a_tuple_are_refused(primals):
+    with pytest.raises(InvalidArgumentError, match=r"tfgrad.jvp\(f, \(x,\), \(v,\)\)"):
+        jvp(tf.sin, primals, (1.0,))
+
+
+def test_tangents_that_do_not_match_are_refused():
+    with pytest.raises(InvalidArgumentError, match="structure"):
+        jvp(tf.multiply, (1.0, 2.0), (1.0,))
+    with pytest.raises(InvalidArgumentError, match=r"shape \(2,\)"):
+        jvp(tf.sin, (1.0,), ([1.0, 2.0],))
+
+
+def test_a_cut_output_is_refused():
+    with pytest.raises(NoGradientError, match="tf.round"):
+        jvp(lambda x: (x, tf.round(x)), (1.5,), (1.0,))
+
+
+def test_what_can_be_differentiated_once_only_is_refused_in_words():
+    f = tf.recompute_grad(lambda x: tf.sin(x))
+
+    with pytest.raises(NoGradientError, match="without tf.recompute_grad"):
+        jvp(lambda x: f(x), (1.0,), (1.0,))
+
+
+def test_a_gradient_in_numpy_is_refused_in_words():
+    @tf.custom_gradient
+    def f(x):
+        def backward(dy):
+            return tf.ensure_shape(tf.numpy_function(np.cos, [x], x.dtype), []) * dy
+
+        return tf.sin(x), backward
+
+    assert float(grad(lambda x: f(x))(0.5)) == pytest.approx(np.cos(0.5))
+    with pytest.raises(NoGradientError, match="PyFunc"):
+        jvp(lambda x: f(x), (0.5,), (1.0,))
+
+
+def test_a_wrong_push_forward_is_refused():
+    call = Call(tf.sin, "sin", ("x",), (tf.constant([0.3, 0.5]),), {}, 0, None)
+    v = tf.constant([1.0, 2.0])
+    right = tf.cos(call.args[0]) * v
+
+    require_adjoint(call, [v], [right])
+    with pytest.raises(WrongDerivativeError, match="Forward and reverse mode disagree"):
+        require_adjoint(call, [v], [1.01 * right])
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
+def test_dtypes_are_kept(dtype):
+    x = tf.constant([0.5, 1.0], dtype)
+
+    y, dy = jvp(lambda x: x**3, (x,), (np.array([1.0, 2.0]),))
+
+    assert y.dtype == dy.dtype == dtype
+    np.testing.assert_allclose(tf.cast(dy, tf.float64), [0.75, 6.0], rtol=0.02)

@@ -1,0 +1,119 @@
+"""The gradients of our own, against differences of TensorFlow's first derivatives."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfgrad.derivatives.forward import jvp
+from tfgrad.derivatives.matrices import hessian, hvp, jacobian
+from tfgrad.derivatives.repairs import is_repaired, repaired
+from tfgrad.derivatives.reverse import grad
+
+RNG = np.random.default_rng(0)
+IMAGE = tf.constant(RNG.normal(size=(1, 4, 5, 2)).astype("float32"))
+
+
+def pooled(function, kernel):
+    return lambda x: tf.reduce_sum(tf.sin(function(x**2, kernel, 1, "SAME")))
+
+
+def resized(method):
+    def f(x):
+        return tf.reduce_sum(
+            tf.sin(tf.image.resize(x, [7, 3], method=method)) + x[0, 0, 0, 0]
+        )
+
+    return f
+
+
+def cross_entropy(x):
+    labels = tf.nn.softmax(x**2)
+    return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(labels, x) ** 3)
+
+
+CASES = {
+    "max pooling": (pooled(tf.nn.max_pool2d, 2), IMAGE),
+    "max pooling in 3d": (pooled(tf.nn.max_pool3d, 2), IMAGE[..., None]),
+    "bilinear": (resized("bilinear"), IMAGE),
+    "bicubic": (resized("bicubic"), IMAGE),
+    "nearest": (resized("nearest"), IMAGE),
+    "cross entropy": (cross_entropy, IMAGE[0, 0]),
+    "moments": (lambda x: tf.reduce_sum(tf.nn.moments(x**2, [0])[1] ** 2), IMAGE[0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives_are_those_of_the_first(name):
+    f, x = CASES[name]
+    v = tf.constant(RNG.normal(size=x.shape).astype("float32"))
+    slope, step = grad(f), 1e-2
+    expected = (slope(x + step * v) - slope(x - step * v)) / (2 * step)
+
+    np.testing.assert_allclose(
+        hvp(f)(x, v), expected, atol=4e-3 * float(tf.reduce_max(tf.abs(expected)))
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_agrees_with_reverse_mode(name):
+    f, x = CASES[name]
+    v = tf.constant(RNG.normal(size=x.shape).astype("float32"))
+
+    _, pushed = jvp(f, (x,), (v,))
+
+    expected = float(tf.reduce_sum(grad(f)(x) * v))
+    assert float(pushed) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["max pooling", "bilinear", "cross entropy", "moments"]
+)
+def test_third_derivatives_are_those_of_the_second(name):
+    f, x = CASES[name]
+    v = tf.constant(RNG.normal(size=x.shape).astype("float32"))
+    twice, step = hvp(f), 1e-2
+    expected = tf.reduce_sum(v * (twice(x + step * v, v) - twice(x - step * v, v)))
+
+    third = grad(lambda x: tf.reduce_sum(v * hvp(f)(x, v)))(x)
+
+    assert float(tf.reduce_sum(third * v)) == pytest.approx(
+        float(expected) / (2 * step), rel=2e-2
+    )
+
+
+def test_values_and_first_derivatives_stay_what_they_were():
+    for f, x in CASES.values():
+        plain, other = (tf.function(grad(g))(x) for g in (f, repaired(f)))
+
+        np.testing.assert_allclose(other, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_users_own_stop_stays_a_stop():
+    f = lambda x: tf.nn.moments(x, [0])[1] * tf.stop_gradient(x[0])  # noqa: E731
+    x = tf.constant([2.0, 3.0, 7.0])
+
+    answer = hvp(f)(x, x)
+
+    np.testing.assert_allclose(answer, 2 * (x - 4.0) / 3 * 2.0, rtol=1e-6)
+
+
+def test_ops_outside_of_a_repaired_function_are_left_alone():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf.compat.v1.placeholder(tf.float32, [3])
+        outside = tf.stop_gradient(x)
+
+    assert not is_repaired(outside.op)
+
+
+@pytest.mark.parametrize("name", ["max pooling", "bilinear", "cross entropy", "moments"])
+def test_repairs_survive_vectorisation(name):
+    f, x = CASES[name]
+    v = tf.constant(RNG.normal(size=x.shape).astype("float32"))
+
+    by_rows = tf.tensordot(hessian(f)(x), v, x.shape.rank)
+    by_columns = tf.tensordot(jacobian(grad(f), mode="forward")(x), v, x.shape.rank)
+
+    expected = hvp(f)(x, v)
+    np.testing.assert_allclose(by_rows, expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(by_columns, expected, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,202 @@
+"""One compiled function per signature; what cannot be compiled runs eagerly, and says so."""
+
+import linecache
+import logging
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfgrad.derivatives.reverse import grad
+from tfgrad.derivatives.tracing import MOST_TRACES, Traces, as_written, quiet
+from tfgrad.errors import NoGradientError
+
+
+def counted(f):
+    """Return `f` and the list that grows whenever its Python code runs."""
+    runs = []
+
+    def function(*args, **kwargs):
+        runs.append(args)
+        return f(*args, **kwargs)
+
+    return function, runs
+
+
+def squares_of(run=lambda f, x: f(x), **options):
+    return Traces(run, lambda x: x**2, jit=False, **options)
+
+
+def test_a_thousand_floats_trace_once():
+    f, runs = counted(lambda x: x**2)
+    slope = grad(f)
+
+    answers = [float(slope(float(x))) for x in range(1000)]
+
+    assert answers == [2.0 * x for x in range(1000)]
+    assert len(runs) == 1
+
+
+def test_each_shape_dtype_and_structure_traces_once():
+    f, runs = counted(lambda x: tf.reduce_sum(tf.stack(tf.nest.flatten(x)) ** 2))
+    slope = grad(f)
+    points = [
+        tf.ones(2),
+        tf.ones(3),
+        tf.ones(3, tf.float64),
+        (tf.ones(2), tf.ones(2)),
+        [tf.ones(2), tf.ones(2)],
+        {"a": tf.ones(2)},
+    ]
+
+    for point in points * 3:
+        slope(point)
+
+    assert len(runs) == len(points)
+
+
+def test_a_static_argument_traces_once_per_value():
+    f, runs = counted(lambda x, power: x**power)
+    slope = grad(f)
+
+    answers = [float(slope(3.0, power)) for power in (2, 3, 2, 3)]
+
+    assert answers == [6.0, 27.0, 6.0, 27.0]
+    assert len(runs) == 2
+
+
+def test_traces_are_dropped_when_there_are_too_many():
+    traces = squares_of()
+    first = tf.ones(1)
+    traces(first)
+
+    for n in range(2, MOST_TRACES + 2):
+        traces(tf.ones(n))
+
+    with pytest.raises(KeyError):
+        traces.graph(first)
+    assert traces.graph(tf.ones(MOST_TRACES + 1)) is not None
+
+
+def test_python_branches_and_loops_on_tensors_compile():
+    def f(x):
+        while x > 1.0:
+            x = x / 2
+        if x > 0.7:
+            return 3 * x
+        return x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answers = [float(grad(f)(x)) for x in (8.0, 5.0)]
+
+    assert answers == [3 / 8, 1 / 8]
+
+
+def test_a_function_that_branches_in_numpy_runs_eagerly_with_one_warning_at_its_line():
+    def f(x):
+        return x**3 if x.numpy() > 1 else x  # the line to be named
+
+    slope = grad(f)
+    with pytest.warns(RuntimeWarning, match="the line to be named") as caught:
+        first = slope(2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        others = [slope(0.5), slope(tf.constant(3.0, tf.float64))]
+
+    assert [float(first), *map(float, others)] == [12.0, 1.0, 27.0]
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    shown = linecache.getline(__file__, caught[0].lineno)
+    assert "first = slope(2.0)" in shown
+
+
+def test_a_function_that_is_wrong_everywhere_raises_its_own_error():
+    def f(x):
+        raise ZeroDivisionError("of my own")
+
+    with pytest.raises(ZeroDivisionError, match="of my own") as caught:
+        grad(f)(1.0)
+
+    assert caught.traceback[-1].name == "f"
+
+
+def test_numpy_in_the_path_is_refused_with_its_line():
+    def f(x):
+        return x * np.sin(x.numpy())  # numpy is here
+
+    with pytest.raises(NoGradientError, match="numpy is here") as caught:
+        grad(f)(1.0)
+
+    assert "`x`" in caught.value.rule
+    assert caught.value.hint == "the tensor itself, without .numpy()"
+
+
+def test_numpy_beside_the_path_gives_the_right_answer():
+    f = lambda x: x**2 + 0.0 * len(str(x.numpy()))  # noqa: E731  one line is the point
+
+    with pytest.warns(RuntimeWarning, match="runs eagerly"):
+        answer = grad(f)(3.0)
+
+    assert float(answer) == 6.0
+
+
+def test_jit_gives_the_answer_of_the_graph():
+    f = lambda x: tf.reduce_sum(tf.sin(x) ** 3)  # noqa: E731
+    x = tf.linspace(0.0, 2.0, 7)
+
+    np.testing.assert_allclose(grad(f, jit=True)(x), grad(f)(x), rtol=1e-6)
+
+
+def test_a_failed_check_is_made_again():
+    checks = []
+
+    def check(answer, x):
+        checks.append(float(answer))
+        if len(checks) == 1:
+            raise ArithmeticError("once")
+
+    traces = squares_of(check=check)
+
+    with pytest.raises(ArithmeticError, match="once"):
+        traces(tf.constant(3.0))
+    answers = [float(traces(tf.constant(x))) for x in (3.0, 4.0)]
+
+    assert answers == [9.0, 16.0]
+    assert checks == [9.0, 9.0]
+
+
+def test_the_ops_of_a_trace_can_be_read():
+    traces = Traces(lambda f, x: f(x), tf.function(tf.sin), jit=False)
+
+    traces(tf.constant(1.0))
+
+    assert "Sin" in traces.operations(tf.constant(2.0))
+
+
+def test_as_written_restores_the_options_it_found():
+    options = tf.config.optimizer
+    before = options.get_experimental_options()
+
+    with as_written():
+        within = options.get_experimental_options()
+
+    assert within["constant_folding"] is False
+    assert options.get_experimental_options() == before
+
+
+def test_quiet_silences_tensorflow_and_only_within():
+    logger = tf.get_logger()
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
+    try:
+        with quiet():
+            logger.error("dropped")
+        logger.error("kept")
+    finally:
+        logger.removeHandler(handler)
+
+    assert [record.getMessage() for record in records] == ["kept"]

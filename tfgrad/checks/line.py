@@ -1,0 +1,98 @@
+"""A function along a line through a point: its values, their noise, its kinks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.checks.scalar import Point
+from tfgrad.differences import Array
+
+
+class Line:
+    """A scalar function as one argument moves along a direction.
+
+    Args:
+        evaluate: The function, of arrays shaped like those of the point.
+        point: Where the line is at 0.
+        index: Which argument moves.
+        direction: Along what.
+        gradient: The gradient with respect to that argument, by autodiff.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Sequence[Array]], float],
+        point: Point,
+        index: int,
+        direction: Array,
+        gradient: Array,
+    ) -> None:
+        """Evaluate nothing yet."""
+        self._evaluate = evaluate
+        self._point = point
+        self._index = index
+        self._direction = direction
+        self._gradient = gradient
+        self._known: dict[float, tuple[float, float]] = {}
+
+    def __call__(self, t: float) -> Array:
+        """Return the value at `t`, corrected for the rounding of the argument."""
+        return np.asarray(self._values(t)[1])
+
+    def noise(self, step: float) -> float:
+        """Return the rounding error of the values, by Hamming's differences.
+
+        Fourth differences wipe out what is smooth on the scale of their spacing, and
+        leave what changes from one value to the next. The spacing starts where the
+        function is known to be smooth, below the smallest step so far, and grows while
+        the values hardly change (Moré and Wild 2011, SIAM J. Sci. Comput. 33, 4.1).
+
+        Args:
+            step: The largest spacing.
+        """
+        spacing = min(abs(t) for t in self._known if t) / 2
+        while True:
+            places = spacing * np.arange(-4, 5)
+            pairs = [self._values(t) for t in places]
+            if len({raw for raw, _ in pairs}) > 5 or spacing >= step:
+                break
+            spacing *= 4
+        differences = np.diff([corrected for _, corrected in pairs], 4)
+        return float(np.sqrt(np.mean(differences**2) / 70))  # 70: (8 choose 4)
+
+    def kink(self, step: float, noise: float) -> tuple[float, float] | None:
+        """Return the slopes on both sides, if a smaller step does not close the gap.
+
+        Args:
+            step: The first of three steps.
+            noise: The rounding error of the values.
+        """
+        steps = [step, step / 4, step / 16]
+        with np.errstate(all="ignore"):  # one side may be outside of the domain
+            left = [float((self(0.0) - self(-h)) / h) for h in steps]
+            right = [float((self(h) - self(0.0)) / h) for h in steps]
+        gaps = np.abs(np.subtract(right, left))
+        apart = gaps[-1] > 0.5 * gaps[0] and gaps[-1] > 10 * noise / steps[-1]
+        return (left[-1], right[-1]) if apart else None
+
+    def _values(self, t: float) -> tuple[float, float]:
+        """Return the value at `t` as it is, and corrected for rounding."""
+        if t not in self._known:
+            self._known[t] = self._new_values(t)
+        return self._known[t]
+
+    def _new_values(self, t: float) -> tuple[float, float]:
+        moved = list(self._point.arrays)
+        moved[self._index] = moved[self._index] + t * self._direction
+        try:
+            value = self._evaluate(moved)
+        except tf.errors.OpError:  # not defined there, as for a singular matrix
+            return np.nan, np.nan
+        # The argument is rounded to its dtype. To first order that moves the value by
+        # the gradient times the rounding, which is known exactly here.
+        held = self._point.cast(self._index, moved[self._index]).astype(np.float64)
+        rounding = held - moved[self._index]
+        return value, value - float(np.vdot(self._gradient, rounding))
