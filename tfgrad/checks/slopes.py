@@ -143,9 +143,9 @@ class Probe:
         noise = max(3 * line.noise(step), self._epsilon * size)
         slope = compare(noise)
         for _ in range(_RETRIES if slope.verdict == "fail" else 0):
-            # Kinks around the point (in a network of relus) are smoothed over by a large
-            # step, in a way that its error bar does not see. That error shrinks with the
-            # step; a bug stays.
+            # Kinks around the point (in a network of relus) are smoothed over by a
+            # large step, in a way that its error bar does not see. That error shrinks
+            # with the step; a bug stays.
             step /= 4
             closer = compare(noise, step)
             if closer.gap > 0.7 * slope.gap:

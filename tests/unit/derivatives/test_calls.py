@@ -1,4 +1,4 @@
-"""The public edge: what can be passed, what comes back, what is refused before tracing."""
+"""The public edge: what comes in, what comes back, what is refused before tracing."""
 
 import collections
 import functools

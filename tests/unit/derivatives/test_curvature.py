@@ -33,7 +33,7 @@ def test_a_right_second_derivative_passes(dtype):
 def test_a_second_derivative_that_is_five_percent_off_is_refused(dtype):
     x = np.array([0.5, 1.0, 2.0], dtype)
 
-    with pytest.raises(WrongDerivativeError, match="by `x`(.|\n)*differences"):
+    with pytest.raises(WrongDerivativeError, match=r"by `x`(.|\n)*differences"):
         held_to(cubes, x, lambda x, v: 6 * x * v * [1.0, 1.05, 1.0])
 
 

@@ -215,7 +215,7 @@ def test_a_wrong_hessian_is_withheld_each_time():
 
     for _ in range(2):
         with pytest.raises(
-            WrongDerivativeError, match="`x`(.|\n)*Angle(.|\n)*jit=False"
+            WrongDerivativeError, match=r"`x`(.|\n)*Angle(.|\n)*jit=False"
         ):
             wrong([1.0, 2.0])
     right = hessian(angle)([1.0, 2.0])
@@ -254,7 +254,7 @@ def test_an_unknown_mode_is_refused():
 
 
 def test_a_hessian_needs_one_number():
-    with pytest.raises(ScalarObjectiveError, match="tfgrad.jacobian"):
+    with pytest.raises(ScalarObjectiveError, match=r"tfgrad.jacobian"):
         hessian(tf.square)([1.0, 2.0])
     with pytest.raises(ScalarObjectiveError, match=r"returned shape \(2,\)"):
         hvp(tf.square)([1.0, 2.0], [1.0, 1.0])
@@ -266,7 +266,7 @@ def test_a_jacobian_names_the_output_that_is_no_tensor():
 
 
 def test_one_cut_output_among_others_is_refused():
-    with pytest.raises(NoGradientError, match="tf.round"):
+    with pytest.raises(NoGradientError, match=r"tf.round"):
         jacobian(lambda x: (x**2, tf.round(x)))(1.5)
 
 

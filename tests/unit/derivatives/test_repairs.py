@@ -106,7 +106,9 @@ def test_ops_outside_of_a_repaired_function_are_left_alone():
     assert not is_repaired(outside.op)
 
 
-@pytest.mark.parametrize("name", ["max pooling", "bilinear", "cross entropy", "moments"])
+@pytest.mark.parametrize(
+    "name", ["max pooling", "bilinear", "cross entropy", "moments"]
+)
 def test_repairs_survive_vectorisation(name):
     f, x = CASES[name]
     v = tf.constant(RNG.normal(size=x.shape).astype("float32"))

@@ -1,4 +1,4 @@
-"""One compiled function per signature; what cannot be compiled runs eagerly, and says so."""
+"""One compiled function per signature; what cannot be compiled runs eagerly."""
 
 import linecache
 import logging
