@@ -17,7 +17,7 @@ from tfgrad.nested import Nest
 from tfgrad.optimize.log import Log, check_log
 from tfgrad.optimize.loop import LOOP_STEPS, Loop, Rows
 from tfgrad.optimize.objective import Objective
-from tfgrad.optimize.result import OptimizeResult
+from tfgrad.optimize.result import History, OptimizeResult
 from tfgrad.optimize.stopping import (
     GIVEN_UP,
     RUNNING,
@@ -47,6 +47,30 @@ class State:
     fun: Any
     grad_norm: Any
     seconds: float
+
+
+class _Table:
+    """Rows, appended in place: the end of a long run must not wait for a copy."""
+
+    def __init__(self) -> None:
+        self._columns: History = {}
+        self._count = 0
+
+    def append(self, rows: Rows) -> None:
+        """Add rows; memory doubles when it is full."""
+        count = self._count + len(rows)
+        for name, column in rows.columns.items():
+            kept = self._columns.setdefault(name, column[:0])
+            if len(kept) < count:
+                shape = (max(count, 2 * self._count), *column.shape[1:])
+                self._columns[name] = np.empty(shape, column.dtype)
+                self._columns[name][: self._count] = kept[: self._count]
+            self._columns[name][self._count : count] = column
+        self._count = count
+
+    def columns(self) -> History:
+        """Return the rows so far, by column."""
+        return {name: column[: self._count] for name, column in self._columns.items()}
 
 
 class Descent:
@@ -91,7 +115,7 @@ class Descent:
             "jit": jit,
         }
         self._log: Log | None = None
-        self._rows: list[Rows] = []
+        self._table = _Table()
         self.status: str | None = None
 
     def __enter__(self) -> Self:
@@ -151,11 +175,6 @@ class Descent:
     def result(self) -> OptimizeResult:
         """Return what came out."""
         at = self._loop.at
-        names = self._rows[0].columns
-        history = {
-            name: np.concatenate([rows.columns[name] for rows in self._rows])
-            for name in names
-        }
         status = self.status or ""
         fun: Any = at.row["fun"].numpy()
         return OptimizeResult(
@@ -167,13 +186,13 @@ class Descent:
             success=status in SOLUTIONS,
             status=status,
             message=self._message(status),
-            history=history,
+            history=self._table.columns(),
             seconds=float(self._loop.seconds),
             directory=self._log.directory if self._log else None,
         )
 
     def _keep(self, rows: Rows) -> None:
-        self._rows.append(rows)
+        self._table.append(rows)
         if self._log is not None and len(rows):
             self._log.rows(rows, self._leaves)
         if self._loop.code == GIVEN_UP:
