@@ -227,11 +227,10 @@ class Log:
 
     def _affordable_resolution(self) -> int:
         """Return how many points a side of the picture can have in its time."""
-        seconds = self._column("seconds")
-        half = len(seconds) // 2  # the first half has the tracing in it
-        steps = max(1, self._column("step")[-1] - self._column("step")[half])
-        step_seconds = (seconds[-1] - seconds[half]) / steps
-        return int((PICTURE_SECONDS / max(step_seconds, 1e-6)) ** 0.5)
+        began = time.perf_counter()
+        self._objective.evaluate()
+        seconds = time.perf_counter() - began
+        return int((PICTURE_SECONDS / max(seconds, 1e-6)) ** 0.5)
 
     # --- the thread ---
 
