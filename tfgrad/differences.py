@@ -111,6 +111,7 @@ def line_derivative(
     epsilon: float,
     sensitivity: Callable[[Array], Any] = np.zeros_like,
     noise: float | None = None,
+    refinements: int = REFINEMENTS,
 ) -> tuple[Array, Array]:
     """Return the derivative of `line` at 0 and its error estimate, both elementwise.
 
@@ -123,10 +124,11 @@ def line_derivative(
             Without it, they are taken to be exact.
         noise: The rounding error of a value, if it is known; else it is taken to be
             eight roundings: what functions of a dozen operations were seen to need.
+        refinements: How often the step may be quartered.
     """
     value: Array = np.asarray(np.nan)
     error: Array = np.asarray(np.inf)
-    for _ in range(1 + REFINEMENTS):
+    for _ in range(1 + refinements):
         with np.errstate(
             all="ignore"
         ):  # not finite is an answer here: its error is inf

@@ -54,11 +54,6 @@ def positions_of(argnums: Any, count: int, name: str) -> int | tuple[int, ...]:
     return positions if isinstance(argnums, list | tuple) else positions[0]
 
 
-def is_float_tensor(value: Any) -> bool:
-    """Return whether `value` can be differentiated as it is."""
-    return isinstance(value, tf.Tensor) and value.dtype.is_floating
-
-
 def arguments_in_tensors(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],

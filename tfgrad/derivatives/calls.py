@@ -13,18 +13,19 @@ import tensorflow as tf
 from tfgrad.derivatives.arguments import (
     arguments_in_tensors,
     direction_in_tensors,
-    is_float_tensor,
     parameter_names,
     positions_of,
 )
 from tfgrad.derivatives.repairs import repaired
-from tfgrad.derivatives.signatures import is_dynamic
+from tfgrad.derivatives.signatures import is_dynamic, signature
 from tfgrad.derivatives.soundness import (
     RepairableGradientError,
     every,
+    folds_wrongly,
     require_right_kernels,
 )
 from tfgrad.derivatives.tracing import (
+    MOST_TRACES,
     Traces,
     converted,
     is_compiling,
@@ -136,7 +137,7 @@ class Compiled:
         check: Callable[[Call, Any, Compiled], None] | None = None,
     ) -> None:
         """Compile nothing yet."""
-        self._f, self._body, self._jit, self._checks = f, body, jit, check
+        self._f, self._body, self._checks = f, body, check
         self.name = name_of(f)
         self.parameters = parameter_names(f)
         self._traces = Traces(self._run, f, jit=jit, check=check and self._check)
@@ -156,13 +157,22 @@ class Compiled:
                 raise
             return self._run(repaired(f), *nests)
 
+    def function(self, *nests: Any) -> Callable[..., Any]:
+        """Return the function, of the tensors in `nests`, of an earlier answer."""
+        return self._traces.function(*nests)
+
     def graph(self, *nests: Any) -> Any:
         """Return the graph of an earlier answer; None if it was computed eagerly."""
         return self._traces.graph(*nests)
 
+    def folds_wrongly(self, *nests: Any) -> bool:
+        """Return whether an earlier answer has to be run with constant folding off."""
+        graph = self.graph(*nests) if tf.executing_eagerly() else None
+        return graph is not None and bool(folds_wrongly(graph.get_operations()))
+
     def _run(self, f: Callable[..., Any], *nests: Any) -> Any:
         answer = self._body(self._call(f, *nests))
-        if not (self._jit or tf.executing_eagerly()):
+        if not tf.executing_eagerly():
             outputs = list(filter(is_dynamic, tf.nest.flatten(answer)))
             require_right_kernels(outputs, self.name, own=is_compiling())
         return answer
@@ -205,27 +215,48 @@ def transform(
     def chosen_of(count: int) -> int | tuple[int, ...]:
         return () if wrt is not None else positions_of(argnums, count, name)
 
-    @not_converted
-    def transformed(*args: Any, **kwargs: Any) -> Any:
+    def prepared(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         direction = None
         if directed:
             args, direction = _split_direction(args, name)
         variables = None if wrt is None else variables_of(wrt)
         chosen = chosen_of(len(args))
-        if kwargs or not all(map(is_float_tensor, args)):
-            args, kwargs = arguments_in_tensors(
-                args, kwargs, chosen, parameters(len(args))
-            )
+        args, kwargs = arguments_in_tensors(args, kwargs, chosen, parameters(len(args)))
         if directed:
             like = Call(f, name, (), args, kwargs, chosen, variables).differentiated
             direction = direction_in_tensors(direction, like)
-        return compiled(args, kwargs, chosen, variables, direction)
+        return args, kwargs, chosen, variables, direction
+
+    # Calls with tensors only, the commonest in loops, find their way without all that.
+    short_cuts: dict[Any, Callable[..., Any]] = {}
+
+    @not_converted
+    def transformed(*args: Any, **kwargs: Any) -> Any:
+        eagerly = tf.executing_eagerly()
+        if eagerly and not kwargs:
+            short_cut = short_cuts.get(signature(args))
+            if short_cut is not None:
+                return short_cut(*args)
+        nests = prepared(args, kwargs)
+        answer = compiled(*nests)
+        if eagerly and not kwargs and wrt is None and _are_leaves(args, nests):
+            if len(short_cuts) >= MOST_TRACES:
+                short_cuts.clear()
+            short_cuts[signature(args)] = compiled.function(*nests)
+        return answer
 
     if inspect.isfunction(f):
         functools.update_wrapper(transformed, f)
         if directed:  # its signature is not that of f
             vars(transformed).pop("__wrapped__")
     return transformed
+
+
+def _are_leaves(args: tuple[Any, ...], nests: tuple[Any, ...]) -> bool:
+    """Return whether `args`, as they are, are all that a compiled function takes."""
+    leaves = list(filter(is_dynamic, tf.nest.flatten(nests)))
+    pairs = zip(args, leaves, strict=False)
+    return len(args) == len(leaves) and all(arg is leaf for arg, leaf in pairs)
 
 
 def _split_direction(args: tuple[Any, ...], name: str) -> tuple[tuple[Any, ...], Any]:
@@ -238,13 +269,18 @@ def _split_direction(args: tuple[Any, ...], name: str) -> tuple[tuple[Any, ...],
     return args[:-1], args[-1]
 
 
-def _check_transform(f: Any, argnums: Any, wrt: Any) -> None:
+def require_function(f: Any) -> None:
+    """Refuse what is not callable in place of the function."""
     if not callable(f):
         raise InvalidArgumentError(
-            "A transform takes the function, and returns one that takes the point.",
+            "The first argument is the function, and not its value.",
             got=f"f={describe(f)}",
-            hint="tfgrad.grad(f)(x)",
+            hint="tfgrad.grad(f)(x), tfgrad.vjp(f, x), tfgrad.jvp(f, (x,), (v,))",
         )
+
+
+def _check_transform(f: Any, argnums: Any, wrt: Any) -> None:
+    require_function(f)
     if wrt is not None and argnums != 0:
         raise InvalidArgumentError(
             "Either `argnums` or `wrt` says what is differentiated.",

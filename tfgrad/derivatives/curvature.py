@@ -29,6 +29,7 @@ Product = Callable[[list[tf.Tensor]], list[tf.Tensor]]
 """From a direction, one tensor for each source, to the Hessian times it."""
 
 SUSPICIOUS = {
+    "Cholesky": "it reads one triangle only; f of (x + transpose of x) / 2 does not",
     "Angle": "under XLA its second derivative has the wrong sign",
     "MaxPool": "under XLA its second derivative has wrong elements",
     "ResizeBilinearGrad": "it has no gradient, so the second derivative lacks a term",

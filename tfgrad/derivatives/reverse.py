@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from tfgrad.derivatives.arguments import (
-    arguments_in_tensors,
-    direction_in_tensors,
-    parameter_names,
-)
-from tfgrad.derivatives.calls import Call, transform
-from tfgrad.derivatives.elementwise import derivative as derivative
+from tfgrad.derivatives.arguments import arguments_in_tensors, direction_in_tensors
+from tfgrad.derivatives.calls import Call, Compiled, require_function, transform
 from tfgrad.derivatives.outputs import float_outputs, objective, with_aux
 from tfgrad.derivatives.recording import Recording, dense, refusals_explained
-from tfgrad.derivatives.tracing import not_converted
-from tfgrad.nested import Nest, name_of
+from tfgrad.derivatives.soundness import require_right_kernels
+from tfgrad.derivatives.tracing import as_written, is_compiling, not_converted
+from tfgrad.nested import Nest
 
 MOST_FUNCTIONS = 16
 """User functions that `vjp` keeps compiled; the least recently used goes first."""
@@ -156,39 +153,43 @@ def vjp(f: Callable[..., Any], *primals: Nest) -> tuple[Nest, Callable[[Nest], A
         >>> [part.numpy().tolist() for part in pullback([1.0, 10.0])]
         [[3.0, 40.0], [1.0, 20.0]]
     """
-    names = parameter_names(f)(len(primals))
-    args, _ = arguments_in_tensors(primals, {}, tuple(range(len(primals))), names)
+    compiled = (_cached_forward if isinstance(f, Hashable) else _forward)(f)
+    argnums, names = tuple(range(len(primals))), compiled.parameters(len(primals))
+    args, kwargs = arguments_in_tensors(primals, {}, argnums, names)
     # The tape must tell apart two arguments that are one tensor.
     args = tf.nest.map_structure(tf.identity, args)
-    sources = tf.nest.flatten(args)
-    forward = _cached_forward if isinstance(f, Hashable) else _forward
+    sources, nests = tf.nest.flatten(args), (args, kwargs, argnums, None, None)
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(sources)
-        y = forward(f, len(primals))(*args)
-    outputs = tf.nest.flatten(y)
+        y = compiled(*nests)
+    outputs, runs_folded = tf.nest.flatten(y), compiled.folds_wrongly(*nests)
 
     @not_converted
     def pullback(cotangent: Nest) -> Any:
         weights = direction_in_tensors(cotangent, y, "cotangent", "the output")
-        with refusals_explained(name_of(f)):
-            found = tape.gradient(
-                outputs, sources, output_gradients=tf.nest.flatten(weights)
-            )
+        unfolded = as_written() if runs_folded else contextlib.nullcontext()
+        with refusals_explained(compiled.name), unfolded:
+            found = tape.gradient(outputs, sources, tf.nest.flatten(weights))
         pairs = zip(found, sources, strict=True)
         return tf.nest.pack_sequence_as(args, [dense(g, x) for g, x in pairs])
 
     return y, pullback
 
 
-def _forward(f: Callable[..., Any], count: int) -> Callable[..., Any]:
+def _forward(f: Callable[..., Any]) -> Compiled:
     """Return `f`, compiled, and refused if it cannot be pulled back."""
+    require_function(f)
 
     def body(call: Call) -> Any:
         recording = Recording(with_aux(float_outputs, False), call, persistent=True)
         recording.require_sound()
+        if not tf.executing_eagerly():
+            # The ops of the pull-back are not part of what is compiled here.
+            pulled = recording.pull(list(map(tf.ones_like, recording.outputs)))
+            require_right_kernels(pulled, call.name, own=is_compiling())
         return recording.output
 
-    return transform(f, body, argnums=tuple(range(count)))
+    return Compiled(f, body)
 
 
 _cached_forward = functools.lru_cache(MOST_FUNCTIONS)(_forward)

@@ -152,6 +152,14 @@ def folds_wrongly(operations: Iterable[tf.Operation]) -> tf.Operation | None:
     return next((op for op in every(operations) if op.type == "DynamicPartition"), None)
 
 
+def wrong_under_xla(operations: Iterable[tf.Operation]) -> bool:
+    """Return whether one of the ops is one that XLA is known to get wrong.
+
+    Where two elements are equal, it does not pass on the one that it took before.
+    """
+    return any(op.type in POOLING for op in every(operations))
+
+
 def may_drop(operations: Iterable[tf.Operation]) -> bool:
     """Return whether one of the ops, at any depth, may drop a term of a gradient.
 

@@ -27,6 +27,7 @@ from tfgrad.derivatives.soundness import (
     RepairableGradientError,
     UnverifiableGradientError,
     folds_wrongly,
+    wrong_under_xla,
 )
 from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.errors import TfgradError
@@ -187,6 +188,10 @@ class Traces:
         self._compiled.move_to_end(key)
         return found[0](*filter(is_dynamic, tf.nest.flatten(nests)))
 
+    def function(self, *nests: Any) -> Callable[..., Any]:
+        """Return the function from tensors that `nests` were answered by."""
+        return self._compiled[signature(nests)][0]
+
     def graph(self, *nests: Any) -> Any:
         """Return the graph that `nests` were answered by; None if it runs eagerly."""
         return self._compiled[signature(nests)][1]
@@ -230,10 +235,13 @@ class Traces:
         """Return `body` compiled and its graph; or as it is, None, and the reason."""
         specs = [tf.type_spec_from_value(leaf) for leaf in given]
 
-        def compiled(f: Callable[..., Any]) -> Any:
+        def compiled(f: Callable[..., Any], jit: bool = self._jit) -> Any:
             whole = functools.partial(body, f)
-            options = {"autograph": False, "jit_compile": self._jit or None}
-            return tf.function(whole, **options).get_concrete_function(*specs)
+            options = {"autograph": False, "jit_compile": jit or None}
+            concrete = tf.function(whole, **options).get_concrete_function(*specs)
+            if jit and wrong_under_xla(concrete.graph.get_operations()):
+                return compiled(f, jit=False)
+            return concrete
 
         try:
             with _set(_is_compiling, True):
