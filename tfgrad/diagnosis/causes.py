@@ -52,18 +52,12 @@ _NONE = "TensorFlow defines no gradient for it"
 
 _STRAIGHT_THROUGH = "x + tf.stop_gradient({0}(x) - x), a straight-through estimator"
 _SMOOTH_STEP = "tf.sigmoid((a - b) / width) for a > b, or tf.where on smooth branches"
-_SOFTMAX = (
-    "tf.nn.softmax(x / temperature) instead of the winner, tf.reduce_max for its "
-)
-_SOFTMAX += "value"
+_SOFTMAX = "tf.nn.softmax(x / temperature), or tf.reduce_max for the value itself"
 _SOFT_COUNT = "a sum of tf.sigmoid((x - edge) / width), a smooth count"
 _GUMBEL = "Gumbel-softmax: tf.nn.softmax((logits + gumbel_noise) / temperature)"
 _IN_TENSORFLOW = "the same in tf.math or tf.experimental.numpy, or a tf.custom_gradient"
 _AS_TENSOR = "the new value itself where it is needed, instead of the variable"
-_OTHER = (
-    "a smooth stand-in, tf.custom_gradient, or tf.stop_gradient to say that zero is "
-)
-_OTHER += "meant"
+_OTHER = "a smooth stand-in, tf.custom_gradient, or tf.stop_gradient if zero is meant"
 
 CAUSES = {
     "Round": Cause("tf.round", _STEP, _STRAIGHT_THROUGH.format("tf.round")),

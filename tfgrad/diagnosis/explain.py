@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,6 @@ def explain(f: Callable[..., Any], *args: Any, wrt: Any = None) -> Explanation:
         findings = _without_graph(function, sources)
     else:
         findings = _with_graph(traced, sources)
-    findings += [Finding(name, "integer") for name in sources.integers]
     if not findings:
         raise InvalidArgumentError(
             "There must be something to differentiate with respect to.",
@@ -82,21 +82,18 @@ def explain(f: Callable[..., Any], *args: Any, wrt: Any = None) -> Explanation:
 def _with_graph(traced: Any, sources: Sources) -> list[Finding]:
     """Return the findings for a function that can be traced."""
     graph, outputs = traced.graph, traced.outputs[:1]
-    variables, names = sources.variables, sources.names
-    if not sources.tensors and not variables:
-        variables = tuple(traced.trainable_variables)
-        names = tuple(map(variable_name, variables))
+    sources = _with_variables(sources, traced.trainable_variables)
     places = list(traced.inputs[: len(sources.tensors)])
-    places += [handle_of(variable, traced) for variable in variables]
+    places += [handle_of(variable, traced) for variable in sources.variables]
     with restored(traced.variables):
         # Before the cuts: looking for those builds gradients in the graph.
         numbers = _numbers(traced, sources)
         of_value = _by_value(outputs[0], numbers)
-        pairs = zip(names, places, strict=True)
+        pairs = zip(sources.names, places, strict=True)
         findings = [_by_slope(*pair, numbers, known=bool(of_value)) for pair in pairs]
     leads, unblocked = leading_to(graph, outputs), leading_to(graph, outputs, blocks)
     cuts = iter(find_cuts(graph, outputs, [p for p in places if p is not None]))
-    for index, (name, place) in enumerate(zip(names, places, strict=True)):
+    for index, (name, place) in enumerate(zip(sources.names, places, strict=True)):
         cut = None if place is None else next(cuts)
         if place is None or place.ref() not in leads:
             findings[index] = Finding(name, "unused")
@@ -104,7 +101,25 @@ def _with_graph(traced: Any, sources: Sources) -> list[Finding]:
             findings[index] = Finding(name, "cut", cut)
         elif place.ref() not in unblocked:
             findings[index] = Finding(name, "stopped")
-    return of_value + findings
+    return [*of_value, *findings, *_integers(sources)]
+
+
+def _with_variables(sources: Sources, read: Sequence[tf.Variable]) -> Sources:
+    """Return `sources`, or if there are none all trainable variables that are read."""
+    if sources.names:
+        return sources
+    floats = tuple(variable for variable in read if variable.dtype.is_floating)
+    others = [v for v in read if v.dtype.is_integer]
+    return replace(
+        sources,
+        variables=floats,
+        names=tuple(map(variable_name, floats)),
+        integers=(*sources.integers, *map(variable_name, others)),
+    )
+
+
+def _integers(sources: Sources) -> list[Finding]:
+    return [Finding(name, "integer") for name in sources.integers]
 
 
 def _numbers(traced: Any, sources: Sources) -> Numbers | None:
@@ -157,16 +172,14 @@ def _without_graph(
     with tf.GradientTape() as tape:
         tape.watch(sources.tensors)
         output = function(*sources.tensors)
-    variables, names = sources.variables, sources.names
-    if not sources.tensors and not variables:
-        variables = tape.watched_variables()
-        names = tuple(map(variable_name, variables))
-    watched = [*sources.tensors, *variables]
+    sources = _with_variables(sources, tape.watched_variables())
+    watched = [*sources.tensors, *sources.variables]
     gradients: list[Any] = [None for _ in watched]
     with contextlib.suppress(LookupError):  # an op without gradient: it is a cut
         gradients = tape.gradient(output, watched)
-    cuts = missing_gradients(function, sources.tensors, variables)
-    return [_by_gradient(*known) for known in zip(names, gradients, cuts, strict=True)]
+    cuts = missing_gradients(function, sources.tensors, sources.variables)
+    known = zip(sources.names, gradients, cuts, strict=True)
+    return [*(_by_gradient(*each) for each in known), *_integers(sources)]
 
 
 def _by_gradient(name: str, gradient: Any, cut: Culprit | None) -> Finding:

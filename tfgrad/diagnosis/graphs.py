@@ -140,12 +140,7 @@ def leading_to(
 
 def results(op: tf.Operation) -> list[tf.Tensor]:
     """Return the outputs of `op`, and the handles of the variables it writes to."""
-    inside = any(
-        writes(inner) for body in bodies(op) for inner in body.get_operations()
-    )
-    if inside:
-        return [*op.outputs, *(t for t in op.inputs if t.dtype == tf.resource)]
-    return [*op.outputs, op.inputs[0]] if writes(op) else list(op.outputs)
+    return [*op.outputs, *_written(op)]
 
 
 def connected(
@@ -178,6 +173,17 @@ def gradients(
                 raise
             dead_ends += ends
     return [None for _ in tensors]
+
+
+def _written(op: tf.Operation) -> list[tf.Tensor]:
+    """Return the handles of the variables that `op` writes to, by itself or inside."""
+    found = [op.inputs[0]] if writes(op) else []
+    for body in bodies(op):
+        inside = {t.ref() for inner in body.get_operations() for t in _written(inner)}
+        passed = list(op.inputs)[len(op.inputs) - len(body.inputs) :]
+        pairs = zip(passed, body.inputs, strict=True)
+        found += [outer for outer, inner in pairs if inner.ref() in inside]
+    return found
 
 
 def _body(graph: Any, name: str) -> Any:

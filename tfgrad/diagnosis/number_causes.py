@@ -95,13 +95,18 @@ _SLOPES = {
 def cause_of_zero(op: tf.Operation) -> Cause:
     """Return the words for an op whose gradient is zero in every element."""
     reason = "its slope is exactly zero here"
-    return _ZEROS.get(op.type, Cause(f"the op {op.type}", reason, _MOVE))
+    return _ZEROS.get(op.type, Cause(_label(op), reason, _MOVE))
 
 
 def cause_of_nonfinite(op: tf.Operation, *, backward: bool) -> Cause:
     """Return the words for an op that turns finite numbers into NaN or infinity."""
     if backward:
         reason = "its gradient is not finite here"
-        return _SLOPES.get(op.type, Cause(f"the op {op.type}", reason, _DOUBLE))
+        return _SLOPES.get(op.type, Cause(_label(op), reason, _DOUBLE))
     reason = "its value is not finite here"
-    return _VALUES.get(op.type, Cause(f"the op {op.type}", reason, _INSIDE))
+    return _VALUES.get(op.type, Cause(_label(op), reason, _INSIDE))
+
+
+def _label(op: tf.Operation) -> str:
+    kinds = {"While": "a loop", "If": "a branch", "Case": "a branch"}
+    return kinds.get(op.type.removeprefix("Stateless"), f"the op {op.type}")

@@ -102,9 +102,9 @@ class Numbers:
         while later:
             tensor = later[0]
             users = self._users(tensor)
-            later = [
-                t for op in users for t in op.outputs if _is_spoiled(self.slope(t))
-            ]
+            ends = [end for op in users for end in op.outputs]
+            later = [end for end in ends if _is_spoiled(self.slope(end))]
+            later = later or self._further(users)
         blamed = [op for op in users if len(users) == 1 or self._spoils(op, tensor)]
         if not blamed:
             return None
@@ -121,14 +121,15 @@ class Numbers:
         """Return where the gradient of `tensor` becomes zero in every element."""
         while True:
             users = self._users(tensor)
-            if not users:
-                return None
             ends = [(op, end) for op in users for end in op.outputs if self.slope(end)]
             alive = [op for op, end in ends if not _is_zero(self.slope(end))]
-            if alive:
+            later = [end for _, end in ends] or self._further(users)
+            if alive or not later:
                 break
-            tensor = ends[0][1]
-        op = alive[0]
+            tensor = later[0]
+        if not users:
+            return None
+        op = alive[0] if alive else users[0]
         turn = self._turn_inside(op, backward=True)
         inner = Numbers(*turn) if turn else self
         for root in counterparts(op, turn.body, {tensor.ref()}) if turn else ():
@@ -142,7 +143,22 @@ class Numbers:
 
     def _users(self, tensor: tf.Tensor) -> list[tf.Operation]:
         """Return the ops that `tensor` gets a gradient from."""
-        return [op for op in tensor.consumers() if any(map(self.slope, op.outputs))]
+        users = [op for op in tensor.consumers() if any(map(self.slope, op.outputs))]
+        return users or [op for op in tensor.consumers() if self._lists(op)]
+
+    def _lists(self, op: tf.Operation) -> list[tf.Tensor]:
+        """Return the lists of tensors that `op` makes on the way to the output.
+
+        What is in a list, as tf.map_fn and tf.scan use them, cannot be counted; so one
+        goes on to who uses the list, up to the loop that may be to blame.
+        """
+        return [
+            t for t in op.outputs if t.dtype == tf.variant and t.ref() in self._values
+        ]
+
+    def _further(self, users: list[tf.Operation]) -> list[tf.Tensor]:
+        """Return the lists to go on to, which no loop has made."""
+        return [end for op in users if not bodies(op) for end in self._lists(op)]
 
     def _spoils(self, op: tf.Operation, tensor: tf.Tensor) -> bool:
         """Return whether `op` alone makes the gradient of `tensor` not finite."""

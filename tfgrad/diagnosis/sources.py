@@ -56,13 +56,20 @@ def sources_of(f: Callable[..., Any], args: tuple[Any, ...], wrt: Any) -> Source
         wrt: Variables, as `variables_of` takes them; None means the float arguments.
 
     Raises:
-        InvalidArgumentError: If `f` is no function, or `wrt` holds no float variable.
+        InvalidArgumentError: If `f` is no function, if `wrt` holds no float variable,
+            or if there are no numbers, in a trace.
     """
     if not callable(f):
         raise InvalidArgumentError(
             "The function comes first, then its arguments.",
             got=f"f={nested.describe(f)}",
             hint="check_grads(f, x) or explain(f, x), with f not called",
+        )
+    if not tf.executing_eagerly():
+        raise InvalidArgumentError(
+            "Checks and explanations need numbers: call them outside of tf.function.",
+            got=f"a call for `{nested.name_of(f)}` while a function is being traced",
+            hint="the same call outside of the tf.function",
         )
     names = argument_names(f, len(args))
     weak = nested.weak_dtype(*args)

@@ -343,6 +343,18 @@ def test_the_op_and_the_line_are_found(function, status, op, args):
     assert finding.culprit.where.source in inspect.getsource(function)
 
 
+@case("zero", "StatelessWhile", VECTOR)
+def maps_round(x):
+    y = tf.map_fn(tf.round, x)  # HERE
+    return tf.reduce_sum(y)
+
+
+@case("non-finite", "StatelessWhile", tf.constant([1.0, 0.0, 2.0]))
+def scans_a_root(x):
+    y = tf.scan(lambda a, b: tf.sqrt(a * b), x)  # HERE
+    return y[-1]
+
+
 # Where the op may be hidden.
 
 
@@ -484,6 +496,15 @@ def test_integer_arguments_are_named_as_such():
     assert [f.status for f in report.findings] == ["connected", "integer"]
 
 
+def test_an_integer_variable_is_named_as_such():
+    variable = tf.Variable(3, name="count")
+
+    report = explain(lambda: tf.cast(variable, tf.float32) ** 2)
+
+    assert [(f.name, f.status) for f in report.findings] == [("count", "integer")]
+    assert "tf.cast" in str(report)
+
+
 def test_a_numpy_detour_cuts_only_what_takes_it():
     report = explain(lambda x, t: x * np.sin(t), 2.0, 3.0)
 
@@ -541,3 +562,22 @@ def test_a_function_without_inputs_is_refused():
 def test_a_called_function_is_refused():
     with pytest.raises(InvalidArgumentError, match="with f not called"):
         explain(tf.constant(1.0), 1.0)
+
+
+def test_a_call_inside_of_tf_function_is_refused():
+    @tf.function(autograph=False)
+    def compiled(x):
+        explain(tf.sin, x)
+        return x
+
+    with pytest.raises(InvalidArgumentError, match=r"outside of tf\.function"):
+        compiled(tf.constant(1.0))
+
+
+def test_flags_are_as_before_after_an_error_too():
+    def breaks(x):
+        raise RuntimeError("a bug of the user's")
+
+    with pytest.raises(RuntimeError, match="a bug of the user's"):
+        explain(breaks, 1.0)
+    assert not tf.config.functions_run_eagerly()

@@ -102,6 +102,20 @@ def test_a_call_keeps_the_part_that_is_differentiated_apart_from_the_rest():
     assert cuts == [None, None]
 
 
+def test_a_variable_is_cut_although_the_same_call_writes_to_another():
+    weight, count = tf.Variable(2.5), tf.Variable(0.0)
+
+    @tf.function
+    def counted(x):
+        if x > 0:
+            count.assign_add(1.0)
+        return x + tf.round(weight)
+
+    cuts = missing_gradients(counted, [X], [weight, count])
+
+    assert [cut and cut.op for cut in cuts] == [None, "Round", None]
+
+
 def test_only_the_input_that_leaves_tensorflow_is_cut():
     cuts = missing_gradients(lambda x, y, z: x * np.sin(y), [X, X, X])
 
