@@ -82,6 +82,7 @@ class Objective:
             self.variables = tf.nest.flatten(self.template)
             _check_distinct(self.variables)
         self._traces = Traces(self._run, f, jit=False)
+        self._products = Traces(self._multiply, f, jit=False)
 
     def evaluate(self, scale: tf.Tensor | None = None) -> Evaluation:
         """Return value and gradient where the variables are; traced once.
@@ -91,6 +92,15 @@ class Objective:
         """
         evaluation: Evaluation = self._traces(scale)
         return evaluation
+
+    def hvp(self, direction: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Return the Hessian, where the variables are, times a direction; traced once.
+
+        Args:
+            direction: One tensor for each variable.
+        """
+        product: list[tf.Tensor] = self._products(*direction)
+        return product
 
     def read(self) -> list[tf.Tensor]:
         """Return the point: the values of the variables now."""
@@ -114,9 +124,7 @@ class Objective:
         return tf.nest.pack_sequence_as(self.template, list(leaves))
 
     def _run(self, f: Callable[..., Any], scale: tf.Tensor | None) -> Evaluation:
-        variables = None if self._takes_values else self.template
-        call = Call(f, self.name, ("x",), self.arguments(), {}, 0, variables)
-        recording = Recording(objective(self._has_aux), call, has_aux=self._has_aux)
+        recording = self._record(self._call(f))
         if self._finds and not self.variables:
             self._found(recording.sources)
         gradient = recording.gradients(scale)
@@ -127,6 +135,23 @@ class Objective:
             **_small(_named_aux(recording.aux)),
         }
         return Evaluation(row, gradient)
+
+    def _multiply(
+        self, f: Callable[..., Any], *direction: tf.Tensor
+    ) -> list[tf.Tensor]:
+        # Reverse over reverse, as in tfgrad.hvp: no op of TensorFlow refuses it.
+        def gradient(call: Call) -> list[tf.Tensor]:
+            return self._record(call).gradients()
+
+        return Recording(gradient, self._call(f)).gradients(direction)
+
+    def _call(self, f: Callable[..., Any]) -> Call:
+        """Return the call of the user's function where the variables are."""
+        variables = None if self._takes_values else self.template
+        return Call(f, self.name, ("x",), self.arguments(), {}, 0, variables)
+
+    def _record(self, call: Call) -> Recording:
+        return Recording(objective(self._has_aux), call, has_aux=self._has_aux)
 
     def _point(self) -> dict[str, tf.Tensor]:
         count = sum(variable.shape.num_elements() for variable in self.variables)

@@ -16,7 +16,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import ravel, unravel
 from tfgrad.optimize.methods import PURE, named_method
 from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
-from tfgrad.optimize.methods.protocol import Method, Point
+from tfgrad.optimize.methods.protocol import Bindable, Method, Point
 from tfgrad.optimize.objective import Evaluation, Objective
 
 
@@ -128,7 +128,6 @@ class PureTurns:
     def __init__(self, objective: Objective, method: Method) -> None:
         """Bring the two together; the variables must share one dtype."""
         self._objective = objective
-        self._method = method
         self.name = method.name
         dtypes = {variable.dtype.name for variable in objective.variables}
         if len(dtypes) > 1:
@@ -137,6 +136,9 @@ class PureTurns:
                 got=f"leaves of {' and '.join(sorted(dtypes))}",
                 hint="cast them to one dtype, or a Keras optimizer such as 'adam'",
             )
+        if isinstance(method, Bindable):
+            method = method.bind(_Flat(objective))
+        self._method = method
 
     def evaluate(self) -> Evaluation:
         """Evaluate the objective where the variables are."""
@@ -181,6 +183,20 @@ class PureTurns:
 
     def _as_point(self, x: tf.Tensor, at: Evaluation) -> Point:
         return Point(x, tf.cast(at.row["fun"], x.dtype), ravel(at.gradient))
+
+
+class _Flat:
+    """An objective of one vector, for methods that are bound to it (`Curvature`)."""
+
+    def __init__(self, objective: Objective) -> None:
+        """Remember it."""
+        self._objective = objective
+
+    def hvp(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+        """Return the Hessian at `x` times `v`, after putting the variables to `x`."""
+        variables = self._objective.variables
+        self._objective.assign(unravel(x, variables))
+        return ravel(self._objective.hvp(unravel(v, variables)))
 
 
 def make_turns(method: Any, learning_rate: Any) -> Callable[[Objective], Turns]:

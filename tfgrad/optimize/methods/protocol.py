@@ -22,6 +22,9 @@ This is all of the Barzilai-Borwein method (1988, IMA Journal of Numerical Analy
 ...     return tf.reduce_sum([1.0, 10.0, 100.0] * x**2)
 >>> tfgrad.minimize(bowl, [1.0, 1.0, 1.0], method=BarzilaiBorwein(), gtol=1e-3).success
 True
+
+A method that needs more than value and gradient has a third function, `bind`: see
+`Bindable` and `Curvature`.
 """
 
 from __future__ import annotations
@@ -74,3 +77,31 @@ class Method(Protocol):
 
     def update(self, new: Point, old: Point, state: Any) -> Move:
         """Return the next move, given the point just evaluated and the current one."""
+
+
+class Curvature(Protocol):
+    """What an objective offers beyond value and gradient.
+
+    Its functions may be called in `init` and `update`, in bodies of `tf.while_loop` and
+    `tf.cond` too. The first call traces the objective once more: a minimisation with
+    such a method traces it twice, however many products it takes. They do not count as
+    evaluations (`nfev`), nor are they verified as those of `tfgrad.hvp` are: a method
+    has to compare what it predicts from them with the values that it gets.
+    """
+
+    def hvp(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+        """Return the Hessian at `x` times `v`; all three have shape `[n]`.
+
+        Costs about two gradients; leaves the variables at `x`.
+        """
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """A method that asks for more than the value and the gradient of a point."""
+
+    def bind(self, objective: Curvature) -> Method:
+        """Return the method for one objective; called once, before `init`.
+
+        A new one: the same instance may be at work on several objectives at a time.
+        """
