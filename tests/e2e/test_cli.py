@@ -1,9 +1,13 @@
 """The command, in a process of its own, as a user starts it."""
 
+import contextlib
+import http.client
 import json
 import re
+import signal
 import subprocess
 import sys
+import urllib.parse
 
 import numpy as np
 
@@ -32,6 +36,47 @@ def test_help_and_import_do_not_import_tensorflow(tmp_path):
 
     assert "demo" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_listing_runs_does_not_import_tensorflow(tmp_path):
+    (tmp_path / "run.json").write_text('{"status": "gtol", "result": {"fun": 0.5}}')
+    script = (
+        "import sys, tfgrad.cli\n"
+        "assert tfgrad.cli.main(['runs', '.']) == 0\n"
+        "print('tensorflow' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_a_board_answers_until_ctrl_c(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tfgrad", "board", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    address = process.stdout.readline().strip()
+    host = urllib.parse.urlsplit(address).netloc
+    with contextlib.closing(http.client.HTTPConnection(host, timeout=60)) as server:
+        server.request("GET", "/data/runs")
+        answer = server.getresponse().read()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+
+    assert answer == b"[]"
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_a_function_in_a_file_is_minimised_in_silence(tmp_path):
+    (tmp_path / "model.py").write_text("def f(x):\n    return (x - 3) ** 2\n")
+    done = run("minimize", "model.py:f", "--x0", "-1", "--json", cwd=tmp_path)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["x"] == 3.0
 
 
 def test_wrong_usage_exits_with_2(tmp_path):

@@ -1,70 +1,60 @@
 """The command `tfgrad`: parse, call, print; no mathematics.
 
-TensorFlow takes seconds to import and is imported by the commands that need it, when
-they
-run: `tfgrad --help` answers at once.
+TensorFlow takes seconds to import and is imported with the command that needs it:
+`tfgrad --help`, `tfgrad runs` and `tfgrad board` answer at once.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import os
+import importlib
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+
+from tfgrad.cli.parser import parse
+from tfgrad.cli.quiet import quiet_tensorflow
+from tfgrad.errors import InvalidArgumentError, TfgradError
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 done, 1 failed, 2 wrong usage."""
-    options = _parser().parse_args(argv)
-    with _quiet_tensorflow():
-        import tensorflow as tf
+    """Run a command; return its exit code.
 
-        tf.config.list_logical_devices()  # the search for a GPU has its notes, too
-    from tfgrad.errors import TfgradError
-
+    0: done; 1: a check failed, a minimisation did not arrive, something went wrong on
+    the way; 2: wrong usage; 130: Ctrl-C.
+    """
+    options = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return int(options.run(options))
-    except TfgradError as error:
-        print(error, file=sys.stderr)
-        return 1
+        with quiet_tensorflow():
+            command = importlib.import_module(f"tfgrad.cli.{options.command}")
+        return int(command.run(options))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if options.traceback:
+            raise
+        print(_sentence(error), file=sys.stderr)
+        return MISUSED if isinstance(error, InvalidArgumentError) else FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tfgrad",
-        description="Differentiate, check, minimise and watch any TensorFlow function.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo", help="derivatives, 30 steps of descent and a run, in one screen"
-    )
-    demo.add_argument(
-        "--logs", default="logs", help="where to write the run (default: %(default)s)"
-    )
-    demo.set_defaults(run=_demo)
-    return parser
+def _sentence(error: Exception) -> str:
+    """Return what to tell of an error: the rule, what arrived, what to type next."""
+    if isinstance(error, TfgradError):
+        return str(error)
+    if "tensorflow" not in sys.modules:
+        rule, hint = "The command must find what it needs.", "tfgrad doctor"
+    else:
+        rule = "The function must run without an error."
+        hint = "--traceback, which shows all of the way there"
+    return str(TfgradError(rule, got=_in_one_line(error), hint=hint))
 
 
-def _demo(options: argparse.Namespace) -> int:
-    from tfgrad.cli.demo import demo
+def _in_one_line(error: Exception) -> str:
+    kind, at = type(error).__name__, ""
+    if "tensorflow" in sys.modules:
+        from tfgrad.diagnosis.lines import line_of_error
 
-    for line in demo(options.logs):
-        print(line, flush=True)
-    return 0
-
-
-@contextlib.contextmanager
-def _quiet_tensorflow() -> Iterator[None]:
-    """Keep the notes that TensorFlow's C++ writes at its import off the terminal."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+        at = f" at {line_of_error(error)}"
+    # TensorFlow tells the way through its own code first, what is wrong at the end.
+    words = [text.strip() for text in str(error).splitlines() if text.strip()]
+    return f"{kind}{at}: {words[-1].removeprefix(f'{kind}: ')}" if words else kind + at

@@ -1,7 +1,8 @@
-"""What `tfgrad demo` shows: the founding notebook, in one screen."""
+"""`tfgrad demo`: the founding notebook, in one screen."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,13 @@ from tfgrad.optimize.result import History
 
 EAGER_STEPS = 200
 COMPILED_STEPS = 100_000
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the lines, each when it is known."""
+    for line in demo(options.logs):
+        print(line, flush=True)
+    return 0
 
 
 def demo(logs: str) -> Iterator[str]:
@@ -52,7 +60,7 @@ def demo(logs: str) -> Iterator[str]:
     result.plot().savefig(picture, dpi=150)
     yield f"Run:      {result.directory}"
     yield f"Picture:  {picture}"
-    yield f"Watch it: python -c 'import tfgrad; tfgrad.show(\"{logs}\"); input()'"
+    yield f"Watch it: tfgrad board {logs}"
 
 
 def _derivatives() -> Iterator[str]:

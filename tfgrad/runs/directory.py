@@ -63,6 +63,15 @@ def check(directory: str | os.PathLike[str]) -> None:
     _check_writable(nearest)
 
 
+def is_claimed(directory: Path) -> bool:
+    """Return whether a live process writes a run in `directory`."""
+    descriptor = _try_lock(directory)
+    if descriptor is None:
+        return True
+    Claim(directory, descriptor).release()
+    return False
+
+
 def _checked_path(directory: Any) -> Path:
     if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
         raise InvalidArgumentError(

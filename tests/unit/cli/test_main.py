@@ -1,0 +1,50 @@
+"""Exit codes, and errors as sentences."""
+
+import pytest
+
+import tfgrad as library
+
+
+def test_an_error_in_the_function_is_a_sentence_with_its_line(tfgrad):
+    code, out, err = tfgrad("minimize", "model.py:divides", "--x0", "1")
+
+    assert (code, out) == (1, "")
+    assert err.splitlines()[0] == "The function must run without an error."
+    assert "got: ZeroDivisionError at model.py:21, `return x / (1 // 0)`" in err
+    assert "Traceback" not in err
+
+
+def test_an_error_of_tensorflow_is_a_sentence_too(tfgrad):
+    code, _, err = tfgrad("minimize", "model.py:multiplies", "--x0", "1,2")
+
+    assert code == 1
+    assert len(err.splitlines()) == 3
+    assert "at model.py:24, `return tf.reduce_sum(x @ x)`" in err
+
+
+def test_traceback_shows_it_all(tfgrad):
+    with pytest.raises(ZeroDivisionError):
+        tfgrad("minimize", "model.py:divides", "--x0", "1", "--traceback")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "lbfsg"], "got: method='lbfsg'\n  try: 'lbfgs'"),
+        (["--steps", "0"], "got: steps=0"),
+    ],
+)
+def test_a_value_that_the_library_refuses_is_wrong_usage(tfgrad, words, said):
+    code, _, err = tfgrad("minimize", "model.py:bowl", "--x0", "1", *words)
+
+    assert code == 2
+    assert said in err
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(tfgrad, monkeypatch):
+    def press(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library, "check_grads", press)
+
+    assert tfgrad("check", "model.py:bowl", "--at", "1") == (130, "", "")

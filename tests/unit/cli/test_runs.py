@@ -1,0 +1,50 @@
+"""`tfgrad runs`, in this process."""
+
+import json
+
+import pytest
+
+import tfgrad as library
+from tfgrad.cli import runs
+
+
+@pytest.fixture
+def logs(folder):
+    """Three runs: of `minimize`, of a loop, and of a process that was killed."""
+    library.minimize(lambda x: (x - 1) ** 2, 0.0, log=folder / "logs" / "bowl")
+    with library.Run(folder / "logs" / "loop") as run:
+        run.log_history({"loss": [1.0, 0.5]}, range(2))
+    with library.Run(folder / "logs" / "dead") as run:
+        record = (run.directory / "run.json").read_text()
+    (run.directory / "run.json").write_text(record)  # as it was while it ran
+    return folder / "logs"
+
+
+@pytest.mark.usefixtures("logs")
+def test_each_run_is_a_line(tfgrad):
+    code, out, _ = tfgrad("runs")
+
+    heads, *lines = out.splitlines()
+    assert code == 0
+    assert heads.split() == [*runs._COLUMNS]
+    assert [line.split()[:5] for line in lines] == [
+        ["bowl/lbfgs", "lbfgs", "gtol", "1", "0"],
+        ["dead", "-", "killed", "-", "-"],
+        ["loop", "-", "success", "-", "0.5"],
+    ]
+
+
+def test_json_is_for_scripts(tfgrad, logs):
+    with library.Run(logs / "alive"):
+        _, out, _ = tfgrad("runs", "logs", "--json")
+
+    found = {row["run"]: row for row in json.loads(out)}
+    assert found["bowl/lbfgs"]["loss"] == 0.0
+    assert found["alive"]["status"] == "running"
+
+
+def test_no_runs_is_an_error_that_says_how_to_make_some(tfgrad):
+    code, out, err = tfgrad("runs", "nowhere")
+
+    assert (code, out) == (1, "")
+    assert "got: no run.json below nowhere" in err

@@ -1,0 +1,139 @@
+"""`tfgrad doctor`: does all that is needed work here? Each line is ok or what to do."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from rich.console import Console
+
+import tfgrad
+from tfgrad.cli.quiet import quiet_tensorflow
+from tfgrad.errors import TfgradError
+
+Finding = dict[str, Any]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make each examination; 0 if all is well."""
+    findings = []
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for finding in examine(Path(options.directory)):
+        findings.append(finding)
+        if not options.json:
+            style = "green" if finding["ok"] else "bold red"
+            console.print(
+                f"{'ok' if finding['ok'] else 'wrong':<5}", style=style, end=" "
+            )
+            console.print(f"{finding['what']:<22} {finding['found']}")
+            if not finding["ok"]:
+                console.print(f"      try: {finding['hint']}")
+    if options.json:
+        print(json.dumps(findings))
+    return 0 if all(finding["ok"] for finding in findings) else 1
+
+
+def examine(logs: Path) -> Iterator[Finding]:
+    """Yield one finding after the other, from what others need to what needs them."""
+    yield _finding("Python", _python, "Python 3.11, 3.12 or 3.13")
+    for text in importlib.metadata.requires("tfgrad") or ():
+        requirement = Requirement(text)
+        extras = [e for e in ("scipy", "pandas") if _is_of_extra(requirement, e)]
+        if requirement.marker is None or extras:
+            name, version = requirement.name, requirement.specifier
+            yield _finding(
+                f"{name}{version}",
+                functools.partial(_package, requirement, bool(extras)),
+                f'pip install --upgrade "{name}{version}"',
+            )
+    reinstall = "pip install --force-reinstall tensorflow"
+    yield _finding("TensorFlow", _devices, reinstall)
+    yield _finding("a derivative", _derivative, reinstall)
+    yield _finding("XLA", _xla, "jit=False, which does without it")
+    yield _finding("TensorBoard", _board, "pip install --upgrade tensorboard")
+    yield _finding(
+        f"logs in {logs}", lambda: _writable(logs), "another directory, or chmod u+w"
+    )
+
+
+def _finding(what: str, examination: Callable[[], str], hint: str) -> Finding:
+    try:
+        return {"what": what, "ok": True, "found": examination(), "hint": ""}
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, TfgradError):
+            found, hint = error.got, error.hint
+        return {"what": what, "ok": False, "found": found, "hint": hint}
+
+
+def _python() -> str:
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        raise RuntimeError(f"{platform.python_version()}: TensorFlow has no wheels")
+    return f"{platform.python_version()} at {sys.executable}"
+
+
+def _is_of_extra(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
+    is_its = marker is not None and marker.evaluate({"extra": extra})
+    return is_its and requirement.name == extra
+
+
+def _package(requirement: Requirement, is_optional: bool) -> str:
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        if is_optional:
+            return "not installed (optional)"
+        raise RuntimeError("not installed") from None
+    if not requirement.specifier.contains(version, prereleases=True):
+        raise RuntimeError(f"{version}, which is too old")
+    return version
+
+
+def _devices() -> str:
+    with quiet_tensorflow():
+        import tensorflow as tf
+
+    kinds = [device.device_type for device in tf.config.list_logical_devices()]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+def _derivative() -> str:
+    return f"x² at 5 has the slope {float(tfgrad.derivative(lambda x: x * x)(5.0)):g}"
+
+
+def _xla() -> str:
+    import tensorflow as tf
+
+    began = time.perf_counter()
+    slope = tfgrad.grad(lambda x: tf.sin(x), jit=True)(0.0)
+    if abs(float(slope) - 1.0) > 1e-6:
+        raise RuntimeError(f"the slope of the sine at 0 is {float(slope)}, not 1")
+    return f"compiles, in {time.perf_counter() - began:.1f} s, and is right"
+
+
+def _board() -> str:
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as empty, tfgrad.show(empty) as board:
+        # Not by the proxy of the environment: it is on this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener.open(board.url.partition("?")[0], timeout=30).close()
+    return f"starts and answers, in {time.perf_counter() - began:.1f} s"
+
+
+def _writable(logs: Path) -> str:
+    nearest = next(p for p in (logs, *logs.absolute().parents) if p.exists())
+    tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    return f"writable, {shutil.disk_usage(nearest).free / 1e9:.0f} GB free"

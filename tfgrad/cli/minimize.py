@@ -1,0 +1,36 @@
+"""`tfgrad minimize`: the minimum of a function, as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import tfgrad
+from tfgrad.cli.function import function, values
+from tfgrad.optimize.result import OptimizeResult
+from tfgrad.runs.record import to_json
+
+_FIELDS = (
+    *("x", "fun", "grad", "nit", "nfev", "success", "status", "message", "seconds"),
+    "directory",
+)
+_OPTIONS = (
+    *("method", "learning_rate", "steps", "gtol", "ftol", "xtol", "target", "seconds"),
+    "log",
+)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Minimise; 0 if the point is a solution by a rule that was set."""
+    f = function(options.function)
+    chosen = {n: v for n, v in vars(options).items() if n in _OPTIONS and v is not None}
+    x0 = options.x0
+    if x0 is not None:
+        x0 = values(x0, "x0", float64=options.float64)
+    result = tfgrad.minimize(f, x0, **chosen)
+    print(_as_json(result) if options.json else result)
+    return 0 if result.success else 1
+
+
+def _as_json(result: OptimizeResult) -> str:
+    return json.dumps({name: to_json(getattr(result, name)) for name in _FIELDS})

@@ -1,0 +1,81 @@
+"""`tfgrad runs`: what was logged, one line a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tfgrad.errors import RunError
+from tfgrad.runs.directory import is_claimed
+
+_COLUMNS = ["run", "method", "status", "steps", "loss", "seconds", "started"]
+_LOSSES = ("loss", "epoch/loss")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table; it is read from each `run.json`, so TensorFlow can stay away."""
+    root = Path(options.directory)
+    rows = [_row(root, path) for path in sorted(root.rglob("run.json"))]
+    if not rows:
+        raise RunError(
+            "There must be runs to list.",
+            got=f"no run.json below {root}",
+            hint="tfgrad.minimize(..., log=...) or tfgrad.Run(...), or another DIR",
+        )
+    if options.json:
+        print(json.dumps(rows))
+    else:
+        _print(rows)
+    return 0
+
+
+def _row(root: Path, path: Path) -> dict[str, Any]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    result, directory = record.get("result", {}), path.parent
+    status = record.get("status")
+    if status == "running" and not is_claimed(directory):
+        status = "killed"  # its process did not live to write how it ended
+    return {
+        "run": str(directory.relative_to(root)),
+        "method": record.get("hparams", {}).get("method"),
+        "status": status,
+        "steps": result.get("nit"),
+        "loss": result["fun"] if "fun" in result else _last_loss(directory),
+        "seconds": record.get("seconds"),
+        "started": record.get("started"),
+    }
+
+
+def _last_loss(directory: Path) -> float | None:
+    """Return the last loss in the event files, for a loop that recorded no result."""
+    from tfgrad.runs.curves import read_run
+
+    curves = read_run(directory).curves
+    losses = [curves[tag].values[-1] for tag in _LOSSES if tag in curves]
+    return losses[0] if losses else None
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in _COLUMNS:
+        is_number = name in ("steps", "loss", "seconds")
+        table.add_column(name, justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*(_text(name, row[name]) for name in _COLUMNS))
+    # In a pipe there is no width to fit into, and nothing may be folded or cut.
+    width = None if sys.stdout.isatty() else 10_000
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "started":
+        return str(value)[:16].replace("T", " ")
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
