@@ -248,7 +248,8 @@ generator = np.random.default_rng(0)
 x = tf.constant(generator.normal(size=(512, 20)), tf.float32)
 y = tf.constant(generator.normal(size=(512, 1)), tf.float32)
 shapes = [(20, 32), (32,), (32, 8), (8,), (8, 8), (8,), (8, 1), (1,)]
-weights = [tf.Variable(generator.normal(size=s) * 0.3, dtype=tf.float32) for s in shapes]
+starts = [generator.normal(size=shape) * 0.3 for shape in shapes]
+weights = [tf.Variable(start, dtype=tf.float32) for start in starts]
 
 def loss():
     h = x
