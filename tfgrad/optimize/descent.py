@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,19 +14,13 @@ from tfgrad.derivatives.tracing import as_written
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
 from tfgrad.optimize.log import Log, check_log
-from tfgrad.optimize.loop import LOOP_STEPS, Loop, Rows
+from tfgrad.optimize.loop import LOOP_STEPS, NOTHING, Loop, Rows, Since
 from tfgrad.optimize.objective import Objective
+from tfgrad.optimize.options import Options
 from tfgrad.optimize.result import History, OptimizeResult
-from tfgrad.optimize.stopping import (
-    GIVEN_UP,
-    RUNNING,
-    SOLUTIONS,
-    STATUSES,
-    UNBOUNDED,
-    Stopping,
-)
-from tfgrad.optimize.turns import make_turns
-from tfgrad.runs.writer import Run
+from tfgrad.optimize.sentences import sentence
+from tfgrad.optimize.stages import HANDS_OVER, make_stages
+from tfgrad.optimize.stopping import GIVEN_UP, RUNNING, SOLUTIONS, STATUSES
 
 
 @dataclass(frozen=True)
@@ -76,63 +69,49 @@ class _Table:
 class Descent:
     """One minimisation: advance it until it has a status, then take its result.
 
-    Arguments are those of `minimize`, checked.
+    Args:
+        f: As for `minimize`.
+        x0: As for `minimize`.
+        options: The others.
 
     Attributes:
-        status: Why it ended; None while it goes on. May be set, to end it.
+        status: Why it ended; None while it goes on.
+        total: How many steps it may take.
     """
 
-    def __init__(
-        self,
-        f: Callable[..., Any],
-        x0: Nest,
-        *,
-        wrt: Nest,
-        method: Any,
-        learning_rate: Any,
-        stopping: Stopping,
-        steps: int,
-        seconds: float | None,
-        has_aux: bool,
-        jit: bool | str,
-        log: Run | str | PathLike[str] | None,
-    ) -> None:
+    def __init__(self, f: Callable[..., Any], x0: Nest, options: Options) -> None:
         """Check what can be checked; nothing is traced or written."""
-        check_log(log)
-        self._make_turns = make_turns(method, learning_rate)
-        self._objective = Objective(f, x0, wrt, has_aux=has_aux)
-        self._stopping = stopping
-        self._steps = steps
-        self._seconds = seconds
-        self._jit = jit
-        self._log_to = log
-        self._facts = {
-            "problem": self._objective.name,
-            "method": str(method),
-            "learning_rate": learning_rate,
-            "steps": steps,
-            **{k: v for k, v in vars(stopping).items() if v is not None},
-            "jit": jit,
-        }
+        check_log(options.log)
+        self._options = options
+        self._stages = make_stages(options.method, options.learning_rate)
+        self._name = "+".join(stage.name for stage in self._stages)
+        self._objective = Objective(f, x0, options.wrt, has_aux=options.has_aux)
+        self._left = int(options.steps)  # for the stages without a number of their own
         self._log: Log | None = None
         self._table = _Table()
+        self._taken: list[tuple[str, int]] = []
+        self.total = sum(stage.steps or 0 for stage in self._stages)
+        self.total += self._left if any(s.steps is None for s in self._stages) else 0
         self.status: str | None = None
 
     def __enter__(self) -> Self:
         """Evaluate the start and, if it is to be logged, open the log."""
-        self._loop = Loop(
-            self._objective,
-            self._make_turns,
-            self._stopping,
-            steps=self._steps,
-            jit=self._jit,
-        )
-        if self._log_to is not None:
-            name = self._loop.turns.name
-            self._log = Log(
-                self._log_to, name, self._objective, self._facts, self._steps
-            )
-        self._keep(self._loop.here())
+        self._begin(0, NOTHING)
+        if (log := self._options.log) is not None:
+            facts = {
+                "problem": self._objective.name,
+                "learning_rate": self._options.learning_rate,
+                "steps": self.total,
+                **{
+                    k: v
+                    for k, v in vars(self._options.stopping).items()
+                    if v is not None
+                },
+                "jit": self._options.jit,
+            }
+            self._log = Log(log, self._name, self._objective, facts, self.total)
+        self._record(self._loop.here())
+        self._judge()
         return self
 
     def __exit__(
@@ -142,8 +121,8 @@ class Descent:
         traceback: TracebackType | None,
     ) -> None:
         """Close the log, whatever happened."""
-        if error is not None and self.status is None:
-            self.status = "interrupted" if kind is KeyboardInterrupt else "stopped"
+        if error is not None:
+            self.end("interrupted" if kind is KeyboardInterrupt else "stopped")
         if error is None and self._loop.turns.finish():
             self._loop.evaluate()
         if self._log is not None:
@@ -151,7 +130,7 @@ class Descent:
 
     def compiling(self) -> AbstractContextManager[None]:
         """Return the context in which `with` and `advance` are to be called."""
-        return as_written(optimized=self._steps >= LOOP_STEPS)
+        return as_written(optimized=self.total >= LOOP_STEPS)
 
     @property
     def state(self) -> State:
@@ -167,10 +146,15 @@ class Descent:
 
     def advance(self, most: int) -> int:
         """Take one chunk of at most `most` steps; return how many were taken in all."""
-        loop = self._loop
         if self.status is None:
-            self._keep(loop.advance(min(most, self._steps - loop.step)))
-        return loop.step
+            self._record(self._loop.advance(min(most, self._last - self._loop.step)))
+            self._judge()
+        return self._loop.step
+
+    def end(self, status: str) -> None:
+        """End the run from outside, unless it has ended already."""
+        if self.status is None:
+            self.status = status
 
     def result(self) -> OptimizeResult:
         """Return what came out."""
@@ -191,18 +175,59 @@ class Descent:
             directory=self._log.directory if self._log else None,
         )
 
-    def _keep(self, rows: Rows) -> None:
+    def _begin(self, index: int, since: Since) -> None:
+        """Start a stage where the variables are."""
+        stage = self._stages[index]
+        share = self._left if stage.steps is None else stage.steps
+        self._loop = Loop(
+            self._objective,
+            stage.make_turns,
+            self._options.stopping,
+            steps=share,
+            jit=self._options.jit,
+            since=since,
+        )
+        self._stage, self._first, self._last = index, since.step, since.step + share
+
+    def _record(self, rows: Rows) -> None:
         self._table.append(rows)
         if self._log is not None and len(rows):
             self._log.rows(rows, self._leaves)
-        if self._loop.code == GIVEN_UP:
-            self.status = self._why_given_up()
-        elif self._loop.code != RUNNING:
-            self.status = STATUSES[self._loop.code]
-        elif self._loop.step >= self._steps:
-            self.status = "steps"
-        elif self._seconds is not None and self._loop.seconds >= self._seconds:
-            self.status = "seconds"
+
+    def _judge(self) -> None:
+        """Say why it ended, if it did; a stage that is over hands over to the next."""
+        self.status = self._verdict()
+        while self._hands_over():
+            self._hand_over()
+            self.status = self._verdict()
+
+    def _verdict(self) -> str | None:
+        loop, seconds = self._loop, self._options.seconds
+        if loop.code == GIVEN_UP:
+            return self._why_given_up()
+        if loop.code != RUNNING:
+            return STATUSES[loop.code]
+        if seconds is not None and loop.seconds >= seconds:
+            return "seconds"
+        return "steps" if loop.step >= self._last else None
+
+    def _hands_over(self) -> bool:
+        """Return whether the stage is over, the run is not, and another is left.
+
+        The `gtol` that a pure method has of itself ends its stage, the user's the run.
+        """
+        is_own_rule = self.status == "gtol" and self._options.gtol is None
+        if self.status not in HANDS_OVER and not is_own_rule:
+            return False
+        return self._stage + 1 < len(self._stages)
+
+    def _hand_over(self) -> None:
+        loop, stage = self._loop, self._stages[self._stage]
+        self._taken.append((stage.name, loop.step - self._first))
+        if stage.steps is None:
+            self._left -= loop.step - self._first
+        loop.turns.finish()
+        self._begin(self._stage + 1, loop.so_far())
 
     def _why_given_up(self) -> str:
         """Return "precision" where rounding hides what a step would change."""
@@ -227,34 +252,13 @@ class Descent:
         }
 
     def _message(self, status: str) -> str:
-        """Return the sentence for a status."""
-        step, rules = self._loop.step, self._loop.stopping
-        if status == "nonfinite":
-            return self._nonfinite_message()
-        return {
-            "gtol": f"No element of the gradient is larger than {rules.gtol}.",
-            "ftol": f"The last step changed f by less than {rules.ftol}, relatively.",
-            "xtol": f"The last step was shorter than {rules.xtol}, relatively.",
-            "target": f"f has reached the target {rules.target}.",
-            "steps": f"All {step} steps were taken; no rule says this is a solution.",
-            "unbounded": f"f fell below {UNBOUNDED:g}: it seems to have no minimum.",
-            "precision": "Rounding hides what any further step would change.",
-            "linesearch": "No step downhill was found; f may have a kink here.",
-            "seconds": f"The {self._seconds} seconds were over after {step} steps.",
-            "callback": f"The callback asked to stop after step {step}.",
-            "interrupted": f"Interrupted after step {step}; all until there is kept.",
-            "stopped": f"Left after step {step}.",
-        }[status]
-
-    def _nonfinite_message(self) -> str:
-        bad = {name: c[-1] for name, c in self._loop.nonfinite.columns.items()}
-        if np.isfinite(bad["fun"]):
-            what, value = "an element of the gradient", bad["grad_norm"]
-        else:
-            what, value = "f", bad["fun"]
-        if bad["step"] == 0:
-            return f"At the start, {what} is {value}: no step was taken."
-        return (
-            f"In step {self._loop.step + 1}, {what} became {value}; "
-            f"x is the last finite point, after step {self._loop.step}."
+        """Return the sentence for a status, and how many steps each stage took."""
+        loop, options = self._loop, self._options
+        said = sentence(
+            status, loop.step, loop.stopping, options.seconds, loop.nonfinite
         )
+        if not self._taken:
+            return said
+        name = self._stages[self._stage].name
+        taken = [*self._taken, (name, loop.step - self._first)]
+        return f"{said} Steps: {', '.join(f'{n} {count}' for n, count in taken)}."

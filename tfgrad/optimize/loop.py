@@ -99,6 +99,23 @@ class Carried(NamedTuple):
     state: Any
 
 
+class Since(NamedTuple):
+    """What was done before a loop takes over.
+
+    Attributes:
+        step: How many steps were taken.
+        evaluations: How often the objective was evaluated.
+        seconds: How long that took.
+    """
+
+    step: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+
+
+NOTHING = Since()
+
+
 class Loop:
     """A run of a method on an objective, from chunk to chunk.
 
@@ -108,6 +125,7 @@ class Loop:
         stopping: The rules to ask after every step.
         steps: How many steps are planned.
         jit: True compiles with XLA, False does not, "auto" where it pays and agrees.
+        since: What was done before, by another method.
 
     Attributes:
         stopping: The rules that are asked.
@@ -127,16 +145,17 @@ class Loop:
         *,
         steps: int,
         jit: bool | str,
+        since: Since = NOTHING,
     ) -> None:
         """Evaluate the start, which is row 0."""
         self._objective = objective
-        self._began = time.perf_counter()
-        self.evaluations = 0
+        self._began = time.perf_counter() - since.seconds
+        self.evaluations = since.evaluations
         if not objective.variables:  # this first evaluation is what finds them
             objective.evaluate()
             self.evaluations += 1
         self.turns = make_turns(objective)
-        self.step = 0
+        self.step = since.step
         self.at = self._evaluate()
         self.stopping = self._rules(stopping)
         self._state = self.turns.start(self.at)
@@ -153,6 +172,10 @@ class Loop:
     def seconds(self) -> float:
         """The time since the start."""
         return time.perf_counter() - self._began
+
+    def so_far(self) -> Since:
+        """Return what was done until now, for a loop that takes over."""
+        return Since(self.step, self.evaluations, self.seconds)
 
     def here(self) -> Rows:
         """Return the one row of the current point."""
@@ -342,7 +365,8 @@ class Loop:
         unfit = any(part in op for op in operations for part in NOT_FOR_XLA)
         is_long = steps >= max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations))
         if isinstance(self.turns, PureTurns):  # which may end long before `steps`
-            return "graph", NEVER if unfit or jit is False else PURE_XLA_FROM
+            is_never = unfit or jit is False
+            return "graph", NEVER if is_never else self.step + PURE_XLA_FROM
         if steps < LOOP_STEPS:
             return "single", NEVER
         return "graph" if unfit or jit is False or not is_long else "xla", NEVER

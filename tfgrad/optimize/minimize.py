@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterator
 from os import PathLike
@@ -14,8 +12,8 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe
 from tfgrad.optimize.descent import Descent, State
 from tfgrad.optimize.interrupt import Interrupts
+from tfgrad.optimize.options import Options, check_count, takes_options
 from tfgrad.optimize.result import OptimizeResult
-from tfgrad.optimize.stopping import Stopping
 from tfgrad.runs.writer import Run
 
 
@@ -24,7 +22,7 @@ def minimize(
     x0: Nest | None = None,
     *,
     wrt: Nest | None = None,
-    method: Any = "lbfgs",
+    method: Any = None,
     learning_rate: Any = None,
     steps: int = 1000,
     gtol: float | None = None,
@@ -51,13 +49,18 @@ def minimize(
             changed.
         wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of
             them, a `tf.Module` or a `keras.Model`.
-        method: "lbfgs", for smooth functions of any size; the name of a Keras optimizer
-            ("sgd", "adam", ...), for noisy ones, or an instance of one (cloned, so that
-            two runs share nothing); any object with `apply_gradients`; or a method of
-            your own (`tfgrad.optimize.methods.protocol`).
-        learning_rate: For a Keras optimizer by name: a positive number or a schedule.
-        steps: How many steps to take at most. An optimizer of Keras takes all of them
-            unless a rule below says otherwise.
+        method: "lbfgs" (what None means), for smooth functions of any size; the name of
+            a Keras optimizer ("sgd", "adam", ...), for noisy ones, or an instance of
+            one (cloned, so that two runs share nothing); any object with
+            `apply_gradients`; or a method of your own
+            (`tfgrad.optimize.methods.protocol`). A list of them is a chain:
+            `[("adam", 1000), "lbfgs"]` takes 1000 steps of Adam, then goes on with
+            L-BFGS. A stage ends where its steps are used up, where its method can do no
+            better, or at the `gtol` that it has of itself; all else ends the run.
+        learning_rate: For Keras optimizers by name: a positive number or a schedule.
+        steps: How many steps to take at most; in a chain, those of the entries without
+            a number. An optimizer of Keras takes all of them unless a rule below says
+            otherwise.
         gtol: Stop where no element of the gradient is larger. None means no such rule
             for an optimizer of Keras, else 1e-6 in float64 and 1e-3 in float32.
         ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
@@ -112,56 +115,39 @@ def minimize(
             got=f"callback={describe(callback)}",
             hint="callback=lambda state: print(state.step, state.fun)",
         )
-    descent = Descent(
-        f,
-        x0,
+    options = Options(
         wrt=wrt,
         method=method,
         learning_rate=learning_rate,
-        stopping=Stopping(
-            _tolerance("gtol", gtol),
-            _tolerance("ftol", ftol),
-            _tolerance("xtol", xtol),
-            _number("target", target),
-        ),
-        steps=_count("steps", steps),
-        seconds=_tolerance("seconds", seconds),
+        steps=steps,
+        gtol=gtol,
+        ftol=ftol,
+        xtol=xtol,
+        target=target,
+        seconds=seconds,
         has_aux=has_aux,
-        jit=_jit(jit),
+        jit=jit,
         log=log,
     )
+    descent = Descent(f, x0, options)
     with (
         descent.compiling(),
         Interrupts() as interrupts,
         descent,
-        _progress(steps) as progress,
+        _progress(descent.total) as progress,
     ):
         while descent.status is None:
-            progress.update(descent.advance(steps) - progress.n)
+            progress.update(descent.advance(descent.total) - progress.n)
             if callback and _asks_to_stop(callback, descent.state, interrupts):
-                descent.status = "callback"
+                descent.end("callback")
             if interrupts.caught:
-                descent.status = "interrupted"
+                descent.end("interrupted")
     return descent.result()
 
 
+@takes_options
 def descend(
-    f: Callable[..., Any],
-    x0: Nest | None = None,
-    *,
-    wrt: Nest | None = None,
-    method: Any = "lbfgs",
-    learning_rate: Any = None,
-    every: int = 1,
-    steps: int = 1000,
-    gtol: float | None = None,
-    ftol: float | None = None,
-    xtol: float | None = None,
-    target: float | None = None,
-    seconds: float | None = None,
-    has_aux: bool = False,
-    jit: bool | str = "auto",
-    log: Run | str | PathLike[str] | None = None,
+    f: Callable[..., Any], x0: Nest | None = None, *, every: int = 1, **options: Any
 ) -> Iterator[State]:
     """Minimise like `minimize`, and yield the state on the way: a plain `for` loop.
 
@@ -169,21 +155,10 @@ def descend(
     states the steps run compiled, so a larger `every` is faster.
 
     Args:
-        f: As for `minimize`, like all arguments but `every`.
-        x0: The values to start from.
-        wrt: Variables that `f` reads.
-        method: A method by name, or an optimizer.
-        learning_rate: For a Keras optimizer by name.
+        f: As for `minimize`.
+        x0: As for `minimize`.
         every: How many steps there are from one state to the next.
-        steps: How many steps to take at most.
-        gtol: Stop where no element of the gradient is larger.
-        ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
-        xtol: Stop after a step no longer than this, relative to max(1, ||x||).
-        target: Stop where f is no larger.
-        seconds: Stop after this time, in seconds.
-        has_aux: `f` returns `(value, aux)`.
-        jit: Compile with XLA: True, False or "auto".
-        log: A directory or an open `Run`.
+        **options: The other arguments of `minimize`, all but `callback`.
 
     Yields:
         A `State`: the start, the state after every `every` steps, and the last one.
@@ -199,26 +174,8 @@ def descend(
         1 2.3 6.59
         2 1.74 3.7676
     """
-    every = _count("every", every)
-    descent = Descent(
-        f,
-        x0,
-        wrt=wrt,
-        method=method,
-        learning_rate=learning_rate,
-        stopping=Stopping(
-            _tolerance("gtol", gtol),
-            _tolerance("ftol", ftol),
-            _tolerance("xtol", xtol),
-            _number("target", target),
-        ),
-        steps=_count("steps", steps),
-        seconds=_tolerance("seconds", seconds),
-        has_aux=has_aux,
-        jit=_jit(jit),
-        log=log,
-    )
-    return _states(descent, every)
+    check_count("every", every)
+    return _states(Descent(f, x0, Options(**options)), int(every))
 
 
 def _states(descent: Descent, every: int) -> Iterator[State]:
@@ -233,7 +190,7 @@ def _states(descent: Descent, every: int) -> Iterator[State]:
                 with descent.compiling(), Interrupts() as interrupts:
                     step = descent.advance(last + every - step)
                 if interrupts.caught:
-                    descent.status = "interrupted"
+                    descent.end("interrupted")
                     raise KeyboardInterrupt
             if step > last:
                 yield descent.state
@@ -261,44 +218,3 @@ def _progress(steps: int) -> Iterator[Any]:
         bar = tqdm(total=steps, delay=1.0, disable=None, leave=False, unit="step")
     with bar:
         yield bar
-
-
-def _count(name: str, value: Any) -> int:
-    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if is_whole and int(value) > 0:
-        return int(value)
-    raise InvalidArgumentError(
-        f"`{name}` must be a whole number of at least 1.",
-        got=f"{name}={value!r}",
-        hint=f"{name}=100",
-    )
-
-
-def _number(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if is_number and not math.isnan(value):
-        return float(value)
-    raise InvalidArgumentError(
-        f"`{name}` must be a number, or None to leave it out.",
-        got=f"{name}={value!r}",
-        hint=f"{name}=1e-6",
-    )
-
-
-def _tolerance(name: str, value: Any) -> float | None:
-    number = _number(name, value)
-    if number is None or number >= 0:
-        return number
-    raise InvalidArgumentError(
-        f"`{name}` must not be negative.", got=f"{name}={value!r}", hint=f"{name}=1e-6"
-    )
-
-
-def _jit(jit: Any) -> bool | str:
-    if jit in (True, False) or jit == "auto":
-        return jit
-    raise InvalidArgumentError(
-        '`jit` must be True, False or "auto".', got=f"jit={jit!r}", hint='jit="auto"'
-    )

@@ -1,0 +1,94 @@
+"""The methods of a run, one after the other: mostly one, sometimes a chain of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.optimize.methods.keras_optimizer import optimizer_names
+from tfgrad.optimize.objective import Objective
+from tfgrad.optimize.options import check_count
+from tfgrad.optimize.turns import Turns, make_turns
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One method of a run, and its share of the steps.
+
+    Attributes:
+        name: The method's.
+        make_turns: Returns the method at work on an objective.
+        steps: How many it may take; None means what is left of `steps`.
+    """
+
+    name: str
+    make_turns: Callable[[Objective], Turns]
+    steps: int | None = None
+
+
+HANDS_OVER = frozenset({"steps", "precision", "linesearch"})
+"""The statuses with which a stage hands over to the next; others end the run."""
+
+
+def make_stages(method: Any, learning_rate: Any) -> list[Stage]:
+    """Return the stages of a method, or of a list of methods and (method, steps) pairs.
+
+    Args:
+        method: As for `minimize`.
+        learning_rate: For the optimizers of Keras by name among the methods.
+
+    Raises:
+        InvalidArgumentError: If there is no such method, a list is empty, or there is
+            none that `learning_rate` is for.
+    """
+    if not isinstance(method, list):
+        return [_stage("lbfgs" if method is None else method, learning_rate)]
+    if not method:
+        raise _bad_chain(method)
+    pairs = [entry if isinstance(entry, tuple) else (entry, None) for entry in method]
+    if any(len(pair) != 2 or isinstance(pair[0], list | tuple) for pair in pairs):
+        raise _bad_chain(method)
+    takes_rate = [_is_keras_name(entry) for entry, _ in pairs]
+    if learning_rate is not None and not any(takes_rate):
+        raise InvalidArgumentError(
+            "`learning_rate` is for the optimizers of Keras by name in a chain.",
+            got=f"learning_rate={learning_rate!r} with method={method!r}",
+            hint='method=[("adam", 1000), "lbfgs"], or no learning_rate',
+        )
+    return [
+        _stage(entry, learning_rate if takes else None, steps)
+        for (entry, steps), takes in zip(pairs, takes_rate, strict=True)
+    ]
+
+
+def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
+    if isinstance(method, tuple):
+        raise _bad_chain(method)
+    if steps is not None:
+        check_count("steps", steps)
+        steps = int(steps)
+    turns = make_turns(method, learning_rate)
+    return Stage(_name_of(method), turns, steps)
+
+
+def _name_of(method: Any) -> str:
+    if isinstance(method, str):
+        return method.lower()
+    name = getattr(method, "name", None) if hasattr(method, "init") else None
+    kind = method if inspect.isclass(method) else type(method)
+    return str(name or kind.__name__.lower())
+
+
+def _is_keras_name(method: Any) -> bool:
+    return isinstance(method, str) and method.lower() in optimizer_names()
+
+
+def _bad_chain(method: Any) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "A chain is a list: each entry a method, or a method with its steps.",
+        got=f"method={method!r}",
+        hint='method=[("adam", 1000), "lbfgs"]',
+    )
