@@ -63,7 +63,9 @@ def logs(tmp_path_factory):
     with Run(logs / "model") as run:
         run.graph(model())
     with Run(logs / "resumed") as run:
-        run.log_history({"f": np.zeros(100)}, range(100))
+        run.log_history(dict.fromkeys("fg", np.zeros(100)), range(100))
+        run.histogram("h", [1.0], 10)
+        run.histogram("h", [1.0], 60)
     for first, value in ((50, 1.0), (70, 2.0)):
         with Run(logs / "resumed", resume_from=first) as run:
             for step in range(first, 80):
@@ -134,6 +136,18 @@ def test_a_resumed_run_has_each_step_once_and_its_last_value(board):
 
     assert steps == list(range(80))
     assert values == [0.0] * 50 + [1.0] * 20 + [2.0] * 10
+
+
+def test_a_tag_that_is_not_logged_again_ends_where_the_run_was_resumed(board):
+    curve(board, "resumed", "f", 80)  # by then, the last session is read
+    steps = eventually(
+        lambda: curve(board, "resumed", "g", 1)[0], lambda steps: len(steps) == 50
+    )
+
+    assert steps == list(range(50))
+    where = {"run": "resumed", "tag": "h"}
+    points = ask(board, "plugin/histograms/histograms", **where)
+    assert [step for _, step, _ in points] == [10]
 
 
 def test_the_graph_is_served_with_forward_and_gradient_operations(board):

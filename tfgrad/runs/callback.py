@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from tfgrad.runs.writer import Run
 
 
+_TAGS = ("epoch/", "batch/")
+
+
 class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no stubs
     """Curves, graph and histograms of a training; made by `Run.keras_callback`.
 
-    Steps are counted here, on from one `fit` to the next: Keras begins each at 0.
+    Steps go on from one `fit` to the next, which Keras begins at 0 each.
     """
 
     def __init__(self, run: Run, batches: int | None, histograms: int | None) -> None:
@@ -30,9 +33,18 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
         self._every_batches = _checked("batches", batches)
         self._every_epochs = _checked("histograms", histograms)
         self._guard = Guard("The training")
-        self._next = run.first_step  # epochs or, if they are asked for, batches
+        self._next = 0  # of epochs or, if they are asked for, of batches
+        self._epoch_start = 0
         self._epochs = 0
         self._has_graph = False
+
+    def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Go on where the run is, be it by this callback or another one."""
+        self._next = max(self._next, self._run.next_step(_TAGS))
+
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Remember at which batch the epoch begins."""
+        self._epoch_start = self._next
 
     def on_train_batch_end(
         self, batch: int, logs: Mapping[str, Any] | None = None
@@ -43,9 +55,13 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
             self._guard(self._write_graph)
         every = self._every_batches
         if every is not None:
-            if self._next % every == 0:
-                self._guard(self._run.log, self._next, _tagged("batch", logs))
-            self._next += 1
+            # With steps_per_execution, this is the last of several batches, and Keras
+            # counts on beyond the last of the epoch.
+            last = (self.params.get("steps") or batch + 1) - 1
+            step = self._epoch_start + min(batch, last)
+            if step // every > (self._next - 1) // every:
+                self._guard(self._run.log, step, _tagged("batch", logs))
+            self._next = step + 1
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Write the epoch's numbers and, when it is their turn, the weights."""

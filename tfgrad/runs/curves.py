@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import itertools
 import logging
@@ -27,36 +26,41 @@ LARGEST_RECORD = 2**28
 
 _LENGTH = struct.Struct("<Q")  # a record begins with the length of its content ...
 _FRAME = 16  # ... which all that is not its content adds to
+_START = tf.compat.v1.SessionLog.START
 _BLOCK = 2**22  # bytes that are read at a time, to find the records
 
 
 @dataclass(slots=True)
 class Curve:
-    """The points of one tag, in the order of their steps.
+    """The points of one tag: first as they come, then in the order of their steps.
 
     Attributes:
-        steps: Whole numbers that grow.
+        steps: Whole numbers; once `settle` was called, they grow.
         wall_times: When each was written, in seconds since 1970.
         values: The numbers, as float64, which holds every float32 exactly.
     """
 
-    steps: array[int] = field(default_factory=lambda: array("q"))
-    wall_times: array[float] = field(default_factory=lambda: array("d"))
-    values: array[float] = field(default_factory=lambda: array("d"))
+    steps: Any = field(default_factory=lambda: array("q"))
+    wall_times: Any = field(default_factory=lambda: array("d"))
+    values: Any = field(default_factory=lambda: array("d"))
+    _starts: list[int] = field(default_factory=list)  # rows that are no points
 
-    def add(self, step: int, wall_time: float, value: float) -> None:
-        """Append a point; it supersedes those at its step and later ones."""
-        if self.steps and step <= self.steps[-1]:
-            self.cut(step)
+    def start(self, step: int) -> None:
+        """Begin a session, which supersedes the points at `step` and later ones."""
+        self._starts.append(len(self.steps))
         self.steps.append(step)
-        self.wall_times.append(wall_time)
-        self.values.append(value)
+        self.wall_times.append(0.0)
+        self.values.append(0.0)
 
-    def cut(self, step: int) -> None:
-        """Drop the points at `step` and later ones."""
-        first = bisect.bisect_left(self.steps, step)
-        for column in (self.steps, self.wall_times, self.values):
-            del column[first:]
+    def settle(self) -> None:
+        """Drop what is superseded: points before one at their step or a lower one."""
+        steps = np.asarray(self.steps)
+        lowest_from = np.minimum.accumulate(steps[::-1])[::-1]
+        kept = np.append(steps[:-1] < lowest_from[1:], True)[: len(steps)]
+        kept[self._starts] = False
+        self.steps = steps[kept]
+        self.wall_times = np.asarray(self.wall_times)[kept]
+        self.values = np.asarray(self.values)[kept]
 
 
 @dataclass
@@ -73,32 +77,34 @@ class ReadRun:
 
     def add(self, event: Any) -> None:
         """Take in one event."""
-        what = event.WhichOneof("what")
-        if what == "session_log":
-            if event.session_log.status == tf.compat.v1.SessionLog.START:
-                for curve in self.curves.values():
-                    curve.cut(event.step)
-        elif what == "summary":
-            step, wall_time, curves = event.step, event.wall_time, self.curves
-            for value in event.summary.value:
-                if value.WhichOneof("value") == "simple_value":
-                    number = value.simple_value
-                elif (number := self._number(value)) is None:
+        step, wall_time, curves = event.step, event.wall_time, self.curves
+        values = event.summary.value
+        for value in values:
+            number = value.simple_value
+            if not number and not value.HasField("simple_value"):
+                number = self._number_in_tensor(value)
+                if number is None:
                     continue
-                tag = value.tag
-                if tag not in curves:
-                    curves[tag] = Curve()
-                curves[tag].add(step, wall_time, number)
+            tag = value.tag
+            curve = curves.get(tag)
+            if curve is None:
+                curve = curves[tag] = Curve()
+            curve.steps.append(step)
+            curve.wall_times.append(wall_time)
+            curve.values.append(number)
+        if not values and event.session_log.status == _START:
+            for curve in curves.values():
+                curve.start(step)
 
-    def _number(self, value: Any) -> float | None:
+    def _number_in_tensor(self, value: Any) -> float | None:
         """Return the number in the tensor of `value`, if that is a point of a curve."""
         metadata = value.metadata.plugin_data
         if value.tag == "_hparams_/session_start_info":
             self.hparams |= _hparams(metadata.content)
-            return None
         # Of a tag, the first event alone need say which plugin it is for.
-        is_curve = metadata.plugin_name == "scalars" or value.tag in self.curves
-        return _number(value.tensor) if is_curve else None
+        elif metadata.plugin_name == "scalars" or value.tag in self.curves:
+            return _number(value.tensor) if value.HasField("tensor") else None
+        return None
 
 
 def read_run(directory: Path) -> ReadRun:
@@ -107,6 +113,8 @@ def read_run(directory: Path) -> ReadRun:
     for path in event_files(directory):
         for event in _events(path):
             run.add(event)
+    for curve in run.curves.values():
+        curve.settle()
     return run
 
 
@@ -166,8 +174,9 @@ def _events(path: Path) -> Iterator[Any]:
         ends = _record_ends(file, size)
     done = 0
     with contextlib.suppress(tf.errors.DataLossError, DecodeError), _quiet():
-        events = tf.compat.v1.train.summary_iterator(os.fspath(path))
-        for event in itertools.islice(events, len(ends)):
+        records = tf.compat.v1.io.tf_record_iterator(os.fsencode(path))
+        parse = tf.compat.v1.Event.FromString
+        for event in map(parse, itertools.islice(records, len(ends))):
             yield event
             done += 1
     whole = ends[done - 1] if done else 0

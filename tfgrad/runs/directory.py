@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,26 @@ class Claim:
     """A directory and the lock that keeps other writers out of it.
 
     The lock is the kernel's, on the directory itself (`flock`): it leaves no file
-    behind and ends with the process, however that ends, so a lock is never stale.
+    behind and ends with the process, however that ends, so a lock is never stale. It
+    ends, too, when a run that was never closed is garbage.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         """Hold `path` by the open, locked `descriptor`."""
         self.path = path
-        self._descriptor = descriptor
+        self._finalizer = weakref.finalize(self, _unlock, descriptor, os.getpid())
 
     def release(self) -> None:
         """Let other writers in."""
-        if fcntl is not None:
-            # Closing is not enough: a forked worker may hold a copy of the descriptor.
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        os.close(self._descriptor)
+        self._finalizer()
+
+
+def _unlock(descriptor: int, owner: int) -> None:
+    # Closing is not enough: a forked worker may hold a copy of the descriptor, which
+    # must not unlock it either when the worker ends.
+    if fcntl is not None and os.getpid() == owner:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def claim(directory: str | os.PathLike[str], resume: bool) -> Claim:
@@ -57,7 +64,8 @@ def claim(directory: str | os.PathLike[str], resume: bool) -> Claim:
 def check(directory: str | os.PathLike[str]) -> None:
     """Raise what `claim` would, as far as can be told without making anything."""
     path = _checked_path(directory)
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    places = (path, *path.absolute().parents)
+    nearest = next(p for p in places if os.path.lexists(p))
     if not nearest.is_dir():
         raise _is_a_file(nearest)
     _check_writable(nearest)
@@ -86,7 +94,9 @@ def _checked_path(directory: Any) -> Path:
             got=f"directory={directory!r}",
             hint='a local path such as "logs/rosenbrock/adam"',
         )
-    return Path(name).expanduser()
+    path = Path(name).expanduser()
+    # "." and ".." have no name to put a number after.
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 def _claim_existing(path: Path) -> Claim:
@@ -125,7 +135,7 @@ def _make(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        file = next(p for p in (path, *path.parents) if p.exists())
+        file = next(p for p in (path, *path.parents) if os.path.lexists(p))
         raise _is_a_file(file) from error
     except OSError as error:
         raise _not_writable(path, error.strerror or str(error)) from error
@@ -133,9 +143,10 @@ def _make(path: Path) -> None:
 
 
 def _is_a_file(path: Path) -> RunError:
+    what = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
     return RunError(
         "A run is written to a directory.",
-        got=f"{path}, which is a file",
+        got=f"{path}, which is {what}",
         hint="another name, or move the file away",
     )
 

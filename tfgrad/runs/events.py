@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,16 @@ class EventFile:
     loader ignores the first such record that it meets: hence one in *every* file.
     """
 
-    def __init__(self, directory: Path, first_step: int) -> None:
-        """Create the file and write its head."""
+    def __init__(
+        self, directory: Path, first_step: int, superseded: Iterable[str] = ()
+    ) -> None:
+        """Create the file and write its head.
+
+        Args:
+            directory: Where to.
+            first_step: The step at which the session starts.
+            superseded: Tags that earlier files may have at this step or later.
+        """
         self.path = directory / _file_name()
         self._failure: tf.errors.OpError | OSError | None = None
         self._next_check = time.monotonic() + _CHECK_SECONDS
@@ -43,10 +51,19 @@ class EventFile:
         self._tags: tuple[str, ...] = ()
         self._values: list[Any] = []
         with self._disk():
-            self._writer = tf.io.TFRecordWriter(os.fspath(self.path))
+            path: Any = os.fsencode(self.path)  # a name need not be UTF-8
+            self._writer = tf.io.TFRecordWriter(path)
             self._write(file_version="brain.Event:2")
             start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
             self._write(step=first_step, session_log=start)
+            # The data server drops what a tag has from a step on when the tag gets a
+            # value at that step, and not before: so each gets one that is of no use.
+            # It is shown by neither loader.
+            summary = tf.compat.v1.Summary()
+            for tag in superseded:
+                summary.value.add(tag=tag, obsolete_old_style_histogram=b"")
+            if summary.value:
+                self._write(step=first_step, summary=summary)
 
     def scalars(
         self,
@@ -105,10 +122,11 @@ class EventFile:
         """Write a Markdown card."""
         self.tensor(tag, markdown, step, "text")
 
-    def graph(
-        self, graph_def: tf.compat.v1.GraphDef, tag: str | None, step: int
-    ) -> None:
-        """Write a graph: the run's own (`tag` None, once in a run) or a named one."""
+    def graph(self, graph_def: tf.compat.v1.GraphDef, tag: str | None) -> None:
+        """Write a graph: the run's own (`tag` None, once in a run) or a named one.
+
+        It stands at step 0, so that a session that resumes later keeps it.
+        """
         if tag is None:
             with self._disk():
                 self._write(graph_def=graph_def.SerializeToString())
@@ -116,7 +134,7 @@ class EventFile:
         metadata = tf.compat.v1.RunMetadata()
         metadata.function_graphs.add().pre_optimization_graph.CopyFrom(graph_def)
         content = metadata.SerializeToString()
-        self.tensor(tag, content, step, "graph_run_metadata_graph", b"1")
+        self.tensor(tag, content, 0, "graph_run_metadata_graph", b"1")
 
     def summary(self, serialized: bytes) -> None:
         """Write a `Summary` that a TensorBoard plugin has built, at step 0."""

@@ -9,8 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
-from tfgrad.runs.values import check_mapping, check_tag
+from tfgrad import nested
+from tfgrad.runs.values import as_array, check_mapping, check_tag, to_text
+
+_LARGEST_INTEGER = 2**53
+"""Beyond it the tab, which has only float64, would show another number."""
 
 FAILURES = ("failure", "interrupted", "nonfinite")
 """Statuses of runs that did not come to their end; the tab knows two kinds only."""
@@ -42,5 +47,12 @@ def end(status: str) -> bytes:
 
 
 def _plain(value: Any) -> bool | float | str:
-    value = value.item() if isinstance(value, np.generic) else value
-    return value if isinstance(value, bool | int | float | str) else str(value)
+    if isinstance(value, np.generic | np.ndarray | tf.Tensor) or nested.is_variable(
+        value
+    ):
+        array = as_array(value)
+        value = array.item() if array.ndim == 0 else value
+    is_exact = not isinstance(value, int) or abs(value) <= _LARGEST_INTEGER
+    if isinstance(value, bool | int | float) and is_exact:
+        return value
+    return to_text(str(value))

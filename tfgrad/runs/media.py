@@ -37,16 +37,16 @@ def to_buckets(values: Any, tag: str) -> np.ndarray[Any, Any]:
     return np.stack([edges[:-1], edges[1:], counts], axis=1)
 
 
-def to_png(image: Any, tag: str) -> list[bytes]:
-    """Return [width, height, PNG] of an array of pixels or of a matplotlib figure."""
+def to_pngs(image: Any, tag: str) -> list[bytes]:
+    """Return [width, height, PNG, PNG ...] of arrays of pixels or of a figure."""
     if hasattr(image, "savefig"):
         buffer = io.BytesIO()
         image.savefig(buffer, format="png", dpi=100)
-        png = buffer.getvalue()
+        pngs = [buffer.getvalue()]
     else:
-        png = tf.io.encode_png(_pixels(image, tag)).numpy()
-    width, height = struct.unpack(">II", png[16:24])  # in PNG's first chunk
-    return [str(width).encode(), str(height).encode(), png]
+        pngs = [tf.io.encode_png(pixels).numpy() for pixels in _pixels(image, tag)]
+    width, height = struct.unpack(">II", pngs[0][16:24])  # in PNG's first chunk
+    return [str(width).encode(), str(height).encode(), *pngs]
 
 
 def _real_array(values: Any, tag: str) -> np.ndarray[Any, Any]:
@@ -64,18 +64,19 @@ def _real_array(values: Any, tag: str) -> np.ndarray[Any, Any]:
 
 
 def _pixels(image: Any, tag: str) -> np.ndarray[Any, Any]:
-    """Return `image` as uint8 of shape `[height, width, channels]`."""
+    """Return `image` as uint8 of shape `[images, height, width, channels]`."""
     try:
         array = as_array(image)
     except (TypeError, ValueError, NotImplementedError):
         array = np.asarray(None)
     array = array[:, :, None] if array.ndim == 2 else array
-    is_picture = array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.size
+    array = array[None] if array.ndim == 3 else array
+    is_picture = array.ndim == 4 and array.shape[3] in (1, 3, 4) and array.size
     if not is_picture or not (array.dtype in (np.uint8, bool) or _is_float(array)):
         raise InvalidArgumentError(
             "An image is a figure, or an array of floats in 0..1 or of uint8.",
             got=f"{tag!r} is {nested.describe(image)}",
-            hint="shape (height, width), or (height, width, 1, 3 or 4)",
+            hint="shape (height, width), (height, width, 1, 3 or 4), or a batch of it",
         )
     if array.dtype == np.uint8:
         return array

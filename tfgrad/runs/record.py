@@ -20,7 +20,7 @@ import tensorflow as tf
 import tfgrad
 from tfgrad import nested
 from tfgrad.errors import RunError
-from tfgrad.runs.values import as_array
+from tfgrad.runs.values import as_array, to_text
 
 FILE_NAME = "run.json"
 _LARGEST_ARRAY = 1000
@@ -83,12 +83,14 @@ def to_json(value: Any) -> Any:
     >>> to_json({"x": (1, 2.5), "loss": float("nan"), "path": Path("a/b")})
     {'x': [1, 2.5], 'loss': 'NaN', 'path': 'a/b'}
     """
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return to_text(value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else _name_of_nonfinite(value)
     if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
+        return {to_text(str(key)): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [to_json(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
@@ -96,7 +98,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, tf.Tensor) or nested.is_variable(value):
         return _array_to_json(as_array(value))
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        return to_text(os.fsdecode(value))
     return nested.name_of(value) if callable(value) else nested.describe(value)
 
 
@@ -125,10 +127,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """Return the records of the sessions before this one, the oldest first."""
     try:
         last = json.loads(path.read_text(encoding="utf-8"))
-        return [*last.pop("earlier", []), last]
+        sessions = [*last.pop("earlier", []), last]
+        for session in sessions:
+            dict(session.get("tags", {}))
+        return sessions
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise RunError(
             f"A run to resume has a {FILE_NAME} that can be read.",
             got=f"{path}: {error}",

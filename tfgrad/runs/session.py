@@ -15,10 +15,12 @@ from tfgrad.runs import hparams as hparams_tab
 from tfgrad.runs.directory import claim
 from tfgrad.runs.events import EventFile
 from tfgrad.runs.record import Record
-from tfgrad.runs.values import check_tag, to_step
+from tfgrad.runs.values import check_tag, to_step, to_text
 
 Kind = Literal["scalar", "text", "graph", "histogram", "image", "layout"]
 """What a tag is for: TensorBoard shows a tag's data in one tab only."""
+
+_WHOLE_RUN = ("graph", "layout")  # kinds that a session which resumes leaves alone
 
 
 class Session:
@@ -47,10 +49,14 @@ class Session:
                 self.directory, resumed_from=resume_from, hparams=self._hparams
             )
             self._kinds = self._record.earlier_tags()
-            self._events = EventFile(self.directory, self.first_step)
+            if self.first_step == 0:  # nothing is left of earlier graphs either
+                self._kinds = {t: k for t, k in self._kinds.items() if k != "graph"}
+            self._recorded_at = len(self._kinds) + 1
+            superseded = (t for t, k in self._kinds.items() if k not in _WHOLE_RUN)
+            self._events = EventFile(self.directory, self.first_step, superseded)
             if self._hparams:
                 self._events.summary(
-                    hparams_tab.start(self._hparams, str(self.directory))
+                    hparams_tab.start(self._hparams, to_text(str(self.directory)))
                 )
             undo.pop_all()
 
@@ -96,6 +102,12 @@ class Session:
             )
             if self._hparams:
                 self._events.summary(hparams_tab.end(status))
+
+    def next_step(self, prefixes: tuple[str, ...] = ("",)) -> int:
+        """Return the first step that tags of these beginnings may get: all, or some."""
+        with self._lock:
+            steps = (s for t, s in self._last_steps.items() if t.startswith(prefixes))
+            return max(steps, default=self.first_step - 1) + 1
 
     def __enter__(self) -> Self:
         """Return the run itself."""
@@ -145,6 +157,11 @@ class Session:
         for tag in tags:
             self._kinds[tag] = kind
             self._last_steps[tag] = last
+        if len(self._kinds) >= self._recorded_at:
+            # A process that is killed leaves them to the session that resumes it. Of
+            # very many tags, each alone would be a file the longer the more there are.
+            self._recorded_at = len(self._kinds) + max(1, len(self._kinds) // 50)
+            self._record.update(tags=self._kinds)
 
     def _not_growing(self, tag: str, step: int) -> InvalidArgumentError:
         # TensorBoard's loaders differ on a step that comes again: one drops what it has

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError
 
+_RESERVED = "_hparams_/"
 _REAL_KINDS = "biufV"  # NumPy's; "V" is bfloat16 and its kin
 
 
@@ -33,14 +35,14 @@ def to_step(value: Any, name: str) -> int:
 
 def to_number(value: Any, tag: str) -> float:
     """Return `value` as one float; NaN and infinities are numbers here."""
-    if type(value) is float:
-        return value
     try:
+        if isinstance(value, numbers.Real):  # Python's, and NumPy's scalars
+            return float(value)
         array = as_array(value)
         if array.ndim == 0 and array.dtype.kind in _REAL_KINDS:
             return float(array.astype(np.float64))
-    except (TypeError, ValueError, NotImplementedError):
-        pass  # a symbolic tensor, a ragged list
+    except (TypeError, ValueError, NotImplementedError, OverflowError):
+        pass  # a symbolic tensor, a ragged list, 10**400
     raise InvalidArgumentError(
         "A scalar is one real number.",
         got=f"{tag!r} is {nested.describe(value)}",
@@ -56,7 +58,7 @@ def to_steps(values: Any) -> np.ndarray:
     if steps.ndim != 1 or steps.dtype.kind not in "iu":
         raise InvalidArgumentError(
             "The steps of a history are one row of whole numbers.",
-            got=f"steps of {nested.describe(steps)}",
+            got=f"steps of {_describe(values)}",
             hint="range(len(values)), or an integer array of shape (n,)",
         )
     falls = np.flatnonzero(steps[1:] <= steps[:-1])
@@ -67,7 +69,8 @@ def to_steps(values: Any) -> np.ndarray:
             got=f"step {steps[at + 1]} after step {steps[at]}, in row {at + 1}",
             hint="one call for each pass over the steps, each in a run of its own",
         )
-    to_step(steps[0], "steps[0]")
+    for row in (0, -1):
+        to_step(steps[row], f"steps[{row}]")
     return steps.astype(np.int64)
 
 
@@ -92,10 +95,24 @@ def as_array(value: Any) -> np.ndarray:
     return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
+def to_text(value: str) -> str:
+    r"""Return `value` as UTF-8 can hold it.
+
+    Half a surrogate pair, as in the name of a file that is no UTF-8, becomes "\udc80".
+    """
+    return value.encode("utf-8", "backslashreplace").decode()
+
+
 def check_tag(tag: Any) -> None:
     """Raise unless `tag` can name a curve: a string that is not empty."""
     if isinstance(tag, str) and tag and tag.isprintable():
-        return
+        if not tag.startswith(_RESERVED):
+            return
+        raise InvalidArgumentError(
+            f'Tags that begin with "{_RESERVED}" are those of the HParams tab.',
+            got=f"tag={tag!r}",
+            hint="Run(..., hparams={...}), or another tag",
+        )
     raise InvalidArgumentError(
         "A tag is a string of printable characters, and not empty.",
         got=f"tag={tag!r}",

@@ -24,6 +24,7 @@ from tfgrad.runs.values import (
     to_number,
     to_step,
     to_steps,
+    to_text,
 )
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class Run(Session):
         with self._lock:
             step = self.first_step if step is None else to_step(step, "step")
             self._admit([tag], "text", step, step)
-            self._events.text(tag, markdown, step)
+            self._events.text(tag, to_text(markdown), step)
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
         """Write the distribution of `values`, for the Histograms tab.
@@ -200,12 +201,13 @@ class Run(Session):
             self._events.tensor(tag, buckets, step, "histograms")
 
     def image(self, tag: str, image: Any, step: int | None = None) -> None:
-        """Write a picture, for the Images tab.
+        """Write a picture, or several of one size, for the Images tab.
 
         Args:
             tag: Its name.
-            image: A matplotlib figure, or pixels: an array of shape `[height, width]`
-                or `[height, width, 1, 3 or 4]`, of floats in 0..1 or of uint8.
+            image: A matplotlib figure, or pixels: an array of shape `[height, width]`,
+                `[height, width, 1, 3 or 4]` or `[images, height, width, 1, 3 or 4]`, of
+                floats in 0..1 or of uint8.
             step: When it was true; None means the step at which this session started.
 
         Raises:
@@ -218,7 +220,7 @@ class Run(Session):
             ...     run.image("ramp", np.linspace(0, 1, 64).reshape(8, 8))
         """
         step = self.first_step if step is None else to_step(step, "step")
-        content = media.to_png(image, tag)
+        content = media.to_pngs(image, tag)
         with self._lock:
             self._admit([tag], "image", step, step)
             self._events.tensor(tag, content, step, "images")
@@ -298,13 +300,12 @@ class Run(Session):
         with self._lock:
             # A second graph of the whole run would replace the first in one loader.
             is_first = "graph" not in self._kinds.values()
-            step = self.first_step
-            self._admit([tag], "graph", step, step)
-            self._events.graph(graph_def, None if is_first else tag, step)
+            self._admit([tag], "graph", self.first_step, self.first_step)
+            self._events.graph(graph_def, None if is_first else tag)
             if is_keras and (layers := conceptual_graph(f)):
-                self._admit([f"layers/{name}"], "graph", step, step)
-                self._events.tensor(f"layers/{name}", layers, step, LAYERS, b"1")
-            self._record.update(tags=self._kinds)
+                tag = f"layers/{name}"
+                self._admit([tag], "graph", self.first_step, self.first_step)
+                self._events.tensor(tag, layers, 0, LAYERS, b"1")
 
     def keras_callback(
         self, *, batches: int | None = None, histograms: int | None = None

@@ -56,13 +56,25 @@ def test_with_batches_each_batch_is_a_step(tmp_path, model):
     assert list(read["epoch/loss"]) == [3, 7, 11]
 
 
+def test_with_several_batches_in_one_execution_a_step_is_still_a_batch(tmp_path, model):
+    model.compile("sgd", "mse", steps_per_execution=3)
+    with Run(tmp_path) as run:
+        fit(model, run.keras_callback(batches=1), epochs=2)
+
+    read = curves(run)
+    assert list(read["batch/loss"]) == [2, 3, 6, 7]  # the last of 3, of 1, of 3 ...
+    assert list(read["epoch/loss"]) == [3, 7]
+
+
 def test_a_second_fit_goes_on_where_the_first_ended(tmp_path, model):
     with Run(tmp_path) as run:
         callback = run.keras_callback()
         fit(model, callback, epochs=2)
         fit(model, callback, epochs=2)
 
-    assert list(curves(run)["epoch/loss"]) == [0, 1, 2, 3]
+        fit(model, run.keras_callback(), epochs=2)
+
+    assert list(curves(run)["epoch/loss"]) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_resumed_run_goes_on_at_its_epoch(tmp_path, model):

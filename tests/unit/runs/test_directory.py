@@ -10,7 +10,8 @@ from tfgrad.runs.directory import check, claim
 CLAIM_AND_WAIT = """
 import sys
 from tfgrad.runs.directory import claim
-print(claim(sys.argv[1], resume=False).path, flush=True)
+claimed = claim(sys.argv[1], resume=False)
+print(claimed.path, flush=True)
 sys.stdin.read()
 """
 
@@ -87,6 +88,31 @@ def test_a_released_directory_can_be_resumed(tmp_path):
     claim(tmp_path, resume=False).release()
 
     assert claim(tmp_path, resume=True).path == tmp_path
+
+
+def test_a_claim_that_is_garbage_holds_nothing(tmp_path):
+    claimed = claim(tmp_path, resume=False)
+    del claimed
+
+    assert claim(tmp_path, resume=True).path == tmp_path
+
+
+def test_a_directory_without_a_name_of_its_own_is_numbered_too(tmp_path, monkeypatch):
+    here = tmp_path / "sgd"
+    (here / "inner").mkdir(parents=True)
+    for place, name in ((here, "."), (here / "inner", "..")):
+        monkeypatch.chdir(place)
+
+        assert claim(name, resume=False).path == tmp_path / "sgd-002"
+
+
+@pytest.mark.parametrize("refuse", [check, lambda path: claim(path, resume=False)])
+@pytest.mark.parametrize("target", ["nothing", "link"])
+def test_a_link_to_nothing_is_named(tmp_path, target, refuse):
+    (tmp_path / "link").symlink_to(tmp_path / target)
+
+    with pytest.raises(RunError, match=r"got: .*/link, which is a link to nothing"):
+        refuse(tmp_path / "link")
 
 
 def test_a_run_that_is_not_there_cannot_be_resumed(tmp_path):

@@ -4,7 +4,7 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.runs.media import BUCKETS, to_buckets, to_png
+from tfgrad.runs.media import BUCKETS, to_buckets, to_pngs
 
 
 def test_buckets_are_those_of_numpy():
@@ -65,28 +65,36 @@ def test_pixels_come_back_as_they_were(shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
     np.testing.assert_array_equal(
-        decoded(to_png(pixels, "i")), pixels.reshape(3, 5, -1)
+        decoded(to_pngs(pixels, "i")), pixels.reshape(3, 5, -1)
     )
     np.testing.assert_array_equal(
-        decoded(to_png(pixels / 255, "i")), pixels.reshape(3, 5, -1)
+        decoded(to_pngs(pixels / 255, "i")), pixels.reshape(3, 5, -1)
     )
 
 
 def test_a_mask_and_a_tensor_are_pictures_too():
-    assert decoded(to_png(np.eye(2, dtype=bool), "i")).ravel().tolist() == [
+    assert decoded(to_pngs(np.eye(2, dtype=bool), "i")).ravel().tolist() == [
         255,
         0,
         0,
         255,
     ]
-    assert decoded(to_png(tf.zeros([4, 2]), "i")).shape == (4, 2, 1)
+    assert decoded(to_pngs(tf.zeros([4, 2]), "i")).shape == (4, 2, 1)
+
+
+def test_a_batch_is_a_picture_each():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 3), np.uint8)
+    width, height, *pngs = to_pngs(pixels, "i")
+
+    assert (width, height) == (b"5", b"3")
+    np.testing.assert_array_equal([tf.io.decode_png(png) for png in pngs], pixels)
 
 
 def test_a_figure_is_drawn():
     figure = Figure(figsize=(2, 1))
     figure.subplots().plot([1, 2])
 
-    assert decoded(to_png(figure, "i")).shape == (100, 200, 4)
+    assert decoded(to_pngs(figure, "i")).shape == (100, 200, 4)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +105,7 @@ def test_a_figure_is_drawn():
         3.0,
         np.zeros(3),
         np.zeros((2, 2, 2)),
+        np.zeros((1, 1, 2, 2, 3)),
         np.zeros((0, 3)),
         np.zeros((2, 2), int),
         np.zeros((2, 2), complex),
@@ -104,10 +113,10 @@ def test_a_figure_is_drawn():
 )
 def test_what_is_no_picture_is_refused(image):
     with pytest.raises(InvalidArgumentError, match=r"(?s)'i' is .*try: shape \(height"):
-        to_png(image, "i")
+        to_pngs(image, "i")
 
 
 @pytest.mark.parametrize("value", [2.0, -0.5, np.nan, np.inf])
 def test_floats_beyond_zero_to_one_are_refused(value):
     with pytest.raises(InvalidArgumentError, match=r"(?s)values from .*numpy.uint8"):
-        to_png(np.array([[0.0, value]]), "i")
+        to_pngs(np.array([[0.0, value]]), "i")

@@ -55,7 +55,9 @@ def test_earlier_sessions_are_kept_the_oldest_first(tmp_path):
     assert [s["session"] for s in read(tmp_path)["earlier"]] == [0, 1]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '{"earlier": 3}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "3", "[" * 9999, '{"earlier": [3]}', '{"tags": 3}']
+)
 def test_a_record_that_cannot_be_read_is_not_overwritten(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
 

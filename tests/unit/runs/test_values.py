@@ -1,3 +1,4 @@
+import fractions
 import math
 
 import keras
@@ -16,6 +17,7 @@ from tfgrad.runs.values import check_tag, to_column, to_number, to_step, to_step
         2.0,
         np.float32(2),
         np.int8(2),
+        fractions.Fraction(2),
         np.array(2.0),
         tf.constant(2.0),
         tf.constant(2.0, tf.bfloat16),
@@ -35,9 +37,24 @@ def test_nan_and_infinity_are_numbers():
     assert to_number(np.float64("-inf"), "loss") == -math.inf
 
 
+def test_an_integer_larger_than_any_of_numpy_is_a_number():
+    assert to_number(2**70, "loss") == 2.0**70
+
+
 @pytest.mark.parametrize(
     "value",
-    ["1.0", b"1", None, [1.0], np.ones(1), tf.ones([1]), 1j, np.complex64(1), object()],
+    [
+        "1.0",
+        b"1",
+        None,
+        10**400,
+        [1.0],
+        np.ones(1),
+        tf.ones([1]),
+        1j,
+        np.complex64(1),
+        object(),
+    ],
 )
 def test_what_is_no_number_is_named_with_its_tag(value):
     with pytest.raises(
@@ -87,6 +104,8 @@ def test_no_steps_are_steps():
         ([[0, 1]], "row of whole numbers"),
         (3, "row of whole numbers"),
         ([-1, 0], "0 or more"),
+        (np.array([0, 2**63], np.uint64), "0 or more"),
+        (None, "steps of NoneType"),
     ],
 )
 def test_steps_that_do_not_grow_are_refused(steps, message):
@@ -116,6 +135,11 @@ def test_a_column_of_another_shape_or_kind_is_refused(values):
 @pytest.mark.parametrize("tag", ["loss", "a/b c", "x[0]", "größe", "‖∇f‖"])
 def test_a_tag_may_be_any_printable_text(tag):
     check_tag(tag)
+
+
+def test_the_tags_of_the_hparams_tab_are_its_own():
+    with pytest.raises(InvalidArgumentError, match=r"(?s)HParams tab.*try: Run\("):
+        check_tag("_hparams_/session_start_info")
 
 
 @pytest.mark.parametrize("tag", ["", None, 3, "a\nb", "\0", "\ud800"])

@@ -277,6 +277,29 @@ def test_hyper_parameters_are_written_for_their_plugin(tmp_path):
     assert record(run)["hparams"] == {"rate": 0.1, "method": "sgd", "steps": "None"}
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (np.float32(0.5), 0.5),
+        (tf.constant(0.5), 0.5),
+        (tf.Variable(3), 3),
+        (np.array(True), True),
+        (2**53, 2**53),
+        (2**53 + 1, "9007199254740993"),  # the tab would show ...992
+        (10**400, str(10**400)),
+        ((1, 2), "(1, 2)"),
+    ],
+)
+def test_a_hyper_parameter_is_a_number_where_the_tab_can_show_it(
+    tmp_path, value, shown
+):
+    with Run(tmp_path, {"it": value}) as run:
+        pass
+
+    assert record(run)["hparams"] == {"it": shown}
+    assert type(record(run)["hparams"]["it"]) is type(shown)
+
+
 @pytest.mark.parametrize("hparams", [[("rate", 0.1)], {3: 0.1}, {"": 0.1}])
 def test_hyper_parameters_must_have_names(tmp_path, hparams):
     with pytest.raises(InvalidArgumentError):
@@ -389,6 +412,61 @@ def test_a_resumed_run_opens_a_new_file_that_supersedes_later_steps(tmp_path):
     assert record(run)["earlier"][0]["resumed_from"] is None
 
 
+def test_tags_that_are_not_logged_again_are_superseded_too(tmp_path):
+    with Run(tmp_path) as run:
+        run.log(0, loss=1.0, other=1.0)
+        run.graph(tf.square, 3.0)
+    Run(tmp_path, resume_from=5).close()
+
+    marks = events(run)[-1]
+    assert marks.step == 5
+    assert [value.tag for value in marks.summary.value] == ["loss", "other"]
+    assert not any(v.WhichOneof("value") == "simple_value" for v in marks.summary.value)
+
+
+def test_a_run_from_the_start_again_writes_its_graph_again(tmp_path):
+    for first in (None, 0):
+        with Run(tmp_path, resume_from=first) as run:
+            run.graph(tf.square, 3.0)
+
+    assert sum(bool(event.graph_def) for event in events(run)) == 2
+
+
+def test_the_tags_of_a_run_that_was_killed_are_known(tmp_path):
+    run = Run(tmp_path)
+    run.log(0, loss=1.0)
+    run.text("card", "text")
+    assert record(run)["tags"] == {"loss": "scalar", "card": "text"}
+    del run
+
+    with (
+        Run(tmp_path, resume_from=1) as run,
+        pytest.raises(InvalidArgumentError, match="a scalar before"),
+    ):
+        run.text("loss", "text")
+
+
+def test_thousands_of_tags_do_not_each_write_the_record(run, monkeypatch):
+    writes = []
+    monkeypatch.setattr(run._record, "update", lambda **facts: writes.append(facts))
+    for number in range(2000):
+        run.log(0, {f"tag/{number}": 1.0})
+
+    assert len(writes) < 400
+
+
+def test_text_that_is_no_utf8_is_written_as_it_can_be(tmp_path):
+    with Run(tmp_path / "a\udc80", {"file": "b\udc80"}) as run:
+        run.describe(path="c\udc80")
+        run.text("card", "d\udc80")
+
+    assert record(run)["hparams"] == {"file": "b\\udc80"}
+    assert record(run)["facts"] == {"path": "c\\udc80"}
+    run.directory.rename(tmp_path / "a")  # TensorFlow reads no such name in text
+    card = next(tmp_path.glob("a/*tfevents*")).read_bytes()
+    assert b"d\\udc80" in card
+
+
 def test_a_resumed_run_takes_no_step_before_the_one_it_resumes_from(tmp_path):
     Run(tmp_path).close()
     with Run(tmp_path, resume_from=5) as run:
@@ -412,7 +490,7 @@ def test_a_resumed_run_knows_the_tags_of_its_earlier_sessions(tmp_path):
     graphs = [event for event in events(run) if event.graph_def]
     assert len(graphs) == 1
     named = [v.tag for e in events(run) for v in e.summary.value]
-    assert named == ["loss", "graph/exp"]
+    assert named == ["loss", "loss", "graph/exp"]  # the second one supersedes
 
 
 @pytest.mark.parametrize("step", [-1, 1.5, "5", True])
