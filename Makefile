@@ -5,8 +5,13 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-from
+MEASURED := .benchmarks/latest.json
+ifndef PEERS
+PEERS := .venv-peers/bin/python
+PEERS_STAMP := .venv-peers/.made-from
+endif
 
-.PHONY: demo test check notebooks bench clean
+.PHONY: demo test check notebooks bench bench-quick docs clean
 
 demo: $(STAMP)
 	$(BIN)/tfgrad demo
@@ -25,12 +30,26 @@ notebooks: $(STAMP)
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 --overwrite notebooks/*.ipynb
 
-bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks
+# PEERS=/path/to/python uses an environment that is there already.
+bench bench-quick: $(STAMP) $(PEERS_STAMP)
+	TFGRAD_PEERS=$(PEERS) JAX_PYTHON=$(PEERS) TORCH_PYTHON=$(PEERS) \
+		$(BIN)/python -m pytest benchmarks --save $(MEASURED) \
+		$(if $(filter bench-quick,$@),--quick) || true
+	test $@ = bench-quick || \
+		$(BIN)/python benchmarks/report.py $(MEASURED) > benchmarks/README.md
+
+# The reference of every public name, from the docstrings, in site/.
+docs: $(STAMP)
+	$(BIN)/python -W error -m pdoc --docformat google --output-directory site \
+		tfgrad '!tfgrad[.]' tfgrad.errors tfgrad.problems
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-peers site .benchmarks .pytest_cache .mypy_cache .ruff_cache
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup
 	sh scripts/setup $(VENV)
+	touch $@
+
+.venv-peers/.made-from: benchmarks/peers.txt scripts/setup-peers | $(STAMP)
+	sh scripts/setup-peers .venv-peers
 	touch $@

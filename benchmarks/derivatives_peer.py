@@ -1,4 +1,4 @@
-"""Time the derivatives of one framework and print the medians as JSON.
+"""Time the derivatives of one framework and print the seconds as JSON.
 
     python derivatives_peer.py jax|torch
 
@@ -8,7 +8,6 @@ One framework per process: importing several of them into one crashes it.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -65,16 +64,16 @@ def torch() -> dict[str, Callable[[], Any]]:
     }
 
 
-def median(call: Callable[[], Any]) -> float:
-    """Return the median seconds of a call, after the first ones."""
+def measured(call: Callable[[], Any]) -> list[float]:
+    """Return the seconds of some calls: the first one, then 50 in the steady state."""
     seconds = []
     for _ in range(60):
         began = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[10:])
+    return [seconds[0], *seconds[10:]]
 
 
 if __name__ == "__main__":
     calls = {"jax": jax, "torch": torch}[sys.argv[1]]()
-    print(json.dumps({name: median(call) for name, call in calls.items()}))
+    print(json.dumps({name: measured(call) for name, call in calls.items()}))

@@ -179,5 +179,5 @@ def test_the_cost_of_a_log_to_a_loop_of_ten_microseconds(report, tmp_path):
         return (seconds[-1] - seconds[tenth]) / (len(seconds) - tenth) * 1e6
 
     pairs = [(steady(log=tmp_path), steady()) for _ in range(5)]
-    ours, theirs = np.median(pairs, axis=0)
+    ours, theirs = np.transpose(pairs)
     report("a step that is logged, against one that is not", ours, theirs, "µs", "5 %")
