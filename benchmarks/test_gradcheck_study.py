@@ -1,7 +1,8 @@
 """False alarms and missed bugs: check_grads beside the checkers of the frameworks.
 
-The others run if they are installed, each in a process of its own: in this environment,
-or in that of the interpreters named by JAX_PYTHON and TORCH_PYTHON.
+Every checker runs in a process of its own, JAX's and torch's if they are installed:
+`TFGRAD_PEERS=/path/to/python pytest benchmarks/test_gradcheck_study.py` names the
+Python that has them.
 """
 
 import json
@@ -18,7 +19,9 @@ OTHERS = ("tensorflow", "jax", "torch")
 
 def run(checker, dtype):
     """Return (bug, verdict) for every case; None if the checker is not installed."""
-    python = os.environ.get(f"{checker.upper()}_PYTHON", sys.executable)
+    python = sys.executable
+    if checker in ("jax", "torch"):
+        python = os.environ.get("TFGRAD_PEERS", python)
     if subprocess.run(
         [python, "-c", f"import {checker}"], capture_output=True
     ).returncode:

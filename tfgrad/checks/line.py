@@ -64,19 +64,21 @@ class Line:
         return float(np.sqrt(np.mean(differences**2) / 70))  # 70: (8 choose 4)
 
     def kink(self, step: float, noise: float) -> tuple[float, float] | None:
-        """Return the slopes on both sides, if a smaller step does not close the gap.
+        """Return the slopes on both sides, if no smaller step closes the gap.
 
         Args:
-            step: The first of three steps.
+            step: The largest step.
             noise: The rounding error of the values.
         """
-        steps = [step, step / 4, step / 16]
+        steps = [step / 4**k for k in range(8)]
         with np.errstate(all="ignore"):  # one side may be outside of the domain
             left = [float((self(0.0) - self(-h)) / h) for h in steps]
             right = [float((self(h) - self(0.0)) / h) for h in steps]
         gaps = np.abs(np.subtract(right, left))
-        apart = gaps[-1] > 0.5 * gaps[0] and gaps[-1] > 10 * noise / steps[-1]
-        return (left[-1], right[-1]) if apart else None
+        resolved = [k for k, h in enumerate(steps) if 20 * noise / h < max(gaps)]
+        if not resolved or not gaps[resolved[-1]] > 0.5 * max(gaps):
+            return None
+        return left[resolved[-1]], right[resolved[-1]]
 
     def _values(self, t: float) -> tuple[float, float]:
         """Return the value at `t` as it is, and corrected for rounding."""

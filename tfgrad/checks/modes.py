@@ -204,6 +204,8 @@ def _note(slope: Slope, slopes: Sequence[Slope]) -> str:
     if kinks:
         left, right = kinks[0]
         return f"a kink: the slope is {left:.4g} on one side, {right:.4g} on the other"
+    if slope.error == np.inf:
+        return "the slope changes with the step: kinks or infinities are all around"
     if slope.verdict == "inconclusive":
         return "rounding hides the slope; float64 or another point would show it"
     return ""

@@ -198,7 +198,7 @@ def test_a_keras_model_with_integer_labels_passes():
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
 def test_every_precision_passes_what_is_right_and_catches_what_is_not(dtype):
     x = tf.constant([0.5, -1.0, 2.0], dtype)
-    wrong = with_gradient(tf.tanh, lambda x: 1.3 * (1 - tf.tanh(x) ** 2))
+    wrong = with_gradient(tf.tanh, lambda x: tf.tanh(x) ** 2 - 1)
 
     right = check_grads(tf.tanh, x, order=1)
 
@@ -214,6 +214,17 @@ def test_half_precision_inside_of_a_float32_function_is_noticed():
     report = check_grads(mixed, tf.constant([0.5, -1.2]), order=1)
 
     assert "fail" not in verdicts(report).values()
+
+
+def test_a_network_of_relus_does_not_fail_for_its_kinks():
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(32, "relu") for _ in range(2)]
+    model = keras.Sequential([keras.Input([8]), *layers, keras.layers.Dense(1)])
+    x = tf.random.stateless_normal([64, 8], seed=(1, 2))
+
+    report = check_grads(lambda: tf.reduce_mean(model(x) ** 2), wrt=model)
+
+    assert not report.failures
 
 
 # What cannot be decided, or not be done.
