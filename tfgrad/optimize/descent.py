@@ -234,7 +234,7 @@ class Descent:
         row = self._loop.at.row
         fun, norm = float(row["fun"]), float(row["grad_norm"])
         hidden = EPSILONS[row["fun"].dtype] ** 0.5 * max(1.0, abs(fun))
-        return "precision" if norm <= hidden else "linesearch"
+        return "precision" if norm <= hidden else self._loop.turns.failure
 
     def _leaves(self) -> tuple[list[Any], list[Any]]:
         """Return the point and the gradient there, leaf by leaf."""

@@ -21,7 +21,14 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.objective import Evaluation, Objective
-from tfgrad.optimize.stopping import GIVEN_UP, NONFINITE, RUNNING, Step, Stopping
+from tfgrad.optimize.stopping import (
+    GIVEN_UP,
+    NONFINITE,
+    RUNNING,
+    STATIONARY,
+    Step,
+    Stopping,
+)
 from tfgrad.optimize.turns import PureTurns, Turns
 
 CHUNK_SECONDS = 0.075
@@ -167,6 +174,8 @@ class Loop:
         self._chunk: Callable[..., Any] | None = None
         self._length = 1
         self._capacity = ROW_BYTES // sum(c.nbytes for c in start.columns.values())
+        self._lower: list[tf.Tensor] | None = None
+        self._look_around()
 
     @property
     def seconds(self) -> float:
@@ -188,6 +197,11 @@ class Loop:
 
     def advance(self, most: int) -> Rows:
         """Take up to `most` steps, at least one unless the method gives up."""
+        rows = self._leave() if self._lower else self._advance(most)
+        self._look_around()
+        return rows
+
+    def _advance(self, most: int) -> Rows:
         began = self.seconds
         if self._form == "single" or not self.turns.is_compiled:
             return self._take_one()
@@ -207,6 +221,28 @@ class Loop:
         """Evaluate the objective again: its variables have been moved."""
         self.at = self._evaluate()
         self._state = self.turns.start(self.at)
+
+    def _look_around(self) -> None:
+        """Do not stop at a maximum or a saddle, if it can be told from a minimum.
+
+        Steps that end at one by themselves are rare enough, so that it is looked for at
+        the start, or where the method has second derivatives already.
+        """
+        turns = self.turns
+        if not isinstance(turns, PureTurns) or self.code not in STATIONARY:
+            return
+        if self.step == 0 or turns.knows_curvature:
+            self._lower = turns.lower_point(self._state, self._evaluate)
+            self.code = self.code if self._lower is None else RUNNING
+
+    def _leave(self) -> Rows:
+        """Step to the lower point that was found, and let the method start afresh."""
+        assert self._lower is not None
+        self._objective.assign(self._lower)
+        self._lower = None
+        self.evaluate()
+        self.step += 1
+        return self.here()
 
     def _evaluate(self) -> Evaluation:
         self.evaluations += 1

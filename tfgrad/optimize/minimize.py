@@ -49,14 +49,15 @@ def minimize(
             changed.
         wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of
             them, a `tf.Module` or a `keras.Model`.
-        method: "lbfgs" (what None means), for smooth functions of any size; the name of
-            a Keras optimizer ("sgd", "adam", ...), for noisy ones, or an instance of
-            one (cloned, so that two runs share nothing); any object with
-            `apply_gradients`; or a method of your own
-            (`tfgrad.optimize.methods.protocol`). A list of them is a chain:
-            `[("adam", 1000), "lbfgs"]` takes 1000 steps of Adam, then goes on with
-            L-BFGS. A stage ends where its steps are used up, where its method can do no
-            better, or at the `gtol` that it has of itself; all else ends the run.
+        method: "lbfgs" (what None means), for smooth functions of any size; "newton",
+            for smooth ones that are ill-conditioned or have saddles; the name of a
+            Keras optimizer ("sgd", "adam", ...), for noisy ones, or an instance of one
+            (cloned, so that two runs share nothing); any object with `apply_gradients`;
+            or a method of your own (`tfgrad.optimize.methods.protocol`). A list of them
+            is a chain: `[("adam", 1000), "lbfgs"]` takes 1000 steps of Adam, then goes
+            on with L-BFGS. A stage ends where its steps are used up, where its method
+            can do no better, or at the `gtol` that it has of itself; all else ends the
+            run.
         learning_rate: For Keras optimizers by name: a positive number or a schedule.
         steps: How many steps to take at most; in a chain, those of the entries without
             a number. An optimizer of Keras takes all of them unless a rule below says
@@ -81,7 +82,8 @@ def minimize(
     Returns:
         An `OptimizeResult`. Row k of its history is the point after k steps. A value or
         a gradient that is not finite ends the run at the last finite point, Ctrl-C at
-        the current one; the status says so.
+        the current one; the status says so. A start at a maximum or a saddle is left,
+        and "newton" does not end at one either.
 
     Raises:
         InvalidArgumentError: If an argument breaks its rule; nothing was traced or
@@ -106,8 +108,8 @@ def minimize(
         gtol True 1.0000
 
     References:
-        `tfgrad.optimize.methods.lbfgs` for L-BFGS; Keras's documentation for each of
-        its optimizers.
+        `tfgrad.optimize.methods.lbfgs` and `newton` for those; Keras's documentation
+        for each of its optimizers.
     """
     if callback is not None and not callable(callback):
         raise InvalidArgumentError(

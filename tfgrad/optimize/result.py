@@ -30,7 +30,8 @@ class OptimizeResult:
         nfev: Evaluations of the objective with its gradient.
         success: True if `x` is a solution by the rule that `status` names.
         status: Why the run ended: "gtol", "ftol", "xtol", "target" (solutions),
-            "steps", "seconds", "callback", "interrupted", "nonfinite".
+            "steps", "seconds", "callback", "interrupted", "nonfinite", "unbounded",
+            "precision", "linesearch", "trustregion", "stopped".
         message: The same as a sentence.
         history: One row per state, row 0 the start: `step`, `fun`, `grad_norm` (largest
             |element|), `seconds`; the leaves of `x` while they are ten numbers or

@@ -30,6 +30,7 @@ def sentence(
         "steps": f"All {step} steps were taken; no rule says this is a solution.",
         "unbounded": f"f fell below {UNBOUNDED:g}: it seems to have no minimum.",
         "precision": "Rounding hides what any further step would change.",
+        "trustregion": "No step, however short, goes downhill; f may have a kink.",
         "linesearch": "No step downhill was found; f may have a kink here.",
         "seconds": f"The {seconds} seconds were over after {step} steps.",
         "callback": f"The callback asked to stop after step {step}.",

@@ -29,7 +29,7 @@ class Stage:
     steps: int | None = None
 
 
-HANDS_OVER = frozenset({"steps", "precision", "linesearch"})
+HANDS_OVER = frozenset({"steps", "precision", "linesearch", "trustregion"})
 """The statuses with which a stage hands over to the next; others end the run."""
 
 

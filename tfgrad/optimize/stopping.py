@@ -17,6 +17,9 @@ STATUSES = (
 
 RUNNING, NONFINITE, GIVEN_UP = 0, 1, 7
 
+STATIONARY = frozenset({4, 5, 6, 7})
+"""The codes that maxima and saddles may be mistaken under: of gtol and what follows."""
+
 UNBOUNDED = -1e16
 """A value below which f is taken to have no minimum; 1 changes nothing beside it."""
 
@@ -53,7 +56,7 @@ class Stopping:
         """Return the position in `STATUSES` of the first rule that holds."""
         rules = [
             ~(tf.math.is_finite(step.fun) & tf.math.is_finite(step.grad_norm)),
-            step.fun <= UNBOUNDED if step.fun.dtype.max > -UNBOUNDED else None,
+            step.fun <= UNBOUNDED if float(step.fun.dtype.max) > -UNBOUNDED else None,
             None if self.target is None else step.fun <= self.target,
             None if self.gtol is None else step.grad_norm <= self.gtol,
             None if self.ftol is None else _stands_still(step, self.ftol),

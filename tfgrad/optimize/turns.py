@@ -7,17 +7,21 @@ evaluated.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import tensorflow as tf
 
+from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import ravel, unravel
 from tfgrad.optimize.methods import PURE, named_method
 from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
 from tfgrad.optimize.methods.protocol import Bindable, Method, Point
 from tfgrad.optimize.objective import Evaluation, Objective
+from tfgrad.optimize.saddles import Array, lower_point
 
 
 class Turn(NamedTuple):
@@ -37,9 +41,15 @@ class Turn(NamedTuple):
 
 
 class Turns(Protocol):
-    """A method at work on an objective."""
+    """A method at work on an objective.
+
+    Attributes:
+        name: What to call it.
+        failure: The status of a run that it gave up.
+    """
 
     name: str
+    failure: str
 
     @property
     def is_compiled(self) -> bool:
@@ -72,6 +82,8 @@ class Turns(Protocol):
 
 class KerasTurns:
     """Turns of an optimizer, which moves the variables by itself."""
+
+    failure = ""  # it never gives up
 
     def __init__(self, objective: Objective, method: KerasMethod) -> None:
         """Bring the two together."""
@@ -136,8 +148,11 @@ class PureTurns:
                 got=f"leaves of {' and '.join(sorted(dtypes))}",
                 hint="cast them to one dtype, or a Keras optimizer such as 'adam'",
             )
+        self._flat = _Flat(objective)
+        self.failure: str = getattr(method, "failure", "linesearch")
+        self.knows_curvature = isinstance(method, Bindable)
         if isinstance(method, Bindable):
-            method = method.bind(_Flat(objective))
+            method = method.bind(self._flat)
         self._method = method
 
     def evaluate(self) -> Evaluation:
@@ -180,6 +195,49 @@ class PureTurns:
     def finish(self) -> bool:
         """Do nothing."""
         return False
+
+    def lower_point(
+        self, state: Any, evaluate: Callable[[], Evaluation]
+    ) -> list[tf.Tensor] | None:
+        """Return a point beside a stationary one where f is lower, leaf by leaf.
+
+        Args:
+            state: Of which the current point may be a maximum or a saddle.
+            evaluate: What to evaluate with where the variables are.
+        """
+        here: Point = state[2]
+
+        def product(direction: Array) -> Array:
+            v = tf.constant(direction, here.x.dtype)
+            return np.asarray(self._flat.hvp(here.x, v), np.float64)
+
+        def value(x: Array) -> float:
+            self._objective.assign(self._leaves(x))
+            return float(evaluate().row["fun"])
+
+        if not self.operations():
+            return None
+        x, grad = (np.asarray(v, np.float64) for v in (here.x, here.grad))
+        epsilon = EPSILONS[here.x.dtype]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as that the second one runs eagerly
+            try:
+                lower = lower_point(
+                    x,
+                    float(here.fun),
+                    grad,
+                    product=product,
+                    value=value,
+                    epsilon=epsilon,
+                )
+            except Exception:  # a user's gradient may raise anything: nothing is known
+                lower = None
+        self.settle(state)
+        return None if lower is None else self._leaves(lower)
+
+    def _leaves(self, x: Array) -> list[tf.Tensor]:
+        variables = self._objective.variables
+        return unravel(tf.constant(x, variables[0].dtype), variables)
 
     def _as_point(self, x: tf.Tensor, at: Evaluation) -> Point:
         return Point(x, tf.cast(at.row["fun"], x.dtype), ravel(at.gradient))

@@ -9,10 +9,12 @@ from typing import Any
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.optimize.methods.keras_optimizer import optimizer_names
 from tfgrad.optimize.methods.lbfgs import LBFGS
+from tfgrad.optimize.methods.newton import Newton
 from tfgrad.optimize.methods.protocol import Method
 
 PURE: dict[str, Callable[[], Method]] = {
     "lbfgs": LBFGS,
+    "newton": Newton,
 }
 """The pure methods by name."""
 

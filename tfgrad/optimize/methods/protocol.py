@@ -68,7 +68,11 @@ class Move(NamedTuple):
 
 @runtime_checkable
 class Method(Protocol):
-    """A method of minimisation; both functions are pure and run inside a trace."""
+    """A method of minimisation; both functions are pure and run inside a trace.
+
+    It may have an attribute `failure`: the status of a run in which it `failed` where
+    rounding is no excuse, "linesearch" (if there is none) or "trustregion".
+    """
 
     name: str
 

@@ -1,0 +1,115 @@
+"""Maxima and saddles: nobody is told that they are minima."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfgrad
+from tfgrad.optimize.saddles import lower_point
+
+
+def saddle(x):
+    return x[0] ** 2 - x[1] ** 2 + x[1] ** 4
+
+
+def bounded_monkey(x):
+    return x[0] ** 3 - 3 * x[0] * x[1] ** 2 + tf.reduce_sum(x**4)
+
+
+STATIONARY = {
+    "a saddle": (saddle, [0, 0], -0.25),
+    "a monkey saddle": (bounded_monkey, [0, 0], -0.52734375),
+    "a flat maximum": (lambda x: 1 - x[0] ** 4 + x[0] ** 6, [0], 1 - 4 / 27),
+}
+
+
+@pytest.mark.parametrize("method", ["newton", "lbfgs"])
+@pytest.mark.parametrize("name", STATIONARY)
+def test_a_start_is_left_that_is(name, method):
+    f, start, least = STATIONARY[name]
+
+    result = tfgrad.minimize(f, np.array(start, float), method=method)
+
+    assert result.success
+    assert result.fun == pytest.approx(least, abs=1e-6)
+    assert result.history["fun"][0] == f(np.array(start, float))
+    assert np.all(np.diff(result.history["fun"]) <= 0)
+    assert list(result.history["step"]) == list(range(result.nit + 1))
+
+
+@pytest.mark.parametrize("method", ["newton", "lbfgs"])
+def test_a_maximum_without_end_is_unbounded(method):
+    result = tfgrad.minimize(lambda x: -(x**2), np.float64(0), method=method)
+
+    assert result.status == "unbounded"
+
+
+@pytest.mark.parametrize("method", ["newton", "lbfgs"])
+@pytest.mark.parametrize(
+    ("f", "start"), [(lambda x: 0 * x + 7, 3.0), (lambda x: x**4, 0.0)]
+)
+def test_a_start_at_a_minimum_is_kept(f, start, method):
+    result = tfgrad.minimize(f, start, method=method)
+
+    assert result.status == "gtol"
+    assert float(result.x) == start
+    assert result.nit == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_newton_does_not_end_at_a_saddle_that_its_steps_lead_to(dtype):
+    # On this line the gradient has no part along the descent.
+    result = tfgrad.minimize(saddle, np.array([1, 0], dtype), method="newton")
+
+    assert result.success
+    assert result.fun == pytest.approx(-0.25, abs=1e-3 if dtype == "float32" else 1e-6)
+    # The saddle is in the history, but it was not the end.
+    assert np.any(np.all(np.abs(result.history["x"]) < 1e-6, axis=1))
+
+
+def test_variables_end_where_the_result_says():
+    x = tf.Variable([0.0, 0.0], dtype=tf.float64)
+
+    result = tfgrad.minimize(lambda: saddle(x), wrt=x, method="newton")
+
+    assert np.array_equal(x, result.x)
+    assert abs(float(x[1])) == pytest.approx(0.5**0.5)
+
+
+def test_a_function_without_second_derivative_is_left_alone():
+    @tf.custom_gradient
+    def once(x):
+        def grad(upstream):
+            def refuse(_):
+                raise NotImplementedError("no second derivative")
+
+            return tf.custom_gradient(lambda u: (2 * x * u, refuse))(upstream)
+
+        return x**2, grad
+
+    assert tfgrad.minimize(once, 0.0).status == "gtol"
+
+
+def quadratic(matrix):
+    return {
+        "product": lambda v: matrix @ v,
+        "value": lambda x: float(x @ matrix @ x / 2),
+        "epsilon": 2.0**-52,
+    }
+
+
+def test_one_negative_eigenvalue_among_many_is_found():
+    generator = np.random.default_rng(4)
+    q, _ = np.linalg.qr(generator.normal(size=(200, 200)))
+    matrix = q @ np.diag([-1, *np.linspace(0.1, 10, 199)]) @ q.T
+
+    lower = lower_point(np.zeros(200), 0.0, np.zeros(200), **quadratic(matrix))
+
+    assert lower @ matrix @ lower < -0.5 * lower @ lower
+
+
+def test_a_definite_matrix_and_one_that_is_not_finite_have_no_way_down():
+    x = np.zeros(3)
+
+    for matrix in (np.diag([1.0, 2, 3]), np.diag([1.0, np.nan, 3]), np.eye(3)):
+        assert lower_point(x, 0.0, x, **quadratic(matrix)) is None

@@ -1,0 +1,193 @@
+"""Newton's method in a trust region, by conjugate gradients on Hessian products.
+
+Each `update` judges the trial by what the quadratic model had predicted of it, adapts
+the radius within which the model is trusted, and minimises the model there; no matrix
+is formed. Negative curvature, which a conjugate direction meets near maxima and
+saddles, is followed to the boundary.
+
+References:
+    Nocedal and Wright (2006), Numerical Optimization, 2nd edition: algorithms 4.1 (the
+    trust region) and 7.2 (Steihaug's conjugate gradients).
+    Conn, Gould and Toint (2000), Trust-Region Methods, section 17.4.2: what to make of
+    a ratio of two numbers that rounding has eaten up.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfgrad.differences import EPSILONS
+from tfgrad.optimize.methods.protocol import Curvature, Move, Point
+
+ACCEPTABLE = 1e-4
+"""The least part of the predicted decrease for which a trial is taken."""
+
+BAD, GOOD = 0.25, 0.75
+"""Below and above these parts the radius shrinks and grows (algorithm 4.1)."""
+
+SHRINKAGE, GROWTH = 0.25, 2.0
+"""By how much it shrinks and grows."""
+
+FORCING = 0.1
+"""The largest part of the gradient that the solution of the model may leave."""
+
+NOISE = 10
+"""Rounding errors of f up to which two of its values are the same."""
+
+MOST_TRIALS = 30
+"""Trials in a row that are not taken; a radius is then 1e-18 of what it was."""
+
+MOST_IDLE = 8
+"""Steps in a row that change nothing before the precision of the dtype is reached."""
+
+
+class State(NamedTuple):
+    """What the method remembers; all but `step` of shape `[]`.
+
+    Attributes:
+        step: To the trial, shape `[n]`.
+        predicted: By how much the model says that f falls.
+        radius: The length that a step may have.
+        trials: How many were tried from the current point.
+        first_grad: The length of the gradient at the start.
+        least_grad: The largest |element| of the flattest gradient so far.
+        idle: Steps in a row that neither lowered f nor flattened it.
+    """
+
+    step: tf.Tensor
+    predicted: tf.Tensor
+    radius: tf.Tensor
+    trials: tf.Tensor
+    first_grad: tf.Tensor
+    least_grad: tf.Tensor
+    idle: tf.Tensor
+
+
+class Newton:
+    """A trust-region Newton method: few evaluations, for smooth functions.
+
+    Use it where products with the Hessian are cheap beside the steps that they save:
+    ill-conditioned and indefinite problems of two to thousands of parameters.
+    """
+
+    name = "newton"
+    failure = "trustregion"
+
+    def __init__(self, objective: Curvature | None = None) -> None:
+        """Take an objective, or wait for `bind`."""
+        self._objective = objective
+
+    def bind(self, objective: Curvature) -> Newton:
+        """Return the method for one objective."""
+        return Newton(objective)
+
+    def init(self, start: Point) -> Move:
+        """Return a step that is no longer than x, or than 1."""
+        zero, none = tf.zeros_like(start.fun), tf.constant(0)
+        state = State(
+            step=tf.zeros_like(start.x),
+            predicted=zero,
+            radius=tf.maximum(tf.norm(start.x), 1),
+            trials=none,
+            first_grad=tf.norm(start.grad),
+            least_grad=_largest(start),
+            idle=none,
+        )
+        return self._search(start, state)
+
+    def update(self, new: Point, old: Point, state: State) -> Move:
+        """Take the trial if f fell as predicted; trust the model more, or less."""
+        noise = _noise(old)
+        # With `noise` in both, the ratio is 1 where rounding hides the decrease.
+        ratio = (old.fun - new.fun + noise) / (state.predicted + noise)
+        is_taken = _is_finite(new) & (ratio >= ACCEPTABLE)
+        here = _either(is_taken, new, old)
+        state = state._replace(
+            radius=_radius(state, tf.where(_is_finite(new), ratio, -1)),
+            trials=tf.where(is_taken, 0, state.trials + 1),
+            least_grad=tf.minimum(state.least_grad, _largest(here)),
+            idle=tf.where(is_taken, _idle(new, old, state), state.idle),
+        )
+        stuck = (state.trials >= MOST_TRIALS) | (state.idle >= MOST_IDLE)
+        move = self._search(here, state)
+        return move._replace(accepted=is_taken, failed=move.failed | stuck)
+
+    def _search(self, here: Point, state: State) -> Move:
+        step, predicted = self._minimiser(here, state)
+        x = here.x + step
+        stands = tf.reduce_all(x == here.x)
+        return Move(x, state._replace(step=step, predicted=predicted), failed=stands)
+
+    def _minimiser(self, here: Point, state: State) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return where the model is least, about, and how much it falls (7.2)."""
+        assert self._objective is not None
+        hvp, radius, size = self._objective.hvp, state.radius, tf.norm(here.grad)
+        n: Any = here.x.shape[0]
+        most = 2 * n + 10  # n would do in exact arithmetic
+        part = tf.minimum(tf.sqrt(size / state.first_grad), FORCING)
+
+        def goes_on(i: Any, is_over: Any, z: Any, r: Any, d: Any) -> tf.Tensor:
+            on: tf.Tensor = ~is_over & (i < most)
+            return on & (tf.norm(r) > part * size)
+
+        def body(i: Any, _: Any, z: Any, r: Any, d: Any) -> Any:
+            product = hvp(here.x, d)
+            # Where the Hessian is not finite, only the gradient is left of the model.
+            is_known = tf.reduce_all(tf.math.is_finite(product))
+            product = tf.where(is_known, product, tf.zeros_like(product))
+            curvature, square = _dot(d, product), _dot(r, r)
+            length = square / curvature
+            leaves = (curvature <= 0) | ~(tf.norm(z + length * d) < radius)
+            length = tf.where(leaves, _to_boundary(z, d, radius), length)
+            z, r = z + length * d, r + length * product
+            return i + 1, leaves, z, r, _dot(r, r) / square * d - r
+
+        zero = tf.zeros_like(here.x)
+        start = (0, size == 0, zero, here.grad, -here.grad)
+        *_, z, r, _ = tf.while_loop(goes_on, body, start, parallel_iterations=1)
+        # As r = g + H z, the model at z is (g + r).z / 2.
+        return z, -_dot(z, here.grad + r) / 2
+
+
+def _radius(state: State, ratio: tf.Tensor) -> tf.Tensor:
+    """Return the new radius, for the ratio of actual to predicted decrease."""
+    length, radius = tf.norm(state.step), state.radius
+    is_at_boundary = length > 0.9 * radius
+    grown = tf.minimum(GROWTH * radius, radius.dtype.max**0.4)
+    grown = tf.where((ratio > GOOD) & is_at_boundary, grown, radius)
+    return tf.where(ratio < BAD, SHRINKAGE * length, grown)
+
+
+def _to_boundary(z: tf.Tensor, d: tf.Tensor, radius: tf.Tensor) -> tf.Tensor:
+    """Return the t > 0 at which z + t d has the length `radius`."""
+    a, b, c = _dot(d, d), _dot(z, d), radius**2 - _dot(z, z)
+    return c / (b + tf.sqrt(b * b + a * c))  # without cancellation, as b >= 0
+
+
+def _idle(new: Point, old: Point, state: State) -> tf.Tensor:
+    falls = old.fun - new.fun > _noise(old)
+    flattens = _largest(new) <= state.least_grad / 2
+    return tf.where(falls | flattens, 0, state.idle + 1)
+
+
+def _noise(point: Point) -> tf.Tensor:
+    """Return up to what difference two values like that of `point` are the same."""
+    return NOISE * EPSILONS[point.fun.dtype] * tf.abs(point.fun)
+
+
+def _is_finite(point: Point) -> tf.Tensor:
+    return tf.math.is_finite(point.fun) & tf.reduce_all(tf.math.is_finite(point.grad))
+
+
+def _largest(point: Point) -> tf.Tensor:
+    return tf.reduce_max(tf.abs(point.grad))
+
+
+def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(a * b)
+
+
+def _either(condition: tf.Tensor, a: Any, b: Any) -> Any:
+    return tf.nest.map_structure(lambda x, y: tf.where(condition, x, y), a, b)
