@@ -221,7 +221,7 @@ class Log:
             self._column("fun"),
             name=objective.name,
             variables=objective.variables,
-            resolution=min(resolution, 60),
+            resolution=min(resolution, 100),
         )
         self._run.image("path", picture, step)
 

@@ -16,12 +16,14 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
 from tfgrad.runs.curves import ReadRun, read_run, run_directories
 from tfgrad.runs.grid import Grid, box_around, values_at
+from tfgrad.runs.values import to_text
 
 _LEVELS = 20
 _NAMED_RUNS = 10  # as many as a legend can hold, and as a set of colours tells apart
 _CHARTS = 4
 _POINTS = 2000  # of a path: more than a picture has pixels for
 _DOTTED = 100  # points of a path up to which each has a dot
+_WIDE = 1e3  # ratio of the values of a chart from which on its axis is in logarithms
 
 
 class Picture(Figure):
@@ -40,7 +42,7 @@ def plot_path(
     """Return a picture of the way that a minimisation took over the values of `f`.
 
     Of one parameter it is the graph of `f`, of two a contour. Its levels are quantiles,
-    so that a narrow valley shows beside steep walls. `f` is evaluated at some thousand
+    so that a narrow valley shows beside steep walls. `f` is evaluated at ten thousand
     points.
 
     Args:
@@ -83,7 +85,7 @@ def draw_path(
     *,
     name: str,
     variables: Nest | None = None,
-    resolution: int = 60,
+    resolution: int = 100,
 ) -> Picture:
     """Return the picture of `plot_path` of a path of shape `[points, 1 or 2]`."""
     steps = len(path) - 1
@@ -92,19 +94,22 @@ def draw_path(
     sizes = (200,) if len(box) == 1 else (resolution, resolution)
     grid = Grid(box, sizes)
     values = values_at(f, grid.points, x, variables).reshape(sizes)
-    figure = Picture(figsize=(6, 5), layout="constrained")
+    figure = Picture(figsize=(6, 5.4), layout="constrained")
     axes = figure.subplots()
     draw = _draw_graph if len(box) == 1 else _draw_contour
     draw(axes, grid, np.ma.masked_invalid(values), path, fun)
     axes.set_xlabel(coordinate_names(x)[0])
     axes.set_ylabel("f" if len(box) == 1 else coordinate_names(x)[1])
     axes.set_title(f"{name}: {steps} steps to {fun[-1]:.6g}")
-    axes.legend(loc="best")
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
 def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> Picture:
     """Return a picture that compares the curves of all runs under `root`.
+
+    Where the values of a curve are positive and span more than a thousandfold, the axis
+    is in logarithms.
 
     Args:
         root: A directory of runs, or one run: whatever `load_runs` reads.
@@ -125,7 +130,7 @@ def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> P
         >>> for rate in (0.1, 0.2):
         ...     with Run(f"{logs}/{rate}") as run:
         ...         run.log_history({"loss": (1 - 2 * rate) ** np.arange(9)}, range(9))
-        >>> [line.get_label() for line in plot_runs(logs).axes[0].lines]
+        >>> [text.get_text() for text in plot_runs(logs).legends[0].get_texts()]
         ['0.1', '0.2']
     """
     directories = run_directories(root)
@@ -134,15 +139,19 @@ def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> P
     wanted = _checked_tags(wanted, runs) if wanted else _common_tags(runs)
     columns = min(len(wanted), 2)
     rows = -(-len(wanted) // columns)
+    drawn = {
+        n: run for n, run in runs.items() if not run.curves.keys().isdisjoint(wanted)
+    }
     figure = Picture(figsize=(5 * columns, 3 * rows + 0.6), layout="constrained")
     charts = figure.subplots(rows, columns, squeeze=False).ravel()
     for chart, tag in zip(charts, wanted, strict=False):
-        _draw_curves(chart, tag, runs)
+        _draw_curves(chart, tag, drawn)
     for chart in charts[len(wanted) :]:
         chart.set_axis_off()
-    handles = [line for line in charts[0].lines if line.get_label()[0] != "_"]
-    if len(runs) <= _NAMED_RUNS:
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    if len(drawn) <= _NAMED_RUNS:
+        lines = charts[0].lines
+        names = [line.get_label() for line in lines]  # or "_name" would be left out
+        figure.legend(lines, names, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -201,12 +210,17 @@ def _mark_ends(axes: Any, x: Any, y: Any) -> None:
 
 def _draw_curves(axes: Any, tag: str, runs: dict[str, ReadRun]) -> None:
     for name, run in runs.items():
+        label = to_text(name)
         if tag in run.curves:
             curve = run.curves[tag]
             marker = "o" if len(curve.steps) == 1 else None  # no line through one
-            axes.plot(curve.steps, curve.values, marker=marker, lw=1.2, label=name)
+            axes.plot(curve.steps, curve.values, marker=marker, lw=1.2, label=label)
         else:
-            axes.plot([], [], label=name)  # keeps the colours the same in each chart
+            axes.plot([], [], label=label)  # keeps the colours the same in each chart
+    values = np.concatenate([line.get_ydata() for line in axes.lines])
+    finite = values[np.isfinite(values)]
+    if finite.size and finite.min() > 0 and finite.max() > _WIDE * finite.min():
+        axes.set_yscale("log")
     axes.set(xlabel="step", title=tag)
     axes.grid(alpha=0.3)
 

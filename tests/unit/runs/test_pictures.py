@@ -168,6 +168,32 @@ def test_each_run_is_a_line_in_the_chart_of_each_tag(logs):
     assert picture._repr_png_().startswith(b"\x89PNG")
 
 
+def test_a_run_without_the_tag_is_not_in_the_legend(logs):
+    (legend,) = plot_runs(logs, "rare").legends
+
+    assert [text.get_text() for text in legend.get_texts()] == ["b"]
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(logs):
+    (logs / "b").rename(logs / "_b")
+    (legend,) = plot_runs(logs).legends
+
+    assert [text.get_text() for text in legend.get_texts()] == ["_b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [([1.0, 1e-4], "log"), ([1.0, 0.1], "linear"), ([1e4, 0.0], "linear")],
+)
+def test_values_of_many_orders_of_magnitude_are_drawn_in_logarithms(
+    tmp_path, values, scale
+):
+    with Run(tmp_path) as run:
+        run.log_history({"loss": values}, range(2))
+
+    assert plot_runs(tmp_path).axes[0].get_yscale() == scale
+
+
 def test_tags_can_be_chosen(logs):
     assert [axes.get_title() for axes in plot_runs(logs, "x").axes] == ["x"]
     assert plot_runs(logs, ["x", "loss"]).axes[1].get_title() == "loss"
