@@ -14,7 +14,8 @@ import tensorflow as tf
 _RUN_EAGERLY = threading.RLock()
 
 _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
-           "ResourceStridedSliceAssign")  # fmt: skip
+           "ResourceStridedSliceAssign", "RngReadAndSkip", "RngSkip",
+           "StatefulStandardNormal", "StatefulUniform")  # fmt: skip
 """How the ops that write to a variable, their first input, are called."""
 
 _NEEDS_AUTOGRAPH = tf.errors.OperatorNotAllowedInGraphError
@@ -77,6 +78,25 @@ def writes(op: tf.Operation) -> bool:
     """Return whether `op` writes to a variable, whose handle is its first input."""
     to_handle = len(op.inputs) > 0 and op.inputs[0].dtype == tf.resource
     return to_handle and op.type.startswith(_WRITES)
+
+
+def written_variables(traced: Any) -> list[tf.Variable]:
+    """Return the variables that a `traced` function writes to."""
+
+    def is_written(graph: Any, handle: tf.Tensor) -> bool:
+        for op in graph.get_operations():
+            if not any(tensor is handle for tensor in op.inputs):
+                continue
+            if writes(op) and op.inputs[0] is handle:
+                return True
+            for body in bodies(op):
+                inner = counterparts(op, body, {handle.ref()})
+                if any(is_written(body, tensor) for tensor in inner):
+                    return True
+        return False
+
+    handles = ((variable, handle_of(variable, traced)) for variable in traced.variables)
+    return [v for v, h in handles if h is not None and is_written(traced.graph, h)]
 
 
 def bodies(op: tf.Operation) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,6 +13,8 @@ import numpy as np
 from tfgrad.derivatives.tracing import as_written
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
+from tfgrad.optimize.data_loop import DataLoop
+from tfgrad.optimize.epochs import ENDLESS, STEPS, training
 from tfgrad.optimize.log import Log, check_log
 from tfgrad.optimize.loop import LOOP_STEPS, NOTHING, Loop, Rows, Since
 from tfgrad.optimize.objective import Objective
@@ -20,7 +22,13 @@ from tfgrad.optimize.options import Options
 from tfgrad.optimize.result import History, OptimizeResult
 from tfgrad.optimize.sentences import sentence
 from tfgrad.optimize.stages import HANDS_OVER, make_stages
-from tfgrad.optimize.stopping import GIVEN_UP, RUNNING, SOLUTIONS, STATUSES
+from tfgrad.optimize.stopping import (
+    GIVEN_UP,
+    NONFINITE,
+    RUNNING,
+    SOLUTIONS,
+    STATUSES,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class State:
         fun: The value of the objective there, in its dtype.
         grad_norm: The largest |element| of the gradient there.
         seconds: The time since the start, in seconds.
+        epochs: With data, arrays with one row per epoch that is over, as in the result.
     """
 
     step: int
@@ -40,6 +49,7 @@ class State:
     fun: Any
     grad_norm: Any
     seconds: float
+    epochs: History = field(default_factory=dict, compare=False)
 
 
 class _Table:
@@ -77,40 +87,43 @@ class Descent:
     Attributes:
         status: Why it ended; None while it goes on.
         total: How many steps it may take.
+        planned: The same, known beforehand; None if the data decides.
     """
 
     def __init__(self, f: Callable[..., Any], x0: Nest, options: Options) -> None:
         """Check what can be checked; nothing is traced or written."""
         check_log(options.log)
         self._options = options
-        self._stages = make_stages(options.method, options.learning_rate)
+        self._stages = make_stages(
+            options.method, options.learning_rate, has_data=options.data is not None
+        )
         self._name = "+".join(stage.name for stage in self._stages)
-        self._objective = Objective(f, x0, options.wrt, has_aux=options.has_aux)
-        self._left = int(options.steps)  # for the stages without a number of their own
+        self._objective = Objective(
+            f,
+            x0,
+            options.wrt,
+            has_aux=options.has_aux,
+            jit=options.data is not None and options.jit is True,
+        )
+        # `_left` is for the stages without a number of steps of their own.
+        self._training, self._left = training(options, takes_values=x0 is not None)
         self._log: Log | None = None
-        self._table = _Table()
+        self._table, self._epochs = _Table(), _Table()
         self._taken: list[tuple[str, int]] = []
         self.total = sum(stage.steps or 0 for stage in self._stages)
         self.total += self._left if any(s.steps is None for s in self._stages) else 0
+        self.planned: int | None = self.total
+        if self._training is not None:
+            self.planned = self._training.planned(self.total)
         self.status: str | None = None
 
     def __enter__(self) -> Self:
         """Evaluate the start and, if it is to be logged, open the log."""
         self._begin(0, NOTHING)
         if (log := self._options.log) is not None:
-            facts = {
-                "problem": self._objective.name,
-                "learning_rate": self._options.learning_rate,
-                "steps": self.total,
-                **{
-                    k: v
-                    for k, v in vars(self._options.stopping).items()
-                    if v is not None
-                },
-                "jit": self._options.jit,
-            }
-            self._log = Log(log, self._name, self._objective, facts, self.total)
-        self._record(self._loop.here())
+            steps = STEPS if self.planned is None else self.planned
+            self._log = Log(log, self._name, self._objective, self._facts(), steps)
+        self._record(self._loop.start())
         self._judge()
         return self
 
@@ -123,14 +136,14 @@ class Descent:
         """Close the log, whatever happened."""
         if error is not None:
             self.end("interrupted" if kind is KeyboardInterrupt else "stopped")
-        if error is None and self._loop.turns.finish():
-            self._loop.evaluate()
+        if error is None:
+            self._finish()
         if self._log is not None:
             self._log.close(self.status or "", **self._outcome())
 
     def compiling(self) -> AbstractContextManager[None]:
         """Return the context in which `with` and `advance` are to be called."""
-        return as_written(optimized=self.total >= LOOP_STEPS)
+        return as_written(optimized=(self.planned or ENDLESS) >= LOOP_STEPS)
 
     @property
     def state(self) -> State:
@@ -142,6 +155,7 @@ class Descent:
             fun=at.row["fun"].numpy(),
             grad_norm=at.row["grad_norm"].numpy(),
             seconds=self._loop.seconds,
+            epochs=self._epochs.columns(),
         )
 
     def advance(self, most: int) -> int:
@@ -149,6 +163,10 @@ class Descent:
         if self.status is None:
             self._record(self._loop.advance(min(most, self._last - self._loop.step)))
             self._judge()
+            if isinstance(self._loop, DataLoop):
+                self._end_epoch(self._loop)
+            if self.status is not None:
+                self._finish()
         return self._loop.step
 
     def end(self, status: str) -> None:
@@ -171,6 +189,7 @@ class Descent:
             status=status,
             message=self._message(status),
             history=self._table.columns(),
+            epochs=self._epochs.columns(),
             seconds=float(self._loop.seconds),
             directory=self._log.directory if self._log else None,
         )
@@ -179,20 +198,54 @@ class Descent:
         """Start a stage where the variables are."""
         stage = self._stages[index]
         share = self._left if stage.steps is None else stage.steps
-        self._loop = Loop(
-            self._objective,
-            stage.make_turns,
-            self._options.stopping,
-            steps=share,
-            jit=self._options.jit,
-            since=since,
-        )
+        what: Any = self._objective, stage.make_turns, self._options.stopping
+        self._loop: Loop | DataLoop
+        if self._training is not None:
+            self._loop = DataLoop(*what, source=self._training.source)
+        else:
+            jit = self._options.jit
+            self._loop = Loop(*what, steps=share, jit=jit, since=since)
         self._stage, self._first, self._last = index, since.step, since.step + share
 
+    def _facts(self) -> dict[str, Any]:
+        """Return what the log says about the run."""
+        options, trained = self._options, self._training
+        rules = vars(options.stopping).items()
+        return {
+            "problem": self._objective.name,
+            "learning_rate": options.learning_rate,
+            "steps": None if self.total == ENDLESS else self.total,
+            **({} if trained is None else trained.facts()),
+            **{name: value for name, value in rules if value is not None},
+            "jit": options.jit,
+        }
+
     def _record(self, rows: Rows) -> None:
-        self._table.append(rows)
-        if self._log is not None and len(rows):
-            self._log.rows(rows, self._leaves)
+        if len(rows):
+            self._table.append(rows)
+            if self._log is not None:
+                self._log.rows(rows, self._leaves)
+
+    def _finish(self) -> None:
+        """Keep what is due at the end; after the first time, nothing is."""
+        self._record(self._loop.finish())
+        if self._loop.code == NONFINITE:
+            self.status = "nonfinite"
+
+    def _end_epoch(self, loop: DataLoop) -> None:
+        """If an epoch is over, keep its row, and see whether it is the last."""
+        assert self._training is not None
+        loop.require_no_error()
+        if not loop.is_over or loop.code != RUNNING:
+            return
+        if loop.batch == 0:  # the new epoch has no batch
+            self.end("data")
+            return
+        row = self._training.end_epoch(loop, self._objective.point_argument())
+        self._epochs.append(Rows({name: np.array([row[name]]) for name in row}))
+        if self._log is not None:
+            self._log.epoch(row)
+        self.status = self._training.status(loop, row) or self.status
 
     def _judge(self) -> None:
         """Say why it ended, if it did; a stage that is over hands over to the next."""
@@ -226,6 +279,7 @@ class Descent:
         self._taken.append((stage.name, loop.step - self._first))
         if stage.steps is None:
             self._left -= loop.step - self._first
+        assert isinstance(loop, Loop)  # there are no chains over data
         loop.turns.finish()
         self._begin(self._stage + 1, loop.so_far())
 
@@ -253,10 +307,11 @@ class Descent:
 
     def _message(self, status: str) -> str:
         """Return the sentence for a status, and how many steps each stage took."""
-        loop, options = self._loop, self._options
-        said = sentence(
-            status, loop.step, loop.stopping, options.seconds, loop.nonfinite
-        )
+        loop, seconds = self._loop, self._options.seconds
+        why = ""
+        if status == "nonfinite" and isinstance(loop, DataLoop):
+            why = loop.bad_numbers()
+        said = sentence(status, loop.step, loop.stopping, seconds, loop.nonfinite, why)
         if not self._taken:
             return said
         name = self._stages[self._stage].name

@@ -113,6 +113,15 @@ class Log:
             point, gradient = ([np.asarray(x) for x in part] for part in leaves())
             self._submit(self._write_histograms, step, point, gradient)
 
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """Write the row of an epoch, at the step that ended it."""
+        columns = {name: np.asarray(v)[None] for name, v in row.items()}
+        step = int(columns.pop("step")[0])
+        del columns["epoch"]
+        scalars = dict(_curves(columns))
+        tagged = {f"epoch/{tag}": column[0] for tag, column in scalars.items()}
+        self._submit(self._run.log, step, tagged)
+
     def flush(self) -> None:
         """Wait until all rows are in the file: do so before a checkpoint is saved.
 
@@ -207,6 +216,8 @@ class Log:
 
     def _write_picture(self, x: Any, step: int) -> None:
         """Write the contour and the path, or the graph of f if it has one parameter."""
+        if self._objective.example:  # each batch has a contour of its own
+            return
         path = np.concatenate([_points(rows) for rows in self._kept])
         resolution = self._affordable_resolution()
         if path.shape[1] not in (1, 2) or resolution < 10:
@@ -271,18 +282,23 @@ def _points(rows: Rows) -> np.ndarray[Any, Any]:
 
 def _scalars(rows: Rows) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """Yield (tag, array of shape [rows]) for each number that a row holds."""
-    columns = rows.columns
+    skipped = ("step", "seconds", "time")
+    columns = {n: c for n, c in rows.columns.items() if n not in skipped}
+    yield from _curves(columns)
+    with np.errstate(divide="ignore"):  # of a gradient that is zero, it is -inf
+        yield "gradient/log10_max_norm", np.log10(columns["grad_norm"])
+
+
+def _curves(
+    columns: Mapping[str, np.ndarray[Any, Any]],
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     for name, column in columns.items():
-        if name in ("step", "seconds", "time"):
-            continue
         tag = TAGS.get(name) or _as_tag(name)
         if column.ndim == 1:
             yield tag, column
             continue
         for index in np.ndindex(column.shape[1:]):
             yield f"{tag}/{'_'.join(map(str, index))}", column[:, *index]
-    with np.errstate(divide="ignore"):  # of a gradient that is zero, it is -inf
-        yield "gradient/log10_max_norm", np.log10(columns["grad_norm"])
 
 
 def _is_kept(rows: Rows) -> np.ndarray[Any, Any]:

@@ -167,7 +167,7 @@ class Loop:
         self.stopping = self._rules(stopping)
         self._state = self.turns.start(self.at)
         start = self.here()
-        self.code = self._code_of_start() if _is_finite(start) else NONFINITE
+        self.code = self._code_of_start() if is_finite(start) else NONFINITE
         self.nonfinite = start
         self._form, self._xla_from = self._plan(steps, jit)
         self._is_fallible = jit == "auto"
@@ -217,6 +217,16 @@ class Loop:
         self._length = max(1, int(length * min(GROWTH, growth)))
         return rows
 
+    def start(self) -> Rows:
+        """Return the first row."""
+        return self.here()
+
+    def finish(self) -> Rows:
+        """Let the method finish; return the rows that are still to be kept: none."""
+        if self.turns.finish():
+            self.evaluate()
+        return self.here().first(0)
+
     def evaluate(self) -> None:
         """Evaluate the objective again: its variables have been moved."""
         self.at = self._evaluate()
@@ -262,7 +272,7 @@ class Loop:
             self.code = GIVEN_UP
             return rows if accepted else rows.first(0)
         if self.stopping.is_empty:
-            self.code = RUNNING if _is_finite(rows) else NONFINITE
+            self.code = RUNNING if is_finite(rows) else NONFINITE
         else:
             step = self._between(x, before, self._state, self.at)
             self.code = int(self.stopping.code(step))
@@ -408,7 +418,7 @@ class Loop:
         return "graph" if unfit or jit is False or not is_long else "xla", NEVER
 
 
-def _is_finite(rows: Rows) -> bool:
+def is_finite(rows: Rows) -> bool:
     """Return whether the last row is."""
     last = [rows.columns[name][-1] for name in ("fun", "grad_norm")]
     return bool(np.all(np.isfinite(last)))

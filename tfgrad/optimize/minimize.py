@@ -24,7 +24,11 @@ def minimize(
     wrt: Nest | None = None,
     method: Any = None,
     learning_rate: Any = None,
-    steps: int = 1000,
+    data: Any = None,
+    batch_size: int | None = None,
+    epochs: int | None = None,
+    validation: Callable[..., Any] | None = None,
+    steps: int | None = None,
     gtol: float | None = None,
     ftol: float | None = None,
     xtol: float | None = None,
@@ -35,7 +39,7 @@ def minimize(
     callback: Callable[[State], Any] | None = None,
     log: Run | str | PathLike[str] | None = None,
 ) -> OptimizeResult:
-    """Minimise a function of values or of variables, in one compiled loop.
+    """Minimise a function of values or of variables, over data or not, in one loop.
 
     Give it a function of values and where to start, or a function of nothing and the
     variables that it reads (`wrt`; found when left out), which are then updated in
@@ -43,33 +47,50 @@ def minimize(
     that errors surface at once; the loop is compiled when the run is long enough to
     earn that back.
 
+    With `data`, each step takes a batch, which the function takes after the values:
+    `loss(batch)`, or `loss(x, y)` where batches are tuples and there is a parameter for
+    each part. What the loss writes by itself (moving averages of a batch normalisation,
+    seeds of a dropout) it writes once for each step.
+
     Args:
         f: Returns one float number (shape `[]`) to be made small.
         x0: The values to start from: numbers, arrays, tensors, nests of them. Not
             changed.
         wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of
             them, a `tf.Module` or a `keras.Model`.
-        method: "lbfgs" (what None means), for smooth functions of any size; "newton",
-            for smooth ones that are ill-conditioned or have saddles; the name of a
-            Keras optimizer ("sgd", "adam", ...), for noisy ones, or an instance of one
-            (cloned, so that two runs share nothing); any object with `apply_gradients`;
-            or a method of your own (`tfgrad.optimize.methods.protocol`). A list of them
-            is a chain: `[("adam", 1000), "lbfgs"]` takes 1000 steps of Adam, then goes
-            on with L-BFGS. A stage ends where its steps are used up, where its method
-            can do no better, or at the `gtol` that it has of itself; all else ends the
-            run.
+        method: "lbfgs" (what None means without data), for smooth functions of any
+            size; "newton", for smooth ones that are ill-conditioned or have saddles;
+            the name of a Keras optimizer ("sgd", "adam", ...), for noisy ones (None
+            means "adam" with data), or an instance of one (cloned, so that two runs
+            share nothing); any object with `apply_gradients`; or a method of your own
+            (`tfgrad.optimize.methods.protocol`). A list of them is a chain:
+            `[("adam", 1000), "lbfgs"]` takes 1000 steps of Adam, then goes on with
+            L-BFGS. A stage ends where its steps are used up, where its method can do no
+            better, or at the `gtol` that it has of itself; all else ends the run.
         learning_rate: For Keras optimizers by name: a positive number or a schedule.
-        steps: How many steps to take at most; in a chain, those of the entries without
-            a number. An optimizer of Keras takes all of them unless a rule below says
-            otherwise.
+        data: An array, or a tuple or dict of arrays with one row per example, shuffled
+            anew in each epoch, the same in every run; a `tf.data.Dataset` of batches;
+            or an iterable of batches (a list, a `keras.utils.PyDataset`, a generator,
+            a function that returns one of them), gone through again in each epoch.
+        batch_size: How many rows of arrays a batch has; None means 32. The last batch
+            of an epoch has what is left.
+        epochs: How often to go through the data; None means once if there is no other
+            budget, else until that is used up.
+        validation: A function that is called at the end of each epoch, without
+            arguments (with the values, if there is `x0`), and returns a number or a
+            dict of numbers for `result.epochs` and the log.
+        steps: How many steps to take at most; None means 1000 without data. In a
+            chain, those of the entries without a number. An optimizer of Keras takes
+            all of them unless a rule below says otherwise.
         gtol: Stop where no element of the gradient is larger. None means no such rule
             for an optimizer of Keras, else 1e-6 in float64 and 1e-3 in float32.
         ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
         xtol: Stop after a step no longer than this, relative to max(1, ||x||).
-        target: Stop where f is no larger.
+        target: Stop where f is no larger; with data, after an epoch whose mean loss is
+            no larger. The other rules look at the batch of a step.
         seconds: Stop after this time, in seconds.
         has_aux: `f` returns `(value, aux)`; the numbers in aux go to the history and
-            the log.
+            the log, their means over an epoch to `result.epochs`.
         jit: Compile with XLA: True, False, or "auto": where the run is long enough to
             earn the compilation back and XLA's first value and gradient agree with the
             graph's.
@@ -80,7 +101,9 @@ def minimize(
             200,000 on every fourth, ...), the graph, and a card of the problem.
 
     Returns:
-        An `OptimizeResult`. Row k of its history is the point after k steps. A value or
+        An `OptimizeResult`. Row k of its history is the point after k steps; with data,
+        its value there is that of the batch which the next step takes (of the last one
+        again, where the data is over). A value or
         a gradient that is not finite ends the run at the last finite point, Ctrl-C at
         the current one; the status says so. A start at a maximum or a saddle is left,
         and "newton" does not end at one either.
@@ -106,6 +129,16 @@ def minimize(
         >>> result = minimize(rosenbrock, {"a": np.float64(-1.2), "b": np.float64(1)})
         >>> print(result.status, result.success, f"{float(result.x['b']):.4f}")
         gtol True 1.0000
+        >>> import tensorflow as tf
+        >>> x = np.linspace(-1, 1, 100, dtype=np.float32)
+        >>> def loss(line, x, y):
+        ...     return tf.reduce_mean((line["a"] * x + line["b"] - y) ** 2)
+        >>> result = minimize(
+        ...     loss, {"a": 0.0, "b": 0.0}, method="sgd", learning_rate=0.2,
+        ...     data=(x, 2 * x + 1), batch_size=20, epochs=30,
+        ... )
+        >>> print(result.nit, len(result.epochs["fun"]), f"{float(result.x['a']):.3f}")
+        150 30 2.000
 
     References:
         `tfgrad.optimize.methods.lbfgs` and `newton` for those; Keras's documentation
@@ -121,6 +154,10 @@ def minimize(
         wrt=wrt,
         method=method,
         learning_rate=learning_rate,
+        data=data,
+        batch_size=batch_size,
+        epochs=epochs,
+        validation=validation,
         steps=steps,
         gtol=gtol,
         ftol=ftol,
@@ -136,7 +173,7 @@ def minimize(
         descent.compiling(),
         Interrupts() as interrupts,
         descent,
-        _progress(descent.total) as progress,
+        _progress(descent.planned) as progress,
     ):
         while descent.status is None:
             progress.update(descent.advance(descent.total) - progress.n)
@@ -211,7 +248,7 @@ def _asks_to_stop(
 
 
 @contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Any]:
+def _progress(steps: int | None) -> Iterator[Any]:
     """Yield a bar that shows itself after a second, in terminals and notebooks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about widgets that a notebook does not have

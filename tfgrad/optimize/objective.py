@@ -50,8 +50,12 @@ class Objective:
         x0: Where to start; None for a function of variables.
         wrt: The variables; None and no `x0` means all trainable ones that `f` reads.
         has_aux: `f` returns `(value, aux)`.
+        jit: Compile with XLA by itself, whatever loop it is part of.
 
     Attributes:
+        takes_values: Whether `f` takes the point as its first argument.
+        example: What else it takes: the arguments made of a batch, if there is data.
+        is_compiled: Whether the last evaluation of a batch was.
         variables: What the loop moves: the user's variables, or new ones that hold the
             values. Empty until the first evaluation if they are still to be found.
         owners: The same, Keras's as Keras has them: some of its optimizers ask for
@@ -60,16 +64,22 @@ class Objective:
     """
 
     def __init__(
-        self, f: Callable[..., Any], x0: Nest, wrt: Nest, *, has_aux: bool
+        self,
+        f: Callable[..., Any],
+        x0: Nest,
+        wrt: Nest,
+        *,
+        has_aux: bool,
+        jit: bool = False,
     ) -> None:
         """Check the point; nothing is traced."""
         _check_sources(f, x0, wrt)
         self.f = f
         self.name = name_of(f)
         self._has_aux = has_aux
-        self._takes_values = x0 is not None
+        self.takes_values = x0 is not None
         self._finds = x0 is None and wrt is None
-        if self._takes_values:
+        if self.takes_values:
             self.template = _checked_start(x0)
             leaves = tf.nest.flatten(self.template)
             self.owners = [
@@ -81,16 +91,23 @@ class Objective:
             self.owners = [] if self._finds else tf.nest.flatten(open_modules(wrt))
             self.variables = tf.nest.flatten(self.template)
             _check_distinct(self.variables)
-        self._traces = Traces(self._run, f, jit=False)
+        self.example: tuple[Nest, ...] = ()
+        self.is_compiled = True
+        self._traces = Traces(self._run, f, jit=jit)
         self._products = Traces(self._multiply, f, jit=False)
 
-    def evaluate(self, scale: tf.Tensor | None = None) -> Evaluation:
+    def evaluate(
+        self, scale: tf.Tensor | None = None, batch: tuple[Nest, ...] = ()
+    ) -> Evaluation:
         """Return value and gradient where the variables are; traced once.
 
         Args:
             scale: What to multiply the gradient by: a loss scale, in the value's dtype.
+            batch: What `f` takes besides the point.
         """
-        evaluation: Evaluation = self._traces(scale)
+        evaluation: Evaluation = self._traces(scale, batch)
+        if batch:
+            self.is_compiled = self._traces.graph(scale, batch) is not None
         return evaluation
 
     def hvp(self, direction: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -111,27 +128,36 @@ class Objective:
         for variable, value in zip(self.variables, x, strict=True):
             variable.assign(value)
 
+    def point_argument(self) -> tuple[Nest, ...]:
+        """Return the point as the one argument that it is; nothing for variables."""
+        return (self.pack(self.read()),) if self.takes_values else ()
+
     def arguments(self) -> tuple[Nest, ...]:
         """Return what the user's function is called with where the variables are."""
-        return (self.pack(self.read()),) if self._takes_values else ()
+        return (*self.point_argument(), *self.example)
 
     def operations(self, scale: tf.Tensor | None = None) -> list[str]:
         """Return the op types of an evaluation; none if it could not be compiled."""
-        return self._traces.operations(scale)
+        return self._traces.operations(scale, ())
 
     def pack(self, leaves: Sequence[tf.Tensor]) -> Nest:
         """Return one tensor per variable in the structure that the user passed."""
         return tf.nest.pack_sequence_as(self.template, list(leaves))
 
-    def _run(self, f: Callable[..., Any], scale: tf.Tensor | None) -> Evaluation:
-        recording = self._record(self._call(f))
+    def _run(
+        self,
+        f: Callable[..., Any],
+        scale: tf.Tensor | None,
+        batch: tuple[Nest, ...],
+    ) -> Evaluation:
+        recording = self._record(self._call(f, batch))
         if self._finds and not self.variables:
             self._found(recording.sources)
         gradient = recording.gradients(scale)
         row = {
             "fun": recording.output,
             "grad_norm": _largest(gradient, scale, recording.output.dtype),
-            **self._point(),
+            **self._small_point(),
             **_small(_named_aux(recording.aux)),
         }
         return Evaluation(row, gradient)
@@ -145,15 +171,16 @@ class Objective:
 
         return Recording(gradient, self._call(f)).gradients(direction)
 
-    def _call(self, f: Callable[..., Any]) -> Call:
+    def _call(self, f: Callable[..., Any], batch: tuple[Nest, ...] = ()) -> Call:
         """Return the call of the user's function where the variables are."""
-        variables = None if self._takes_values else self.template
-        return Call(f, self.name, ("x",), self.arguments(), {}, 0, variables)
+        variables = None if self.takes_values else self.template
+        arguments = (*self.point_argument(), *batch)
+        return Call(f, self.name, ("x",), arguments, {}, 0, variables)
 
     def _record(self, call: Call) -> Recording:
         return Recording(objective(self._has_aux), call, has_aux=self._has_aux)
 
-    def _point(self) -> dict[str, tf.Tensor]:
+    def _small_point(self) -> dict[str, tf.Tensor]:
         count = sum(variable.shape.num_elements() for variable in self.variables)
         return _small({"x": self.pack(self.read())}) if count <= SMALL else {}
 

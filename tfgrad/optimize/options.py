@@ -29,7 +29,11 @@ class Options:
     wrt: Nest | None = None
     method: Any = None
     learning_rate: Any = None
-    steps: int = 1000
+    data: Any = None
+    batch_size: int | None = None
+    epochs: int | None = None
+    validation: Callable[..., Any] | None = None
+    steps: int | None = None
     gtol: float | None = None
     ftol: float | None = None
     xtol: float | None = None
@@ -41,7 +45,9 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check what needs no function."""
-        check_count("steps", self.steps)
+        for name in ("steps", "epochs", "batch_size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         for name in ("gtol", "ftol", "xtol", "seconds"):
             _check_tolerance(name, getattr(self, name))
         _check_number("target", self.target)

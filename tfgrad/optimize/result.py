@@ -30,12 +30,16 @@ class OptimizeResult:
         nfev: Evaluations of the objective with its gradient.
         success: True if `x` is a solution by the rule that `status` names.
         status: Why the run ended: "gtol", "ftol", "xtol", "target" (solutions),
-            "steps", "seconds", "callback", "interrupted", "nonfinite", "unbounded",
-            "precision", "linesearch", "trustregion", "stopped".
+            "steps", "epochs", "data" (over, and cannot be repeated), "seconds",
+            "callback", "interrupted", "nonfinite", "unbounded", "precision",
+            "linesearch", "trustregion", "stopped".
         message: The same as a sentence.
         history: One row per state, row 0 the start: `step`, `fun`, `grad_norm` (largest
             |element|), `seconds`; the leaves of `x` while they are ten numbers or
             fewer; what `has_aux` returns, likewise.
+        epochs: With data, one row per epoch that is over: `epoch`, `step`, the means of
+            `fun` and of aux values over its batches, weighted by their sizes, and what
+            `validation` returned.
         seconds: How long it took, in seconds, tracing included.
         directory: Where the run was logged; None if it was not.
     """
@@ -51,6 +55,7 @@ class OptimizeResult:
     history: History = field(compare=False)
     seconds: float
     directory: Path | None = None
+    epochs: History = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         """Return a short table."""

@@ -7,9 +7,16 @@ import numpy as np
 from tfgrad.optimize.loop import Rows
 from tfgrad.optimize.stopping import UNBOUNDED, Stopping
 
+NO_SOLUTION = "no rule says this is a solution"
+
 
 def sentence(
-    status: str, step: int, rules: Stopping, seconds: float | None, nonfinite: Rows
+    status: str,
+    step: int,
+    rules: Stopping,
+    seconds: float | None,
+    nonfinite: Rows,
+    why: str = "",
 ) -> str:
     """Return the sentence for a status.
 
@@ -19,15 +26,18 @@ def sentence(
         rules: The rules that were asked.
         seconds: How long it might take.
         nonfinite: With "nonfinite", rows of which the last is not finite.
+        why: What is known about that.
     """
     if status == "nonfinite":
-        return _about_nonfinite(step, nonfinite)
+        return _about_nonfinite(step, nonfinite, f" ({why})" if why else "")
     return {
         "gtol": f"No element of the gradient is larger than {rules.gtol}.",
         "ftol": f"The last step changed f by less than {rules.ftol}, relatively.",
         "xtol": f"The last step was shorter than {rules.xtol}, relatively.",
         "target": f"f has reached the target {rules.target}.",
-        "steps": f"All {step} steps were taken; no rule says this is a solution.",
+        "steps": f"All {step} steps were taken; {NO_SOLUTION}.",
+        "epochs": f"All epochs are over, after {step} steps; {NO_SOLUTION}.",
+        "data": f"The data ended after {step} steps, and cannot be repeated.",
         "unbounded": f"f fell below {UNBOUNDED:g}: it seems to have no minimum.",
         "precision": "Rounding hides what any further step would change.",
         "trustregion": "No step, however short, goes downhill; f may have a kink.",
@@ -39,15 +49,15 @@ def sentence(
     }[status]
 
 
-def _about_nonfinite(step: int, rows: Rows) -> str:
+def _about_nonfinite(step: int, rows: Rows, why: str) -> str:
     bad = {name: column[-1] for name, column in rows.columns.items()}
     if np.isfinite(bad["fun"]):
         what, value = "an element of the gradient", bad["grad_norm"]
     else:
         what, value = "f", bad["fun"]
     if bad["step"] == 0:
-        return f"At the start, {what} is {value}: no step was taken."
+        return f"At the start, {what} is {value}{why}: no step was taken."
     return (
-        f"In step {step + 1}, {what} became {value}; "
+        f"In step {step + 1}, {what} became {value}{why}; "
         f"x is the last finite point, after step {step}."
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfgrad.errors import InvalidArgumentError
+from tfgrad.optimize.methods import named_method
 from tfgrad.optimize.methods.keras_optimizer import optimizer_names
 from tfgrad.optimize.objective import Objective
 from tfgrad.optimize.options import check_count
@@ -33,17 +34,23 @@ HANDS_OVER = frozenset({"steps", "precision", "linesearch", "trustregion"})
 """The statuses with which a stage hands over to the next; others end the run."""
 
 
-def make_stages(method: Any, learning_rate: Any) -> list[Stage]:
+def make_stages(
+    method: Any, learning_rate: Any, *, has_data: bool = False
+) -> list[Stage]:
     """Return the stages of a method, or of a list of methods and (method, steps) pairs.
 
     Args:
         method: As for `minimize`.
         learning_rate: For the optimizers of Keras by name among the methods.
+        has_data: The function is another one in each step: only an optimizer will do.
 
     Raises:
         InvalidArgumentError: If there is no such method, a list is empty, or there is
             none that `learning_rate` is for.
     """
+    if has_data:
+        method = "adam" if method is None else method
+        _require_optimizer(method)
     if not isinstance(method, list):
         return [_stage("lbfgs" if method is None else method, learning_rate)]
     if not method:
@@ -72,6 +79,17 @@ def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
         steps = int(steps)
     turns = make_turns(method, learning_rate)
     return Stage(_name_of(method), turns, steps)
+
+
+def _require_optimizer(method: Any) -> None:
+    kind = named_method(method) if isinstance(method, str) else method
+    if not hasattr(kind, "apply_gradients"):
+        raise InvalidArgumentError(
+            "With `data`, the method is one optimizer of Keras: the loss is another "
+            "one in each batch, and all other methods take it for one function.",
+            got=f"method={method!r}",
+            hint='method="adam"; or all at once: minimize(lambda: loss(x, y), wrt=...)',
+        )
 
 
 def _name_of(method: Any) -> str:

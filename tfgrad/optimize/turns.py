@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import ravel, unravel
+from tfgrad.nested import Nest, ravel, unravel
 from tfgrad.optimize.methods import PURE, named_method
 from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
 from tfgrad.optimize.methods.protocol import Bindable, Method, Point
@@ -96,9 +96,14 @@ class KerasTurns:
         """Whether a turn can be part of a trace."""
         return self._method.is_compiled
 
-    def evaluate(self) -> Evaluation:
+    @property
+    def scales(self) -> bool:
+        """Whether the optimizer scales the loss, and so looks after overflows."""
+        return self._method.scale() is not None
+
+    def evaluate(self, batch: tuple[Nest, ...] = ()) -> Evaluation:
         """Evaluate the objective where the variables are."""
-        return self._objective.evaluate(self._method.scale())
+        return self._objective.evaluate(self._method.scale(), batch)
 
     def operations(self) -> list[str]:
         """Return the op types of an evaluation; none if it cannot be compiled."""
@@ -108,9 +113,13 @@ class KerasTurns:
         """Return nothing: an optimizer keeps its state in variables."""
         return ()
 
+    def update(self, at: Evaluation) -> None:
+        """Take one step by the gradient of an evaluation."""
+        self._method.update(at.gradient)
+
     def turn(self, at: Evaluation, state: Any) -> Turn:
         """Update the variables and evaluate: every turn is a step."""
-        self._method.update(at.gradient)
+        self.update(at)
         return Turn(self.evaluate(), (), True, False)
 
     def point(self, state: Any) -> list[tf.Tensor]:

@@ -1,0 +1,392 @@
+"""Where batches come from: arrays, data sets, and whatever Python can iterate over.
+
+A source opens one iterator of TensorFlow for each epoch, so that the compiled loop
+draws the batches itself. It can be opened at any batch of any epoch, in a new process,
+too, and goes on from there as the first run did: what is drawn depends on the epoch and
+the batch (and on the seeds of the data set) alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.derivatives.arguments import parameter_names
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import (
+    Nest,
+    describe,
+    is_array_like,
+    is_number,
+    map_leaves,
+    name_of,
+    named_leaves,
+)
+
+BATCH_SIZE = 32
+"""Rows of arrays in a batch unless told otherwise; Keras's default."""
+
+SEED = 20260
+"""Of the order of arrays, together with the epoch: a run repeats to the last bit."""
+
+
+class Source(Protocol):
+    """Batches, epoch by epoch.
+
+    Attributes:
+        spec: The nest of specs of what its iterators yield.
+        batches: How many there are in an epoch; None if nobody knows.
+        is_repeatable: Whether there is a second epoch.
+        error: What the user's code raised instead of yielding a batch.
+    """
+
+    spec: Any
+    batches: int | None
+    is_repeatable: bool
+    error: Exception | None
+
+    def open(self, epoch: int, batch: int = 0) -> Any:
+        """Return an iterator over an epoch from `batch` on; epochs in their order."""
+
+    def batch(self, drawn: Any) -> Nest:
+        """Return the batch for what an iterator yielded; may be part of a trace."""
+
+    def row(self, drawn: Any, index: int) -> str:
+        """Return what to call a row of a batch in a message."""
+
+
+def source_of(data: Any, batch_size: int | None) -> Source:
+    """Return the source for what a user passes as `data`.
+
+    A `tf.data.Dataset` is taken as it is. An array, or a tuple or dict of arrays, is
+    cut in batches along the first dimension. Anything else is iterated over, anew in
+    each epoch if it can be: a list of batches, a `keras.utils.PyDataset`, a function
+    that returns an iterator, a generator.
+
+    Raises:
+        InvalidArgumentError: If it is none of these, holds no batch, or has a batch
+            size already.
+    """
+    if not isinstance(data, tf.data.Dataset) and _holds_arrays(data):
+        return Arrays(data, BATCH_SIZE if batch_size is None else batch_size)
+    if batch_size is not None:
+        raise InvalidArgumentError(
+            "`batch_size` cuts arrays; all else comes in batches of its own.",
+            got=f"batch_size={batch_size} with data={describe(data)}",
+            hint="dataset.batch(...), or leave out batch_size",
+        )
+    if isinstance(data, tf.data.Dataset):
+        return Dataset(data)
+    can_yield = callable(data) or isinstance(data, Iterable | keras.utils.PyDataset)
+    if can_yield and not isinstance(data, tuple | Mapping | str):
+        return Batches(data)
+    raise InvalidArgumentError(
+        "`data` must be arrays, a tf.data.Dataset, or an iterable of batches.",
+        got=f"data={describe(data)}",
+        hint="data=(x, y) with batch_size=32, or data=dataset.batch(32)",
+    )
+
+
+class Arrays:
+    """Rows of arrays, in another order in each epoch; the last batch may be smaller."""
+
+    is_repeatable = True
+    batches: int | None
+    error: Exception | None = None
+
+    def __init__(self, data: Nest, batch_size: int) -> None:
+        """Check that all arrays have as many rows."""
+        self._arrays = map_leaves(_as_tensor, data, "data")
+        named = named_leaves(self._arrays, "data")
+        self._size = batch_size
+        self._count = _common_length(named)
+        self._batches = self.batches = -(-self._count // batch_size)
+        self.spec = tf.TensorSpec([], tf.int64)
+        self._order = tf.Variable(tf.range(self._count), trainable=False)
+
+    def open(self, epoch: int, batch: int = 0) -> Any:
+        """Shuffle, and return an iterator over numbers of batches."""
+        order = np.random.default_rng([SEED, epoch]).permutation(self._count)
+        self._order.assign(order.astype(np.int32))
+        return iter(tf.data.Dataset.range(batch, self._batches))
+
+    def batch(self, drawn: tf.Tensor) -> Nest:
+        """Return the rows of a batch, by its number."""
+        rows = self._rows(drawn)
+        return tf.nest.map_structure(lambda a: tf.gather(a, rows), self._arrays)
+
+    def row(self, drawn: tf.Tensor, index: int) -> str:
+        """Return the number of the row in the user's arrays."""
+        return f"row {int(self._rows(drawn)[index])} of the data"
+
+    def __str__(self) -> str:
+        """Return what the log says of it."""
+        return f"{self._count} rows, {self._size} in a batch"
+
+    def _rows(self, number: tf.Tensor) -> tf.Tensor:
+        first = number * self._size
+        return self._order[first : first + self._size]
+
+
+class Dataset:
+    """A `tf.data.Dataset`: one iterator for each epoch, as a Python loop makes them."""
+
+    is_repeatable = True
+    error: Exception | None = None
+
+    def __init__(self, dataset: tf.data.Dataset[Any]) -> None:
+        """Draw nothing yet."""
+        self._dataset = dataset
+        self._opened = 0
+        self.spec = dataset.element_spec
+        count = int(dataset.cardinality())
+        self.batches = count if count >= 0 else None
+        self.is_endless = count == tf.data.INFINITE_CARDINALITY
+
+    def open(self, epoch: int, batch: int = 0) -> Any:
+        """Return the iterator of an epoch.
+
+        A seeded data set orders its elements by how many iterators there were before.
+        """
+        while self._opened <= epoch:
+            iterator = iter(self._dataset)
+            self._opened += 1
+        deque(itertools.islice(iterator, batch), maxlen=0)
+        return iterator
+
+    def batch(self, drawn: Nest) -> Nest:
+        """Return what was drawn."""
+        return drawn
+
+    def row(self, drawn: Nest, index: int) -> str:
+        """Return the number of the row in its batch."""
+        return f"row {index} of it"
+
+    def __str__(self) -> str:
+        """Return what the log says of it."""
+        return f"a data set of {_layout(self.spec)}"
+
+
+class Batches:
+    """Batches made by Python: an iterable, or a function that returns one.
+
+    The first batch says what all look like: the same structure, dtypes and shapes, but
+    for the first dimension.
+    """
+
+    def __init__(self, data: Any) -> None:
+        """Draw the first batch."""
+        self._data = data
+        self._epoch = 0
+        iterator = self._iterator()
+        self.is_repeatable = iterator is not data
+        first = next(iterator, None)
+        if first is None:
+            raise _empty(f"data={describe(data)} yields nothing")
+        self._batches: Iterator[Any] = itertools.chain([first], iterator)
+        self.spec = tf.nest.map_structure(_spec, _as_arrays(first))
+        self.batches = len(data) if hasattr(data, "__len__") else None
+        self.error: Exception | None = None
+        options = tf.data.Options()  # draw no batch that may not be needed
+        options.experimental_optimization.inject_prefetch = False
+        dataset = tf.data.Dataset.from_generator(
+            self._drawn, output_signature=self.spec
+        )
+        self._dataset = dataset.with_options(options)
+
+    def open(self, epoch: int, batch: int = 0) -> Any:
+        """Return the iterator of an epoch; all before it is drawn, if it is not yet."""
+        while self._epoch < epoch:
+            deque(self._batches, maxlen=0)
+            self._batches = self._iterator()
+            self._epoch += 1
+        deque(itertools.islice(self._batches, batch), maxlen=0)
+        return iter(self._dataset)
+
+    def batch(self, drawn: Nest) -> Nest:
+        """Return what was drawn."""
+        return drawn
+
+    def row(self, drawn: Nest, index: int) -> str:
+        """Return the number of the row in its batch."""
+        return f"row {index} of it"
+
+    def __str__(self) -> str:
+        """Return what the log says of it."""
+        return f"batches of {_layout(self.spec)}"
+
+    def _iterator(self) -> Iterator[Any]:
+        data = self._data
+        if isinstance(data, keras.utils.PyDataset):
+            return _batches_of(data)
+        return iter(data() if callable(data) else data)
+
+    def _drawn(self) -> Iterator[Nest]:
+        # TensorFlow would hide what goes wrong here behind an error of its own; so the
+        # epoch ends, and the loop asks why.
+        try:
+            for batch in self._batches:
+                yield self._checked(_as_arrays(batch))
+        except Exception as error:  # a user's code may raise anything
+            self.error = error
+
+    def _checked(self, batch: Nest) -> Nest:
+        specs = tf.nest.map_structure(_spec, batch)
+        if specs != self.spec:
+            raise InvalidArgumentError(
+                "All batches must look alike, but for their first dimension.",
+                got=f"{_layout(specs)} after {_layout(self.spec)}",
+                hint="pad them to one shape, or a tf.data.Dataset, whose element_spec "
+                "may leave dimensions open",
+            )
+        return batch
+
+
+def can_take(f: Callable[..., Any], count: int) -> bool:
+    """Return whether `f` can be called with so many positional arguments."""
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):  # builtins and some callables have no signature
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def spreads(f: Callable[..., Any], before: int, batch: Nest) -> bool:
+    """Return whether `f` takes the parts of a batch one by one, or else all as one.
+
+    Args:
+        f: The loss.
+        before: How many arguments come before: 1 if it is a function of values.
+        batch: A batch, or its specs. A tuple is spread over positional parameters if
+            there are as many.
+
+    Raises:
+        InvalidArgumentError: If `f` takes it neither way.
+    """
+    is_tuple = isinstance(batch, tuple)
+    if is_tuple and can_take(f, before + len(batch)):
+        return True
+    if can_take(f, before + 1):
+        return False
+    point = "params, " if before else ""
+    parts = f" or `loss({point}x, y)`" if is_tuple and len(batch) > 1 else ""
+    raise InvalidArgumentError(
+        f"With `data`, the loss takes a batch: `loss({point}batch)`{parts}.",
+        got=f"`{name_of(f)}{inspect.signature(f)}`, and {_layout(batch)} as a batch",
+        hint=f"a tuple of {len(batch)} is spread over {len(batch)} parameters"
+        if is_tuple
+        else f"lambda {point}batch: ...",
+    )
+
+
+def names_of_parts(f: Callable[..., Any], before: int, arguments: Nest) -> list[str]:
+    """Return what the user calls each leaf of the arguments made of a batch."""
+    names = parameter_names(f)(before + len(arguments))[before:]
+    pairs = zip(names, arguments, strict=True)
+    return [path for name, nest in pairs for path, _ in named_leaves(nest, name)]
+
+
+def size_of(batch: Nest) -> tf.Tensor:
+    """Return how many rows a batch has; what has no rows counts as one."""
+    leaf = tf.nest.flatten(batch)[0]
+    if isinstance(leaf, tf.SparseTensor):
+        return tf.cast(leaf.dense_shape[0], tf.int32)
+    if leaf.shape.rank == 0:
+        return tf.constant(1)
+    rows = leaf.nrows() if isinstance(leaf, tf.RaggedTensor) else tf.shape(leaf)[0]
+    return tf.cast(rows, tf.int32)
+
+
+def require_batch(has_one: bool) -> None:
+    """Refuse an empty data set."""
+    if not has_one:
+        raise _empty("a tf.data.Dataset without elements")
+
+
+def _empty(got: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "`data` must hold at least one batch.",
+        got=got,
+        hint="look at next(iter(data)): a filter, a path or a used-up generator?",
+    )
+
+
+def _holds_arrays(data: Any) -> bool:
+    if is_array_like(data):
+        return True
+    if isinstance(data, tuple | Mapping):
+        children = data.values() if isinstance(data, Mapping) else data
+        return bool(data) and all(map(_holds_arrays, children))
+    is_array = isinstance(data, np.ndarray) or tf.is_tensor(data)
+    return is_array or hasattr(data, "__array__")
+
+
+def _as_tensor(leaf: Any, name: str) -> tf.Tensor:
+    return tf.convert_to_tensor(_as_array(leaf, name))
+
+
+def _as_arrays(batch: Nest) -> Nest:
+    """Return a batch in arrays; a list of parts, as PyTorch has it, is a tuple."""
+    if isinstance(batch, list) and not is_array_like(batch):
+        batch = tuple(batch)
+    return map_leaves(_as_array, batch, "batch")
+
+
+def _as_array(leaf: Any, name: str) -> Any:
+    if isinstance(leaf, tf.Tensor):
+        return leaf
+    try:
+        array = np.asarray(leaf)
+    except ValueError:  # rows of different lengths
+        array = np.asarray(None)
+    if array.dtype == object:
+        raise InvalidArgumentError(
+            "`data` must be made of arrays.",
+            got=f"`{name}` is {describe(leaf)}",
+            hint="numpy.asarray(..., dtype=...) of it; rows of one length",
+        )
+    is_plain = is_number(leaf) or is_array_like(leaf)
+    return array.astype(np.float32) if is_plain and array.dtype.kind == "f" else array
+
+
+def _common_length(named: list[tuple[str, tf.Tensor]]) -> int:
+    lengths = {name: leaf.shape[0] if leaf.shape.rank else None for name, leaf in named}
+    if None in lengths.values() or len(set(lengths.values())) > 1:
+        shapes = (f"`{name}` of shape {tuple(leaf.shape)}" for name, leaf in named)
+        raise InvalidArgumentError(
+            "Arrays must have the same number of rows: the first dimension is cut.",
+            got=", ".join(shapes),
+            hint="one row for each example in every array",
+        )
+    count = next(iter(lengths.values()))
+    if not count:
+        raise _empty("arrays of 0 rows")
+    return int(count)
+
+
+def _spec(leaf: Any) -> tf.TensorSpec:
+    shape = [None, *leaf.shape[1:]] if len(leaf.shape) else []
+    return tf.TensorSpec(shape, leaf.dtype)
+
+
+def _layout(batch: Nest) -> str:
+    """Return the shapes in a batch, or in its specs."""
+    leaves = named_leaves(batch, "batch")
+    return ", ".join(f"{name} {leaf.shape} {leaf.dtype.name}" for name, leaf in leaves)
+
+
+def _batches_of(data: Any) -> Iterator[Any]:
+    for index in range(len(data)):
+        yield data[index]
+    data.on_epoch_end()

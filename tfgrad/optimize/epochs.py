@@ -1,0 +1,135 @@
+"""The end of each epoch: its means, its validation, and whether it is the last."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import Nest, describe
+from tfgrad.optimize.data import Source, can_take, source_of
+from tfgrad.optimize.data_loop import DataLoop
+from tfgrad.optimize.options import Options
+
+ENDLESS = 2**62
+"""Steps of a run that something else ends."""
+
+STEPS = 1000
+"""Steps where nothing is said, for functions without data and for endless data."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Batches, and for how long they are gone through.
+
+    Attributes:
+        source: The batches.
+        epochs: How often to go through them; None for as long as other budgets last.
+        validation: Called at the end of each epoch, with the point if the loss is a
+            function of values; returns a number, or a dict of numbers.
+    """
+
+    source: Source
+    epochs: int | None
+    validation: Callable[..., Any] | None
+
+    def planned(self, steps: int) -> int | None:
+        """Return how many steps there will be at most; None if nobody knows."""
+        if self.epochs is not None and self.source.batches is not None:
+            steps = min(steps, self.epochs * self.source.batches)
+        return None if steps == ENDLESS else steps
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the log says about it."""
+        return {"data": str(self.source), "epochs": self.epochs}
+
+    def end_epoch(self, loop: DataLoop, point: tuple[Nest, ...]) -> dict[str, Any]:
+        """Return the row of an epoch that is over, in the order of time."""
+        means = loop.next_epoch()
+        values = {} if self.validation is None else _named(self.validation(*point))
+        return {"epoch": loop.epoch, "step": loop.step, **means, **values}
+
+    def status(self, loop: DataLoop, row: Mapping[str, Any]) -> str | None:
+        """Return why the run is over after an epoch, if it is."""
+        target = loop.stopping.target
+        if target is not None and row["fun"] <= target:
+            return "target"
+        if self.epochs is not None and loop.epoch >= self.epochs:
+            return "epochs"
+        return None if self.source.is_repeatable else "data"
+
+
+def training(options: Options, *, takes_values: bool) -> tuple[Training | None, int]:
+    """Return what to train on, if there is data, and for how many steps.
+
+    With data and no budget at all, it is gone through once.
+
+    Raises:
+        InvalidArgumentError: If an option is for data, and there is none; if endless
+            data is to have epochs; or as `source_of` does.
+    """
+    epochs, steps, seconds = options.epochs, options.steps, options.seconds
+    if options.data is None:
+        _require_no(options, "batch_size", "epochs", "validation")
+        return None, STEPS if steps is None else int(steps)
+    if options.validation is not None:
+        _check_validation(options.validation, takes_values)
+    source = source_of(options.data, options.batch_size)
+    is_endless = getattr(source, "is_endless", False)
+    if is_endless and epochs is not None:
+        raise InvalidArgumentError(
+            "Data without end has no epochs.",
+            got=f"epochs={epochs} with a data set of infinite cardinality",
+            hint="steps=1000, or a data set without .repeat()",
+        )
+    if epochs is None and steps is None and seconds is None:
+        epochs, steps = (None, STEPS) if is_endless else (1, None)
+    budget = ENDLESS if steps is None else int(steps)
+    return Training(source, epochs, options.validation), budget
+
+
+def _require_no(options: Options, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            raise InvalidArgumentError(
+                f"`{name}` goes with `data`.",
+                got=f"{name}={describe(value)} without data",
+                hint="minimize(loss, wrt=model, data=(x, y), epochs=10)",
+            )
+
+
+def _check_validation(validation: Any, takes_values: bool) -> None:
+    count = int(takes_values)
+    if not callable(validation) or not can_take(validation, count):
+        raise InvalidArgumentError(
+            "`validation` is a function of the values that are minimised over."
+            if takes_values
+            else "`validation` is a function without arguments.",
+            got=f"validation={describe(validation)}",
+            hint=f"validation=lambda{' params' * count}: {{'accuracy': ...}}",
+        )
+
+
+def _named(returned: Any) -> dict[str, float]:
+    """Return what a validation returned as columns."""
+    if not isinstance(returned, Mapping):
+        return {"validation": _number(returned)}
+    return {f"validation_{key}": _number(value) for key, value in returned.items()}
+
+
+def _number(value: Any) -> float:
+    array = np.asarray(value)
+    if array.size == 1 and array.dtype.kind in "fiub":
+        return float(array.reshape(()))
+    if isinstance(value, numbers.Real) or array.dtype.kind == "V":  # bfloat16
+        return float(value)
+    raise InvalidArgumentError(
+        "`validation` must return a number, or a dict of numbers.",
+        got=describe(value),
+        hint="return {'loss': float(loss), 'accuracy': float(accuracy)}",
+    )
