@@ -1,6 +1,7 @@
 """What `minimize` writes without being asked, read back from its files."""
 
 import collections
+import contextlib
 import json
 import os
 import shutil
@@ -162,7 +163,7 @@ def test_many_parameters_are_histograms_some_fifty_times(tmp_path):
     assert kinds == {"parameters", "gradients"}
     assert any(tag.endswith("dense/kernel") for tag in histograms)
     for points in histograms.values():
-        assert 2 <= len(points) <= 52
+        assert 20 <= len(points) <= 52
     assert not any(tag.startswith("x") for tag in read_run(result.directory).curves)
 
 
@@ -190,9 +191,32 @@ def test_long_runs_are_thinned_and_say_so(tmp_path, monkeypatch):
     assert steps == expected
     np.testing.assert_array_equal(loss, np.float32(result.history["fun"][expected]))
     assert len(result.history["fun"]) == 1002
-    assert "every step up to 100, then every second" in card(
+    assert "every step up to 100, then half as often" in card(
         result.directory, "problem"
     )
+
+
+def test_a_log_of_every_tenth_step_has_the_start_and_the_end(tmp_path):
+    result = minimized(tmp_path, steps=25, every=10)
+
+    steps, loss = curve(result.directory, "loss")
+    assert steps == [0, 10, 20, 25]
+    np.testing.assert_array_equal(loss, np.float32(result.history["fun"][steps]))
+    assert len(result.history["fun"]) == 26
+    assert "every 10 steps" in card(result.directory, "problem")
+
+
+def test_long_runs_of_every_tenth_step_are_thinned_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_module, "EVERY_STEP", 10)
+    result = minimized(tmp_path, steps=401, learning_rate=1e-5, every=10)
+
+    steps, _ = curve(result.directory, "loss")
+    assert steps == [
+        *range(0, 100, 10),
+        *range(100, 200, 20),
+        *range(200, 401, 40),
+        401,
+    ]
 
 
 # --- a log that fails -----------------------------------------------------------------
@@ -240,6 +264,19 @@ def test_a_full_disk_ends_the_log_and_not_the_run(small_disk):
     assert frame["step"].tolist() == list(range(len(frame)))
     assert len(frame) > 10
     assert json.loads((run / "run.json").read_text())["status"]
+
+
+def test_a_disk_that_is_full_from_the_start_does_not_keep_anyone_from_minimizing(
+    small_disk,
+):
+    with contextlib.suppress(OSError), (small_disk / "rest").open("wb", 0) as rest:
+        while True:
+            rest.write(bytes(4096))
+
+    with pytest.warns(RuntimeWarning, match="The optimisation goes on without its log"):
+        result = minimized(small_disk)
+    assert result.nit == 20
+    assert result.directory is None
 
 
 def test_a_full_disk_lets_the_directory_go(small_disk):

@@ -15,7 +15,7 @@ from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
 from tfgrad.optimize.data_loop import DataLoop
 from tfgrad.optimize.epochs import ENDLESS, STEPS, training
-from tfgrad.optimize.log import Log, check_log
+from tfgrad.optimize.log import Log, check_log, open_log
 from tfgrad.optimize.loop import LOOP_STEPS, NOTHING, Loop, Rows, Since
 from tfgrad.optimize.objective import Objective
 from tfgrad.optimize.options import Options
@@ -122,7 +122,10 @@ class Descent:
         self._begin(0, NOTHING)
         if (log := self._options.log) is not None:
             steps = STEPS if self.planned is None else self.planned
-            self._log = Log(log, self._name, self._objective, self._facts(), steps)
+            every = int(self._options.every)
+            self._log = open_log(
+                log, self._name, self._objective, self._facts(), steps, every
+            )
         self._record(self._loop.start())
         self._judge()
         return self
@@ -161,7 +164,10 @@ class Descent:
     def advance(self, most: int) -> int:
         """Take one chunk of at most `most` steps; return how many were taken in all."""
         if self.status is None:
-            self._record(self._loop.advance(min(most, self._last - self._loop.step)))
+            most = min(most, self._last - self._loop.step)
+            if self._log is not None:
+                most = min(most, self._log.longest_chunk(self._loop.step))
+            self._record(self._loop.advance(most))
             self._judge()
             if isinstance(self._loop, DataLoop):
                 self._end_epoch(self._loop)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tfgrad.errors import InvalidArgumentError, TfgradError
+from tfgrad.errors import InvalidArgumentError, RunError, TfgradError
 from tfgrad.nested import named_leaves
 from tfgrad.optimize.cards import point_text, problem_card, result_card
 from tfgrad.optimize.loop import Rows
@@ -39,6 +41,10 @@ every fourth ... A million steps are 263,000 rows, some fifty megabytes."""
 HISTOGRAMS = 50
 """How often, at most, the distribution of many parameters is written in a run."""
 
+CHUNKS = 20
+"""In how many chunks, at least, a run of many parameters is cut, each of which ends in
+a distribution; they would cost more than they show in each of the fifty."""
+
 QUEUE = 4
 """Chunks that may wait to be written: the first steps are all written, later ones not,
 so that a loop faster than its log need not wait for it."""
@@ -56,6 +62,21 @@ def check_log(log: Run | str | PathLike[str] | None) -> None:
         check(log)
 
 
+def open_log(*args: Any) -> Log | None:
+    """Return `Log(*args)`; None, with a warning, if the disk has no room for it."""
+    try:
+        return Log(*args)
+    except RunError as error:
+        if getattr(error.__cause__, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        warnings.warn(
+            f"The optimisation goes on without its log. {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
 class Log:
     """Where a minimisation is written: a run of its own, or one that the user opened.
 
@@ -69,6 +90,7 @@ class Log:
         objective: What is minimised, where it starts.
         facts: How it is minimised, for the card, `run.json` and the HParams tab.
         steps: How many steps are planned.
+        every: How many steps there are from one point to the next.
     """
 
     def __init__(
@@ -78,6 +100,7 @@ class Log:
         objective: Objective,
         facts: Mapping[str, Any],
         steps: int,
+        every: int = 1,
     ) -> None:
         """Open the run; write the card of the problem, `run.json`, and the graph."""
         given = {name: value for name, value in facts.items() if value is not None}
@@ -94,7 +117,8 @@ class Log:
         self._lowest = np.inf
         count = sum(v.shape.num_elements() for v in objective.variables)
         self._names = _leaf_names(objective) if count > SMALL else []
-        self._histogram_gap = -(-steps // HISTOGRAMS)
+        self._steps = steps
+        self._every = every
         self._next_histogram = 0
         self._write_problem(facts, steps)
 
@@ -109,7 +133,8 @@ class Log:
         self._submit(self._take, Rows({**rows.columns, "time": _wall_times(rows)}))
         step = int(rows.columns["step"][-1])
         if self._names and step >= self._next_histogram:
-            self._next_histogram = step + self._histogram_gap
+            # Where the data decides how long a run is, it may be longer than planned.
+            self._next_histogram = step - (-max(self._steps, step) // HISTOGRAMS)
             point, gradient = ([np.asarray(x) for x in part] for part in leaves())
             self._submit(self._write_histograms, step, point, gradient)
 
@@ -121,6 +146,11 @@ class Log:
         scalars = dict(_curves(columns))
         tagged = {f"epoch/{tag}": column[0] for tag, column in scalars.items()}
         self._submit(self._run.log, step, tagged)
+
+    def longest_chunk(self, step: int) -> int:
+        """Return how many steps to take at most before the next call of `rows`."""
+        whole = max(self._steps, step)
+        return max(1, whole // CHUNKS) if self._names else whole
 
     def flush(self) -> None:
         """Wait until all rows are in the file: do so before a checkpoint is saved.
@@ -139,7 +169,7 @@ class Log:
         """
         self.flush()
         self._thread.shutdown()
-        if self._last is not None and not _is_kept(self._last)[0]:
+        if self._last is not None and not self._is_kept(self._last)[0]:
             self._guard(self._write_rows, self._last)
         if self._kept:
             self._guard(self._write_gap)
@@ -157,12 +187,8 @@ class Log:
     def _write_problem(self, facts: Mapping[str, Any], steps: int) -> None:
         start = self._objective.pack(self._objective.read())
         facts = {**facts, "start": point_text(start)}
-        if steps > EVERY_STEP:
-            facts["curves"] = (
-                f"every step up to {EVERY_STEP:,}, then every second, from "
-                f"{2 * EVERY_STEP:,} on every fourth, and so on; "
-                "the history of the result has all"
-            )
+        if curves := _thinning(steps, self._every):
+            facts["curves"] = curves
         self._guard(self._run.describe, **facts)
         card = problem_card(self._objective.f, facts)
         self._guard(self._run.text, "problem", card)
@@ -180,7 +206,7 @@ class Log:
             way = np.diff(np.concatenate([_points(self._last), points]), axis=0)
             rows.columns["step_length"] = np.linalg.norm(way, axis=1)
         self._last = _selected(rows, slice(-1, None))
-        self._write_rows(_selected(rows, _is_kept(rows)))
+        self._write_rows(_selected(rows, self._is_kept(rows)))
 
     def _write_rows(self, rows: Rows) -> None:
         if len(rows):
@@ -188,6 +214,12 @@ class Log:
             columns = rows.columns
             scalars = dict(_scalars(rows))
             self._run.log_history(scalars, columns["step"], columns["time"])
+
+    def _is_kept(self, rows: Rows) -> np.ndarray[Any, Any]:
+        """Return whether each row is written; its step alone decides."""
+        points = rows.columns["step"] / self._every
+        doublings = np.ceil(np.log2(np.maximum(points / EVERY_STEP, 1.0)))
+        return np.asarray(points % 2 ** doublings.astype(np.int64) == 0)
 
     def _write_histograms(self, step: int, point: Leaves, gradient: Leaves) -> None:
         for name, x, slope in zip(self._names, point, gradient, strict=True):
@@ -254,6 +286,22 @@ class Log:
         return np.concatenate([rows.columns[name] for rows in self._kept])
 
 
+def _thinning(steps: int, every: int) -> str:
+    """Return which of the planned steps are written; "" if all are.
+
+    >>> _thinning(1000, 1), _thinning(1000, 10)
+    ('', 'every 10 steps; the history of the result has all')
+    """
+    most = EVERY_STEP * every
+    if every == 1 and steps <= most:
+        return ""
+    text = "every step" if every == 1 else f"every {every} steps"
+    if steps > most:
+        text += f" up to {most:,}, then half as often, from {2 * most:,} on a quarter"
+        text += " as often, and so on"
+    return f"{text}; the history of the result has all"
+
+
 def _leaf_names(objective: Objective) -> list[str]:
     """Return a name for the histograms of each variable."""
     unique = UniqueNames()
@@ -299,13 +347,6 @@ def _curves(
             continue
         for index in np.ndindex(column.shape[1:]):
             yield f"{tag}/{'_'.join(map(str, index))}", column[:, *index]
-
-
-def _is_kept(rows: Rows) -> np.ndarray[Any, Any]:
-    """Return whether each row is written; its step alone decides."""
-    steps = rows.columns["step"]
-    doublings = np.ceil(np.log2(np.maximum(steps / EVERY_STEP, 1.0)))
-    return np.asarray(steps % 2 ** doublings.astype(np.int64) == 0)
 
 
 def _selected(rows: Rows, which: Any) -> Rows:

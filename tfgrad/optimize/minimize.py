@@ -12,7 +12,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe
 from tfgrad.optimize.descent import Descent, State
 from tfgrad.optimize.interrupt import Interrupts
-from tfgrad.optimize.options import Options, check_count, takes_options
+from tfgrad.optimize.options import Options, takes_options
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.runs.writer import Run
 
@@ -29,6 +29,7 @@ def minimize(
     epochs: int | None = None,
     validation: Callable[..., Any] | None = None,
     steps: int | None = None,
+    every: int = 1,
     gtol: float | None = None,
     ftol: float | None = None,
     xtol: float | None = None,
@@ -82,6 +83,8 @@ def minimize(
         steps: How many steps to take at most; None means 1000 without data. In a
             chain, those of the entries without a number. An optimizer of Keras takes
             all of them unless a rule below says otherwise.
+        every: How many steps there are from one point in the log to the next. The
+            history has each step whatever this is.
         gtol: Stop where no element of the gradient is larger. None means no such rule
             for an optimizer of Keras, else 1e-6 in float64 and 1e-3 in float32.
         ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
@@ -97,8 +100,9 @@ def minimize(
         callback: Called with a `State` after each chunk of steps (every step in short
             runs, ten times a second or more in long ones); return True to stop.
         log: A directory, in which the run gets one of its own, named after the method,
-            or an open `Run`. Every step is written (from 100,000 on every second, from
-            200,000 on every fourth, ...), the graph, and a card of the problem.
+            or an open `Run`. Every step is written (from 100,000 points on every
+            second, from 200,000 on every fourth, ...), the graph, and a card of the
+            problem. A disk that refuses ends the log with a warning, not the run.
 
     Returns:
         An `OptimizeResult`. Row k of its history is the point after k steps; with data,
@@ -113,7 +117,7 @@ def minimize(
             written.
         ScalarObjectiveError: If `f` returns anything but one float number.
         NoGradientError: If a path from an argument to the value exists, but is cut.
-        RunError: If the log cannot be written.
+        RunError: If `log` is no directory that can be written; nothing was traced.
 
     Example:
         >>> result = minimize(
@@ -159,6 +163,7 @@ def minimize(
         epochs=epochs,
         validation=validation,
         steps=steps,
+        every=every,
         gtol=gtol,
         ftol=ftol,
         xtol=xtol,
@@ -186,7 +191,7 @@ def minimize(
 
 @takes_options
 def descend(
-    f: Callable[..., Any], x0: Nest | None = None, *, every: int = 1, **options: Any
+    f: Callable[..., Any], x0: Nest | None = None, **options: Any
 ) -> Iterator[State]:
     """Minimise like `minimize`, and yield the state on the way: a plain `for` loop.
 
@@ -196,8 +201,8 @@ def descend(
     Args:
         f: As for `minimize`.
         x0: As for `minimize`.
-        every: How many steps there are from one state to the next.
-        **options: The other arguments of `minimize`, all but `callback`.
+        **options: The other arguments of `minimize`, all but `callback`. `every` is, in
+            the log and here, how many steps there are from one state to the next.
 
     Yields:
         A `State`: the start, the state after every `every` steps, and the last one.
@@ -213,8 +218,8 @@ def descend(
         1 2.3 6.59
         2 1.74 3.7676
     """
-    check_count("every", every)
-    return _states(Descent(f, x0, Options(**options)), int(every))
+    checked = Options(**options)
+    return _states(Descent(f, x0, checked), int(checked.every))
 
 
 def _states(descent: Descent, every: int) -> Iterator[State]:

@@ -34,6 +34,7 @@ class Options:
     epochs: int | None = None
     validation: Callable[..., Any] | None = None
     steps: int | None = None
+    every: int = 1
     gtol: float | None = None
     ftol: float | None = None
     xtol: float | None = None
@@ -45,7 +46,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check what needs no function."""
-        for name in ("steps", "epochs", "batch_size"):
+        for name in ("steps", "epochs", "batch_size", "every"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         for name in ("gtol", "ftol", "xtol", "seconds"):

@@ -6,6 +6,7 @@ The plugin is imported on use: it costs a tenth of a second, and most runs have 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,14 @@ def checked(hparams: Mapping[str, Any]) -> dict[str, bool | float | str]:
     return {name: _plain(value) for name, value in hparams.items()}
 
 
-def start(hparams: Mapping[str, bool | float | str], session: str) -> bytes:
-    """Return the serialized `Summary` that opens `session` with `hparams`."""
+def start(hparams: Mapping[str, bool | float | str], directory: Path) -> bytes:
+    """Return the serialized `Summary` that opens the run in `directory`."""
     from tensorboard.plugins.hparams import api
 
-    summary = api.hparams_pb(dict(hparams), trial_id=session)
+    # What tells runs apart comes first: the tab has room for some twenty letters.
+    place = directory.parent
+    name = f"{place.name}/{directory.name} in {place.parent}"
+    summary = api.hparams_pb(dict(hparams), trial_id=to_text(name))
     return bytes(summary.SerializeToString())
 
 

@@ -15,7 +15,7 @@ from tfgrad.runs import hparams as hparams_tab
 from tfgrad.runs.directory import claim
 from tfgrad.runs.events import EventFile
 from tfgrad.runs.record import Record
-from tfgrad.runs.values import check_tag, to_step, to_text
+from tfgrad.runs.values import check_tag, to_step
 
 Kind = Literal["scalar", "text", "graph", "histogram", "image", "layout"]
 """What a tag is for: TensorBoard shows a tag's data in one tab only."""
@@ -56,7 +56,7 @@ class Session:
             self._events = EventFile(self.directory, self.first_step, superseded)
             if self._hparams:
                 self._events.summary(
-                    hparams_tab.start(self._hparams, to_text(str(self.directory)))
+                    hparams_tab.start(self._hparams, self.directory.absolute())
                 )
             undo.pop_all()
 

@@ -146,6 +146,6 @@ def test_minimize_and_descend_have_the_same_options():
     options = inspect.signature(Options).parameters
 
     assert minimize.keys() - options.keys() == {"f", "x0", "callback"}
-    assert descend.keys() - options.keys() == {"f", "x0", "every"}
+    assert descend.keys() - options.keys() == {"f", "x0"}
     for name, option in options.items():
         assert minimize[name].default == option.default == descend[name].default
