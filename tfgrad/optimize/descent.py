@@ -11,7 +11,6 @@ from typing import Any, Self
 import numpy as np
 
 from tfgrad.derivatives.tracing import as_written
-from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
 from tfgrad.optimize.data_loop import DataLoop
 from tfgrad.optimize.epochs import ENDLESS, STEPS, training
@@ -263,7 +262,7 @@ class Descent:
     def _verdict(self) -> str | None:
         loop, seconds = self._loop, self._options.seconds
         if loop.code == GIVEN_UP:
-            return self._why_given_up()
+            return loop.turns.failure
         if loop.code != RUNNING:
             return STATUSES[loop.code]
         if seconds is not None and loop.seconds >= seconds:
@@ -288,13 +287,6 @@ class Descent:
         assert isinstance(loop, Loop)  # there are no chains over data
         loop.turns.finish()
         self._begin(self._stage + 1, loop.so_far())
-
-    def _why_given_up(self) -> str:
-        """Return "precision" where rounding hides what a step would change."""
-        row = self._loop.at.row
-        fun, norm = float(row["fun"]), float(row["grad_norm"])
-        hidden = EPSILONS[row["fun"].dtype] ** 0.5 * max(1.0, abs(fun))
-        return "precision" if norm <= hidden else self._loop.turns.failure
 
     def _leaves(self) -> tuple[list[Any], list[Any]]:
         """Return the point and the gradient there, leaf by leaf."""

@@ -22,12 +22,12 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.objective import Evaluation, Objective
 from tfgrad.optimize.stopping import (
-    GIVEN_UP,
     NONFINITE,
     RUNNING,
     STATIONARY,
     Step,
     Stopping,
+    code_of_failure,
 )
 from tfgrad.optimize.turns import PureTurns, Turns
 
@@ -58,7 +58,7 @@ NEVER = -1
 TURNS = 8
 """Evaluations that a chunk may take per step; a line search takes one to three."""
 
-GTOL = {tf.float64: 1e-6, tf.float32: 1e-3}
+GTOL = {tf.float64: 1e-6, tf.float32: 1e-4}
 """Where a pure method stops unless told otherwise: about half of the dtype's digits."""
 
 NOT_FOR_XLA = ("Random", "Multinomial", "PyFunc", "Conv", "Pool")
@@ -263,19 +263,18 @@ class Loop:
         accepted = failed = False
         while not accepted and not failed:
             turn = self.turns.turn(self.at, self._state)
-            self.at, self._state, accepted, failed = turn
+            self.at, self._state, accepted, failed, expected = turn
             self.evaluations += 1
         self.turns.settle(self._state)
         self.step += int(accepted)
-        rows = self.here()
-        if failed:
-            self.code = GIVEN_UP
-            return rows if accepted else rows.first(0)
-        if self.stopping.is_empty:
+        rows = self.here() if accepted else self.here().first(0)
+        if accepted and self.stopping.is_empty:
             self.code = RUNNING if is_finite(rows) else NONFINITE
-        else:
+        elif accepted:
             step = self._between(x, before, self._state, self.at)
             self.code = int(self.stopping.code(step))
+        if failed and self.code == RUNNING:
+            self.code = int(self._code_of_failure(self.at, expected))
         return self._without_last(rows, x) if self.code == NONFINITE else rows
 
     def _take_chunk(self, length: int) -> Rows:
@@ -376,7 +375,8 @@ class Loop:
     def _turn(self, carried: Carried) -> Carried:
         """Take one turn and judge it, inside the compiled loop."""
         x = self.turns.point(carried.state)
-        at, state, accepted, failed = self.turns.turn(carried.at, carried.state)
+        turn = self.turns.turn(carried.at, carried.state)
+        at, state, accepted, failed, expected = turn
         code = self.stopping.code(self._between(x, carried.at, state, at))
         taken, before = carried.taken + 1, x
         if accepted is not True:
@@ -385,8 +385,12 @@ class Loop:
             pairs = zip(x, carried.before, strict=True)
             before = [tf.where(accepted, new, old) for new, old in pairs]
         if failed is not False:
-            code = tf.where(failed & (code == RUNNING), GIVEN_UP, code)
+            why = self._code_of_failure(at, expected)
+            code = tf.where(failed & (code == RUNNING), why, code)
         return Carried(taken, carried.turns + 1, code, before, at, state)
+
+    def _code_of_failure(self, at: Evaluation, expected: Any) -> tf.Tensor:
+        return code_of_failure(at.row["fun"], at.row["grad_norm"], expected)
 
     def _code_of_start(self) -> int:
         """Return the code of the rules that need no step."""

@@ -86,7 +86,7 @@ def minimize(
         every: How many steps there are from one point in the log to the next. The
             history has each step whatever this is.
         gtol: Stop where no element of the gradient is larger. None means no such rule
-            for an optimizer of Keras, else 1e-6 in float64 and 1e-3 in float32.
+            for an optimizer of Keras, else 1e-6 in float64 and 1e-4 in float32.
         ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
         xtol: Stop after a step no longer than this, relative to max(1, ||x||).
         target: Stop where f is no larger; with data, after an epoch whose mean loss is

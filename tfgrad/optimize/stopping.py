@@ -7,21 +7,28 @@ and a sentence, never a bare flag.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
+from tfgrad.differences import EPSILONS
+
 STATUSES = (
-    "running", "nonfinite", "unbounded", "target", "gtol", "ftol", "xtol", "gave up"
+    "running", "nonfinite", "unbounded", "target", "gtol", "ftol", "xtol", "precision",
+    "gave up",
 )  # fmt: skip
 """What a compiled rule says; the code of a status is its position here."""
 
-RUNNING, NONFINITE, GIVEN_UP = 0, 1, 7
+RUNNING, NONFINITE, PRECISION, GIVEN_UP = 0, 1, 7, 8
 
-STATIONARY = frozenset({4, 5, 6, 7})
+STATIONARY = frozenset({4, 5, 6, 7, 8})
 """The codes that maxima and saddles may be mistaken under: of gtol and what follows."""
 
 UNBOUNDED = -1e16
 """A value below which f is taken to have no minimum; 1 changes nothing beside it."""
+
+ROUNDINGS = 1000
+"""Roundings of f that hide a fall of it: a sum of some hundred terms may have them."""
 
 SOLUTIONS = frozenset({"target", "gtol", "ftol", "xtol"})
 """The statuses that say: the point is a solution, by the rule of that name."""
@@ -67,6 +74,25 @@ class Stopping:
             if holds is not None:
                 code = tf.where(holds, position, code)
         return code
+
+
+def code_of_failure(fun: Any, grad_norm: Any, expected: Any) -> tf.Tensor:
+    """Return why a method cannot go on: rounding hides what it would change, or not.
+
+    Args:
+        fun: The value of f where it failed, shape `[]`.
+        grad_norm: Largest |element| of the gradient there.
+        expected: By how much the method had expected f to fall; infinite if it does not
+            say, so that the size of the gradient has to tell.
+    """
+    epsilon, size = EPSILONS[fun.dtype], tf.abs(fun)
+    expected = tf.cast(expected, fun.dtype)
+    is_hidden = expected <= ROUNDINGS * epsilon * size
+    # Close to zero, f is made of terms that round off more than f shows.
+    small = epsilon**0.5 * tf.maximum(size, 1)
+    is_unknown = tf.math.is_inf(expected)
+    is_flat = (grad_norm <= small) & (is_unknown | (expected <= small))
+    return tf.where(is_hidden | is_flat, PRECISION, GIVEN_UP)
 
 
 @dataclass(frozen=True)

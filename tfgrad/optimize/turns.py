@@ -32,12 +32,14 @@ class Turn(NamedTuple):
         state: What the next turn needs.
         accepted: Whether the current point is a new one: a step is complete.
         failed: Whether the method cannot go on from here.
+        expected: If so, by how much it had expected f to fall.
     """
 
     at: Evaluation
     state: Any
-    accepted: Any
-    failed: Any
+    accepted: Any = True
+    failed: Any = False
+    expected: Any = float("inf")
 
 
 class Turns(Protocol):
@@ -120,7 +122,7 @@ class KerasTurns:
     def turn(self, at: Evaluation, state: Any) -> Turn:
         """Update the variables and evaluate: every turn is a step."""
         self.update(at)
-        return Turn(self.evaluate(), (), True, False)
+        return Turn(self.evaluate(), ())
 
     def point(self, state: Any) -> list[tf.Tensor]:
         """Return the values of the variables."""
@@ -187,7 +189,8 @@ class PureTurns:
         move = self._method.update(new, old, remembered)
         if move.accepted is not True:
             new, evaluation = _either(move.accepted, (new, evaluation), (old, at))
-        return Turn(evaluation, (move.x, move.state, new), move.accepted, move.failed)
+        state = move.x, move.state, new
+        return Turn(evaluation, state, move.accepted, move.failed, move.expected)
 
     def point(self, state: Any) -> list[tf.Tensor]:
         """Return the current point, leaf by leaf."""

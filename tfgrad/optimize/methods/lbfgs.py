@@ -36,7 +36,12 @@ MOST_TRIALS = 30
 """Trials along one direction; a bracket is then some 1e-9 of what it was."""
 
 MOST_IDLE = 8
-"""Steps in a row that change nothing before the precision of the dtype is reached."""
+"""Steps in a row that change nothing before the search gives up: at a saddle in
+float32, some drift along until they find the way down."""
+
+
+FALLEN = 1e-2
+"""What a gradient has to fall to, of the largest one, to speak of a minimum."""
 
 
 class Trial(NamedTuple):
@@ -64,14 +69,22 @@ class Memory(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Whether steps still change anything: `idle` counts those that did not.
+    """Whether steps still change anything.
 
-    A step is idle if it neither lowers f by more than rounding, nor halves the smallest
-    gradient so far; or if the search had to end at a point that is not flatter.
+    Attributes:
+        least_grad: The smallest max-norm of the gradient so far.
+        idle: How many steps in a row changed nothing. A step is idle if it neither
+            lowers f by more than rounding, nor halves the smallest gradient so far; or
+            if the search had to end at a point that is not flatter.
+        most_grad: The largest one.
+        expected: The fall of f that the last direction promises; infinite if that is
+            not to be trusted.
     """
 
     least_grad: tf.Tensor
+    most_grad: tf.Tensor
     idle: tf.Tensor
+    expected: tf.Tensor
 
 
 class State(NamedTuple):
@@ -121,8 +134,9 @@ class LBFGS:
             tf.zeros([m, n], dtype), tf.zeros([m, n], dtype), tf.ones([m], dtype),
             tf.constant(0),
         )  # fmt: skip
-        progress = Progress(_norm(start), tf.constant(0))
-        return _search(start, -start.grad, _first_length(start), memory, progress)
+        norm, unknown = _norm(start), tf.constant(float("inf"), dtype)
+        progress = Progress(norm, norm, tf.constant(0), unknown)
+        return _search(start, _first_step(start), memory, progress)
 
     def update(self, new: Point, old: Point, state: State) -> Move:
         """Accept the trial and search along a new direction, or narrow the bracket."""
@@ -144,12 +158,17 @@ def _turn(new: Point, old: Point, state: State) -> Move:
     points_down = _dot(direction, new.grad) < 0
     # It always does in exact arithmetic; if rounding has spoilt it, start afresh.
     memory = memory._replace(pairs=tf.where(points_down, memory.pairs, 0))
-    direction = tf.where(points_down, direction, -new.grad)
-    one = tf.ones_like(new.fun)
-    length = tf.where(memory.pairs > 0, one, _first_length(new))
+    knows = memory.pairs > 0
+    direction = tf.where(knows, direction, _first_step(new))
+    # Along a Newton direction f falls by half of what its slope promises.
+    promised = -_dot(direction, new.grad) / 2
     progress = _progress(new, old, state)
-    move = _search(new, direction, length, memory, progress)
-    return move._replace(failed=progress.idle >= MOST_IDLE)
+    # At a kink they promise ever less, too, but there the gradient does not fall.
+    has_fallen = _norm(new) <= FALLEN * progress.most_grad
+    expected = tf.where(knows & has_fallen, promised, float("inf"))
+    progress = progress._replace(expected=expected)
+    move = _search(new, direction, memory, progress)
+    return move._replace(failed=progress.idle >= MOST_IDLE, expected=expected)
 
 
 def _restart(old: Point, narrowed: Move) -> Move:
@@ -158,36 +177,37 @@ def _restart(old: Point, narrowed: Move) -> Move:
     retries = narrowed.failed & (memory.pairs > 0)
     empty = memory._replace(pairs=tf.zeros_like(memory.pairs))
     progress = narrowed.state.progress
-    fresh = _search(old, -old.grad, _first_length(old), empty, progress)
+    fresh = _search(old, _first_step(old), empty, progress)
     x, state = _either(retries, (fresh.x, fresh.state), (narrowed.x, narrowed.state))
-    return Move(x, state, failed=narrowed.failed & ~retries)
+    failed = narrowed.failed & ~retries
+    return Move(x, state, failed=failed, expected=progress.expected)
 
 
 def _progress(new: Point, old: Point, state: State) -> Progress:
-    norm, least = _norm(new), state.progress.least_grad
-    noise = EPSILONS[new.fun.dtype] * tf.abs(old.fun)
-    is_idle = (old.fun - new.fun <= noise) & (norm > least / 2) | state.is_last
+    norm, before = _norm(new), state.progress
+    stands = old.fun - new.fun <= EPSILONS[new.fun.dtype] * tf.abs(old.fun)
+    is_idle = stands & (norm > before.least_grad / 2) | state.is_last
     return Progress(
-        tf.minimum(norm, least), tf.where(is_idle, state.progress.idle + 1, 0)
+        tf.minimum(norm, before.least_grad),
+        tf.maximum(norm, before.most_grad),
+        tf.where(is_idle, before.idle + 1, 0),
+        before.expected,
     )
 
 
 def _search(
-    point: Point,
-    direction: tf.Tensor,
-    t: tf.Tensor,
-    memory: Memory,
-    progress: Progress,
+    point: Point, direction: tf.Tensor, memory: Memory, progress: Progress
 ) -> Move:
-    """Return the first move along a direction."""
-    zero, slope = tf.zeros_like(point.fun), _dot(point.grad, direction)
+    """Return the first move along a direction: all of it."""
+    zero, one = tf.zeros_like(point.fun), tf.ones_like(point.fun)
+    slope = _dot(point.grad, direction)
     start = Trial(zero, point.fun, slope)
     none = Trial(zero, zero + float("inf"), zero)
     state = State(
-        direction, start, start, none, tf.constant(False), t, tf.constant(0),
+        direction, start, start, none, tf.constant(False), one, tf.constant(0),
         tf.constant(False), memory, progress,
     )  # fmt: skip
-    return Move(point.x + t * direction, state, failed=tf.constant(False))
+    return Move(point.x + direction, state, failed=tf.constant(False))
 
 
 def _is_wolfe(trial: Trial, start: Trial, new: Point) -> tf.Tensor:
@@ -245,7 +265,8 @@ def _between(low: Trial, high: Trial) -> tf.Tensor:
 def _remember(memory: Memory, s: tf.Tensor, y: tf.Tensor) -> Memory:
     """Return the memory with a new pair for the oldest, if it curves upwards."""
     curvature = _dot(s, y)
-    is_kept = curvature > EPSILONS[s.dtype] * _dot(y, y)  # else 1 / it may overflow
+    norm = _length(y)
+    is_kept = curvature / norm > EPSILONS[s.dtype] * norm  # else 1 / it may overflow
     slot = memory.pairs % memory.s.shape[0]
 
     def put(rows: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
@@ -284,15 +305,16 @@ def _times_inverse_hessian(memory: Memory, gradient: tf.Tensor) -> tf.Tensor:
     )
     newest = (memory.pairs - 1) % size
     y = tf.gather(memory.y, newest)
-    scale = tf.gather(memory.curvature, newest) / _dot(y, y)  # equation 7.20
+    norm = _length(y)
+    scale = tf.gather(memory.curvature, newest) / norm / norm  # equation 7.20
     r = tf.where(kept > 0, scale, tf.ones_like(scale)) * q
     _, r = tf.while_loop(lambda i, _: i < kept, up, (0, r), parallel_iterations=1)
     return r
 
 
-def _first_length(point: Point) -> tf.Tensor:
-    """Return the length that makes a step down the gradient no longer than 1."""
-    return 1 / tf.maximum(tf.norm(point.grad), 1)
+def _first_step(point: Point) -> tf.Tensor:
+    """Return a step down the gradient, no longer than 1."""
+    return -point.grad / tf.maximum(_length(point.grad), 1)
 
 
 def _is_finite(point: Point) -> tf.Tensor:
@@ -301,6 +323,12 @@ def _is_finite(point: Point) -> tf.Tensor:
 
 def _norm(point: Point) -> tf.Tensor:
     return tf.reduce_max(tf.abs(point.grad))
+
+
+def _length(x: tf.Tensor) -> tf.Tensor:
+    """Return the Euclidean norm; its square may be more than the dtype holds."""
+    largest = tf.reduce_max(tf.abs(x))
+    return largest * tf.norm(tf.math.divide_no_nan(x, largest))
 
 
 def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:

@@ -49,6 +49,7 @@ class State(NamedTuple):
     Attributes:
         step: To the trial, shape `[n]`.
         predicted: By how much the model says that f falls.
+        promised: The same of the first trial from the current point.
         radius: The length that a step may have.
         trials: How many were tried from the current point.
         first_grad: The length of the gradient at the start.
@@ -58,6 +59,7 @@ class State(NamedTuple):
 
     step: tf.Tensor
     predicted: tf.Tensor
+    promised: tf.Tensor
     radius: tf.Tensor
     trials: tf.Tensor
     first_grad: tf.Tensor
@@ -89,6 +91,7 @@ class Newton:
         state = State(
             step=tf.zeros_like(start.x),
             predicted=zero,
+            promised=zero,
             radius=tf.maximum(tf.norm(start.x), 1),
             trials=none,
             first_grad=tf.norm(start.grad),
@@ -118,7 +121,9 @@ class Newton:
         step, predicted = self._minimiser(here, state)
         x = here.x + step
         stands = tf.reduce_all(x == here.x)
-        return Move(x, state._replace(step=step, predicted=predicted), failed=stands)
+        promised = tf.where(state.trials == 0, predicted, state.promised)
+        state = state._replace(step=step, predicted=predicted, promised=promised)
+        return Move(x, state, failed=stands, expected=promised)
 
     def _minimiser(self, here: Point, state: State) -> tuple[tf.Tensor, tf.Tensor]:
         """Return where the model is least, about, and how much it falls (7.2)."""

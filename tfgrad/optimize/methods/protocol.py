@@ -58,12 +58,16 @@ class Move(NamedTuple):
         accepted: Whether the point just evaluated becomes the current one and so
             completes a step; a line search says False while it looks further.
         failed: Whether the method cannot do better than the current point.
+        expected: If it failed, by how much it had expected f to fall yet, shape `[]`. A
+            fall that rounding hides means that the point is as good as the dtype
+            allows: status "precision" instead of "linesearch".
     """
 
     x: tf.Tensor
     state: Any = ()
     accepted: Any = True
     failed: Any = False
+    expected: Any = float("inf")
 
 
 @runtime_checkable
