@@ -18,7 +18,6 @@ from tfgrad.nested import (
     map_leaves,
     to_tensor,
     to_tensors,
-    weak_dtype,
 )
 
 
@@ -59,9 +58,17 @@ def arguments_in_tensors(
     kwargs: Mapping[str, Any],
     chosen: int | tuple[int, ...],
     names: tuple[str, ...],
+    weak: tf.DType,
 ) -> tuple[tuple[Nest, ...], dict[str, Nest]]:
-    """Return all arguments in tensors; the differentiated ones must be float."""
-    weak = weak_dtype(args, kwargs)
+    """Return all arguments in tensors; the differentiated ones must be float.
+
+    Args:
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+        chosen: Which positional ones are differentiated: one, or several.
+        names: What the user calls the positional ones.
+        weak: The dtype of plain numbers.
+    """
     active = (chosen,) if isinstance(chosen, int) else chosen
     values = [
         to_tensors(arg, names[i], weak)

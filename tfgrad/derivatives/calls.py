@@ -34,7 +34,14 @@ from tfgrad.derivatives.tracing import (
 )
 from tfgrad.diagnosis.graphs import writes
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, describe, name_of, named_leaves, variables_of
+from tfgrad.nested import (
+    Nest,
+    describe,
+    name_of,
+    named_leaves,
+    variables_of,
+    weak_dtype,
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,8 @@ class Compiled:
     def _check(self, answer: Any, *nests: Any) -> None:
         assert self._checks is not None
         call = self._call(self._f, *nests)
-        self._checks(call, answer, self)
+        if call.sources:  # of an empty nest there is nothing to check
+            self._checks(call, answer, self)
 
 
 def transform(
@@ -193,7 +201,7 @@ def transform(
     argnums: int | Sequence[int] = 0,
     wrt: Nest | None = None,
     jit: bool = False,
-    directed: bool = False,
+    direction: str = "",
     check: Callable[[Call, Any, Compiled], None] | None = None,
 ) -> Callable[..., Any]:
     """Return the function that answers each call of `f` with `body`, compiled.
@@ -204,7 +212,8 @@ def transform(
         argnums: Positions of the differentiated arguments, negative ones from the end.
         wrt: Variables to differentiate instead.
         jit: Compile with XLA.
-        directed: The last positional argument is no argument of `f` but the direction.
+        direction: What to call the last positional argument, if that is no argument of
+            `f` but the direction.
         check: See `Compiled`.
     """
     _check_transform(f, argnums, wrt)
@@ -216,16 +225,17 @@ def transform(
         return () if wrt is not None else positions_of(argnums, count, name)
 
     def prepared(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        direction = None
-        if directed:
-            args, direction = _split_direction(args, name)
+        v = None
+        if direction:
+            args, v = _split_direction(args, name)
         variables = None if wrt is None else variables_of(wrt)
-        chosen = chosen_of(len(args))
-        args, kwargs = arguments_in_tensors(args, kwargs, chosen, parameters(len(args)))
-        if directed:
+        chosen, names = chosen_of(len(args)), parameters(len(args))
+        weak = weak_dtype(args, kwargs, variables)
+        args, kwargs = arguments_in_tensors(args, kwargs, chosen, names, weak)
+        if direction:
             like = Call(f, name, (), args, kwargs, chosen, variables).differentiated
-            direction = direction_in_tensors(direction, like)
-        return args, kwargs, chosen, variables, direction
+            v = direction_in_tensors(v, like, direction)
+        return args, kwargs, chosen, variables, v
 
     # Calls with tensors only, the commonest in loops, find their way without all that.
     short_cuts: dict[Any, Callable[..., Any]] = {}
@@ -247,7 +257,7 @@ def transform(
 
     if inspect.isfunction(f):
         functools.update_wrapper(transformed, f)
-        if directed:  # its signature is not that of f
+        if direction:  # its signature is not that of f
             vars(transformed).pop("__wrapped__")
     return transformed
 

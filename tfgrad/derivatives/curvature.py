@@ -20,9 +20,11 @@ from tfgrad.derivatives.verification import (
     disagreement,
     evaluate_at,
     point_of,
+    rounding,
 )
 from tfgrad.diagnosis.graphs import writes
 from tfgrad.diagnosis.lines import line_of, made_by_gradient
+from tfgrad.differences import EPSILONS
 from tfgrad.errors import WrongDerivativeError
 
 Product = Callable[[list[tf.Tensor]], list[tf.Tensor]]
@@ -88,7 +90,7 @@ def require_derivative(
     if graph is None:
         return  # run eagerly, where each gradient was verified as it was taken
     operations = list(every(graph.get_operations()))
-    dtype = coarsest(call.sources)
+    dtype = coarsest(call.sources, operations)
     step = None
     if any(map(_has_kinks, operations)):
         if dtype != tf.float64:
@@ -96,9 +98,12 @@ def require_derivative(
         step = STEP_BETWEEN_KINKS
     with _untouched(graph.variables if any(map(writes, operations)) else ()):
         wrong = disagreement(function, directional, point_of(call), dtype, step)
-    if wrong is None or any(map(_redefines_slope, operations)):
-        return
-    raise _error(call, wrong, operations)
+        if wrong is None or any(map(_redefines_slope, operations)):
+            return
+        value = Compiled(call.f, lambda call: tf.nest.flatten(call.output()))
+        floor = rounding(float(EPSILONS[dtype]), value(*call.nests))
+    if abs(wrong.claimed - wrong.difference) > floor:
+        raise _error(call, wrong, operations)
 
 
 @contextlib.contextmanager

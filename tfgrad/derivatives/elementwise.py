@@ -12,7 +12,9 @@ from tfgrad.derivatives.calls import Call, Compiled, transform
 from tfgrad.derivatives.curvature import require_derivative
 from tfgrad.derivatives.outputs import float_output
 from tfgrad.derivatives.recording import Recording
+from tfgrad.derivatives.soundness import every
 from tfgrad.derivatives.tracing import not_converted
+from tfgrad.derivatives.verification import coarsest
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import describe, name_of
@@ -123,7 +125,8 @@ def _coupling(recording: Recording, slope: tf.Tensor) -> tf.Tensor:
     (weighted,) = recording.pull([weights])
     # Terms that cancel leave rounding of their own size behind: about |f| / |x|.
     parts = tf.math.divide_no_nan(_largest(recording.output), _largest(x))
-    allowed = EPSILONS[x.dtype] ** 0.5 * tf.maximum(_largest(slope), parts)
+    dtype = coarsest([x], every(recording.operations))
+    allowed = EPSILONS[dtype] ** 0.5 * tf.maximum(_largest(slope), parts)
     return tf.math.divide_no_nan(_largest(weighted - weights * slope), allowed)
 
 

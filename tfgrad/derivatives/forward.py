@@ -25,7 +25,7 @@ from tfgrad.derivatives.recording import Recording, dense, refusals_explained
 from tfgrad.derivatives.repairs import ADJOINT, is_repaired
 from tfgrad.derivatives.soundness import every, needs_repair
 from tfgrad.derivatives.tracing import not_converted
-from tfgrad.derivatives.verification import coarsest, random_like
+from tfgrad.derivatives.verification import coarsest, random_like, rounding
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError, NoGradientError, WrongDerivativeError
@@ -136,15 +136,19 @@ def require_adjoint(
         function = with_aux(float_outputs, has_aux)
         recording = Recording(function, call, has_aux=has_aux)
         pairs = zip(weights, recording.outputs, strict=True)
-        return recording.gradients([tf.cast(u, y.dtype) for u, y in pairs])
+        pulled = recording.gradients([tf.cast(u, y.dtype) for u, y in pairs])
+        return pulled, recording.outputs
 
     compiled = Compiled(call.f, pull)
-    pulled, again = compiled(*call.nests), compiled(*call.nests)
+    (pulled, outputs), (again, _) = compiled(*call.nests), compiled(*call.nests)
     if not all(map(np.array_equal, pulled, again)):
         return  # a random function has another derivative each time
     forward, reverse = _products(weights, pushed), _products(pulled, tangents)
-    size = np.sum(np.abs(forward)) + np.sum(np.abs(reverse))
-    allowed = float(EPSILONS[coarsest([*pushed, *tangents])]) ** 0.5 * size
+    graph = compiled.graph(*call.nests)
+    made = every(graph.get_operations()) if graph is not None else ()
+    epsilon = float(EPSILONS[coarsest([*pushed, *tangents], made)])
+    allowed = epsilon**0.5 * (np.sum(np.abs(forward)) + np.sum(np.abs(reverse)))
+    allowed += rounding(epsilon, outputs) * _size(weights) * _size(tangents)
     if abs(np.sum(forward) - np.sum(reverse)) > allowed:
         raise WrongDerivativeError(
             f"Forward and reverse mode disagree for `{call.name}`.",
@@ -164,7 +168,9 @@ def _push(f: Callable[..., Any], count: int) -> Callable[..., Any]:
         _, pushed = answer
         require_adjoint(call, *map(tf.nest.flatten, (call.direction, pushed)))
 
-    return transform(f, body, argnums=tuple(range(count)), directed=True, check=check)
+    return transform(
+        f, body, argnums=tuple(range(count)), direction="tangents", check=check
+    )
 
 
 _cached_push = functools.lru_cache(MOST_FUNCTIONS)(_push)
@@ -177,6 +183,11 @@ def _products(
     pairs = zip(left, right, strict=True)
     arrays = [np.asarray(a, np.float64) * np.asarray(b, np.float64) for a, b in pairs]
     return np.concatenate([np.ravel(array) for array in arrays])
+
+
+def _size(tensors: Sequence[tf.Tensor]) -> float:
+    """Return the sum of the magnitudes of all elements."""
+    return sum(float(np.sum(np.abs(np.asarray(t, np.float64)))) for t in tensors)
 
 
 def _no_push(what: str) -> NoGradientError:

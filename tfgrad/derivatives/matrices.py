@@ -228,7 +228,7 @@ def hvp(
         require_derivative(call, gradient, product, compiled)
 
     return transform(
-        f, body, argnums=argnums, wrt=wrt, jit=jit, directed=True, check=check
+        f, body, argnums=argnums, wrt=wrt, jit=jit, direction="v", check=check
     )
 
 
@@ -258,8 +258,13 @@ def _by_columns(recording: Recording, chunk_size: int | None) -> list[list[tf.Te
 
 def _transposed(block: tf.Tensor, source: tf.Tensor) -> tf.Tensor:
     """Return a block of shape `source.shape + output.shape` with the two exchanged."""
-    rank, first = block.shape.rank, source.shape.rank
-    return tf.transpose(block, [*range(first, rank), *range(first)])
+    first = tf.rank(source)
+    axes: Any = tf.concat([tf.range(first, tf.rank(block)), tf.range(first)], axis=0)
+    transposed = tf.transpose(block, axes)
+    rank = source.shape.rank
+    if rank is not None:
+        transposed.set_shape(block.shape[rank:].concatenate(source.shape))
+    return transposed
 
 
 def _is_tall(outputs: int | None, inputs: int | None) -> bool:

@@ -15,7 +15,7 @@ from tfgrad.derivatives.outputs import float_outputs, objective, with_aux
 from tfgrad.derivatives.recording import Recording, dense, refusals_explained
 from tfgrad.derivatives.soundness import require_right_kernels
 from tfgrad.derivatives.tracing import as_written, is_compiling, not_converted
-from tfgrad.nested import Nest
+from tfgrad.nested import Nest, weak_dtype
 
 MOST_FUNCTIONS = 16
 """User functions that `vjp` keeps compiled; the least recently used goes first."""
@@ -155,7 +155,8 @@ def vjp(f: Callable[..., Any], *primals: Nest) -> tuple[Nest, Callable[[Nest], A
     """
     compiled = (_cached_forward if isinstance(f, Hashable) else _forward)(f)
     argnums, names = tuple(range(len(primals))), compiled.parameters(len(primals))
-    args, kwargs = arguments_in_tensors(primals, {}, argnums, names)
+    weak = weak_dtype(primals)
+    args, kwargs = arguments_in_tensors(primals, {}, argnums, names, weak)
     # The tape must tell apart two arguments that are one tensor.
     args = tf.nest.map_structure(tf.identity, args)
     sources, nests = tf.nest.flatten(args), (args, kwargs, argnums, None, None)

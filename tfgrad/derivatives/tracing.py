@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import re
 import threading
 import warnings
 from collections import OrderedDict
@@ -26,11 +27,12 @@ from tfgrad.derivatives.signatures import is_dynamic, signature
 from tfgrad.derivatives.soundness import (
     RepairableGradientError,
     UnverifiableGradientError,
+    every,
     folds_wrongly,
     wrong_under_xla,
 )
-from tfgrad.diagnosis.lines import line_of_error
-from tfgrad.errors import TfgradError
+from tfgrad.diagnosis.lines import line_of, line_of_error
+from tfgrad.errors import InvalidArgumentError, TfgradError
 from tfgrad.nested import name_of
 
 MOST_TRACES = 64
@@ -177,15 +179,21 @@ class Traces:
         self._jit = jit
         self._check = check
         self._compiled: OrderedDict[Any, tuple[Callable[..., Any], Any]] = OrderedDict()
+        self._checked: set[Any] = set()
+        self._first = threading.RLock()
         self._warned = False
 
     def __call__(self, *nests: Any) -> Any:
         """Return `run(f, *nests)`, from the trace that fits, or from a new one."""
         key = signature(nests)
-        found = self._compiled.get(key)
+        found = self._compiled.get(key) if key in self._checked else None
         if found is None:
-            return self._first_call(key, nests)
-        self._compiled.move_to_end(key)
+            with self._first:  # other threads wait until the answer is checked
+                found = self._compiled.get(key)
+                if found is None:
+                    return self._first_call(key, nests)
+        with contextlib.suppress(KeyError):  # another thread may have dropped it
+            self._compiled.move_to_end(key)
         return found[0](*filter(is_dynamic, tf.nest.flatten(nests)))
 
     def function(self, *nests: Any) -> Callable[..., Any]:
@@ -215,18 +223,24 @@ class Traces:
             return self._run(f, *tf.nest.pack_sequence_as(nests, filled))
 
         compiled, graph, reason = self._compile(body, given)
-        answer = compiled(*given)
+        try:
+            answer = compiled(*given)
+        except tf.errors.OpError as error:
+            if self._jit and re.search("XLA|tf2xla", str(error)):
+                raise _refused_by_xla(name_of(self._f), graph, str(error)) from None
+            raise
         if reason:
             self._warn(reason)
         self._compiled[key] = compiled, graph
         if len(self._compiled) > MOST_TRACES:
-            self._compiled.popitem(last=False)
+            self._checked.discard(self._compiled.popitem(last=False)[0])
         if self._check is not None:
             try:
                 self._check(answer, *nests)
             except Exception:
                 del self._compiled[key]  # so that the next call is checked, too
                 raise
+        self._checked.add(key)
         return answer
 
     def _compile(
@@ -276,6 +290,19 @@ class Traces:
             RuntimeWarning,
             stacklevel=_level_of_caller(),
         )
+
+
+def _refused_by_xla(name: str, graph: Any, text: str) -> InvalidArgumentError:
+    """Return the error for a function that XLA does not compile, by what it says."""
+    got, hint = text.strip().splitlines()[0], "jit=False"
+    for kind in re.findall(r"unsupported operations.*?_JIT: (\w+)", text, re.DOTALL):
+        ops = (op for op in every(graph.get_operations()) if op.type == kind)
+        got = next((f"{kind} at {line_of(op)}" for op in ops), kind)
+    if "tensor list size" in text:
+        got, hint = "a loop of unknown length", f"maximum_iterations=... in it; {hint}"
+    return InvalidArgumentError(
+        f"XLA cannot compile the derivative of `{name}`.", got=got, hint=hint
+    )
 
 
 def _repaired_if_needed(compiled: Callable[[Any], Any], f: Callable[..., Any]) -> Any:

@@ -55,6 +55,8 @@ def rows(
     Returns:
         `blocks[i][j]` of shape `outputs[i].shape + sources[j].shape`.
     """
+    if not sources or not outputs:  # an empty nest
+        return [[] for _ in outputs]
     total = static_size(outputs)
     if not total or not operations or not _can_be_vectorised(operations):
         stacked = _one_by_one(pull, outputs, sources)
@@ -86,9 +88,15 @@ def _one_by_one(
         return pull([tf.squeeze(part, axis=0) for part in basis])
 
     specs = [tf.TensorSpec(source.shape, source.dtype) for source in sources]
+    total = static_size(outputs)
+    if total:
+        found: list[tf.Tensor] = _map(row, tf.range(total), fn_output_signature=specs)
+        return found
+    # A loop without a turn does not know the shapes of its results, so there is one
+    # turn even if there are no rows.
     count = tf.add_n([tf.size(output) for output in outputs])
-    stacked: list[tf.Tensor] = _map(row, tf.range(count), fn_output_signature=specs)
-    return stacked
+    turns = tf.range(tf.maximum(count, 1))
+    return [part[:count] for part in _map(row, turns, fn_output_signature=specs)]
 
 
 def _in_chunks(
@@ -131,7 +139,7 @@ def _basis(outputs: Sequence[tf.Tensor], indices: tf.Tensor) -> list[tf.Tensor]:
         units = tf.one_hot(indices - first, size, dtype=output.dtype)
         shape = tf.concat([tf.shape(indices), tf.shape(output)], axis=0)
         part = tf.reshape(units, shape)
-        part.set_shape([*indices.shape, *output.shape])
+        part.set_shape(indices.shape.concatenate(output.shape))
         basis.append(part)
         first += size
     return basis

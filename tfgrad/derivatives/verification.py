@@ -30,6 +30,10 @@ RTOL = {tf.float64: 1e-6, tf.float32: 1e-3}
 """Relative disagreement, beyond error bars, that passes; 3e-2 in half precision."""
 
 
+_ROUNDINGS = 32
+"""Rounding errors that the terms of a derivative may gather."""
+
+
 class Disagreement(NamedTuple):
     """One element of a directional derivative that is wrong.
 
@@ -116,9 +120,28 @@ def random_like(tensors: Iterable[Any], seed: int = 0) -> list[tf.Tensor]:
     return [tf.constant(generator.normal(size=t.shape), t.dtype) for t in tensors]
 
 
-def coarsest(tensors: Iterable[Any]) -> tf.DType:
-    """Return the dtype with the least precision among `tensors`."""
-    return min((t.dtype for t in tensors), key=lambda dtype: -EPSILONS[dtype])
+def coarsest(
+    tensors: Iterable[Any], operations: Iterable[tf.Operation] = ()
+) -> tf.DType:
+    """Return the dtype with the least precision among `tensors`.
+
+    Args:
+        tensors: What goes in and comes out.
+        operations: What is computed with; some of them may round to another dtype.
+    """
+    dtypes = {tensor.dtype for tensor in tensors}
+    casts = (op for op in operations if op.type == "Cast")
+    dtypes |= {op.outputs[0].dtype for op in casts if op.inputs[0].dtype.is_floating}
+    return max(dtypes & EPSILONS.keys(), key=EPSILONS.__getitem__)
+
+
+def rounding(epsilon: float, outputs: Iterable[Any]) -> float:
+    """Return what rounding may leave of a derivative whose terms cancel.
+
+    The terms are not known. They are taken to be of the size of the function, or 1.
+    """
+    sizes = (np.max(np.abs(np.asarray(y, np.float64)), initial=0.0) for y in outputs)
+    return _ROUNDINGS * epsilon * max(1.0, *map(float, sizes))
 
 
 def evaluate_at(

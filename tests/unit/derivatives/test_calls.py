@@ -121,6 +121,15 @@ def test_variables_are_differentiated_by_wrt():
     assert (float(v), float(k)) == (2.0, 3.0)
 
 
+def test_plain_numbers_take_the_dtype_of_the_variables_that_are_differentiated():
+    v = tf.Variable([1.0, 2.0], dtype=tf.float64)
+
+    answer = grad(lambda s: tf.reduce_sum(v**2) * s, wrt=v)(3.0)
+
+    assert answer.dtype == tf.float64
+    assert answer.numpy().tolist() == [6.0, 12.0]
+
+
 def test_a_model_is_differentiated_by_its_trainable_variables():
     model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)])
 

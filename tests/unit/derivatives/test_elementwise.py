@@ -56,6 +56,14 @@ def test_second_derivatives_of_something_linear_are_zero():
     assert float(derivative(lambda x: 3 * x, order=2)(2.0)) == 0.0
 
 
+def test_rounding_in_a_derivative_that_vanishes_is_no_wrong_derivative():
+    x = np.linspace(-1.0, 2.0, 4)
+
+    one = derivative(lambda x: tf.sin(x) ** 2 + tf.cos(x) ** 2, 2)(x)
+
+    np.testing.assert_allclose(one, np.zeros(4), atol=1e-15)
+
+
 def test_an_empty_array_has_an_empty_derivative():
     assert derivative(tf.sin)(tf.zeros([0, 3])).shape == (0, 3)
 

@@ -233,6 +233,14 @@ def test_what_a_user_redefines_is_no_wrong_derivative():
     assert (float(stopped), float(through)) == (6.0, 2.0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_of_nothing_there_is_nothing(mode):
+    f = lambda p, x: x**2  # noqa: E731  one line
+
+    assert jacobian(f, mode=mode)({}, 3.0) == hessian(f)({}, 3.0) == {}
+    assert hvp(f)((), 3.0, ()) == ()
+
+
 def test_random_functions_are_not_held_to_their_differences():
     x = tf.ones(4)
 

@@ -2,6 +2,7 @@
 
 import linecache
 import logging
+import threading
 import warnings
 
 import numpy as np
@@ -10,7 +11,7 @@ import tensorflow as tf
 
 from tfgrad.derivatives.reverse import grad
 from tfgrad.derivatives.tracing import MOST_TRACES, Traces, as_written, quiet
-from tfgrad.errors import NoGradientError
+from tfgrad.errors import InvalidArgumentError, NoGradientError
 
 
 def counted(f):
@@ -165,6 +166,42 @@ def test_a_failed_check_is_made_again():
 
     assert answers == [9.0, 16.0]
     assert checks == [9.0, 9.0]
+
+
+def test_what_xla_cannot_compile_is_refused_with_its_line():
+    def summed(x):
+        return tf.reduce_sum(tf.math.segment_sum(x**2, [0, 0, 1]))
+
+    def looped(x):
+        return tf.while_loop(lambda x: x < 9.0, lambda x: (x**2,), (x,))[0]
+
+    with pytest.raises(
+        InvalidArgumentError, match=r"SegmentSum at test_tracing(.|\n)*jit"
+    ):
+        grad(summed, jit=True)([1.0, 2.0, 3.0])
+    with pytest.raises(InvalidArgumentError, match="maximum_iterations"):
+        grad(looped, jit=True)(2.0)
+
+
+def test_other_threads_wait_until_an_answer_is_checked():
+    started, order = threading.Event(), []
+
+    def check(answer, x):
+        started.set()
+        other.join(0.2)  # it cannot end before the check does
+        order.append("checked")
+
+    def call():
+        started.wait()
+        order.append(float(traces(tf.constant(3.0))))
+
+    traces = squares_of(check=check)
+    other = threading.Thread(target=call)
+    other.start()
+    traces(tf.constant(2.0))
+    other.join()
+
+    assert order == ["checked", 9.0]
 
 
 def test_the_ops_of_a_trace_can_be_read():

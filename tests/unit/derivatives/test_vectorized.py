@@ -111,3 +111,29 @@ def test_sizes_that_are_not_known_are_none():
 
     assert static_size([tf.ones([2, 3]), tf.ones([])]) == 7
     assert unknown(tf.ones(2)) is None
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_no_rows_or_no_columns_give_an_empty_matrix(mode, jit):
+    f = lambda x: {"none": x[:0] ** 2, "some": tf.reduce_sum(x) + tf.ones(2)}  # noqa: E731
+
+    def shapes(n):
+        answer = jacobian(f, mode=mode, jit=jit)(tf.ones(n))
+        return {key: tuple(part.shape) for key, part in answer.items()}
+
+    assert shapes(3) == {"none": (0, 3), "some": (2, 3)}
+    assert shapes(0) == {"none": (0, 0), "some": (2, 0)}
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+@pytest.mark.parametrize("shape", [[None], None])
+def test_inside_of_a_users_function_shapes_may_be_unknown(mode, shape):
+    cubes = tf.function(
+        jacobian(lambda x: x**3, mode=mode),
+        input_signature=[tf.TensorSpec(shape, tf.float64)],
+    )
+
+    for n in (2, 1, 0):
+        x = np.arange(1.0, n + 1)
+        np.testing.assert_allclose(cubes(x), np.diag(3 * x**2))
