@@ -14,11 +14,13 @@ from tfgrad.derivatives.tracing import as_written
 from tfgrad.nested import Nest
 from tfgrad.optimize.data_loop import DataLoop
 from tfgrad.optimize.epochs import ENDLESS, STEPS, training
+from tfgrad.optimize.limits import require_support
 from tfgrad.optimize.log import Log, check_log, open_log
 from tfgrad.optimize.loop import LOOP_STEPS, NOTHING, Loop, Rows, Since
 from tfgrad.optimize.objective import Objective
 from tfgrad.optimize.options import Options
 from tfgrad.optimize.result import History, OptimizeResult
+from tfgrad.optimize.scipy_loop import SciPyLoop
 from tfgrad.optimize.sentences import sentence
 from tfgrad.optimize.stages import HANDS_OVER, make_stages
 from tfgrad.optimize.stopping import (
@@ -96,6 +98,10 @@ class Descent:
         self._stages = make_stages(
             options.method, options.learning_rate, has_data=options.data is not None
         )
+        for stage in self._stages:
+            require_support(
+                stage.name, stage.scipy, options.bounds, options.constraints
+            )
         self._name = "+".join(stage.name for stage in self._stages)
         self._objective = Objective(
             f,
@@ -138,6 +144,7 @@ class Descent:
         """Close the log, whatever happened."""
         if error is not None:
             self.end("interrupted" if kind is KeyboardInterrupt else "stopped")
+        self._close()
         if error is None:
             self._finish()
         if self._log is not None:
@@ -207,6 +214,15 @@ class Descent:
         self._loop: Loop | DataLoop
         if self._training is not None:
             self._loop = DataLoop(*what, source=self._training.source)
+        elif stage.scipy is not None:
+            self._loop = SciPyLoop(
+                *what,
+                method=stage.scipy,
+                bounds=self._options.bounds,
+                constraints=self._options.constraints,
+                steps=share,
+                since=since,
+            )
         else:
             jit = self._options.jit
             self._loop = Loop(*what, steps=share, jit=jit, since=since)
@@ -230,6 +246,10 @@ class Descent:
             self._table.append(rows)
             if self._log is not None:
                 self._log.rows(rows, self._leaves)
+
+    def _close(self) -> None:
+        if isinstance(self._loop, SciPyLoop):
+            self._loop.close()
 
     def _finish(self) -> None:
         """Keep what is due at the end; after the first time, nothing is."""
@@ -285,6 +305,7 @@ class Descent:
         if stage.steps is None:
             self._left -= loop.step - self._first
         assert isinstance(loop, Loop)  # there are no chains over data
+        self._close()
         loop.turns.finish()
         self._begin(self._stage + 1, loop.so_far())
 
@@ -310,6 +331,8 @@ class Descent:
         if status == "nonfinite" and isinstance(loop, DataLoop):
             why = loop.bad_numbers()
         said = sentence(status, loop.step, loop.stopping, seconds, loop.nonfinite, why)
+        if isinstance(loop, SciPyLoop):
+            said = loop.says.get(status, said)
         if not self._taken:
             return said
         name = self._stages[self._stage].name

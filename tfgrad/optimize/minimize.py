@@ -35,6 +35,8 @@ def minimize(
     xtol: float | None = None,
     target: float | None = None,
     seconds: float | None = None,
+    bounds: Any = None,
+    constraints: Any = (),
     has_aux: bool = False,
     jit: bool | str = "auto",
     callback: Callable[[State], Any] | None = None,
@@ -61,9 +63,10 @@ def minimize(
             them, a `tf.Module` or a `keras.Model`.
         method: "lbfgs" (what None means without data), for smooth functions of any
             size; "newton", for smooth ones that are ill-conditioned or have saddles;
-            the name of a Keras optimizer ("sgd", "adam", ...), for noisy ones (None
-            means "adam" with data), or an instance of one (cloned, so that two runs
-            share nothing); any object with `apply_gradients`; or a method of your own
+            "scipy:slsqp" and so on, for any method of SciPy; the name of a Keras
+            optimizer ("sgd", "adam", ...), for noisy ones (None means "adam" with
+            data), or an instance of one (cloned, so that two runs share nothing); any
+            object with `apply_gradients`; or a method of your own
             (`tfgrad.optimize.methods.protocol`). A list of them is a chain:
             `[("adam", 1000), "lbfgs"]` takes 1000 steps of Adam, then goes on with
             L-BFGS. A stage ends where its steps are used up, where its method can do no
@@ -92,6 +95,12 @@ def minimize(
         target: Stop where f is no larger; with data, after an epoch whose mean loss is
             no larger. The other rules look at the batch of a step.
         seconds: Stop after this time, in seconds.
+        bounds: What x must lie between, for the methods of SciPy that know bounds: a
+            pair `(lower, upper)` of numbers, None or nests like the point; SciPy's
+            `Bounds`; or a list of a pair for each element. A start outside is moved in.
+        constraints: For those that know constraints: SciPy's dicts, `LinearConstraint`,
+            `NonlinearConstraint`, or a list of them. Their functions take what `f`
+            takes, and are differentiated if they are written in TensorFlow.
         has_aux: `f` returns `(value, aux)`; the numbers in aux go to the history and
             the log, their means over an epoch to `result.epochs`.
         jit: Compile with XLA: True, False, or "auto": where the run is long enough to
@@ -145,8 +154,8 @@ def minimize(
         150 30 2.000
 
     References:
-        `tfgrad.optimize.methods.lbfgs` and `newton` for those; Keras's documentation
-        for each of its optimizers.
+        `tfgrad.optimize.methods.lbfgs` and `newton` for those; Keras's and SciPy's
+        documentation for each of theirs.
     """
     if callback is not None and not callable(callback):
         raise InvalidArgumentError(
@@ -169,6 +178,8 @@ def minimize(
         xtol=xtol,
         target=target,
         seconds=seconds,
+        bounds=bounds,
+        constraints=constraints,
         has_aux=has_aux,
         jit=jit,
         log=log,

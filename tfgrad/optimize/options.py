@@ -40,6 +40,8 @@ class Options:
     xtol: float | None = None
     target: float | None = None
     seconds: float | None = None
+    bounds: Any = None
+    constraints: Any = ()
     has_aux: bool = False
     jit: bool | str = "auto"
     log: Run | str | PathLike[str] | None = None

@@ -41,6 +41,7 @@ def sentence(
         "unbounded": f"f fell below {UNBOUNDED:g}: it seems to have no minimum.",
         "precision": "Rounding hides what any further step would change.",
         "trustregion": "No step, however short, goes downhill; f may have a kink.",
+        "scipy": "SciPy's method ended by itself.",
         "linesearch": "No step downhill was found: f may have a kink here, or larger "
         "rounding errors than its size tells.",
         "seconds": f"The {seconds} seconds were over after {step} steps.",

@@ -10,6 +10,7 @@ from typing import Any
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.optimize.methods import named_method
 from tfgrad.optimize.methods.keras_optimizer import optimizer_names
+from tfgrad.optimize.methods.scipy import SciPyMethod, scipy_method
 from tfgrad.optimize.objective import Objective
 from tfgrad.optimize.options import check_count
 from tfgrad.optimize.turns import Turns, make_turns
@@ -23,14 +24,16 @@ class Stage:
         name: The method's.
         make_turns: Returns the method at work on an objective.
         steps: How many it may take; None means what is left of `steps`.
+        scipy: The method, if it is one of SciPy's.
     """
 
     name: str
     make_turns: Callable[[Objective], Turns]
     steps: int | None = None
+    scipy: SciPyMethod | None = None
 
 
-HANDS_OVER = frozenset({"steps", "precision", "linesearch", "trustregion"})
+HANDS_OVER = frozenset({"steps", "precision", "linesearch", "trustregion", "scipy"})
 """The statuses with which a stage hands over to the next; others end the run."""
 
 
@@ -77,12 +80,17 @@ def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
     if steps is not None:
         check_count("steps", steps)
         steps = int(steps)
-    turns = make_turns(method, learning_rate)
-    return Stage(_name_of(method), turns, steps)
+    scipy = scipy_method(method) if isinstance(method, str) else None
+    turns = make_turns(scipy or method, learning_rate)
+    # A directory may be called after it, and not every system wants a colon there.
+    name = scipy.name.replace(":", "-") if scipy else _name_of(method)
+    return Stage(name, turns, steps, scipy)
 
 
 def _require_optimizer(method: Any) -> None:
-    kind = named_method(method) if isinstance(method, str) else method
+    kind = method
+    if isinstance(method, str):
+        kind = scipy_method(method) or named_method(method)
     if not hasattr(kind, "apply_gradients"):
         raise InvalidArgumentError(
             "With `data`, the method is one optimizer of Keras: the loss is another "

@@ -11,6 +11,7 @@ from tfgrad.optimize.methods.keras_optimizer import optimizer_names
 from tfgrad.optimize.methods.lbfgs import LBFGS
 from tfgrad.optimize.methods.newton import Newton
 from tfgrad.optimize.methods.protocol import Method
+from tfgrad.optimize.methods.scipy import SCIPY
 
 PURE: dict[str, Callable[[], Method]] = {
     "lbfgs": LBFGS,
@@ -24,7 +25,7 @@ def named_method(name: str) -> Any:
     names: dict[str, Any] = {**optimizer_names(), **PURE}
     if name.lower() in names:
         return names[name.lower()]
-    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name.lower(), [*names, *SCIPY], n=3, cutoff=0.4)
     raise InvalidArgumentError(
         "`method` must be the name of a method, or an optimizer.",
         got=f"method={name!r}",

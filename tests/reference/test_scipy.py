@@ -1,0 +1,184 @@
+"""SciPy's methods through `minimize`, against closed forms and SciPy called directly.
+
+HS71: Hock and Schittkowski (1981), Test Examples for Nonlinear Programming Codes.
+"""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import tensorflow as tf
+
+import tfgrad
+from tfgrad.optimize.methods.scipy import SCIPY
+
+START = np.array([-1.2, 1.0])
+# COBYLA's planes crawl along the valley: thousands of iterations, directly as well.
+SMOOTH = sorted(SCIPY.keys() - {"scipy:cobyla"})
+BOUNDED = sorted(name for name, m in SCIPY.items() if m.bounds)
+CONSTRAINED = sorted(name for name, m in SCIPY.items() if m.constraints)
+
+
+def rosenbrock(x):
+    return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
+
+
+def bowl(x):
+    return (x[0] - 3) ** 2 + 2 * (x[1] + 1) ** 2 + x[0] * x[1]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_every_method_finds_the_minimum_by_our_rule(name, dtype):
+    result = tfgrad.minimize(rosenbrock, START.astype(dtype), method=name)
+
+    assert result.status == "gtol"
+    assert result.success
+    assert result.x.dtype == dtype
+    gtol = 1e-3 if dtype == "float32" else 1e-6
+    assert result.history["grad_norm"][-1] <= gtol
+    np.testing.assert_allclose(result.x, [1, 1], atol=2 * gtol)
+    assert list(result.history["step"]) == list(range(result.nit + 1))
+    np.testing.assert_array_equal(result.history["x"][0], START.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    "name", ["bfgs", "cg", "l-bfgs-b", "nelder-mead", "trust-ncg", "trust-exact"]
+)
+def test_the_iterates_are_those_of_scipy_called_directly(name):
+    visited = [START]
+    options = {"gtol": 1e-6} if SCIPY[f"scipy:{name}"].gradient else {}
+    method = SCIPY[f"scipy:{name}"]
+    hess = {"hess": scipy.optimize.rosen_hess} if method.second else {}
+    direct = scipy.optimize.minimize(
+        scipy.optimize.rosen,
+        START,
+        method=name,
+        jac=scipy.optimize.rosen_der if method.gradient else None,
+        callback=lambda x: visited.append(np.array(x)),
+        options=options,
+        **hess,
+    )
+
+    result = tfgrad.minimize(rosenbrock, START, method=f"scipy:{name}")
+
+    count = min(len(visited), result.nit, 20)
+    np.testing.assert_allclose(result.history["x"][:count], visited[:count], rtol=1e-6)
+    assert result.nfev <= 1.1 * direct.nfev + (80 if name == "nelder-mead" else 3)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_bound_that_is_active_at_the_solution(name):
+    # On x[1] >= 0 the least is at x[0] = 3: the slope along x[1] is 4 + 3.
+    start = np.array([1.0, 2.0])
+
+    result = tfgrad.minimize(bowl, start, method=name, bounds=(0.0, None))
+
+    assert result.status == "gtol"
+    assert "projected gradient" in result.message
+    np.testing.assert_allclose(result.x, [3, 0], atol=2e-6)
+    np.testing.assert_allclose(result.grad[1], 7, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONSTRAINED)
+def test_hs71(name):
+    result = tfgrad.minimize(
+        lambda x: x[0] * x[3] * (x[0] + x[1] + x[2]) + x[2],
+        np.array([1.0, 5, 5, 1]),
+        method=name,
+        bounds=(1.0, 5.0),
+        constraints=[
+            {"type": "ineq", "fun": lambda x: tf.reduce_prod(x) - 25},
+            {"type": "eq", "fun": lambda x: tf.reduce_sum(x**2) - 40},
+        ],
+    )
+
+    assert result.status == "gtol", result
+    assert "Lagrangian" in result.message
+    assert result.fun == pytest.approx(17.0140173, abs=2e-5)
+    np.testing.assert_allclose(
+        result.x, [1, 4.7429994, 3.8211503, 1.3794082], atol=1e-5
+    )
+
+
+# COBYQA ends where its radius does, at a slope of 4e-5, and says so.
+@pytest.mark.parametrize("name", sorted(set(CONSTRAINED) - {"scipy:cobyqa"}))
+def test_rosenbrock_in_a_disk(name):
+    disk = scipy.optimize.NonlinearConstraint(
+        lambda x: x[0] ** 2 + x[1] ** 2, -np.inf, 1.0
+    )
+
+    result = tfgrad.minimize(rosenbrock, np.zeros(2), method=name, constraints=disk)
+
+    assert result.status == "gtol", result
+    np.testing.assert_allclose(result.x, [0.7864151542, 0.6176983125], atol=1e-5)
+
+
+def test_nests_variables_and_numpy_constraints_agree():
+    def f(p):
+        return (p["a"] - 1) ** 2 + (p["b"] - 2) ** 2
+
+    a, b = tf.Variable(0.0, dtype=tf.float64), tf.Variable(0.0, dtype=tf.float64)
+    results = [
+        tfgrad.minimize(
+            f,
+            {"a": np.float64(0), "b": np.float64(0)},
+            method="scipy:slsqp",
+            bounds=({"a": 0.0, "b": None}, {"a": None, "b": 1.2}),
+            constraints={"type": "ineq", "fun": lambda p: 2 - p["a"] - p["b"]},
+        ),
+        tfgrad.minimize(
+            f,
+            {"a": np.float64(0), "b": np.float64(0)},
+            method="scipy:slsqp",
+            bounds=scipy.optimize.Bounds([0, -np.inf], [np.inf, 1.2]),
+            constraints=scipy.optimize.LinearConstraint([[1, 1]], -np.inf, 2),
+        ),
+        tfgrad.minimize(
+            f,
+            {"a": np.float64(0), "b": np.float64(0)},
+            method="scipy:slsqp",
+            bounds=[(0, None), (None, 1.2)],
+            constraints={"type": "ineq", "fun": lambda p: 2 - np.add(p["a"], p["b"])},
+        ),
+        tfgrad.minimize(
+            lambda: f({"a": a, "b": b}),
+            wrt={"a": a, "b": b},
+            method="scipy:slsqp",
+            bounds=(None, {"a": 9.0, "b": 1.2}),
+            constraints={"type": "ineq", "fun": lambda: 2 - a - b},
+        ),
+    ]
+
+    for result in results:
+        assert result.success, result
+        assert float(result.x["a"]) == pytest.approx(0.8, abs=1e-6)
+        assert float(result.x["b"]) == pytest.approx(1.2, abs=1e-6)
+    assert (float(a), float(b)) == (results[-1].x["a"], results[-1].x["b"])
+
+
+def test_a_constraint_that_cannot_be_kept_is_no_success():
+    result = tfgrad.minimize(
+        bowl,
+        np.zeros(2),
+        method="scipy:slsqp",
+        steps=20,
+        constraints=[
+            {"type": "eq", "fun": lambda x: x[0] - 1},
+            {"type": "eq", "fun": lambda x: x[0] + 1},
+        ],
+    )
+
+    assert not result.success
+
+
+def test_what_scipy_calls_success_is_not_believed():
+    # Nelder and Mead's method ends at the kink, where the slope is not zero.
+    result = tfgrad.minimize(
+        lambda x: tf.abs(x[0] - 1) + 0.3 * x[0], np.array([9.0]),
+        method="scipy:nelder-mead",
+    )  # fmt: skip
+
+    assert result.status == "scipy"
+    assert not result.success
+    assert "terminated successfully. The largest element" in result.message
+    assert float(result.x[0]) == pytest.approx(1)

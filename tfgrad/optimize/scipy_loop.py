@@ -1,0 +1,229 @@
+"""SciPy's methods behind the interface of the loop: an iteration is a step."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.nested import ravel, unravel
+from tfgrad.optimize.limits import Array, Limits
+from tfgrad.optimize.loop import NOTHING, Loop, Rows, Since
+from tfgrad.optimize.methods.protocol import Point
+from tfgrad.optimize.methods.scipy import SciPyMethod, Session
+from tfgrad.optimize.objective import Evaluation, Objective
+from tfgrad.optimize.stopping import GIVEN_UP, NONFINITE, RUNNING, Step, Stopping
+from tfgrad.optimize.turns import Turns
+
+FEASIBLE = 1e-9
+"""By how much a point may break a limit at which the run ends, whatever `gtol` is."""
+
+KEPT = 16
+"""Evaluations kept: SciPy's iteration mostly ends at one of its last."""
+
+
+class SciPyLoop(Loop):
+    """A run of one of SciPy's methods, from iteration to iteration.
+
+    Args:
+        objective: What to minimise.
+        make_turns: Returns the method at work on the objective.
+        stopping: The rules to ask after every iteration. With bounds or constraints the
+            gradient is the projected one, or the Lagrangian's, and a point is judged
+            only where it keeps to them.
+        method: Which method of SciPy's.
+        bounds: As for `minimize`.
+        constraints: As for `minimize`.
+        steps: How many steps are planned.
+        since: What was done before, by another method.
+
+    Attributes:
+        says: Sentences of its own, by status.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        make_turns: Callable[[Objective], Turns],
+        stopping: Stopping,
+        *,
+        method: SciPyMethod,
+        bounds: Any,
+        constraints: Any,
+        steps: int,
+        since: Since = NOTHING,
+    ) -> None:
+        """Evaluate the start, moved into the bounds, which is row 0."""
+        if not objective.variables:
+            objective.evaluate()
+            since = since._replace(evaluations=since.evaluations + 1)
+        self.says: dict[str, str] = {}
+        self._method = method
+        self._limits = Limits(objective, bounds, constraints)
+        start = np.asarray(ravel(objective.read()), np.float64)
+        if np.any(self._limits.clip(start) != start):
+            self._put(objective, self._limits.clip(start))
+        self._known: OrderedDict[bytes, Evaluation] = OrderedDict()
+        self._session: Session | None = None
+        self._here = start
+        self._answers: dict[str, Callable[..., Any]] = {
+            "fun": self._fun,
+            "hessp": self._hessp,
+            "hess": self._hess,
+            "constraint": self._constraint,
+        }
+        super().__init__(
+            objective,
+            make_turns,
+            stopping,
+            steps=steps,
+            jit=False,
+            since=since,
+        )
+
+    def _advance(self, most: int) -> Rows:
+        """Let SciPy take one iteration."""
+        session = self._session or self._begin()
+        is_running = session.iterate(self._answers)
+        moved = not np.array_equal(session.x, self._here)
+        is_step = is_running or moved
+        rows = self._move(session.x, moved) if is_step else self.here().first(0)
+        if self.code == RUNNING and not is_running:
+            self.code = self._code_of_end()
+            last_words = session.message.rstrip(".")
+            self.says["scipy"] = f"SciPy ended: {last_words}. {self._how_far()}"
+        return rows
+
+    def close(self) -> None:
+        """Leave SciPy where it is."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def _code_of_end(self) -> int:
+        """Return why SciPy ended where no rule of ours holds."""
+        if self._limits.are_any:  # where the size of the gradient says nothing
+            return GIVEN_UP
+        return int(self._code_of_failure(self.at, np.inf))
+
+    def _how_far(self) -> str:
+        """Return what is wrong with the current point, as a sentence."""
+        gtol = self.stopping.gtol or 0.0
+        if (violation := self._limits.violation(self._here)) > max(gtol, FEASIBLE):
+            return f"A limit is broken by {violation:.2g}."
+        grad = np.asarray(ravel(self.at.gradient), np.float64)
+        slope = self._limits.slope(self._here, grad, gtol)
+        return f"{self._what()} is {slope:.2g}."
+
+    def _begin(self) -> Session:
+        self._here = np.asarray(ravel(self.point()), np.float64)
+        limits = self._limits
+        bounds = None
+        if self._method.bounds and np.any(np.isfinite([limits.lower, limits.upper])):
+            from scipy.optimize import Bounds
+
+            bounds = Bounds(limits.lower, limits.upper)
+        self._known[self._here.tobytes()] = self.at
+        self._session = Session(
+            self._method, self._here, bounds=bounds, constraints=limits.for_scipy
+        )
+        return self._session
+
+    def _move(self, x: Array, moved: bool) -> Rows:
+        """Go to where SciPy is, ask the rules, and return the row."""
+        before, previous = self.at, self.point()
+        self.at = self._at(x)
+        vector = tf.constant(x, self._objective.variables[0].dtype)
+        fun = tf.cast(self.at.row["fun"], vector.dtype)
+        self._state = (vector, (), Point(vector, fun, ravel(self.at.gradient)))
+        self.turns.settle(self._state)
+        self._here = x
+        self.step += 1
+        rows = self.here()
+        self.code = self._judge(previous, before, moved)
+        return self._without_last(rows, previous) if self.code == NONFINITE else rows
+
+    def _judge(self, x: list[tf.Tensor], before: Evaluation, moved: bool) -> int:
+        """Return the code of the first rule that holds."""
+        step = self._between(x, before, self._state, self.at)
+        rules = self.stopping
+        if not moved:  # as where a simplex turns about its best corner
+            rules = Stopping(rules.gtol, None, None, rules.target)
+        return self._code(rules, step)
+
+    def _code_of_start(self) -> int:
+        row, rules = self.at.row, self.stopping
+        rules = Stopping(rules.gtol, None, None, rules.target)
+        return self._code(rules, Step(row["fun"], row["grad_norm"], [], row["fun"], []))
+
+    def _code(self, rules: Stopping, step: Step) -> int:
+        limits, gtol = self._limits, rules.gtol or 0.0
+        if not limits.are_any or not np.isfinite(step.grad_norm):
+            return int(rules.code(step))
+        x = np.asarray(ravel(self.point()), np.float64)
+        if limits.violation(x) > max(gtol, FEASIBLE):
+            return int(Stopping().code(step))  # no point to stop at
+        grad = np.asarray(ravel(self.at.gradient), np.float64)
+        slope = tf.constant(limits.slope(x, grad, gtol), step.grad_norm.dtype)
+        self.says["gtol"] = f"{self._what()} is no larger than {gtol}."
+        return int(rules.code(replace(step, grad_norm=slope)))
+
+    def _what(self) -> str:
+        if self._limits.functions:
+            return "The largest element of the gradient of the Lagrangian"
+        is_projected = "projected " if self._limits.are_any else ""
+        return f"The largest element of the {is_projected}gradient"
+
+    def _look_around(self) -> None:
+        if not self._limits.are_any:  # beside them, a lower point may be forbidden
+            super()._look_around()
+
+    def _leave(self) -> Rows:
+        self.close()
+        return super()._leave()
+
+    def _at(self, x: Array) -> Evaluation:
+        """Return the evaluation at x; SciPy asks for the same points again."""
+        key = x.tobytes()
+        if key not in self._known:
+            self._put(self._objective, x)
+            self._known[key] = self._evaluate()
+            if len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def _fun(self, x: Array) -> Any:
+        at = self._at(x)
+        fun = float(at.row["fun"])
+        fun = np.inf if np.isnan(fun) else fun  # SciPy compares, and NaN is never worse
+        if not self._method.gradient:
+            return fun
+        return fun, np.asarray(ravel(at.gradient), np.float64)
+
+    def _constraint(self, number: int, x: Array) -> tuple[Array, Array]:
+        return self._limits.functions[number].at(x)
+
+    def _hessp(self, x: Array, v: Array) -> Array:
+        self._put(self._objective, x)
+        return self._times(v)
+
+    def _hess(self, x: Array) -> Array:
+        self._put(self._objective, x)
+        columns = [self._times(unit) for unit in np.eye(len(x))]
+        matrix = np.stack(columns, axis=1)
+        return (matrix + matrix.T) / 2
+
+    def _times(self, v: Array) -> Array:
+        variables = self._objective.variables
+        leaves = unravel(tf.constant(v, variables[0].dtype), variables)
+        return np.asarray(ravel(self._objective.hvp(leaves)), np.float64)
+
+    @staticmethod
+    def _put(objective: Objective, x: Array) -> None:
+        vector = tf.constant(x, objective.variables[0].dtype)
+        objective.assign(unravel(vector, objective.variables))
