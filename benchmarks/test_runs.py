@@ -5,11 +5,13 @@ torch and tensorboardX are measured in a process of their own, if they are insta
 """
 
 import itertools
+import json
 import os
 import resource
 import subprocess
 import sys
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -143,6 +145,32 @@ def test_reading_against_event_accumulator(report, interleaved, tmp_path):
         "s",
         "2x, 0.5 s",
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("load_fast", ["true", "false"])
+def test_a_hundred_thousand_steps_of_four_tags_are_served_exactly(tmp_path, load_fast):
+    count, tags = 100_000, "abcd"
+    values = np.random.default_rng(0).standard_normal((len(tags), count))
+    with Run(tmp_path) as run:
+        run.log_history(dict(zip(tags, values, strict=True)), range(count))
+        run.log(count, end=1.0)  # when this is there, all is
+
+    with tfgrad.show(tmp_path, load_fast=load_fast) as board:
+        address = f"{board.url.partition('?')[0]}data/plugin/scalars"
+        while "end" not in fetch(f"{address}/tags").get(".", {}):
+            time.sleep(1.0)  # to ask keeps the loader from its work
+        for tag, expected in zip(tags, values, strict=True):
+            points = fetch(f"{address}/scalars?run=.&tag={tag}")
+            assert [step for _, step, _ in points] == list(range(count))
+            served = np.float32([value for _, _, value in points])
+            np.testing.assert_array_equal(served, np.float32(expected))
+
+
+def fetch(address):
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with without_proxy.open(address, timeout=300) as response:
+        return json.load(response)
 
 
 def test_memory_while_ten_million_points_are_written(report, tmp_path):

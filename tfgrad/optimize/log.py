@@ -134,7 +134,8 @@ class Log:
         step = int(rows.columns["step"][-1])
         if self._names and step >= self._next_histogram:
             # Where the data decides how long a run is, it may be longer than planned.
-            self._next_histogram = step - (-max(self._steps, step) // HISTOGRAMS)
+            gap = -(-max(self._steps, step) // HISTOGRAMS)
+            self._next_histogram = step + gap
             point, gradient = ([np.asarray(x) for x in part] for part in leaves())
             self._submit(self._write_histograms, step, point, gradient)
 

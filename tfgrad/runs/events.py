@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,51 @@ _COUNTER = itertools.count()
 
 _CHECK_SECONDS = 0.5
 """How often to look whether the file is still there: a look costs as much as a row."""
+
+
+class _Disk:
+    """A `with` block of writes, which ends in a flush; a failure becomes a RunError.
+
+    A failed write may have left half a record, and every reader stops there: nothing
+    can follow it in this file, and all later blocks fail as the first one did.
+    """
+
+    def __init__(self, flush: Callable[[], None]) -> None:
+        """Begin with a disk that works."""
+        self._flush = flush
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> None:
+        """Fail as before, if it has failed."""
+        if self._failure is not None:
+            raise _told(self._failure) from self._failure
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Flush, unless writing has failed."""
+        try:
+            if error is None:
+                self._flush()
+                return
+        except (tf.errors.OpError, OSError) as flush_error:
+            error = flush_error
+        if isinstance(error, tf.errors.OpError | OSError):
+            self._failure = error
+            raise _told(error) from error
+
+
+def _told(failure: BaseException) -> RunError:
+    """Return what a failure means to the one who logs."""
+    if isinstance(failure, FileNotFoundError):
+        return RunError(
+            "The event file was deleted while its run was alive.",
+            got=f"{failure.filename}, which is no longer there",
+            hint="a new Run(...); what this one held is gone with the file",
+        )
+    return RunError(
+        "The event file could not be written; what it held before is safe.",
+        got=str(failure),
+        hint="make room on the disk, then Run(..., resume_from=the next step)",
+    )
 
 
 class EventFile:
@@ -45,12 +90,12 @@ class EventFile:
             superseded: Tags that earlier files may have at this step or later.
         """
         self.path = directory / _file_name()
-        self._failure: tf.errors.OpError | OSError | None = None
+        self._disk = _Disk(self._flush)
         self._next_check = time.monotonic() + _CHECK_SECONDS
         self._event = tf.compat.v1.Event()
         self._tags: tuple[str, ...] = ()
         self._values: list[Any] = []
-        with self._disk():
+        with self._disk:
             path: Any = os.fsencode(self.path)  # a name need not be UTF-8
             self._writer = tf.io.TFRecordWriter(path)
             self._write(file_version="brain.Event:2")
@@ -87,13 +132,13 @@ class EventFile:
             self._values = [self._event.summary.value.add(tag=tag) for tag in tags]
             self._tags = tuple(tags)  # last, in case of an interrupt
         event, values = self._event, self._values
-        with self._disk():
+        with self._disk:
             serialize, write = event.SerializeToString, self._writer.write
             rows = zip(steps, wall_times, zip(*columns, strict=True), strict=True)
             for step, wall_time, numbers in rows:
                 event.step = step
                 event.wall_time = wall_time
-                for value, number in zip(values, numbers, strict=True):
+                for value, number in zip(values, numbers):  # noqa: B905 - strict: +20 %
                     value.simple_value = number
                 write(serialize())
 
@@ -115,7 +160,7 @@ class EventFile:
         entry = summary.value.add(tag=tag, tensor=tf.make_tensor_proto(value))
         entry.metadata.plugin_data.plugin_name = plugin
         entry.metadata.plugin_data.content = content
-        with self._disk():
+        with self._disk:
             self._write(step=step, summary=summary)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
@@ -128,7 +173,7 @@ class EventFile:
         It stands at step 0, so that a session that resumes later keeps it.
         """
         if tag is None:
-            with self._disk():
+            with self._disk:
                 self._write(graph_def=graph_def.SerializeToString())
             return
         metadata = tf.compat.v1.RunMetadata()
@@ -138,7 +183,7 @@ class EventFile:
 
     def summary(self, serialized: bytes) -> None:
         """Write a `Summary` that a TensorBoard plugin has built, at step 0."""
-        with self._disk():
+        with self._disk:
             self._write(summary=tf.compat.v1.Summary.FromString(serialized))
 
     def close(self) -> None:
@@ -150,32 +195,9 @@ class EventFile:
         event = tf.compat.v1.Event(wall_time=time.time(), **content)
         self._writer.write(event.SerializeToString())
 
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        """Flush what the block writes; turn a failure into a RunError, then and after.
-
-        A failed write may have left half a record, and every reader stops there:
-        nothing can follow it in this file.
-        """
-        if self._failure is None:
-            try:
-                yield
-                self._writer.flush()
-                self._check_presence()
-                return
-            except (tf.errors.OpError, OSError) as error:
-                self._failure = error
-        if isinstance(self._failure, FileNotFoundError):
-            raise RunError(
-                "The event file was deleted while its run was alive.",
-                got=f"{self.path}, which is no longer there",
-                hint="a new Run(...); what this one held is gone with the file",
-            ) from self._failure
-        raise RunError(
-            "The event file could not be written; what it held before is safe.",
-            got=str(self._failure),
-            hint="make room on the disk, then Run(..., resume_from=the next step)",
-        ) from self._failure
+    def _flush(self) -> None:
+        self._writer.flush()
+        self._check_presence()
 
     def _check_presence(self) -> None:
         """Raise FileNotFoundError if the file is gone: writing to it would succeed."""

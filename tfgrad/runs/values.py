@@ -35,6 +35,8 @@ def to_step(value: Any, name: str) -> int:
 
 def to_number(value: Any, tag: str) -> float:
     """Return `value` as one float; NaN and infinities are numbers here."""
+    if type(value) is float:
+        return value
     try:
         if isinstance(value, numbers.Real):  # Python's, and NumPy's scalars
             return float(value)
