@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tfgrad.derivatives.reverse import grad, value_and_grad, vjp
     from tfgrad.diagnosis.explain import explain
     from tfgrad.differences import finite_difference
+    from tfgrad.optimize.least_squares import LeastSquaresResult, least_squares
     from tfgrad.optimize.minimize import descend, minimize
     from tfgrad.optimize.result import OptimizeResult
     from tfgrad.runs.board import show
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "GradCheck": "tfgrad.checks.report",
+    "LeastSquaresResult": "tfgrad.optimize.least_squares",
     "OptimizeResult": "tfgrad.optimize.result",
     "Run": "tfgrad.runs.writer",
     "check_grads": "tfgrad.checks.gradcheck",
@@ -45,6 +47,7 @@ _HOMES = {
     "hvp": "tfgrad.derivatives.matrices",
     "jacobian": "tfgrad.derivatives.matrices",
     "jvp": "tfgrad.derivatives.forward",
+    "least_squares": "tfgrad.optimize.least_squares",
     "load_run": "tfgrad.runs.reader",
     "load_runs": "tfgrad.runs.reader",
     "minimize": "tfgrad.optimize.minimize",
@@ -57,6 +60,7 @@ _HOMES = {
 
 __all__ = [
     "GradCheck",
+    "LeastSquaresResult",
     "OptimizeResult",
     "Run",
     "check_grads",
@@ -69,6 +73,7 @@ __all__ = [
     "hvp",
     "jacobian",
     "jvp",
+    "least_squares",
     "load_run",
     "load_runs",
     "minimize",

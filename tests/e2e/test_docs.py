@@ -82,7 +82,11 @@ def test_the_public_names_are_sorted_and_documented():
         assert getattr(tfgrad, name).__doc__
 
 
-MADE_BY = {"GradCheck": "check_grads", "OptimizeResult": "minimize"}
+MADE_BY = {
+    "GradCheck": "check_grads",
+    "LeastSquaresResult": "least_squares",
+    "OptimizeResult": "minimize",
+}
 """Names that are not called by a user: their example is that of what makes them."""
 
 

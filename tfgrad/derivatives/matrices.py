@@ -82,16 +82,7 @@ def jacobian(
     def body(call: Call) -> Any:
         function = with_aux(float_outputs, has_aux)
         recording = Recording(function, call, has_aux=has_aux, persistent=True)
-        recording.require_sound()
-        blocks = None
-        tall = _is_tall(*map(static_size, (recording.outputs, recording.sources)))
-        if mode == "forward" or (mode == "auto" and tall):
-            try:
-                blocks = _by_columns(recording, chunk_size)
-            except NoGradientError:  # forward mode differentiates twice
-                if mode == "forward":
-                    raise
-        blocks = blocks or _by_rows(recording, chunk_size)
+        blocks = jacobian_blocks(recording, mode, chunk_size)
         packed = [call.pack(row) for row in blocks]
         answer = tf.nest.pack_sequence_as(recording.output, packed)
         return (answer, recording.aux) if has_aux else answer
@@ -230,6 +221,27 @@ def hvp(
     return transform(
         f, body, argnums=argnums, wrt=wrt, jit=jit, direction="v", check=check
     )
+
+
+def jacobian_blocks(
+    recording: Recording, mode: str = "auto", chunk_size: int | None = None
+) -> list[list[tf.Tensor]]:
+    """Return the Jacobian of a recording, by `[output][source]`, the cheaper way.
+
+    Args:
+        recording: Of the outputs; a persistent one.
+        mode: As for `jacobian`.
+        chunk_size: As for `jacobian`.
+    """
+    recording.require_sound()
+    tall = _is_tall(*map(static_size, (recording.outputs, recording.sources)))
+    if mode == "forward" or (mode == "auto" and tall):
+        try:
+            return _by_columns(recording, chunk_size)
+        except NoGradientError:  # forward mode differentiates twice
+            if mode == "forward":
+                raise
+    return _by_rows(recording, chunk_size)
 
 
 def _by_rows(recording: Recording, chunk_size: int | None) -> list[list[tf.Tensor]]:

@@ -84,6 +84,7 @@ class Descent:
         f: As for `minimize`.
         x0: As for `minimize`.
         options: The others.
+        objective: What `f` is part of, if not the objective itself.
 
     Attributes:
         status: Why it ended; None while it goes on.
@@ -91,7 +92,13 @@ class Descent:
         planned: The same, known beforehand; None if the data decides.
     """
 
-    def __init__(self, f: Callable[..., Any], x0: Nest, options: Options) -> None:
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        x0: Nest,
+        options: Options,
+        objective: Objective | None = None,
+    ) -> None:
         """Check what can be checked; nothing is traced or written."""
         check_log(options.log)
         self._options = options
@@ -103,7 +110,7 @@ class Descent:
                 stage.name, stage.scipy, options.bounds, options.constraints
             )
         self._name = "+".join(stage.name for stage in self._stages)
-        self._objective = Objective(
+        self._objective = objective or Objective(
             f,
             x0,
             options.wrt,
@@ -281,6 +288,8 @@ class Descent:
 
     def _verdict(self) -> str | None:
         loop, seconds = self._loop, self._options.seconds
+        if own := self._own_words():
+            return own[0]
         if loop.code == GIVEN_UP:
             return loop.turns.failure
         if loop.code != RUNNING:
@@ -309,6 +318,10 @@ class Descent:
         loop.turns.finish()
         self._begin(self._stage + 1, loop.so_far())
 
+    def _own_words(self) -> tuple[str, str] | None:
+        """Return the status and the sentence of a method that gave up and says why."""
+        return self._loop.why() if isinstance(self._loop, Loop) else None
+
     def _leaves(self) -> tuple[list[Any], list[Any]]:
         """Return the point and the gradient there, leaf by leaf."""
         return self._loop.point(), self._loop.turns.gradient(self._loop.at)
@@ -333,6 +346,9 @@ class Descent:
         said = sentence(status, loop.step, loop.stopping, seconds, loop.nonfinite, why)
         if isinstance(loop, SciPyLoop):
             said = loop.says.get(status, said)
+        own = self._own_words()
+        if own and own[0] == status:
+            said = own[1]
         if not self._taken:
             return said
         name = self._stages[self._stage].name

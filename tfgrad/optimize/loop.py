@@ -22,7 +22,9 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.objective import Evaluation, Objective
 from tfgrad.optimize.stopping import (
+    GIVEN_UP,
     NONFINITE,
+    PRECISION,
     RUNNING,
     STATIONARY,
     Step,
@@ -185,6 +187,11 @@ class Loop:
     def so_far(self) -> Since:
         """Return what was done until now, for a loop that takes over."""
         return Since(self.step, self.evaluations, self.seconds)
+
+    def why(self) -> tuple[str, str] | None:
+        """Return the method's own status and sentence, if it gave up and has one."""
+        has_failed = self.code in (PRECISION, GIVEN_UP)
+        return self.turns.why(self._state) if has_failed else None
 
     def here(self) -> Rows:
         """Return the one row of the current point."""
@@ -402,6 +409,8 @@ class Loop:
     def _rules(self, asked: Stopping) -> Stopping:
         """Return the rules that were asked for; a pure method stops at a solution."""
         if asked.gtol is not None or not isinstance(self.turns, PureTurns):
+            return asked
+        if self.turns.knows_solutions:
             return asked
         return replace(asked, gtol=GTOL.get(self.at.row["fun"].dtype, 0.1))
 

@@ -157,12 +157,6 @@ def minimize(
         `tfgrad.optimize.methods.lbfgs` and `newton` for those; Keras's and SciPy's
         documentation for each of theirs.
     """
-    if callback is not None and not callable(callback):
-        raise InvalidArgumentError(
-            "`callback` must be a function of a `State`.",
-            got=f"callback={describe(callback)}",
-            hint="callback=lambda state: print(state.step, state.fun)",
-        )
     options = Options(
         wrt=wrt,
         method=method,
@@ -184,7 +178,17 @@ def minimize(
         jit=jit,
         log=log,
     )
-    descent = Descent(f, x0, options)
+    return run(Descent(f, x0, options), callback)
+
+
+def run(descent: Descent, callback: Callable[[State], Any] | None) -> OptimizeResult:
+    """Run a minimisation to its end, `callback` called on the way; see `minimize`."""
+    if callback is not None and not callable(callback):
+        raise InvalidArgumentError(
+            "`callback` must be a function of a `State`.",
+            got=f"callback={describe(callback)}",
+            hint="callback=lambda state: print(state.step, state.fun)",
+        )
     with (
         descent.compiling(),
         Interrupts() as interrupts,

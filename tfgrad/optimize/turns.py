@@ -19,7 +19,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, ravel, unravel
 from tfgrad.optimize.methods import PURE, named_method
 from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
-from tfgrad.optimize.methods.protocol import Bindable, Method, Point
+from tfgrad.optimize.methods.protocol import Bindable, Explained, Method, Point
 from tfgrad.optimize.objective import Evaluation, Objective
 from tfgrad.optimize.saddles import Array, lower_point
 
@@ -57,6 +57,10 @@ class Turns(Protocol):
     def is_compiled(self) -> bool:
         """Whether a turn can be part of a trace."""
 
+    @property
+    def knows_solutions(self) -> bool:
+        """Whether it ends at a solution without being told what one is."""
+
     def evaluate(self) -> Evaluation:
         """Evaluate the objective where the variables are."""
 
@@ -81,11 +85,15 @@ class Turns(Protocol):
     def finish(self) -> bool:
         """Do what is due at the end; return whether that moved the variables."""
 
+    def why(self, state: Any) -> tuple[str, str] | None:
+        """Return a status and a sentence for a failed turn; None if it has no words."""
+
 
 class KerasTurns:
     """Turns of an optimizer, which moves the variables by itself."""
 
     failure = ""  # it never gives up
+    knows_solutions = False
 
     def __init__(self, objective: Objective, method: KerasMethod) -> None:
         """Bring the two together."""
@@ -142,6 +150,10 @@ class KerasTurns:
         """Let the optimizer put its averages in place, if it keeps any."""
         return self._method.finish()
 
+    def why(self, state: Any) -> tuple[str, str] | None:
+        """Return nothing: an optimizer takes all its steps."""
+        return None
+
 
 class PureTurns:
     """Turns of a pure method, which sees one vector and moves nothing by itself."""
@@ -161,10 +173,12 @@ class PureTurns:
             )
         self._flat = _Flat(objective)
         self.failure: str = getattr(method, "failure", "linesearch")
-        self.knows_curvature = isinstance(method, Bindable)
+        is_explained = isinstance(method, Explained)  # and has a Jacobian, no Hessian
+        self.knows_curvature = isinstance(method, Bindable) and not is_explained
         if isinstance(method, Bindable):
             method = method.bind(self._flat)
-        self._method = method
+        self._method: Any = method
+        self.knows_solutions = isinstance(method, Explained)
 
     def evaluate(self) -> Evaluation:
         """Evaluate the objective where the variables are."""
@@ -207,6 +221,10 @@ class PureTurns:
     def finish(self) -> bool:
         """Do nothing."""
         return False
+
+    def why(self, state: Any) -> tuple[str, str] | None:
+        """Return what the method says about its state."""
+        return self._method.why(state[1]) if self.knows_solutions else None
 
     def lower_point(
         self, state: Any, evaluate: Callable[[], Evaluation]
@@ -256,9 +274,12 @@ class PureTurns:
 
 
 class _Flat:
-    """An objective of one vector, for methods that are bound to it (`Curvature`)."""
+    """An objective of one vector, for methods that are bound to it.
 
-    def __init__(self, objective: Objective) -> None:
+    As `protocol.Curvature` and, of residuals, as `levenberg_marquardt.Linearizable`.
+    """
+
+    def __init__(self, objective: Any) -> None:
         """Remember it."""
         self._objective = objective
 
@@ -267,6 +288,21 @@ class _Flat:
         variables = self._objective.variables
         self._objective.assign(unravel(x, variables))
         return ravel(self._objective.hvp(unravel(v, variables)))
+
+    def gauss_newton(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+        """Return J'J at `x` times `v`, after putting the variables to `x`."""
+        variables = self._objective.variables
+        self._objective.assign(unravel(x, variables))
+        return ravel(self._objective.gauss_newton(unravel(v, variables)))
+
+    def fits_in_memory(self) -> bool:
+        """Return whether the Jacobian is small enough to be formed and factorised."""
+        return self._objective.fits_in_memory()
+
+    def linearize(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return residuals and Jacobian at `x`, after putting the variables there."""
+        self._objective.assign(unravel(x, self._objective.variables))
+        return self._objective.linearize()
 
 
 def make_turns(method: Any, learning_rate: Any) -> Callable[[Objective], Turns]:

@@ -105,6 +105,20 @@ class Curvature(Protocol):
 
 
 @runtime_checkable
+class Explained(Protocol):
+    """A method that knows itself whether the point where it ends is a solution.
+
+    Nobody else asks for a `gtol` that the user has not asked for.
+    """
+
+    def why(self, state: Any) -> tuple[str, str] | None:
+        """Return a status and a sentence for a `state` with which it failed.
+
+        None leaves it to the loop to find the words.
+        """
+
+
+@runtime_checkable
 class Bindable(Protocol):
     """A method that asks for more than the value and the gradient of a point."""
 

@@ -1,0 +1,69 @@
+"""`least_squares` on NIST's nonlinear regression problems, against certified values.
+
+The whole set, 27 problems from two starts each, is in benchmarks/test_least_squares.py.
+"""
+
+import functools
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfgrad
+
+nist = runpy.run_path(str(Path(__file__).parent / "nist" / "problems.py"))
+
+# From the start far away (0) or near (1): those of NIST's higher level of difficulty,
+# those that others fail on, and one of each kind of model.
+HARD = [
+    ("Bennett5", 0), ("BoxBOD", 0), ("Eckerle4", 0), ("ENSO", 0), ("Gauss3", 0),
+    ("Hahn1", 0), ("Lanczos1", 1), ("Lanczos3", 0), ("MGH09", 0), ("MGH10", 0),
+    ("MGH17", 0), ("Misra1a", 0), ("Nelson", 0), ("Rat43", 0), ("Roszman1", 0),
+    ("Thurber", 0),
+]  # fmt: skip
+
+SINGLE = ["BoxBOD", "Chwirut2", "DanWood", "Eckerle4", "Kirby2", "Nelson", "Rat42"]
+
+
+@functools.cache
+def fitted(name, start, dtype=np.float64):
+    x0 = nist["read"](name).starts[start].astype(dtype)
+    return tfgrad.least_squares(nist["residuals"](name, tf, dtype), x0)
+
+
+@pytest.mark.parametrize(("name", "start"), HARD)
+def test_certified_parameters_and_their_standard_deviations(name, start):
+    truth = nist["read"](name)
+
+    result = fitted(name, start)
+
+    assert result.success, result
+    assert result.status in ("gtol", "xtol")
+    np.testing.assert_allclose(result.x, truth.certified, rtol=1e-6)
+    # Lanczos1 has residuals of 1e-13: they are known to two or three digits.
+    rtol = 1e-2 if name == "Lanczos1" else 1e-6
+    np.testing.assert_allclose(result.stderr, truth.stderr, rtol=rtol)
+    np.testing.assert_allclose(result.residual_std, truth.residual_std, rtol=rtol)
+    assert result.degrees_of_freedom == len(truth.y) - len(truth.certified)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_float32_finds_three_digits_and_says_how(name):
+    truth = nist["read"](name)
+
+    result = fitted(name, 1, np.float32)
+
+    assert result.status in ("gtol", "xtol", "precision"), result
+    np.testing.assert_allclose(result.x, truth.certified, rtol=1e-3)
+    assert result.x.dtype == tf.float32
+    assert result.covariance.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["Bennett5", "MGH10"])
+def test_float32_claims_nothing_where_it_cannot_resolve_the_valley(name):
+    result = fitted(name, 0, np.float32)
+
+    assert not result.success
+    assert result.nfev < 1000
