@@ -293,6 +293,7 @@ print(peak - before, sorted(seconds)[len(seconds) // 2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_and_time_of_the_hessian_of_a_network(report):
     def measured(which):

@@ -37,6 +37,7 @@ def share(verdicts, wanted, *, with_bug):
     return 100 * sum(verdict == wanted for verdict in chosen) / len(chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "alarms", "caught"), [("float32", 2.0, 94.0), ("float64", 0.0, 99.0)]
 )

@@ -106,6 +106,7 @@ def hand_written(f, variables, steps):
     return time.perf_counter() - began
 
 
+@pytest.mark.slow
 def test_a_keras_optimizer_against_the_hand_written_xla_loop(report):
     steps = 100_000
     ours, theirs = [], []
@@ -124,6 +125,7 @@ def test_a_keras_optimizer_against_the_hand_written_xla_loop(report):
     )
 
 
+@pytest.mark.slow
 def test_logging_every_step(report, tmp_path):
     steps = 200_000
     seconds = {"plain": [], "logged": []}

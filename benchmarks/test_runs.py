@@ -191,6 +191,7 @@ def test_memory_while_ten_million_points_are_written(report, tmp_path):
     report("peak memory after 10,000,000 points, and 2,000,000", last, first, "MB", "=")
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_log_to_a_loop_of_ten_microseconds(report, tmp_path):
     matrix = tf.constant(np.random.default_rng(0).standard_normal((200, 200)) / 200)
 
