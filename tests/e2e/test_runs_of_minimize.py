@@ -305,3 +305,17 @@ def test_a_log_that_cannot_be_begins_nothing(tmp_path):
 
     with pytest.raises(tfgrad.errors.RunError, match="which is a file"):
         minimized(tmp_path / "file" / "logs", never)
+
+
+def test_histograms_of_variables_that_are_fitted_to_data(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(4)])
+    x = np.ones((8, 3), "float32")
+
+    result = tfgrad.minimize(
+        lambda x: tf.reduce_mean(model(x) ** 2),
+        wrt=model, data=x, batch_size=4, epochs=2, log=tmp_path,
+    )  # fmt: skip
+
+    found = {tag for tag in values(result.directory)["histograms"] if "kernel" in tag}
+    assert {tag.partition("/")[0] for tag in found} == {"parameters", "gradients"}

@@ -306,7 +306,7 @@ def _thinning(steps: int, every: int) -> str:
 def _leaf_names(objective: Objective) -> list[str]:
     """Return a name for the histograms of each variable."""
     unique = UniqueNames()
-    if point := objective.arguments():  # of values
+    if point := objective.point_argument():  # of values
         paths = [path for path, _ in named_leaves(point[0], "x")]
         return [unique.take(_as_tag(path)) for path in paths]
     names = (getattr(v, "path", v.name.removesuffix(":0")) for v in objective.owners)
