@@ -1,0 +1,101 @@
+"""L-BFGS beside that of other tools: the same problems, each tool in its own process."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import tfgrad
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # what the peers run is beside this file
+import lbfgs_peer as problems  # noqa: E402  (found by the line above)
+
+TOOLS = ("scipy", "tfp", "optax", "optimistix", "torch")
+NAMES = (*problems.SIZES, problems.NETWORK)
+BARS = {
+    ("Rosenbrock 100", "optax"): "not slower",
+    ("Rosenbrock 100", "optimistix"): "not slower",
+    ("Rosenbrock 100", "tfp"): "3 times faster",
+    ("Rosenbrock 10,000", "optax"): "1.5 times faster",
+    ("Rosenbrock 10,000", "optimistix"): "1.5 times faster",
+}
+
+
+@functools.cache
+def ours(name):
+    """Return the result and the seconds of a first run, and of iterations compiled."""
+    f, start = problems.tensorflow_objective(name), problems.start_of(name)
+    began = time.perf_counter()
+    result = tfgrad.minimize(f, start, steps=problems.MOST)
+    first, steady = time.perf_counter() - began, []
+    for _ in range(3):
+        again = tfgrad.minimize(f, start, steps=problems.MOST, jit=True)
+        seconds = again.history["seconds"]
+        half = len(seconds) // 2
+        steady.append((seconds[-1] - seconds[half]) / (len(seconds) - 1 - half))
+    return result, first, steady
+
+
+@functools.cache
+def theirs(tool):
+    """Return what a tool measured of each problem, or None if it is not installed."""
+    python = os.environ.get("TFGRAD_PEERS", sys.executable)
+    modules = {"tfp": "tensorflow_probability"}
+    have = subprocess.run(
+        [python, "-c", f"import {modules.get(tool, tool)}"], capture_output=True
+    )
+    if have.returncode:
+        return None
+    run = subprocess.run(
+        [python, str(HERE / "lbfgs_peer.py"), tool],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(run.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_iteration_of_lbfgs(report, times, name, tool):
+    found = theirs(tool)
+    if found is None:
+        pytest.skip(f"{tool} is not installed beside TFGRAD_PEERS")
+    result, first, steady = ours(name)
+    peer = found[name]
+    count = peer["iterations"]
+    outcomes = (
+        f"{result.nfev} evaluations to {result.fun:.3g}",
+        f"{peer['evaluations']} to {peer['fun']:.3g}",
+    )
+
+    report(
+        f"{name}, against {tool} ({', against '.join(outcomes)})",
+        times([s * 1e6 for s in steady], first=first * 1e6),
+        times(
+            [s / count * 1e6 for s in peer["seconds"][1:]],
+            first=peer["seconds"][0] * 1e6,
+        ),
+        "µs",
+        BARS.get((name, tool), "-"),
+    )
+
+
+def test_the_first_call_on_a_small_problem(report):
+    f, start = problems.tensorflow_objective("Rosenbrock 2"), [-1.2, 1.0]
+    seconds = []
+    for _ in range(6):
+        began = time.perf_counter()
+        assert tfgrad.minimize(f, start).success
+        seconds.append(time.perf_counter() - began)
+
+    report("Rosenbrock 2, tracing and all, in all", seconds[1:], 1.0, "s", "under 1 s")
