@@ -202,8 +202,9 @@ class DataLoop:
         self._go_back()
         return self.start()
 
-    def bad_numbers(self) -> str:
-        """Return what is not finite in the batch at hand, and where; "" if all is."""
+    @property
+    def blame(self) -> str:
+        """What is not finite in the batch at hand or with it, and where; "" if all is."""
         drawn = self._carried.drawn.get_value()
         arguments = self._arguments(self._source.batch(drawn))
         before = int(self._objective.takes_values)
@@ -217,7 +218,7 @@ class DataLoop:
                 value = leaf.numpy()[tuple(bad[0])]
                 where = f"batch {self.batch} of epoch {self.epoch}"
                 return f"{where} (counted from 0) holds {value} in `{name}`{row}"
-        return ""
+        return self._objective.blame(*arguments)
 
     # --- the parts of a step ---
 

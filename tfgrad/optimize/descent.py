@@ -340,9 +340,7 @@ class Descent:
     def _message(self, status: str) -> str:
         """Return the sentence for a status, and how many steps each stage took."""
         loop, seconds = self._loop, self._options.seconds
-        why = ""
-        if status == "nonfinite" and isinstance(loop, DataLoop):
-            why = loop.bad_numbers()
+        why = loop.blame if status == "nonfinite" else ""
         said = sentence(status, loop.step, loop.stopping, seconds, loop.nonfinite, why)
         if isinstance(loop, SciPyLoop):
             said = loop.says.get(status, said)

@@ -144,6 +144,7 @@ class Loop:
         code: What stopped the loop: a position in `STATUSES`; RUNNING if nothing did.
         turns: The method at work.
         nonfinite: With code NONFINITE, rows of which the last is not finite.
+        blame: With code NONFINITE, which op and line made it so, if that was found.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class Loop:
         start = self.here()
         self.code = self._code_of_start() if is_finite(start) else NONFINITE
         self.nonfinite = start
+        self.blame = objective.blame() if self.code == NONFINITE else ""
         self._form, self._xla_from = self._plan(steps, jit)
         self._is_fallible = jit == "auto"
         self._chunk: Callable[..., Any] | None = None
@@ -329,6 +331,7 @@ class Loop:
     def _without_last(self, rows: Rows, x: list[tf.Tensor]) -> Rows:
         """Go back from a point that is not finite to the one before it."""
         self.nonfinite = rows
+        self.blame = self._objective.blame()  # the variables are still there
         self.step -= 1
         self._objective.assign(x)
         self.evaluate()

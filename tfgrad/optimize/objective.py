@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from tfgrad.derivatives.calls import Call
 from tfgrad.derivatives.outputs import objective
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import Traces
+from tfgrad.diagnosis.explain import explain
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
@@ -135,6 +137,26 @@ class Objective:
     def arguments(self) -> tuple[Nest, ...]:
         """Return what the user's function is called with where the variables are."""
         return (*self.point_argument(), *self.example)
+
+    def blame(self, *batch: Nest) -> str:
+        """Return which op and line are not finite where the variables are; "" if none.
+
+        Args:
+            *batch: What else the user's function takes.
+        """
+
+        def value(*arguments: Nest) -> Any:
+            output = self.f(*arguments)
+            return output[0] if self._has_aux else output
+
+        wrt = None if self.takes_values else self.variables
+        with contextlib.suppress(Exception):  # what ended is to be told in any case
+            findings = explain(value, *self.point_argument(), *batch, wrt=wrt).findings
+            spoiled = (each for each in findings if each.status == "non-finite")
+            found = next((each.culprit for each in spoiled if each.culprit), None)
+            if found is not None:
+                return f"{found.label} at {found.where}: {found.reason}; {found.hint}"
+        return ""
 
     def operations(self, scale: tf.Tensor | None = None) -> list[str]:
         """Return the op types of an evaluation; none if it could not be compiled."""

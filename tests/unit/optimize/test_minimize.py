@@ -213,6 +213,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_used(form):
 
     assert result.status == "nonfinite"
     assert "an element of the gradient became" in result.message
+    assert "tf.sqrt at test_minimize.py" in result.message
     assert np.all(np.isfinite(x.numpy()))
     assert np.array_equal(result.x, x.numpy())
 
@@ -223,6 +224,35 @@ def test_a_start_that_is_not_finite_is_said_at_once():
     assert (result.status, result.nit) == ("nonfinite", 0)
     assert "At the start, f is nan" in result.message
     assert float(result.x) == -1.0
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_the_line_that_made_the_value_not_finite_is_said_with_a_remedy(has_aux):
+    def loss(x):
+        y = tf.math.log(x["a"])
+        return (y, x["b"]) if has_aux else y * x["b"]
+
+    start = {"a": 1.0, "b": 1.0}
+    result = sgd(loss, start, learning_rate=2.0, steps=5, has_aux=has_aux)
+
+    assert "In step 1, f became nan (tf.math.log at test_minimize.py" in result.message
+    assert '`y = tf.math.log(x["a"])`: an argument is not positive; tf.math' in (
+        result.message
+    )
+
+
+def test_an_ending_is_told_where_nothing_is_to_blame():
+    calls = iter([1.0, 1.0, np.nan])
+
+    @tf.custom_gradient
+    def fails_once(x):
+        y = tf.py_function(lambda: next(calls, 1.0), [], tf.float32)
+        return tf.reshape(y, []), lambda dy: dy
+
+    result = sgd(fails_once, 1.0, steps=10)
+
+    assert result.status == "nonfinite"
+    assert result.message.endswith(f"point, after step {result.nit}.")
 
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
