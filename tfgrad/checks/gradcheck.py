@@ -49,7 +49,7 @@ def check_grads(
         modes: Which of "reverse" (against finite differences), "forward" (against
             reverse), "compiled" and "xla" (against eager).
         rtol: The relative disagreement that is allowed beyond three error estimates.
-            None means 1e-6 for float64, 1e-3 for float32, 3e-2 for half precision.
+            None means 1e-6 for float64, 3e-4 for float32, 3e-2 for half precision.
         directions: Directions per argument and order: the gradient's own, then random.
         full: On failure look at every element, to count all that are wrong.
         seed: Of the random directions.

@@ -42,35 +42,40 @@ class Line:
         """Return the value at `t`, corrected for the rounding of the argument."""
         return np.asarray(self._values(t)[1])
 
-    def noise(self, step: float) -> float:
+    @property
+    def nearest(self) -> float:
+        """The smallest |t| so far at which there is a value, apart from 0."""
+        return min(abs(t) for t in self._known if t)
+
+    def noise(self, spacing: float, largest: float) -> float:
         """Return the rounding error of the values, by Hamming's differences.
 
         Fourth differences wipe out what is smooth on the scale of their spacing, and
-        leave what changes from one value to the next. The spacing starts where the
-        function is known to be smooth, below the smallest step so far, and grows while
-        the values hardly change (Moré and Wild 2011, SIAM J. Sci. Comput. 33, 4.1).
+        leave what changes from one value to the next (Moré and Wild 2011, SIAM J. Sci.
+        Comput. 33, 4.1).
 
         Args:
-            step: The largest spacing.
+            spacing: The first spacing. It grows while the values hardly change.
+            largest: The largest one.
         """
-        spacing = min(abs(t) for t in self._known if t) / 2
         while True:
             places = spacing * np.arange(-4, 5)
             pairs = [self._values(t) for t in places]
-            if len({raw for raw, _ in pairs}) > 5 or spacing >= step:
+            if len({raw for raw, _ in pairs}) > 5:
                 break
+            if spacing >= largest:  # flat, with jumps at most: nothing is rounded here
+                return 0.0
             spacing *= 4
         differences = np.diff([corrected for _, corrected in pairs], 4)
         return float(np.sqrt(np.mean(differences**2) / 70))  # 70: (8 choose 4)
 
-    def kink(self, step: float, noise: float) -> tuple[float, float] | None:
+    def kink(self, steps: Sequence[float], noise: float) -> tuple[float, float] | None:
         """Return the slopes on both sides, if no smaller step closes the gap.
 
         Args:
-            step: The largest step.
+            steps: From large to small.
             noise: The rounding error of the values.
         """
-        steps = [step / 4**k for k in range(8)]
         with np.errstate(all="ignore"):  # one side may be outside of the domain
             left = [float((self(0.0) - self(-h)) / h) for h in steps]
             right = [float((self(h) - self(0.0)) / h) for h in steps]

@@ -72,10 +72,12 @@ def test_only_the_wrong_argument_fails():
     assert [check.verdict for check in report.checks] == ["pass", "fail"]
 
 
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64])
 @pytest.mark.parametrize("factor", [1.001, 0.0, -1.0])
-def test_a_wrong_second_derivative_behind_a_right_first_one_is_caught(factor):
+def test_a_wrong_second_derivative_behind_a_right_first_one_is_caught(factor, dtype):
     slope = with_gradient(tf.cos, lambda x: -factor * tf.sin(x))
-    report = check_grads(with_gradient(tf.sin, slope), X, raises=False)
+    f = with_gradient(tf.sin, slope)
+    report = check_grads(f, tf.cast(X, dtype), raises=False)
 
     assert verdicts(report)[1, "reverse"] == "pass"
     assert verdicts(report)[2, "reverse"] == "fail"
@@ -225,6 +227,31 @@ def test_a_network_of_relus_does_not_fail_for_its_kinks():
     report = check_grads(lambda: tf.reduce_mean(model(x) ** 2), wrt=model)
 
     assert not report.failures
+
+
+def test_a_gradient_that_cancels_at_a_minimum_does_not_fail():
+    x = tf.random.stateless_normal([16, 8], seed=(1, 2))
+    goal = tf.nn.softmax(x)
+
+    report = check_grads(
+        lambda x: keras.losses.kl_divergence(goal, tf.nn.softmax(x)), x + 0.1
+    )
+
+    assert not report.failures
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64])
+def test_a_second_derivative_that_cancels_does_not_fail(dtype):
+    x = 1e6 * tf.cast(X, dtype)
+
+    assert not check_grads(lambda x: tf.reduce_sum(tf.sqrt(1 + x**2)), x).failures
+
+
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64])
+def test_a_kink_close_by_is_not_taken_for_one_at_the_point(dtype):
+    x = tf.constant([1 + 1e-4, 0.3, 2.0], dtype)
+
+    assert check_grads(lambda x: tf.reduce_sum(tf.abs(x - 1)), x)
 
 
 # What cannot be decided, or not be done.

@@ -44,7 +44,8 @@ def test_a_chain_traces_its_function_once():
         calls.append(x)
         return rosenbrock(x)
 
-    tfgrad.minimize(counted, START, method=[("adam", 150), ("sgd", 5), "lbfgs"])
+    stages = [("adam", 150), ("sgd", 5), "lbfgs"]
+    tfgrad.minimize(counted, START, method=stages, learning_rate=1e-4)
 
     assert len(calls) == 1
 
