@@ -204,7 +204,7 @@ class DataLoop:
 
     @property
     def blame(self) -> str:
-        """What is not finite in the batch at hand or with it, and where; "" if all is."""
+        """What is not finite in the batch at hand, or with it, and where; or ""."""
         drawn = self._carried.drawn.get_value()
         arguments = self._arguments(self._source.batch(drawn))
         before = int(self._objective.takes_values)
