@@ -8,6 +8,7 @@ References:
 from __future__ import annotations
 
 import copy
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -318,9 +319,8 @@ def _flat_bounds(objective: Objective, bounds: Any) -> tuple[Array, Array]:
     return lower, upper
 
 
-def _column(pairs: list[Any], which: int) -> Array:
-    sides = [pair[which] for pair in pairs]
-    return np.array([np.nan if side is None else side for side in sides], np.float64)
+def _column(pairs: list[Any], which: int) -> list[Any]:
+    return [pair[which] for pair in pairs]
 
 
 def _side(
@@ -328,16 +328,17 @@ def _side(
 ) -> Array:
     """Return one side of the bounds as a vector; `none` where there is no bound."""
     n = int(sum(np.prod(shape) for shape in shapes))
-    leaves = [leaf for _, leaf in named_leaves(side, name)]
-    if len(leaves) == 1:
-        leaves = leaves * len(shapes) if np.ndim(leaves[0]) == 0 else leaves
+    given = named_leaves(side, name)
+    paths = [path for path, _ in named_leaves(objective.template, name)]
     try:
-        if len(leaves) != len(shapes):
-            flat = np.broadcast_to(np.asarray(side, np.float64), (n,)).copy()
+        if [path for path, _ in given] == paths:
+            pairs = zip(given, shapes, strict=True)
+            parts = [np.broadcast_to(_numbers(leaf), s) for (_, leaf), s in pairs]
+            flat = np.concatenate([np.ravel(part) for part in parts])
+        elif side is None or isinstance(side, numbers.Real):
+            flat = np.full(n, _numbers(side))
         else:
-            flat = np.concatenate(
-                [_broadcast(*pair) for pair in zip(leaves, shapes, strict=True)]
-            )
+            flat = np.reshape(_numbers(side), (n,))
     except (TypeError, ValueError):
         raise InvalidArgumentError(
             "`bounds` must fit the point: numbers, None, or nests like it.",
@@ -347,8 +348,6 @@ def _side(
     return np.where(np.isnan(flat), none, flat)
 
 
-def _broadcast(leaf: Any, shape: tuple[int, ...]) -> Array:
-    array = np.asarray(np.nan if leaf is None else leaf, np.float64)
-    if array.ndim == 1 and array.size == np.prod(shape):
-        array = array.reshape(shape)
-    return np.ravel(np.broadcast_to(array, shape))
+def _numbers(leaf: Any) -> Array:
+    """Return numbers as an array, NaN for None."""
+    return np.asarray(leaf, dtype=np.float64)  # which reads None as NaN
