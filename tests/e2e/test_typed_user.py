@@ -84,6 +84,18 @@ def test_down_and_watched(tmp_path: Path) -> None:
     assert url.startswith("http://127.0.0.1")
 
 
+def test_fitted() -> None:
+    t = np.array([0.0, 1.0, 2.0, 3.0])
+
+    def misfit(line: dict[str, tf.Tensor]) -> tf.Tensor:
+        return line["rise"] * t + line["start"] - 2 * t - 1
+
+    start = {"rise": np.float64(0.0), "start": np.float64(0.0)}
+    fit: tfgrad.LeastSquaresResult = tfgrad.least_squares(misfit, start)
+
+    assert round(float(fit.x["rise"]), 9) == 2.0
+
+
 def test_every_public_name_is_used_above() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
 
