@@ -22,7 +22,7 @@ from tfgrad.derivatives.tracing import leaves_tensorflow, traced_operations
 from tfgrad.derivatives.verification import random_like, wrong_gradient
 from tfgrad.diagnosis.causes import cause_of_cut
 from tfgrad.diagnosis.lines import line_of
-from tfgrad.diagnosis.path import Cut, missing_gradients
+from tfgrad.diagnosis.path import Cut, may_hide_a_cut, missing_gradients
 from tfgrad.diagnosis.report import no_gradient_error
 from tfgrad.errors import NoGradientError, TfgradError
 
@@ -139,8 +139,9 @@ class Recording:
                 self._call.name,
                 self._call.names,
             )
-        if any(gradient is None for gradient in found):
-            self._settle(outputs, found, undefined)
+        hidden = may_hide_a_cut(self.operations)
+        if hidden or any(gradient is None for gradient in found):
+            self._settle(outputs, [None] * len(found) if hidden else found, undefined)
         return found
 
     def _pulled(self, outputs: list[tf.Tensor], weights: Any) -> list[Any]:

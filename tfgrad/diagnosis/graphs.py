@@ -209,8 +209,13 @@ def _written(op: tf.Operation) -> list[tf.Tensor]:
 def _body(graph: Any, name: str) -> Any:
     # The one private function used here. Without it a cut inside of a branch or a loop
     # is reported on the line of the `if` or the loop.
-    lookup = getattr(graph, "_get_function", lambda name: None)
-    return getattr(lookup(name), "graph", None)
+    while graph is not None:
+        found = getattr(graph, "_get_function", lambda name: None)(name)
+        if found is not None:
+            return getattr(found, "graph", None)
+        # A loop under a persistent tape is wrapped into a call; its body is not.
+        graph = getattr(graph, "outer_graph", None)
+    return None
 
 
 def _named_op(graph: tf.Graph, error: LookupError) -> list[tf.Tensor]:

@@ -9,7 +9,7 @@ arrives at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -79,10 +79,7 @@ def find_cuts(
 ) -> list[Cut | None]:
     """Return where the gradient of `outputs` is cut on its way to each of `roots`."""
     leads = leading_to(graph, outputs, blocks)
-    floats = [tensor for tensor in outputs if tensor.dtype.is_floating]
-    made = (tensor for op in graph.get_operations() for tensor in op.outputs)
-    sources = [tensor for tensor in made if tensor.ref() in leads and carries(tensor)]
-    arrives = connected(graph, floats, sources)
+    arrives = _arriving(graph, outputs, leads)
     ends = arrives | {tensor.ref() for tensor in outputs}
     cuts: list[Cut | None] = []
     for root in roots:
@@ -107,6 +104,62 @@ def find_cuts_inside(op: tf.Operation, between: Container[Any]) -> Iterator[Cut 
         outputs = [inner for outer, inner in pairs if outer.ref() in between]
         for cut in find_cuts(body, outputs, counterparts(op, body, between)):
             yield cut and cut.within(line_of(op))
+
+
+def may_hide_a_cut(operations: Iterable[tf.Operation]) -> bool:
+    """Return whether a loop or a branch among the ops leaves the float numbers inside.
+
+    TensorFlow's gradient of a loop or branch is zero, and not None, where that of its
+    body is cut.
+    """
+    return any(
+        _leaves_floats(inner) or may_hide_a_cut([inner])
+        for op in operations
+        for body in bodies(op)
+        for inner in body.get_operations()
+    )
+
+
+def _leaves_floats(op: tf.Operation) -> bool:
+    by_value = any(tensor.dtype.is_floating for tensor in op.inputs)
+    on = any(tensor.dtype.is_floating for tensor in op.outputs)
+    return op.type in _STEPS or (by_value and not on and len(op.outputs) > 0)
+
+
+def _arriving(
+    graph: Any, outputs: Sequence[tf.Tensor], leads: Container[Any]
+) -> set[Any]:
+    """Return the refs of the tensors that a gradient of `outputs` really arrives at."""
+    floats = [tensor for tensor in outputs if tensor.dtype.is_floating]
+    operations = graph.get_operations()
+    made = (tensor for op in operations for tensor in op.outputs)
+    sources = [tensor for tensor in made if tensor.ref() in leads and carries(tensor)]
+    arrives = connected(graph, floats, sources)
+    if not any(map(bodies, operations)):
+        return arrives
+    reached = {tensor.ref() for tensor in outputs}
+    for op in reversed(operations):
+        if any(tensor.ref() in reached for tensor in results(op)):
+            reached.update(
+                tensor.ref()
+                for tensor in op.inputs
+                if tensor.ref() in arrives and not _is_cut_inside(op, tensor, leads)
+            )
+    return arrives & reached
+
+
+def _is_cut_inside(op: tf.Operation, tensor: tf.Tensor, leads: Container[Any]) -> bool:
+    """Return whether no function that `op` runs passes a gradient on to its input."""
+    for body in bodies(op):
+        pairs = zip(op.outputs, body.outputs, strict=False)
+        outputs = [inner for outer, inner in pairs if outer.ref() in leads]
+        if any(inner.dtype == tf.variant for inner in outputs):
+            return False  # gradients of lists arrive where they are taken apart
+        inside = _arriving(body, outputs, leading_to(body, outputs, blocks))
+        inside |= {inner.ref() for inner in outputs}
+        if any(t.ref() in inside for t in counterparts(op, body, {tensor.ref()})):
+            return False
+    return bool(bodies(op))
 
 
 def _traced_cuts(

@@ -5,10 +5,11 @@ import pytest
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call
+from tfgrad.derivatives.matrices import jacobian
 from tfgrad.derivatives.outputs import float_outputs as floats
 from tfgrad.derivatives.outputs import objective, with_aux
 from tfgrad.derivatives.recording import Recording, dense
-from tfgrad.derivatives.reverse import grad
+from tfgrad.derivatives.reverse import grad, vjp
 from tfgrad.errors import NoGradientError
 
 
@@ -193,3 +194,43 @@ def test_eager_functions_are_verified_source_by_source(wrt):
     with pytest.raises(NoGradientError, match="wrt" if wrt else "`b`"):
         slope() if wrt else slope(2.0, 0.5)
     assert (float(v), float(w)) == (2.0, 0.5)
+
+
+def looped(body):
+    return lambda x: tf.while_loop(
+        lambda i, y: i < 2, lambda i, y: (i + 1, body(y, x)), (0, x)
+    )[1]
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: grad(f)(x),
+    "jacobian": lambda f, x: jacobian(f)(x),
+    "vjp": lambda f, x: vjp(f, x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_cut_inside_of_a_loop_is_refused_though_tensorflow_says_zero(name):
+    f = looped(lambda y, x: tf.round(y))
+
+    with pytest.raises(NoGradientError, match=r"tf.round at test_recording"):
+        TRANSFORMS[name](f, 1.2)
+
+
+def test_a_cut_in_both_branches_is_refused():
+    f = lambda x: tf.cond(x > 0, lambda: tf.round(x), lambda: tf.floor(x))  # noqa: E731
+
+    with pytest.raises(NoGradientError, match=r"tf.round"):
+        grad(f)(1.2)
+
+
+def test_a_way_around_a_cut_inside_of_a_loop_or_branch_is_the_gradient():
+    functions = [
+        looped(lambda y, x: y + tf.round(y)),
+        looped(lambda y, x: tf.round(y) + x),
+        looped(lambda y, x: tf.where(y > 0, y, 2 * y)),
+        lambda x: tf.cond(x > 0, lambda: x, lambda: tf.round(x)),
+        lambda x: tf.map_fn(lambda a: tf.where(a > 0, a, 2 * a), x[None])[0],
+    ]
+
+    assert [float(grad(f)(1.2)) for f in functions] == [1.0] * 5

@@ -227,7 +227,7 @@ def calls_numpy_in_py_function(x):
     return tf.reduce_sum(y)
 
 
-@case("zero", "Round", VECTOR)
+@case("cut", "Round", VECTOR)
 def loops_over_round(x):
     for _ in tf.range(3):
         x = tf.round(x) + 1.0  # HERE
