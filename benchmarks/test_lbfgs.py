@@ -1,4 +1,4 @@
-"""L-BFGS beside that of other tools: the same problems, each in its own process."""
+"""L-BFGS beside that of other tools: the same problems, a process for each tool."""
 
 from __future__ import annotations
 
