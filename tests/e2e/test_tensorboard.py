@@ -336,7 +336,18 @@ def test_closing_leaves_no_process_behind(tmp_path):
 
     assert len(processes) == 1 + HAS_DATA_SERVER
     assert all_end(processes, seconds=0)
-    assert "closed" in repr(board)
+    assert "ended" in repr(board)
+
+
+@needs_proc
+def test_a_server_that_was_killed_is_not_shown(tmp_path):
+    with show(tmp_path) as board:
+        os.killpg(board._process.pid, signal.SIGKILL)
+        board._process.wait()
+
+        assert "ended" in repr(board)
+        assert "iframe" not in board._repr_html_()
+        assert "&lt;TensorBoard on" in board._repr_html_()
 
 
 SHOW_UNTIL_KILLED = """

@@ -85,13 +85,19 @@ class Board:
 
     def __repr__(self) -> str:
         """Return where it is."""
-        state = "closed" if self._log.closed else self.url
-        return f"<TensorBoard on {self.root}: {state}>"
+        return f"<TensorBoard on {self.root}: {self.url if self._lives() else 'ended'}>"
 
     def _repr_html_(self) -> str:
+        if not self._lives():
+            return (
+                f"<p>{html.escape(repr(self))}; <code>show</code> starts another.</p>"
+            )
         source = html.escape(self.url)
         style = "width: 100%; height: 800px; border: 0"
         return f'<iframe src="{source}" style="{style}"></iframe>'
+
+    def _lives(self) -> bool:
+        return not self._log.closed and self._process.poll() is None
 
     def _read_address(self) -> str:
         assert self._process.stdout is not None
