@@ -101,11 +101,11 @@ if kind == "torch":
 else:
     from tensorboardX import SummaryWriter
 writer = SummaryWriter(place)
-began = time.perf_counter()
+began = time.process_time()
 for step in range(count):
     writer.add_scalar("loss", 0.5, step)
 writer.close()
-print((time.perf_counter() - began) / count * 1e6)
+print((time.process_time() - began) / count * 1e6)
 """
 
 
@@ -116,13 +116,14 @@ def test_single_points_against_peers(report, tmp_path, kind):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no {kind} in {python}")
-    began = time.perf_counter()
+    began = time.process_time()
     with Run(tmp_path / "ours") as run:
         for step in range(POINTS):
             run.log(step, loss=0.5)
-    ours = (time.perf_counter() - began) / POINTS * 1e6
+    ours = (time.process_time() - began) / POINTS * 1e6
 
-    report(f"one point, against {kind}", ours, float(done.stdout), "µs", "")
+    question = f"one point, in processor time (it writes in a thread), against {kind}"
+    report(question, ours, float(done.stdout), "µs", "")
 
 
 def test_reading_against_event_accumulator(report, interleaved, tmp_path):

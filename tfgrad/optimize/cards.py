@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
@@ -46,10 +47,27 @@ def point_text(x: Nest) -> str:
 
 def _source(f: Callable[..., Any]) -> str:
     try:
-        source = inspect.getsource(getattr(f, "python_function", f))
-        return textwrap.dedent(source).rstrip()
+        lines = inspect.getsource(getattr(f, "python_function", f))
     except (OSError, TypeError):  # typed at a prompt, or no Python function
         return repr(f)
+    source = textwrap.dedent(lines).rstrip()
+    return _only_lambda(source) or source
+
+
+def _only_lambda(source: str) -> str | None:
+    """Return the lambda among lines that hold one and no other function.
+
+    >>> _only_lambda("result = minimize(lambda x: x**2, 3.0, log=logs)")
+    'lambda x: x**2'
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:  # lines from the middle of a call
+        return None
+    kinds = ast.Lambda | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    functions = [node for node in nodes if isinstance(node, kinds)]
+    is_lambda = len(functions) == 1 and isinstance(functions[0], ast.Lambda)
+    return ast.get_source_segment(source, functions[0]) if is_lambda else None
 
 
 def _table(facts: Mapping[str, Any]) -> str:
