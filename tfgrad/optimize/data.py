@@ -62,7 +62,9 @@ class Source(Protocol):
         """Return what to call a row of a batch in a message."""
 
 
-def source_of(data: Any, batch_size: int | None) -> Source:
+def source_of(
+    data: Any, batch_size: int | None, dtype: tf.DType | None = None
+) -> Source:
     """Return the source for what a user passes as `data`.
 
     A `tf.data.Dataset` is taken as it is. An array, or a tuple or dict of arrays, is
@@ -70,12 +72,18 @@ def source_of(data: Any, batch_size: int | None) -> Source:
     each epoch if it can be: a list of batches, a `keras.utils.PyDataset`, a function
     that returns an iterator, a generator.
 
+    Args:
+        data: See above.
+        batch_size: How many rows of arrays a batch has.
+        dtype: What float arrays of NumPy become, as they do beside a tensor of that
+            dtype in every operation of TensorFlow; None leaves them as they are.
+
     Raises:
         InvalidArgumentError: If it is none of these, holds no batch, or has a batch
             size already.
     """
     if not isinstance(data, tf.data.Dataset) and _holds_arrays(data):
-        return Arrays(data, BATCH_SIZE if batch_size is None else batch_size)
+        return Arrays(data, BATCH_SIZE if batch_size is None else batch_size, dtype)
     if batch_size is not None:
         raise InvalidArgumentError(
             "`batch_size` cuts arrays; all else comes in batches of its own.",
@@ -86,7 +94,7 @@ def source_of(data: Any, batch_size: int | None) -> Source:
         return Dataset(data)
     can_yield = callable(data) or isinstance(data, Iterable | keras.utils.PyDataset)
     if can_yield and not isinstance(data, tuple | Mapping | str):
-        return Batches(data)
+        return Batches(data, dtype)
     raise InvalidArgumentError(
         "`data` must be arrays, a tf.data.Dataset, or an iterable of batches.",
         got=f"data={describe(data)}",
@@ -101,9 +109,12 @@ class Arrays:
     batches: int | None
     error: Exception | None = None
 
-    def __init__(self, data: Nest, batch_size: int) -> None:
+    def __init__(self, data: Nest, batch_size: int, dtype: tf.DType | None) -> None:
         """Check that all arrays have as many rows."""
-        self._arrays = map_leaves(_as_tensor, data, "data")
+        arrays = map_leaves(_as_array, data, "data")
+        self._arrays = tf.nest.map_structure(
+            lambda array: tf.convert_to_tensor(_cast(array, dtype)), arrays
+        )
         named = named_leaves(self._arrays, "data")
         self._size = batch_size
         self._count = _common_length(named)
@@ -115,7 +126,7 @@ class Arrays:
         """Shuffle, and return an iterator over numbers of batches."""
         order = np.random.default_rng([SEED, epoch]).permutation(self._count)
         self._order.assign(order.astype(np.int32))
-        return iter(tf.data.Dataset.range(batch, self._batches))
+        return iter(_plain(tf.data.Dataset.range(batch, self._batches)))
 
     def batch(self, drawn: tf.Tensor) -> Nest:
         """Return the rows of a batch, by its number."""
@@ -181,9 +192,10 @@ class Batches:
     for the first dimension.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Any, dtype: tf.DType | None) -> None:
         """Draw the first batch."""
         self._data = data
+        self._dtype = dtype
         self._epoch = 0
         iterator = self._iterator()
         self.is_repeatable = iterator is not data
@@ -191,15 +203,12 @@ class Batches:
         if first is None:
             raise _empty(f"data={describe(data)} yields nothing")
         self._batches: Iterator[Any] = itertools.chain([first], iterator)
-        self.spec = tf.nest.map_structure(_spec, _as_arrays(first))
+        self.spec = tf.nest.map_structure(_spec, self._arrays(first))
         self.batches = len(data) if hasattr(data, "__len__") else None
         self.error: Exception | None = None
-        options = tf.data.Options()  # draw no batch that may not be needed
-        options.experimental_optimization.inject_prefetch = False
-        dataset = tf.data.Dataset.from_generator(
-            self._drawn, output_signature=self.spec
+        self._dataset = _plain(
+            tf.data.Dataset.from_generator(self._drawn, output_signature=self.spec)
         )
-        self._dataset = dataset.with_options(options)
 
     def open(self, epoch: int, batch: int = 0) -> Any:
         """Return the iterator of an epoch; all before it is drawn, if it is not yet."""
@@ -233,9 +242,16 @@ class Batches:
         # epoch ends, and the loop asks why.
         try:
             for batch in self._batches:
-                yield self._checked(_as_arrays(batch))
+                yield self._checked(self._arrays(batch))
         except Exception as error:  # a user's code may raise anything
             self.error = error
+
+    def _arrays(self, batch: Nest) -> Nest:
+        """Return a batch in arrays; a list of parts, as PyTorch has it, is a tuple."""
+        if isinstance(batch, list) and not is_array_like(batch):
+            batch = tuple(batch)
+        arrays = map_leaves(_as_array, batch, "batch")
+        return tf.nest.map_structure(lambda array: _cast(array, self._dtype), arrays)
 
     def _checked(self, batch: Nest) -> Nest:
         specs = tf.nest.map_structure(_spec, batch)
@@ -332,17 +348,6 @@ def _holds_arrays(data: Any) -> bool:
     return is_array or hasattr(data, "__array__")
 
 
-def _as_tensor(leaf: Any, name: str) -> tf.Tensor:
-    return tf.convert_to_tensor(_as_array(leaf, name))
-
-
-def _as_arrays(batch: Nest) -> Nest:
-    """Return a batch in arrays; a list of parts, as PyTorch has it, is a tuple."""
-    if isinstance(batch, list) and not is_array_like(batch):
-        batch = tuple(batch)
-    return map_leaves(_as_array, batch, "batch")
-
-
 def _as_array(leaf: Any, name: str) -> Any:
     if isinstance(leaf, tf.Tensor):
         return leaf
@@ -358,6 +363,23 @@ def _as_array(leaf: Any, name: str) -> Any:
         )
     is_plain = is_number(leaf) or is_array_like(leaf)
     return array.astype(np.float32) if is_plain and array.dtype.kind == "f" else array
+
+
+def _cast(array: Any, dtype: tf.DType | None) -> Any:
+    if dtype is None or isinstance(array, tf.Tensor) or array.dtype.kind != "f":
+        return array
+    return array.astype(dtype.as_numpy_dtype)
+
+
+def _plain(dataset: tf.data.Dataset[Any]) -> tf.data.Dataset[Any]:
+    """Return a data set that draws no element before it is asked for, nor tunes.
+
+    Threads for that cost more than what they could speed up here.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.experimental_optimization.inject_prefetch = False
+    return dataset.with_options(options)
 
 
 def _common_length(named: list[tuple[str, tf.Tensor]]) -> int:

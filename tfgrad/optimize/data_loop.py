@@ -8,7 +8,9 @@ averages, states of random generators) is written once for each step.
 
 from __future__ import annotations
 
+import functools
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -79,6 +81,7 @@ class DataLoop:
         nonfinite: With code NONFINITE, rows of which the last is not finite.
         epoch: Whole epochs that were gone through.
         batch: Steps taken in the epoch since.
+        is_over: Whether no batch of the epoch is left.
         sums: Over the epoch so far, weighted by the sizes of batches: each column, and
             the weights under `SIZE`.
     """
@@ -97,6 +100,7 @@ class DataLoop:
         self._source = source
         self.stopping = stopping
         self.step = self.evaluations = self.epoch = self.batch = 0
+        self._iterator: Any = None
         self._open()
         require_batch(not self.is_over)
         drawn = self._ahead.get_value()
@@ -117,7 +121,7 @@ class DataLoop:
             objective.read(),
         )  # fmt: skip
         start = self.here()
-        self.code = RUNNING if is_finite(start) else NONFINITE
+        self.code = RUNNING if self._is_finite(start) else NONFINITE
         self.nonfinite = start
         self.sums: dict[str, Any] = {}
         self._chunk: Callable[..., Any] = self._steps
@@ -143,9 +147,12 @@ class DataLoop:
         return self._at
 
     @property
-    def is_over(self) -> bool:
-        """Whether no batch of the epoch is left."""
-        return not bool(self._ahead.has_value())
+    def position(self) -> tuple[int, int]:
+        """Whole epochs gone through, and steps in the epoch since.
+
+        A source that is opened there goes on with the batch that the next step takes.
+        """
+        return self.epoch, self.batch
 
     def start(self) -> Rows:
         """Return no row: the first step makes the first one."""
@@ -168,7 +175,9 @@ class DataLoop:
             if self.is_over:
                 return self.start()
         if not self._is_compiled and self.turns.is_compiled and self._is_traced:
-            self._chunk = tf.function(self._steps, autograph=False)
+            # A function of its own: TensorFlow counts the traces of a method.
+            steps = functools.partial(self._steps)
+            self._chunk = tf.function(steps, autograph=False)
             self._is_compiled, self._length = True, 1
         length = min(most, self._length, self._capacity)
         rows = self._take_chunk(length)
@@ -196,7 +205,7 @@ class DataLoop:
             return self.start()
         self._has_row = True
         row = self.here()
-        if is_finite(row) or self.code == NONFINITE or self.step == 0:
+        if self._is_finite(row) or self.code == NONFINITE or self.step == 0:
             return row
         self.code, self.nonfinite = NONFINITE, row
         self._go_back()
@@ -223,8 +232,12 @@ class DataLoop:
     # --- the parts of a step ---
 
     def _open(self) -> None:
+        if self._iterator is not None:
+            # To close one is to wait for its threads, as long as a short epoch takes.
+            threading.Thread(target=_drop, args=[self._iterator]).start()
         self._iterator = self._source.open(self.epoch, self.batch)
         self._ahead = self._iterator.get_next_as_optional()
+        self.is_over = not bool(self._ahead.has_value())
 
     def _arguments(self, batch: Nest) -> tuple[Nest, ...]:
         """Return what the loss takes of a batch."""
@@ -335,6 +348,7 @@ class DataLoop:
         carried, columns = self._chunk(self._iterator, tf.constant(length), start)
         count, self.code = int(carried.rows), int(carried.code)
         self._carried, self._ahead = carried, carried.ahead
+        self.is_over = not bool(carried.ahead.has_value())
         self.evaluations += count
         taken = count - int(self.code != RUNNING)
         self.step, self.batch = self.step + taken, self.batch + taken
@@ -350,6 +364,12 @@ class DataLoop:
             self._at = carried.at
         self._add(rows, sizes[: len(rows)])
         return rows
+
+    def _is_finite(self, rows: Rows) -> bool:
+        """Return whether the last row is; scaled gradients may overflow."""
+        if self.turns.scales:
+            return bool(np.isfinite(rows.columns["fun"][-1]))
+        return is_finite(rows)
 
     def _go_back(self) -> None:
         """Go back from a point that is not finite to the one before it."""
@@ -374,3 +394,7 @@ class DataLoop:
         steps = np.arange(last - count + 1, last + 1)
         seconds = np.linspace(began, self.seconds, count + 1)[1:]
         return Rows({"step": steps, **columns, "seconds": seconds})
+
+
+def _drop(iterator: Any) -> None:
+    """Do nothing: the last reference goes with the call."""

@@ -118,7 +118,7 @@ class Descent:
             jit=options.data is not None and options.jit is True,
         )
         # `_left` is for the stages without a number of steps of their own.
-        self._training, self._left = training(options, takes_values=x0 is not None)
+        self._training, self._left = training(options, self._objective)
         self._log: Log | None = None
         self._table, self._epochs = _Table(), _Table()
         self._taken: list[tuple[str, int]] = []

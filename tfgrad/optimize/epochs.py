@@ -13,6 +13,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe
 from tfgrad.optimize.data import Source, can_take, source_of
 from tfgrad.optimize.data_loop import DataLoop
+from tfgrad.optimize.objective import Objective
 from tfgrad.optimize.options import Options
 
 ENDLESS = 2**62
@@ -63,7 +64,7 @@ class Training:
         return None if self.source.is_repeatable else "data"
 
 
-def training(options: Options, *, takes_values: bool) -> tuple[Training | None, int]:
+def training(options: Options, objective: Objective) -> tuple[Training | None, int]:
     """Return what to train on, if there is data, and for how many steps.
 
     With data and no budget at all, it is gone through once.
@@ -77,8 +78,8 @@ def training(options: Options, *, takes_values: bool) -> tuple[Training | None, 
         _require_no(options, "batch_size", "epochs", "validation")
         return None, STEPS if steps is None else int(steps)
     if options.validation is not None:
-        _check_validation(options.validation, takes_values)
-    source = source_of(options.data, options.batch_size)
+        _check_validation(options.validation, objective.takes_values)
+    source = source_of(options.data, options.batch_size, objective.dtype)
     is_endless = getattr(source, "is_endless", False)
     if is_endless and epochs is not None:
         raise InvalidArgumentError(

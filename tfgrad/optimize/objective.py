@@ -130,6 +130,12 @@ class Objective:
         for variable, value in zip(self.variables, x, strict=True):
             variable.assign(value)
 
+    @property
+    def dtype(self) -> tf.DType | None:
+        """The dtype that all variables share; None if they do not, or are not known."""
+        dtypes = {variable.dtype for variable in self.variables}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
     def point_argument(self) -> tuple[Nest, ...]:
         """Return the point as the one argument that it is; nothing for variables."""
         return (self.pack(self.read()),) if self.takes_values else ()

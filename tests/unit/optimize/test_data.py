@@ -561,3 +561,50 @@ def test_a_validation_must_return_numbers():
 
     with pytest.raises(InvalidArgumentError, match="return a number"):
         line.fit(dataset(), validation=lambda: "good")
+
+
+def test_floats_of_numpy_take_the_dtype_of_the_variables():
+    line, other = Line(), Line()
+    x, y = X.astype(np.float64), Y.astype(np.float64)
+
+    result = line.fit((x, y), batch_size=16)
+    listed = other.fit([(x[:16], y[:16])], steps=1)
+
+    assert result.fun.dtype == np.float32
+    np.testing.assert_allclose(listed.history["fun"][0], by_hand(1)[0], rtol=1e-5)
+
+
+def test_an_overflow_of_scaled_gradients_is_left_to_the_optimizer():
+    policy = keras.mixed_precision.DTypePolicy("mixed_float16")
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Dense(8, dtype=policy), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.layers.Input([4]), *layers])
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.05), initial_scale=2.0**24
+    )
+
+    result = tfgrad.minimize(
+        lambda x, y: tf.reduce_mean((model(x)[:, 0] - y) ** 2),
+        wrt=model,
+        data=(X, Y),
+        epochs=30,
+        method=optimizer,
+    )
+
+    assert not np.all(np.isfinite(result.history["grad_norm"]))
+    assert result.status == "epochs"
+    assert result.epochs["fun"][-1] < 0.1 * result.epochs["fun"][0]
+
+
+def test_an_average_of_the_way_is_put_in_place_at_the_end():
+    line = Line()
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
+
+    result = line.fit(dataset(), epochs=2, method=optimizer, learning_rate=None)
+
+    average, points = 0.0, by_hand(8)[1]
+    for k, point in enumerate(points[1:]):
+        average = point if k == 0 else 0.5 * average + 0.5 * point
+    assert result.history["step"].tolist() == list(range(9))
+    np.testing.assert_array_equal(result.x[1], line.b)
+    np.testing.assert_allclose(result.x[0], average[:4], rtol=1e-5)
