@@ -81,7 +81,6 @@ class DataLoop:
         nonfinite: With code NONFINITE, rows of which the last is not finite.
         epoch: Whole epochs that were gone through.
         batch: Steps taken in the epoch since.
-        is_over: Whether no batch of the epoch is left.
         sums: Over the epoch so far, weighted by the sizes of batches: each column, and
             the weights under `SIZE`.
     """
@@ -153,6 +152,11 @@ class DataLoop:
         A source that is opened there goes on with the batch that the next step takes.
         """
         return self.epoch, self.batch
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no batch of the epoch is left."""
+        return not bool(self._ahead.has_value())
 
     def start(self) -> Rows:
         """Return no row: the first step makes the first one."""
@@ -237,7 +241,6 @@ class DataLoop:
             threading.Thread(target=_drop, args=[self._iterator]).start()
         self._iterator = self._source.open(self.epoch, self.batch)
         self._ahead = self._iterator.get_next_as_optional()
-        self.is_over = not bool(self._ahead.has_value())
 
     def _arguments(self, batch: Nest) -> tuple[Nest, ...]:
         """Return what the loss takes of a batch."""
@@ -348,7 +351,6 @@ class DataLoop:
         carried, columns = self._chunk(self._iterator, tf.constant(length), start)
         count, self.code = int(carried.rows), int(carried.code)
         self._carried, self._ahead = carried, carried.ahead
-        self.is_over = not bool(carried.ahead.has_value())
         self.evaluations += count
         taken = count - int(self.code != RUNNING)
         self.step, self.batch = self.step + taken, self.batch + taken
