@@ -5,6 +5,14 @@ the radius within which the model is trusted, and minimises the model there; no 
 is formed. Negative curvature, which a conjugate direction meets near maxima and
 saddles, is followed to the boundary.
 
+>>> import numpy as np
+>>> import tfgrad
+>>> def two_valleys(x):  # with a saddle between them, in which the run starts
+...     return x[0] ** 2 - x[1] ** 2 + x[1] ** 4
+>>> result = tfgrad.minimize(two_valleys, np.zeros(2), method="newton")
+>>> print(result.status, f"{result.fun:.6f}")
+gtol -0.250000
+
 References:
     Nocedal and Wright (2006), Numerical Optimization, 2nd edition: algorithms 4.1 (the
     trust region) and 7.2 (Steihaug's conjugate gradients).

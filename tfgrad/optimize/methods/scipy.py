@@ -5,6 +5,16 @@ does nothing but SciPy's work: whatever it asks for (a value, a product with the
 Hessian, a constraint) is answered in the caller's thread, where errors and Ctrl-C
 belong.
 
+>>> import numpy as np
+>>> import tfgrad
+>>> result = tfgrad.minimize(
+...     lambda x: (x[0] - 3) ** 2 + (x[1] - 2) ** 2, np.zeros(2), method="scipy:slsqp",
+...     bounds=(0.0, None),
+...     constraints={"type": "ineq", "fun": lambda x: 4 - x[0] - x[1]},  # is >= 0
+... )
+>>> print(result.status, result.x.numpy().round(6))
+gtol [2.5 1.5]
+
 References:
     SciPy's documentation of `scipy.optimize.minimize`, for each of the methods.
 """
