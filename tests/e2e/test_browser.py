@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
+from tfgrad.optimize import log as log_module
 from tfgrad.runs.board import show
 from tfgrad.runs.writer import Run
 
@@ -172,6 +173,20 @@ def rosenbrock(x):
 def minimized(tmp_path_factory):
     """Runs of `minimize`, with two methods on two parameters, and of a Keras model."""
     logs = tmp_path_factory.mktemp("minimized")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_module, "PICTURE_SECONDS", 1e9)  # however slow it is here
+        minimize_rosenbrock(logs)
+    layers = [keras.Input([4]), keras.layers.Dense(3, name="hidden")]
+    model = keras.Sequential([*layers, keras.layers.Dense(1, name="top")], name="net")
+    model.compile("sgd", "mse")
+    with Run(logs / "fit") as run:
+        callback = run.keras_callback(histograms=1)
+        x, y = np.ones([8, 4]), np.ones([8, 1])
+        model.fit(x, y, epochs=3, verbose=0, callbacks=[callback])
+    return logs
+
+
+def minimize_rosenbrock(logs):
     for method, steps in (("adam", 60), ("sgd", 30)):
         tfgrad.minimize(
             rosenbrock,
@@ -181,14 +196,6 @@ def minimized(tmp_path_factory):
             steps=steps,
             log=logs / "rosenbrock",
         )
-    layers = [keras.Input([4]), keras.layers.Dense(3, name="hidden")]
-    model = keras.Sequential([*layers, keras.layers.Dense(1, name="top")], name="net")
-    model.compile("sgd", "mse")
-    with Run(logs / "fit") as run:
-        callback = run.keras_callback(histograms=1)
-        x, y = np.ones([8, 4]), np.ones([8, 1])
-        model.fit(x, y, epochs=3, verbose=0, callbacks=[callback])
-    return logs
 
 
 @pytest.fixture(scope="module")
