@@ -581,3 +581,10 @@ def test_flags_are_as_before_after_an_error_too():
     with pytest.raises(RuntimeError, match="a bug of the user's"):
         explain(breaks, 1.0)
     assert not tf.config.functions_run_eagerly()
+
+
+def test_many_explanations_are_made_without_a_word_on_retracing(caplog):
+    for _ in range(6):
+        explain(lambda x: tf.where(x > 0, x * tf.math.log(x), 0.0), 0.0)
+
+    assert [record.getMessage() for record in caplog.records] == []
