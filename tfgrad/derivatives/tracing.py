@@ -103,14 +103,19 @@ def as_written(*, optimized: bool = True) -> Iterator[None]:
 
     TensorFlow's graph optimiser moves constants about: x**2 + x - 1 becomes x**2 + (x -
     1), which rounds otherwise, and a `tf.dynamic_partition` by constants comes out
-    wrong.
+    wrong. Its arithmetic takes sums apart and puts them together again, which rounds
+    otherwise, too.
 
     Args:
         optimized: Let it do the rest of its work, which takes as long as a hundred
             calls of a small function do.
     """
     before = tf.config.optimizer.get_experimental_options()
-    options = {"constant_folding": False, "disable_meta_optimizer": not optimized}
+    options = {
+        "constant_folding": False,
+        "arithmetic_optimization": False,
+        "disable_meta_optimizer": not optimized,
+    }
     tf.config.optimizer.set_experimental_options(options)
     try:
         yield
@@ -203,6 +208,17 @@ class Traces:
     def graph(self, *nests: Any) -> Any:
         """Return the graph that `nests` were answered by; None if it runs eagerly."""
         return self._compiled[signature(nests)][1]
+
+    def variables(self) -> list[tf.Variable]:
+        """Return the variables that the traces read, each once, in reading order."""
+        found: dict[int, tf.Variable] = {}
+        for _, graph in self._compiled.values():
+            if graph is not None:
+                # `graph.variables` has an order of its own in every process.
+                read = {id(variable.handle): variable for variable in graph.variables}
+                handles = [id(x) for x in graph.external_captures if id(x) in read]
+                found |= {id(read[handle]): read[handle] for handle in handles}
+        return list(found.values())
 
     def operations(self, *nests: Any) -> list[str]:
         """Return the types of the ops in that graph; none if it runs eagerly."""

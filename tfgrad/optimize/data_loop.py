@@ -31,6 +31,7 @@ from tfgrad.optimize.data import (
 )
 from tfgrad.optimize.loop import CHUNK_SECONDS, GROWTH, ROW_BYTES, Rows, is_finite
 from tfgrad.optimize.objective import Evaluation, Objective
+from tfgrad.optimize.snapshot import Snapshot
 from tfgrad.optimize.stopping import NONFINITE, RUNNING, Step, Stopping
 from tfgrad.optimize.turns import KerasTurns
 
@@ -71,6 +72,7 @@ class DataLoop:
         stopping: The rules to ask in every step, about its batch; the target is a
             matter of whole epochs.
         source: The batches.
+        position: In which epoch it begins, and how many batches of it to leave out.
 
     Attributes:
         stopping: The rules.
@@ -85,6 +87,9 @@ class DataLoop:
             the weights under `SIZE`.
     """
 
+    repeats = False  # a batch has a value of its own
+    _ahead: Any
+
     def __init__(
         self,
         objective: Objective,
@@ -92,13 +97,16 @@ class DataLoop:
         stopping: Stopping,
         *,
         source: Source,
+        position: tuple[int, int] = (0, 0),
     ) -> None:
         """Draw the first batch and evaluate the start."""
         self._began = time.perf_counter()
         self._objective = objective
         self._source = source
         self.stopping = stopping
-        self.step = self.evaluations = self.epoch = self.batch = 0
+        self.step = self.evaluations = 0
+        self.epoch, self.batch = position
+        self.batch = max(0, self.batch - 1)  # the batch before is part of where it is
         self._iterator: Any = None
         self._open()
         require_batch(not self.is_over)
@@ -110,9 +118,11 @@ class DataLoop:
         if not objective.variables:  # this first evaluation is what finds them
             self._compile_evaluation(lambda batch: objective.evaluate(None, batch))
             self._look(drawn)
+            self.evaluations += 1
         self.turns = make_turns(objective)
         self._compile_evaluation(self.turns.evaluate)
         at = self._look(drawn)
+        self.evaluations += 1
         self._at: Evaluation | None = at
         fun = tf.constant(np.nan, at.row["fun"].dtype)
         self._carried = Carried(
@@ -157,6 +167,59 @@ class DataLoop:
     def is_over(self) -> bool:
         """Whether no batch of the epoch is left."""
         return not bool(self._ahead.has_value())
+
+    def snapshot(self) -> Snapshot:
+        """Return all that a loop of the same kind needs to go on from here."""
+        facts = {
+            "step": self.step,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+            "position": list(self.position),
+            "has_row": self._has_row,
+            "has_others": bool(self._objective.others() or self._written),
+            "sums": {
+                name: np.asarray(total).tolist() for name, total in self.sums.items()
+            },
+        }
+        carried = self._carried
+        memory = tf.nest.flatten((carried.at, carried.last, carried.fun, carried.x))
+        return Snapshot(facts, [v.read_value() for v in self._variables()], memory, [])
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go to where a loop of the same kind was, begun at its position.
+
+        Raises:
+            InvalidArgumentError: If it was of another kind; nothing was changed.
+        """
+        facts, carried = snapshot.facts, self._carried
+        snapshot.check_like(self.snapshot())
+        for variable, value in zip(self._variables(), snapshot.variables, strict=True):
+            variable.assign(value)
+        drawn = self._ahead
+        self.epoch, self.batch = facts["position"]
+        if self.batch:
+            self._ahead = self._iterator.get_next_as_optional()
+        like = (carried.at, carried.last, carried.fun, carried.x)
+        at, last, fun, x = tf.nest.pack_sequence_as(like, snapshot.memory)
+        self._carried = Carried(
+            tf.constant(0), tf.constant(RUNNING), self._ahead, drawn, at, last, fun, x
+        )
+        self.step, self.evaluations = facts["step"], facts["evaluations"]
+        self._began = time.perf_counter() - facts["seconds"]
+        self.sums = {name: np.asarray(total) for name, total in facts["sums"].items()}
+        self._at, self._has_row, self.code = None, facts["has_row"], RUNNING
+        if self.step:
+            self.turns.prepare(at)
+
+    def _variables(self) -> list[tf.Variable]:
+        """Return the variables whose values are part of where the loop is."""
+        parts = (
+            self._objective.variables,
+            self._objective.others(),
+            self._written,
+            self.turns.variables(),
+        )
+        return list({id(v): v for part in parts for v in part}.values())
 
     def start(self) -> Rows:
         """Return no row: the first step makes the first one."""
@@ -280,7 +343,6 @@ class DataLoop:
         before = [variable.read_value() for variable in self._written]
         at, _ = self._evaluate(drawn)
         self._restore(before)
-        self.evaluations += 1
         return at
 
     def _restore(self, values: list[tf.Tensor]) -> None:

@@ -1,35 +1,44 @@
-"""A minimisation under way: the loop, its history, its log, and how it ended."""
+"""A minimisation under way: its course, its history, its log and its checkpoints."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import tensorflow as tf
 
 from tfgrad.derivatives.tracing import as_written
 from tfgrad.nested import Nest
+from tfgrad.optimize.checkpoint import Checkpoints
+from tfgrad.optimize.course import Course
 from tfgrad.optimize.data_loop import DataLoop
 from tfgrad.optimize.epochs import ENDLESS, STEPS, training
 from tfgrad.optimize.limits import require_support
 from tfgrad.optimize.log import Log, check_log, open_log
-from tfgrad.optimize.loop import LOOP_STEPS, NOTHING, Loop, Rows, Since
+from tfgrad.optimize.loop import LOOP_STEPS, Rows, Since
 from tfgrad.optimize.objective import Objective
 from tfgrad.optimize.options import Options
 from tfgrad.optimize.result import History, OptimizeResult
-from tfgrad.optimize.scipy_loop import SciPyLoop
-from tfgrad.optimize.sentences import sentence
-from tfgrad.optimize.stages import HANDS_OVER, make_stages
-from tfgrad.optimize.stopping import (
-    GIVEN_UP,
-    NONFINITE,
-    RUNNING,
-    SOLUTIONS,
-    STATUSES,
+from tfgrad.optimize.saved import (
+    UNFINISHED,
+    Outcome,
+    Saved,
+    check_continues,
+    check_same,
+    going_on,
+    result_of,
 )
+from tfgrad.optimize.stages import check_tells, make_stages
+from tfgrad.optimize.stopping import NONFINITE, RUNNING
+from tfgrad.optimize.table import Table
+from tfgrad.runs.writer import Run
 
 
 @dataclass(frozen=True)
@@ -53,30 +62,6 @@ class State:
     epochs: History = field(default_factory=dict, compare=False)
 
 
-class _Table:
-    """Rows, appended in place: the end of a long run must not wait for a copy."""
-
-    def __init__(self) -> None:
-        self._columns: History = {}
-        self._count = 0
-
-    def append(self, rows: Rows) -> None:
-        """Add rows; memory doubles when it is full."""
-        count = self._count + len(rows)
-        for name, column in rows.columns.items():
-            kept = self._columns.setdefault(name, column[:0])
-            if len(kept) < count:
-                shape = (max(count, 2 * self._count), *column.shape[1:])
-                self._columns[name] = np.empty(shape, column.dtype)
-                self._columns[name][: self._count] = kept[: self._count]
-            self._columns[name][self._count : count] = column
-        self._count = count
-
-    def columns(self) -> History:
-        """Return the rows so far, by column."""
-        return {name: column[: self._count] for name, column in self._columns.items()}
-
-
 class Descent:
     """One minimisation: advance it until it has a status, then take its result.
 
@@ -85,11 +70,6 @@ class Descent:
         x0: As for `minimize`.
         options: The others.
         objective: What `f` is part of, if not the objective itself.
-
-    Attributes:
-        status: Why it ended; None while it goes on.
-        total: How many steps it may take.
-        planned: The same, known beforehand; None if the data decides.
     """
 
     def __init__(
@@ -101,45 +81,112 @@ class Descent:
     ) -> None:
         """Check what can be checked; nothing is traced or written."""
         check_log(options.log)
-        self._options = options
-        self._stages = make_stages(
-            options.method, options.learning_rate, has_data=options.data is not None
-        )
-        for stage in self._stages:
+        before = x0 if isinstance(x0, OptimizeResult) else None
+        if before is not None:
+            x0, options = going_on(before, options)
+        has_data = options.data is not None
+        stages = make_stages(options.method, options.learning_rate, has_data=has_data)
+        for stage in stages:
             require_support(
                 stage.name, stage.scipy, options.bounds, options.constraints
             )
-        self._name = "+".join(stage.name for stage in self._stages)
+        self._name = "+".join(stage.name for stage in stages)
+        self._options = options
         self._objective = objective or Objective(
             f,
             x0,
             options.wrt,
             has_aux=options.has_aux,
-            jit=options.data is not None and options.jit is True,
+            jit=has_data and options.jit is True,
         )
-        # `_left` is for the stages without a number of steps of their own.
-        self._training, self._left = training(options, self._objective)
+        self._training, steps = training(options, self._objective)
+        what = self._objective, stages, options, self._training, steps
+        self._course = Course(*what)
+        self._problem = {
+            "function": self._objective.name,
+            **self._objective.facts(),
+            "data": "none" if self._training is None else str(self._training.source),
+            "method": ", ".join(stage.identity for stage in stages),
+        }
+        self._tells = all(stage.tells for stage in stages)
+        self._saved: Saved | None = None
+        self._is_alike = True
+        self._is_resumed = self._is_over = False
+        if before is not None:
+            self._count_from(before)
+        self._checkpoints: Checkpoints | None = None
+        if options.checkpoint is not None:
+            check_tells(stages)
+            if self._training is not None:
+                self._training.check_repeats()
+            self._checkpoints = Checkpoints(options.checkpoint)
+            self._find_checkpoint(self._checkpoints)
         self._log: Log | None = None
-        self._table, self._epochs = _Table(), _Table()
-        self._taken: list[tuple[str, int]] = []
-        self.total = sum(stage.steps or 0 for stage in self._stages)
-        self.total += self._left if any(s.steps is None for s in self._stages) else 0
-        self.planned: int | None = self.total
-        if self._training is not None:
-            self.planned = self._training.planned(self.total)
-        self.status: str | None = None
+        self._table, self._epochs = Table(), Table()
+        self._is_whole = True
+        self._last: Saved | None = None
+
+    @property
+    def status(self) -> str | None:
+        """Why it ended; None while it goes on."""
+        return self._course.status
+
+    @property
+    def total(self) -> int:
+        """How many steps it may take in all."""
+        return self._course.total
+
+    @property
+    def planned(self) -> int | None:
+        """The same, known beforehand; None if the data decides."""
+        if self._training is None:
+            return self.total
+        return self._training.planned(self.total)
+
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        loop = self._course.loop
+        return State(
+            step=loop.step,
+            x=self._objective.pack(loop.point()),
+            fun=loop.at.row["fun"].numpy(),
+            grad_norm=loop.at.row["grad_norm"].numpy(),
+            seconds=loop.seconds,
+            epochs=self._epochs.columns(),
+        )
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """Return the context in which `with` and `advance` are to be called."""
+        return as_written(optimized=(self.planned or ENDLESS) >= LOOP_STEPS)
 
     def __enter__(self) -> Self:
-        """Evaluate the start and, if it is to be logged, open the log."""
-        self._begin(0, NOTHING)
-        if (log := self._options.log) is not None:
-            steps = STEPS if self.planned is None else self.planned
-            every = int(self._options.every)
-            self._log = open_log(
-                log, self._name, self._objective, self._facts(), steps, every
-            )
-        self._record(self._loop.start())
-        self._judge()
+        """Evaluate the start, or go to where it was; open the log; save."""
+        with contextlib.ExitStack() as undo:
+            if self._checkpoints is not None:
+                self._checkpoints.open()
+                undo.callback(self._checkpoints.close)
+            if self._saved is None:
+                self._course.begin()
+                rows = self._course.loop.start()
+            else:
+                self._go_on(self._saved)
+                rows = Rows(self._saved.history)
+            if len(rows):
+                self._table.append(rows)
+            if self._saved is not None and self._saved.epochs:
+                self._epochs.append(Rows(self._saved.epochs))
+            if self._options.log is not None:
+                self._log = self._open_log(self._options.log)
+            if self._log is not None:
+                undo.callback(self._log.suspend, "failure")
+            if self._checkpoints is not None:  # from now on it knows of the log
+                self._checkpoints.save(self._snapshot())
+            if self._log is not None:
+                step, epochs = self._course.loop.step, self._epochs.columns()
+                self._log.begin(rows, epochs, step, self._leaves)
+            self._course.judge()
+            undo.pop_all()
         return self
 
     def __exit__(
@@ -148,121 +195,81 @@ class Descent:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the log, whatever happened."""
+        """Close the log and save, whatever happened."""
         if error is not None:
             self.end("interrupted" if kind is KeyboardInterrupt else "stopped")
-        self._close()
-        if error is None:
-            self._finish()
-        if self._log is not None:
-            self._log.close(self.status or "", **self._outcome())
-
-    def compiling(self) -> AbstractContextManager[None]:
-        """Return the context in which `with` and `advance` are to be called."""
-        return as_written(optimized=(self.planned or ENDLESS) >= LOOP_STEPS)
-
-    @property
-    def state(self) -> State:
-        """Where it is."""
-        at = self._loop.at
-        return State(
-            step=self._loop.step,
-            x=self._objective.pack(self._loop.point()),
-            fun=at.row["fun"].numpy(),
-            grad_norm=at.row["grad_norm"].numpy(),
-            seconds=self._loop.seconds,
-            epochs=self._epochs.columns(),
-        )
+        with contextlib.ExitStack() as ending:
+            self._course.close()
+            if self._checkpoints is not None:
+                ending.callback(self._checkpoints.close)
+            if error is None:
+                self._finish()
+            elif self._is_whole and self._last is None:
+                self._last = self._snapshot()
+            self._close_log()
+            if self._last is not None:
+                self._saved = self._with_outcome(self._last)
+                if self._checkpoints is not None:
+                    self._checkpoints.save(self._saved)
 
     def advance(self, most: int) -> int:
         """Take one chunk of at most `most` steps; return how many were taken in all."""
-        if self.status is None:
-            most = min(most, self._last - self._loop.step)
+        course = self._course
+        if course.status is None:
             if self._log is not None:
-                most = min(most, self._log.longest_chunk(self._loop.step))
-            self._record(self._loop.advance(most))
-            self._judge()
-            if isinstance(self._loop, DataLoop):
-                self._end_epoch(self._loop)
-            if self.status is not None:
+                most = min(most, self._log.longest_chunk(course.loop.step))
+            self._is_whole = False
+            self._record(course.advance(most))
+            course.judge()
+            if isinstance(course.loop, DataLoop):
+                self._end_epoch(course.loop)
+            self._is_whole = True
+            if course.status is not None:
                 self._finish()
-        return self._loop.step
+            elif self._checkpoints is not None and self._checkpoints.is_due:
+                self._checkpoints.save(self._snapshot())
+        return course.loop.step
 
     def end(self, status: str) -> None:
         """End the run from outside, unless it has ended already."""
-        if self.status is None:
-            self.status = status
+        self._course.end(status)
 
     def result(self) -> OptimizeResult:
         """Return what came out."""
-        at = self._loop.at
-        status = self.status or ""
-        fun: Any = at.row["fun"].numpy()
-        return OptimizeResult(
-            x=self._objective.pack(self._loop.point()),
-            fun=fun,
-            grad=self._objective.pack(self._loop.turns.gradient(at)),
-            nit=self._loop.step,
-            nfev=self._loop.evaluations,
-            success=status in SOLUTIONS,
-            status=status,
-            message=self._message(status),
-            history=self._table.columns(),
-            epochs=self._epochs.columns(),
-            seconds=float(self._loop.seconds),
-            directory=self._log.directory if self._log else None,
-        )
+        assert self._saved is not None
+        directory = None if self._log is None else self._log.directory
+        return result_of(self._saved, self._objective, directory)
 
-    def _begin(self, index: int, since: Since) -> None:
-        """Start a stage where the variables are."""
-        stage = self._stages[index]
-        share = self._left if stage.steps is None else stage.steps
-        what: Any = self._objective, stage.make_turns, self._options.stopping
-        self._loop: Loop | DataLoop
-        if self._training is not None:
-            self._loop = DataLoop(*what, source=self._training.source)
-        elif stage.scipy is not None:
-            self._loop = SciPyLoop(
-                *what,
-                method=stage.scipy,
-                bounds=self._options.bounds,
-                constraints=self._options.constraints,
-                steps=share,
-                since=since,
-            )
-        else:
-            jit = self._options.jit
-            self._loop = Loop(*what, steps=share, jit=jit, since=since)
-        self._stage, self._first, self._last = index, since.step, since.step + share
+    def finished(self) -> OptimizeResult | None:
+        """Return the result of this very run, if a checkpoint says that it has ended.
 
-    def _facts(self) -> dict[str, Any]:
-        """Return what the log says about the run."""
-        options, trained = self._options, self._training
-        rules = vars(options.stopping).items()
-        return {
-            "problem": self._objective.name,
-            "learning_rate": options.learning_rate,
-            "steps": None if self.total == ENDLESS else self.total,
-            **({} if trained is None else trained.facts()),
-            **{name: value for name, value in rules if value is not None},
-            "jit": options.jit,
-        }
+        Variables are put there. Only if some are not named, `f` is traced to find them.
+        """
+        if not self._is_over:
+            return None
+        assert self._saved is not None
+        if not self._objective.variables or self._saved.loop.facts["has_others"]:
+            with self.compiling():
+                self._course.go_on(self._saved.facts, self._saved.loop)
+        saved = replace(self._saved, options=self._call())
+        result = result_of(saved, self._objective, self._logged_in(saved))
+        self._objective.assign(tf.nest.flatten(result.x))
+        return result
 
     def _record(self, rows: Rows) -> None:
         if len(rows):
             self._table.append(rows)
             if self._log is not None:
-                self._log.rows(rows, self._leaves)
-
-    def _close(self) -> None:
-        if isinstance(self._loop, SciPyLoop):
-            self._loop.close()
+                self._log.rows(rows, self._course.loop.step, self._leaves)
 
     def _finish(self) -> None:
         """Keep what is due at the end; after the first time, nothing is."""
-        self._record(self._loop.finish())
-        if self._loop.code == NONFINITE:
-            self.status = "nonfinite"
+        if self._last is None:
+            # An optimizer goes on from its point, not from the average of several.
+            self._last = self._snapshot()
+        self._record(self._course.loop.finish())
+        if self._course.loop.code == NONFINITE:
+            self._course.status = "nonfinite"
 
     def _end_epoch(self, loop: DataLoop) -> None:
         """If an epoch is over, keep its row, and see whether it is the last."""
@@ -277,78 +284,156 @@ class Descent:
         self._epochs.append(Rows({name: np.array([row[name]]) for name in row}))
         if self._log is not None:
             self._log.epoch(row)
-        self.status = self._training.status(loop, row) or self.status
+        status = self._training.status(loop, row)
+        self._course.status = status or self._course.status
 
-    def _judge(self) -> None:
-        """Say why it ended, if it did; a stage that is over hands over to the next."""
-        self.status = self._verdict()
-        while self._hands_over():
-            self._hand_over()
-            self.status = self._verdict()
+    # --- going on ---
 
-    def _verdict(self) -> str | None:
-        loop, seconds = self._loop, self._options.seconds
-        if own := self._own_words():
-            return own[0]
-        if loop.code == GIVEN_UP:
-            return loop.turns.failure
-        if loop.code != RUNNING:
-            return STATUSES[loop.code]
-        if seconds is not None and loop.seconds >= seconds:
-            return "seconds"
-        return "steps" if loop.step >= self._last else None
+    def _count_from(self, result: OptimizeResult) -> None:
+        """Go on from a result: as it did, or from its point with another method."""
+        saved: Saved = result.state
+        there = saved.facts["problem"]
+        here = {name: self._problem[name] for name in ("x", "has_aux", "data")}
+        check_same(there, here, "A result")
+        trained, position = self._training, saved.loop.facts.get("position")
+        if trained is not None and trained.epochs is not None and position:
+            self._training = replace(trained, epochs=trained.epochs + position[0])
+        self._saved, self._is_alike = saved, there["method"] == self._problem["method"]
+        since = Since(result.nit, result.nfev, result.seconds)
+        self._course.count_from(saved.facts, since, alike=self._is_alike)
 
-    def _hands_over(self) -> bool:
-        """Return whether the stage is over, the run is not, and another is left.
+    def _find_checkpoint(self, checkpoints: Checkpoints) -> None:
+        saved = checkpoints.newest()
+        if saved is not None:
+            check_same(saved.facts["problem"], self._problem, f"{checkpoints.path}")
+            self._saved, self._is_alike, self._is_resumed = saved, True, True
+            is_as_far = saved.facts["limits"] == self._limits()
+            self._is_over = saved.has_ended and is_as_far
 
-        The `gtol` that a pure method has of itself ends its stage, the user's the run.
-        """
-        is_own_rule = self.status == "gtol" and self._options.gtol is None
-        if self.status not in HANDS_OVER and not is_own_rule:
-            return False
-        return self._stage + 1 < len(self._stages)
+    def _limits(self) -> dict[str, Any]:
+        """Return how far it may go, in JSON."""
+        epochs = None if self._training is None else self._training.epochs
+        return {**self._course.limits, "epochs": epochs}
 
-    def _hand_over(self) -> None:
-        loop, stage = self._loop, self._stages[self._stage]
-        self._taken.append((stage.name, loop.step - self._first))
-        if stage.steps is None:
-            self._left -= loop.step - self._first
-        assert isinstance(loop, Loop)  # there are no chains over data
-        self._close()
-        loop.turns.finish()
-        self._begin(self._stage + 1, loop.so_far())
+    def _go_on(self, saved: Saved) -> None:
+        """Go to where the run was; if it was of another function, change nothing."""
+        objective, course = self._objective, self._course
+        if not objective.variables and self._training is None:  # they are to be found
+            course.begin()
+        with objective.put_back_on_error():
+            if self._is_alike:
+                course.go_on(saved.facts, saved.loop)
+                row, fun = course.loop.at.row, course.loop.at.row["fun"]
+                if course.loop.repeats:
+                    row = course.loop.turns.evaluate().row
+            else:
+                assert saved.outcome is not None
+                fun = saved.outcome.fun
+                objective.assign(saved.outcome.x)
+                course.begin()
+                row = course.loop.at.row if course.loop.repeats else {"fun": fun}
+            check_continues(saved.history, course.loop.at.row, row["fun"], fun)
 
-    def _own_words(self) -> tuple[str, str] | None:
-        """Return the status and the sentence of a method that gave up and says why."""
-        return self._loop.why() if isinstance(self._loop, Loop) else None
+    def _snapshot(self) -> Saved:
+        facts = {
+            "problem": self._problem,
+            "limits": self._limits(),
+            "log": None if self._log is None else self._log.directory.name,
+            **self._course.facts(),
+        }
+        history, epochs = self._table.columns(), self._epochs.columns()
+        return Saved(facts, self._course.loop.snapshot(), history, epochs)
+
+    def _with_outcome(self, saved: Saved) -> Saved:
+        """Return the same with what came out, and with how it was called."""
+        loop = self._course.loop
+        x, grad = self._leaves()
+        options = self._call() if self._tells else None
+        outcome = Outcome(loop.at.row["fun"], x, grad)
+        facts = {
+            **saved.facts,
+            **self._course.facts(),
+            "nit": loop.step,
+            "nfev": loop.evaluations,
+            "seconds": loop.seconds,
+        }
+        return Saved(
+            facts,
+            saved.loop,
+            self._table.columns(),
+            self._epochs.columns(),
+            outcome,
+            options,
+        )
+
+    def _call(self) -> Options:
+        """Return how to call it again, with the variables that were found."""
+        wrt = self._options.wrt
+        if wrt is None and not self._objective.takes_values:
+            wrt = self._objective.template
+        bulky: dict[str, Any] = dict.fromkeys(("data", "validation", "log"))
+        return replace(self._options, wrt=wrt, checkpoint=None, **bulky)
+
+    # --- the log ---
 
     def _leaves(self) -> tuple[list[Any], list[Any]]:
         """Return the point and the gradient there, leaf by leaf."""
-        return self._loop.point(), self._loop.turns.gradient(self._loop.at)
+        loop = self._course.loop
+        return loop.point(), loop.turns.gradient(loop.at)
 
-    def _outcome(self) -> dict[str, Any]:
-        at = self._loop.at.row
+    def _facts(self) -> dict[str, Any]:
+        """Return what the log says about the run."""
+        options, trained = self._options, self._training
+        rules = vars(options.stopping).items()
         return {
-            "x": self._objective.pack(self._loop.point()),
-            "fun": float(at["fun"]),
-            "grad_norm": float(at["grad_norm"]),
-            "nit": self._loop.step,
-            "nfev": self._loop.evaluations,
-            "message": self._message(self.status or ""),
+            "problem": self._objective.name,
+            "learning_rate": options.learning_rate,
+            "steps": None if self.total >= ENDLESS else self.total,
+            **({} if trained is None else trained.facts()),
+            **{name: value for name, value in rules if value is not None},
+            "jit": options.jit,
         }
 
-    def _message(self, status: str) -> str:
-        """Return the sentence for a status, and how many steps each stage took."""
-        loop, seconds = self._loop, self._options.seconds
-        why = loop.blame if status == "nonfinite" else ""
-        said = sentence(status, loop.step, loop.stopping, seconds, loop.nonfinite, why)
-        if isinstance(loop, SciPyLoop):
-            said = loop.says.get(status, said)
-        own = self._own_words()
-        if own and own[0] == status:
-            said = own[1]
-        if not self._taken:
-            return said
-        name = self._stages[self._stage].name
-        taken = [*self._taken, (name, loop.step - self._first)]
-        return f"{said} Steps: {', '.join(f'{n} {count}' for n, count in taken)}."
+    def _open_log(self, log: Run | str | PathLike[str]) -> Log | None:
+        resumed = None
+        if self._is_resumed and self._saved is not None and not self._saved.has_ended:
+            resumed = self._logged_in(self._saved)
+        return open_log(
+            log,
+            self._name,
+            self._objective,
+            self._facts(),
+            STEPS if self.planned is None else self.planned,
+            int(self._options.every),
+            resumed,
+            self._course.loop.step,
+        )
+
+    def _logged_in(self, saved: Saved) -> Path | None:
+        """Return the directory in which a checkpoint's run was logged, if it is there.
+
+        Only its name is saved, so that logs may be moved.
+        """
+        log, name = self._options.log, saved.facts["log"]
+        if isinstance(log, Run):
+            return log.directory
+        if log is None or name is None or not (Path(log) / name).is_dir():
+            return None
+        return Path(log) / name
+
+    def _close_log(self) -> None:
+        if self._log is None:
+            return
+        if self._checkpoints is not None and self.status in UNFINISHED:
+            self._log.suspend(self.status or "")
+            return
+        loop = self._course.loop
+        self._log.close(
+            self.status or "",
+            x=self._objective.pack(loop.point()),
+            fun=float(loop.at.row["fun"]),
+            grad_norm=float(loop.at.row["grad_norm"]),
+            nit=loop.step,
+            nfev=loop.evaluations,
+            message=self._course.message(),
+        )

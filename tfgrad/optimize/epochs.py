@@ -44,6 +44,19 @@ class Training:
             steps = min(steps, self.epochs * self.source.batches)
         return None if steps == ENDLESS else steps
 
+    def check_repeats(self) -> None:
+        """Refuse data that cannot be gone through again, up to where a run was.
+
+        Raises:
+            InvalidArgumentError: If it is an iterator.
+        """
+        if not self.source.is_repeatable:
+            raise InvalidArgumentError(
+                "With `checkpoint`, the data must be such that it can be repeated.",
+                got=str(self.source) + " from an iterator, which is used up",
+                hint="data=make, where make() returns the iterator, or a data set",
+            )
+
     def facts(self) -> dict[str, Any]:
         """Return what the log says about it."""
         return {"data": str(self.source), "epochs": self.epochs}

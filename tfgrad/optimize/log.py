@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import re
 import time
 import warnings
@@ -20,6 +21,7 @@ from tfgrad.nested import named_leaves
 from tfgrad.optimize.cards import point_text, problem_card, result_card
 from tfgrad.optimize.loop import Rows
 from tfgrad.optimize.objective import SMALL, Objective
+from tfgrad.runs.curves import read_run
 from tfgrad.runs.directory import check
 from tfgrad.runs.guard import Guard
 from tfgrad.runs.inline import UniqueNames
@@ -34,16 +36,15 @@ TAGS = {
 """What TensorBoard calls a column; others keep their name, with slashes for
 brackets."""
 
+GAP = "loss/log10_gap"
+
 EVERY_STEP = 100_000
 """Steps up to which each is written; from here on every second, from twice as many on
 every fourth ... A million steps are 263,000 rows, some fifty megabytes."""
 
-HISTOGRAMS = 50
-"""How often, at most, the distribution of many parameters is written in a run."""
-
 CHUNKS = 20
-"""In how many chunks, at least, a run of many parameters is cut, each of which ends in
-a distribution; they would cost more than they show in each of the fifty."""
+"""In how many chunks, at least, a run of many parameters is cut: the distribution of
+the parameters is written so often, and at most twice that."""
 
 QUEUE = 4
 """Chunks that may wait to be written: the first steps are all written, later ones not,
@@ -91,6 +92,8 @@ class Log:
         facts: How it is minimised, for the card, `run.json` and the HParams tab.
         steps: How many steps are planned.
         every: How many steps there are from one point to the next.
+        resumed: The directory of the run to go on with; None begins a new one.
+        step: Where it goes on.
     """
 
     def __init__(
@@ -101,12 +104,20 @@ class Log:
         facts: Mapping[str, Any],
         steps: int,
         every: int = 1,
+        resumed: Path | None = None,
+        step: int = 0,
     ) -> None:
-        """Open the run; write the card of the problem, `run.json`, and the graph."""
+        """Open the run."""
         given = {name: value for name, value in facts.items() if value is not None}
         facts = {**given, "method": method}
         self._is_own = not isinstance(log, Run)
-        self._run = log if isinstance(log, Run) else Run(Path(log) / method, facts)
+        self._is_resumed = self._is_own and resumed is not None
+        if isinstance(log, Run):
+            self._run = log
+        elif resumed is not None:
+            self._run = Run(resumed, facts, resume_from=step)
+        else:
+            self._run = Run(Path(log) / method, facts)
         self.directory = self._run.directory
         self._objective = objective
         self._guard = Guard("The optimisation")
@@ -115,29 +126,58 @@ class Log:
         self._kept: list[Rows] = []
         self._last: Rows | None = None
         self._lowest = np.inf
+        self._last_histogram = -1
         count = sum(v.shape.num_elements() for v in objective.variables)
         self._names = _leaf_names(objective) if count > SMALL else []
         self._steps = steps
         self._every = every
-        self._next_histogram = 0
-        self._write_problem(facts, steps)
+        self._facts = facts
 
-    def rows(self, rows: Rows, leaves: Callable[[], tuple[Leaves, Leaves]]) -> None:
+    def begin(
+        self,
+        rows: Rows,
+        epochs: Mapping[str, np.ndarray[Any, Any]],
+        step: int,
+        leaves: Callable[[], tuple[Leaves, Leaves]],
+    ) -> None:
+        """Write the problem and the rows until now, as far as the run lacks them.
+
+        Args:
+            rows: All until now.
+            epochs: Those of the epochs, by column.
+            step: As for `rows`.
+            leaves: As for `rows`.
+        """
+        first = self._run.first_step
+        if not self._is_resumed or first == 0:
+            self._write_problem(self._facts, self._steps)
+        if len(rows):
+            rows = Rows({**rows.columns, "time": _wall_times(rows)})
+            count = int(np.searchsorted(rows.columns["step"], first))
+            if count:
+                self._submit(self._remember, _selected(rows, slice(count)))
+            # The first row has no step that led to it, and so a column less.
+            for part in (slice(count, count + 1), slice(count + 1, None)):
+                self._submit(self._take, _selected(rows, part))
+        for row in zip(*epochs.values(), strict=True):
+            named = dict(zip(epochs, row, strict=True))
+            if named["step"] >= first:
+                self.epoch(named)
+        self._submit_histograms(step, leaves)
+
+    def rows(
+        self, rows: Rows, step: int, leaves: Callable[[], tuple[Leaves, Leaves]]
+    ) -> None:
         """Write rows in the background, after the ones before.
 
         Args:
             rows: What the loop has returned.
-            leaves: Returns the point and the gradient after the last of them; called
+            step: Where it is.
+            leaves: Returns the point and the gradient there; called
                 when it is time for histograms of many parameters.
         """
         self._submit(self._take, Rows({**rows.columns, "time": _wall_times(rows)}))
-        step = int(rows.columns["step"][-1])
-        if self._names and step >= self._next_histogram:
-            # Where the data decides how long a run is, it may be longer than planned.
-            gap = -(-max(self._steps, step) // HISTOGRAMS)
-            self._next_histogram = step + gap
-            point, gradient = ([np.asarray(x) for x in part] for part in leaves())
-            self._submit(self._write_histograms, step, point, gradient)
+        self._submit_histograms(step, leaves)
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """Write the row of an epoch, at the step that ended it."""
@@ -149,9 +189,13 @@ class Log:
         self._submit(self._run.log, step, tagged)
 
     def longest_chunk(self, step: int) -> int:
-        """Return how many steps to take at most before the next call of `rows`."""
-        whole = max(self._steps, step)
-        return max(1, whole // CHUNKS) if self._names else whole
+        """Return how many steps to take at most before the next call of `rows`.
+
+        Distributions are at steps that the clock has no part in, so that a run which is
+        resumed writes those again that it supersedes.
+        """
+        gap = self._gap(step)
+        return gap - step % gap if self._names else max(self._steps, step)
 
     def flush(self) -> None:
         """Wait until all rows are in the file: do so before a checkpoint is saved.
@@ -183,6 +227,13 @@ class Log:
         else:
             self._guard(self._run.describe, status=status, result=result)
 
+    def suspend(self, status: str) -> None:
+        """Stop writing, without a word on the result: the run is to be resumed."""
+        self.flush()
+        self._thread.shutdown()
+        write = self._run.close if self._is_own else self._run.describe
+        self._guard(write, status=status)
+
     # --- what is written ---
 
     def _write_problem(self, facts: Mapping[str, Any], steps: int) -> None:
@@ -199,8 +250,16 @@ class Log:
         with contextlib.suppress(InvalidArgumentError):  # it runs eagerly: no graph
             self._run.graph(self._objective.f, *self._objective.arguments())
 
+    def _remember(self, rows: Rows) -> None:
+        """Take note of rows that are in the run already."""
+        self._lowest = min(self._lowest, _lowest(rows.columns["fun"]))
+        self._last = _selected(rows, slice(-1, None))
+        self._kept.append(_selected(rows, self._is_kept(rows)))
+
     def _take(self, rows: Rows) -> None:
         """Write those of the rows that are to be kept."""
+        if not len(rows):
+            return
         self._lowest = min(self._lowest, _lowest(rows.columns["fun"]))
         points = _points(rows)
         if points.size and self._last is not None:
@@ -222,6 +281,20 @@ class Log:
         doublings = np.ceil(np.log2(np.maximum(points / EVERY_STEP, 1.0)))
         return np.asarray(points % 2 ** doublings.astype(np.int64) == 0)
 
+    def _gap(self, step: int) -> int:
+        """Return the steps between distributions, more of them beyond the plan."""
+        doublings = math.ceil(math.log2(max(step / self._steps, 1)))
+        return max(1, self._steps // CHUNKS) * 2**doublings
+
+    def _submit_histograms(
+        self, step: int, leaves: Callable[[], tuple[Leaves, Leaves]]
+    ) -> None:
+        is_due = self._names and step % self._gap(step) == 0
+        if is_due and step > self._last_histogram:
+            self._last_histogram = step
+            point, gradient = ([np.asarray(x) for x in part] for part in leaves())
+            self._submit(self._write_histograms, step, point, gradient)
+
     def _write_histograms(self, step: int, point: Leaves, gradient: Leaves) -> None:
         for name, x, slope in zip(self._names, point, gradient, strict=True):
             self._run.histogram(f"parameters/{name}", x, step)
@@ -235,7 +308,12 @@ class Log:
         step, fun, times = (self._column(name) for name in ("step", "fun", "time"))
         gap = fun.astype(np.float64) - self._lowest
         above = gap > 0
-        gaps = {"loss/log10_gap": np.log10(gap[above])}
+        if self._is_resumed:
+            # It may have been killed while it wrote this very curve.
+            last = _last_step(self.directory, GAP)
+            self._run.rewind(GAP, last)
+            above &= step > last
+        gaps = {GAP: np.log10(gap[above])}
         self._run.log_history(gaps, step[above], times[above])
 
     def _write_result(self, status: str, result: Mapping[str, Any]) -> None:
@@ -303,6 +381,14 @@ def _thinning(steps: int, every: int) -> str:
         text += f" up to {most:,}, then half as often, from {2 * most:,} on a quarter"
         text += " as often, and so on"
     return f"{text}; the history of the result has all"
+
+
+def _last_step(directory: Path, tag: str) -> int:
+    """Return the last step of a curve that is in the run; -1 if there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the torn end of what was killed
+        curve = read_run(directory).curves.get(tag)
+    return curve.steps[-1] if curve and curve.steps else -1
 
 
 def _leaf_names(objective: Objective) -> list[str]:

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.objective import Evaluation, Objective
+from tfgrad.optimize.snapshot import Snapshot
 from tfgrad.optimize.stopping import (
     GIVEN_UP,
     NONFINITE,
@@ -173,7 +174,7 @@ class Loop:
         self.code = self._code_of_start() if is_finite(start) else NONFINITE
         self.nonfinite = start
         self.blame = objective.blame() if self.code == NONFINITE else ""
-        self._form, self._xla_from = self._plan(steps, jit)
+        self._planned = self._form, self._xla_from = self._plan(steps, jit)
         self._is_fallible = jit == "auto"
         self._chunk: Callable[..., Any] | None = None
         self._length = 1
@@ -194,6 +195,57 @@ class Loop:
         """Return the method's own status and sentence, if it gave up and has one."""
         has_failed = self.code in (PRECISION, GIVEN_UP)
         return self.turns.why(self._state) if has_failed else None
+
+    def snapshot(self) -> Snapshot:
+        """Return all that a loop of the same kind needs to go on from here."""
+        facts = {
+            **self.so_far()._asdict(),
+            "planned": list(self._planned),
+            "form": [self._form, self._xla_from, self._is_fallible],
+            "has_others": bool(self._objective.others()),
+        }
+        values = [variable.value() for variable in self._variables()]
+        memory = tf.nest.flatten((self.at, self._state))
+        memory = [tf.convert_to_tensor(leaf) for leaf in memory]
+        return Snapshot(facts, values, memory, self._lower or [])
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go to where a loop of the same kind was, to the last bit.
+
+        Steps then run in the compiled form in which that loop would have run them.
+
+        Raises:
+            InvalidArgumentError: If it was of another kind; nothing was changed.
+        """
+        here, facts = self.snapshot(), snapshot.facts
+        snapshot.check_like(here)
+        is_underway = facts["step"] > self.step
+        for variable, value in zip(self._variables(), snapshot.variables, strict=True):
+            variable.assign(value)
+        memory = tf.nest.pack_sequence_as((self.at, self._state), snapshot.memory)
+        self.at, self._state = memory
+        self.step, self.evaluations = facts["step"], facts["evaluations"]
+        self._began = time.perf_counter() - facts["seconds"]
+        if facts["planned"] == here.facts["planned"]:
+            self._form, self._xla_from, self._is_fallible = facts["form"]
+        self._lower = list(snapshot.lower) or None
+        self._chunk, self.code = None, RUNNING
+        if self._lower is None:
+            self.code = self._code_of_start()
+        if is_underway:
+            self.turns.prepare(self.at)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether f is known to have one value at one point: no seeds, no averages."""
+        operations = self.turns.operations()
+        is_drawn = any("Random" in operation for operation in operations)
+        return bool(operations) and not is_drawn and not self._objective.others()
+
+    def _variables(self) -> list[tf.Variable]:
+        """Return the variables whose values are part of where the loop is."""
+        moved, others = self._objective.variables, self._objective.others()
+        return [*moved, *others, *self.turns.variables()]
 
     def here(self) -> Rows:
         """Return the one row of the current point."""
@@ -311,6 +363,7 @@ class Loop:
             # XLA has no kernel for something in it, and nothing was run.
             return self._without_xla()._take_first_chunk()
         if self.code == NONFINITE or _agree(self.at, again := self._evaluate()):
+            self._is_fallible = False
             return rows
         self.at, self.code = again, RUNNING
         self._without_xla()._chunk = self._compile()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -164,6 +165,30 @@ class Objective:
                 return f"{found.label} at {found.where}: {found.reason}; {found.hint}"
         return ""
 
+    def facts(self) -> dict[str, Any]:
+        """Return what makes it the same problem in another process."""
+        leaves = named_leaves(self.pack(self.read()), "x") if self.variables else []
+        return {
+            "x": [f"{name} of {describe(leaf)}" for name, leaf in leaves],
+            "start": _digest(self.read()) if self.takes_values else None,
+            "has_aux": self._has_aux,
+        }
+
+    @contextlib.contextmanager
+    def put_back_on_error(self) -> Iterator[None]:
+        """Put the variables back to where they are, should the block raise."""
+        before = self.read()
+        try:
+            yield
+        except Exception:
+            self.assign(before)
+            raise
+
+    def others(self) -> list[tf.Variable]:
+        """Return the other variables that f reads: seeds, averages, what is frozen."""
+        own = {id(variable) for variable in self.variables}
+        return [v for v in self._traces.variables() if id(v) not in own]
+
     def operations(self, scale: tf.Tensor | None = None) -> list[str]:
         """Return the op types of an evaluation; none if it could not be compiled."""
         return self._traces.operations(scale, ())
@@ -263,6 +288,13 @@ def _checked_start(x0: Nest) -> Nest:
             hint="a number, an array, or a nest of them to start from",
         )
     return point
+
+
+def _digest(leaves: Sequence[tf.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        digest.update(leaf.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _largest(gradient: list[tf.Tensor], scale: Any, dtype: tf.DType) -> tf.Tensor:

@@ -45,6 +45,7 @@ class Options:
     has_aux: bool = False
     jit: bool | str = "auto"
     log: Run | str | PathLike[str] | None = None
+    checkpoint: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         """Check what needs no function."""

@@ -42,6 +42,8 @@ class OptimizeResult:
             `validation` returned.
         seconds: How long it took, in seconds, tracing included.
         directory: Where the run was logged; None if it was not.
+        state: What `minimize(f, result)` goes on with: the method's memory among it.
+            None if the method does not tell.
     """
 
     x: Nest
@@ -56,6 +58,7 @@ class OptimizeResult:
     seconds: float
     directory: Path | None = None
     epochs: History = field(default_factory=dict, compare=False)
+    state: Any = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         """Return a short table."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,16 @@ class Stage:
         make_turns: Returns the method at work on an objective.
         steps: How many it may take; None means what is left of `steps`.
         scipy: The method, if it is one of SciPy's.
+        identity: What it is made of, as far as that can be written down.
+        tells: Whether its state can be put away.
     """
 
     name: str
     make_turns: Callable[[Objective], Turns]
-    steps: int | None = None
-    scipy: SciPyMethod | None = None
+    steps: int | None
+    scipy: SciPyMethod | None
+    identity: str
+    tells: bool
 
 
 HANDS_OVER = frozenset({"steps", "precision", "linesearch", "trustregion", "scipy"})
@@ -74,6 +78,26 @@ def make_stages(
     ]
 
 
+def check_tells(stages: Sequence[Stage]) -> None:
+    """Refuse a method whose state cannot be put away.
+
+    Raises:
+        InvalidArgumentError: If there is one.
+    """
+    for stage in stages:
+        if not stage.tells:
+            got = f"`{stage.name}`, without `build(variables)` and `variables`"
+            hint = "both, as Keras's optimizers have them, or no checkpoint"
+            if stage.scipy is not None:
+                got = f"`{stage.name}`, whose memory is in the midst of SciPy's code"
+                hint = 'method="lbfgs" or "newton", or no checkpoint'
+            raise InvalidArgumentError(
+                "With `checkpoint`, a method must tell what it keeps.",
+                got=got,
+                hint=hint,
+            )
+
+
 def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
     if isinstance(method, tuple):
         raise _bad_chain(method)
@@ -81,10 +105,15 @@ def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
         check_count("steps", steps)
         steps = int(steps)
     scipy = scipy_method(method) if isinstance(method, str) else None
-    turns = make_turns(scipy or method, learning_rate)
-    # A directory may be called after it, and not every system wants a colon there.
-    name = scipy.name.replace(":", "-") if scipy else _name_of(method)
-    return Stage(name, turns, steps, scipy)
+    return Stage(
+        # A directory may be called after it, and not every system wants a colon there.
+        name=scipy.name.replace(":", "-") if scipy else _name_of(method),
+        make_turns=make_turns(scipy or method, learning_rate),
+        steps=steps,
+        scipy=scipy,
+        identity=_identity(method, learning_rate),
+        tells=scipy is None and _tells(method),
+    )
 
 
 def _require_optimizer(method: Any) -> None:
@@ -106,6 +135,44 @@ def _name_of(method: Any) -> str:
     name = getattr(method, "name", None) if hasattr(method, "init") else None
     kind = method if inspect.isclass(method) else type(method)
     return str(name or kind.__name__.lower())
+
+
+def _tells(method: Any) -> bool:
+    if isinstance(method, str) or not hasattr(method, "apply_gradients"):
+        return True
+    return hasattr(method, "build") and hasattr(method, "variables")
+
+
+def _identity(method: Any, learning_rate: Any) -> str:
+    """Return the name of a method and the numbers and words that it was made with."""
+    facts = {"learning_rate": learning_rate} if _is_keras_name(method) else {}
+    if not isinstance(method, str):
+        facts |= _configuration(method)
+    texts = (f"{name}={_plain(value)}" for name, value in sorted(facts.items()))
+    return f"{_name_of(method)}({', '.join(texts)})"
+
+
+def _configuration(instance: Any) -> dict[str, Any]:
+    if hasattr(instance, "get_config"):
+        return dict(instance.get_config())
+    given = getattr(instance, "__dict__", {}).items()
+    return {k: v for k, v in given if type(v) in (bool, int, float, str)}
+
+
+def _plain(value: Any) -> str:
+    """Return a text that is the same in every process: no object's address in it."""
+    if hasattr(value, "get_config"):
+        return f"{type(value).__name__}({_plain(value.get_config())})"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={_plain(v)}" for k, v in sorted(value.items()))
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    if value is None or isinstance(value, str | bool | int | float):
+        return repr(value)
+    try:
+        return repr(float(value))
+    except (TypeError, ValueError):
+        return type(value).__name__
 
 
 def _is_keras_name(method: Any) -> bool:

@@ -82,6 +82,12 @@ class Turns(Protocol):
     def gradient(self, at: Evaluation) -> list[tf.Tensor]:
         """Return the gradient of an evaluation, in its own units."""
 
+    def variables(self) -> list[tf.Variable]:
+        """Return the variables in which the method keeps what the next turn needs."""
+
+    def prepare(self, at: Evaluation) -> None:
+        """Do what the first turn does besides: turns were taken before."""
+
     def finish(self) -> bool:
         """Do what is due at the end; return whether that moved the variables."""
 
@@ -145,6 +151,14 @@ class KerasTurns:
         if scale is None:
             return at.gradient
         return [leaf / tf.cast(scale, leaf.dtype) for leaf in at.gradient]
+
+    def variables(self) -> list[tf.Variable]:
+        """Return the moments, the count of steps, the learning rate."""
+        return self._method.variables()
+
+    def prepare(self, at: Evaluation) -> None:
+        """Compile the update: the first one alone is not part of a trace."""
+        self._method.prepare(at.gradient)
 
     def finish(self) -> bool:
         """Let the optimizer put its averages in place, if it keeps any."""
@@ -217,6 +231,13 @@ class PureTurns:
     def gradient(self, at: Evaluation) -> list[tf.Tensor]:
         """Return the gradient as it is."""
         return at.gradient
+
+    def variables(self) -> list[tf.Variable]:
+        """Return none: what a pure method remembers is in its state."""
+        return []
+
+    def prepare(self, at: Evaluation) -> None:
+        """Do nothing."""
 
     def finish(self) -> bool:
         """Do nothing."""

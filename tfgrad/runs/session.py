@@ -80,6 +80,15 @@ class Session:
             self._facts |= facts
             self._record.update(facts=self._facts)
 
+    def rewind(self, tag: str, step: int) -> None:
+        """Let a tag go on after `step`, though the run goes on from a later one.
+
+        For a curve that is written at the end alone, of which earlier sessions have
+        nothing after that step.
+        """
+        with self._lock:
+            self._last_steps[tag] = step
+
     def close(self, status: str = "success", **result: Any) -> None:
         """End the run: write status and result to `run.json`, let the directory go.
 

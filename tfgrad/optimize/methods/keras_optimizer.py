@@ -112,14 +112,22 @@ class KerasMethod:
 
     def update(self, gradient: Sequence[tf.Tensor]) -> None:
         """Take one step; compiled, except for a first one that may create variables."""
+        self.prepare(gradient)
         if self._apply is not None:
-            self._apply(*gradient)
-        elif self._is_built:
-            self._apply = self._compile(gradient)
             self._apply(*gradient)
         else:
             self._apply_gradients(self._optimizer.apply_gradients, *gradient)
             self._apply = self._compile(gradient)
+
+    def prepare(self, gradient: Sequence[tf.Tensor]) -> None:
+        """Compile the update, unless the first one may create variables."""
+        if self._apply is None and self._is_built:
+            self._apply = self._compile(gradient)
+
+    def variables(self) -> list[tf.Variable]:
+        """Return what the optimizer keeps from step to step, as far as it tells."""
+        kept = getattr(self._optimizer, "variables", ()) if self._is_built else ()
+        return [v.value if isinstance(v, keras.Variable) else v for v in kept]
 
     def finish(self) -> bool:
         """Do what the optimizer wants done at the end; return whether that moved x."""
