@@ -242,7 +242,7 @@ def test_float64_ends_at_a_known_minimum_and_says_so(name):
     assert np.all(np.diff(result.history["fun"]) <= 1e-9 * result.history["fun"][:-1])
 
 
-@pytest.mark.parametrize("name", ["1", "5", "8", "9", "12", "15"])
+@pytest.mark.parametrize("name", ["1", "5", "8", "15"])
 def test_float32_ends_near_it_without_spinning(name):
     name = next(known for known in PROBLEMS if known.split()[0] == name)
 
@@ -275,7 +275,7 @@ def test_vector_nest_and_variables_take_the_same_path():
     assert np.array_equal(variable.x, x)
 
 
-@pytest.mark.parametrize("name", ["1", "7", "10", "13", "17"])
+@pytest.mark.parametrize("name", ["7", "10", "13", "17"])
 def test_starts_ten_times_as_far_end_at_the_minimum_too(name):
     name = next(known for known in PROBLEMS if known.split()[0] == name)
     f, start, _ = PROBLEMS[name]

@@ -158,14 +158,17 @@ class LevenbergMarquardt:
         return LevenbergMarquardt(is_open=self._is_open, residuals=objective)
 
     def init(self, start: Point) -> Move:
-        """Return a step that is no longer than x, in scaled parameters."""
+        """Return a step that is no longer than x, in scaled parameters.
+
+        They have the unit of the residuals, whose length it may have where x is zero.
+        """
         zero, none = tf.zeros_like(start.fun), tf.constant(0)
         linear = self._linearize(start.x, tf.zeros_like(start.x))
         radius = tf.norm(linear.scale * start.x)
         state = State(
             linear=linear,
             step=Step(zero, zero, zero, zero),
-            radius=tf.where(radius > 0, radius, 1),
+            radius=tf.where(radius > 0, radius, tf.sqrt(2 * start.fun)),
             trials=none,
             idle=none,
             steps=none,
@@ -252,10 +255,8 @@ class LevenbergMarquardt:
 
     def _verdict(self, here: Point, state: State, stands: Any) -> tf.Tensor:
         """Return what to make of the current point."""
-        linear, enough = (
-            state.linear,
-            tf.constant(_tolerance(here.x.dtype), here.x.dtype),
-        )
+        linear, dtype = state.linear, here.x.dtype
+        enough = tf.constant(_tolerance(dtype), dtype)
         is_rounded = state.idle >= MOST_IDLE
         is_over = is_rounded | stands | (state.trials >= MOST_TRIALS) | ~linear.is_known
         # Where rounding does not forbid it, the run goes on to a tenth of what is
