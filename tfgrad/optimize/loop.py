@@ -249,7 +249,8 @@ class Loop:
 
     def here(self) -> Rows:
         """Return the one row of the current point."""
-        row = {name: np.asarray(value)[None] for name, value in self.at.row.items()}
+        # With the axis before: NumPy takes no single bfloat16 for an array.
+        row = {name: value[None].numpy() for name, value in self.at.row.items()}
         return self._rows(row, self.seconds)
 
     def point(self) -> list[tf.Tensor]:
