@@ -16,7 +16,7 @@ _FIELDS = (
 )
 _OPTIONS = (
     *("method", "learning_rate", "steps", "gtol", "ftol", "xtol", "target", "seconds"),
-    "log",
+    *("log", "checkpoint"),
 )
 
 

@@ -123,6 +123,11 @@ def _minimize(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", type=float, help="stop at a value this low")
     command.add_argument("--seconds", type=float, help="stop after this time")
     command.add_argument("--log", metavar="DIR", help="write a run for TensorBoard")
+    command.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="save the run, and go on from there if killed",
+    )
     _add_float64(command)
     _add_json(command)
 

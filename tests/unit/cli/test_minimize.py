@@ -54,3 +54,14 @@ def test_what_has_no_minimum_exits_with_1(tfgrad):
 
     assert code == 1
     assert json.loads(out)["success"] is False
+
+
+def test_a_run_that_was_saved_goes_on_from_there(tfgrad):
+    words = ("minimize", "model.py:bowl", "--x0", "3", "--method", "sgd", "--json")
+    words = (*words, "--learning-rate", "0.25", "--checkpoint", "saved")
+
+    tfgrad(*words, "--steps", "1")
+    _, out, _ = tfgrad(*words, "--steps", "3")
+
+    assert json.loads(out)["x"] == 2.125
+    assert json.loads(out)["nit"] == 3
