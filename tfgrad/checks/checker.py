@@ -17,6 +17,7 @@ from tfgrad.checks.report import Check
 from tfgrad.checks.scalar import (
     Point,
     Scalar,
+    inner,
     value_and_gradient,
     weighted_gradient,
     weighted_output,
@@ -150,7 +151,7 @@ class Checker:
 
         def evaluate(arrays: Sequence[Array]) -> float:
             pairs = zip(weights, derive(arrays)[1], strict=True)
-            return float(sum(np.vdot(w, g) for w, g in pairs))
+            return sum(inner(w, g) for w, g in pairs)
 
         return Function(scalar, graph, evaluate, size)
 

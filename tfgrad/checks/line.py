@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfgrad.checks.scalar import Point
+from tfgrad.checks.scalar import Point, inner
 from tfgrad.differences import Array
 
 
@@ -102,4 +102,4 @@ class Line:
         # the gradient times the rounding, which is known exactly here.
         held = self._point.cast(self._index, moved[self._index]).astype(np.float64)
         rounding = held - moved[self._index]
-        return value, value - float(np.vdot(self._gradient, rounding))
+        return value, value - inner(self._gradient, rounding)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tfgrad.checks.report import Check, Element
-from tfgrad.checks.scalar import Point, Scalar, forward_slope
+from tfgrad.checks.scalar import Point, Scalar, forward_slope, inner
 from tfgrad.checks.slopes import Probe, Slope
 from tfgrad.differences import Array
 
@@ -276,7 +276,7 @@ def _note(slope: Slope, slopes: Sequence[Slope]) -> str:
 
 
 def _inner(a: Sequence[Array], b: Sequence[Array]) -> float:
-    return float(sum(np.vdot(x, y) for x, y in zip(a, b, strict=True)))
+    return sum(inner(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _flat(value: float, gradient: Sequence[Array]) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 
 from tfgrad.checks.line import Line
 from tfgrad.checks.report import Element
-from tfgrad.checks.scalar import Point
+from tfgrad.checks.scalar import Point, inner
 from tfgrad.differences import REFINEMENTS, Array, line_derivative, step_for
 
 _MOST_ELEMENTS = 5
@@ -137,7 +137,7 @@ class Probe:
             numerical, error = line_derivative(
                 line, step, self._epsilon, noise=noise, refinements=refinements
             )
-            autodiff = float(np.vdot(gradient, direction))
+            autodiff = inner(gradient, direction)
             return Slope(autodiff, float(numerical), float(error), self._rtol)
 
         # Eight roundings: what functions of a dozen operations were seen to need.
