@@ -319,3 +319,11 @@ def test_histograms_of_variables_that_are_fitted_to_data(tmp_path):
 
     found = {tag for tag in values(result.directory)["histograms"] if "kernel" in tag}
     assert {tag.partition("/")[0] for tag in found} == {"parameters", "gradients"}
+
+
+def test_the_end_of_a_curve_that_a_killed_run_has_begun_is_found(tmp_path):
+    with Run(tmp_path) as run:
+        run.log_history({"some": [1.0, 2.0, 3.0]}, [0, 1, 4])
+
+    assert log_module._last_step(tmp_path, "some") == 4
+    assert log_module._last_step(tmp_path, "none") == -1

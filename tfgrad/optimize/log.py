@@ -388,7 +388,7 @@ def _last_step(directory: Path, tag: str) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the torn end of what was killed
         curve = read_run(directory).curves.get(tag)
-    return curve.steps[-1] if curve and curve.steps else -1
+    return int(curve.steps[-1]) if curve and len(curve.steps) else -1
 
 
 def _leaf_names(objective: Objective) -> list[str]:
