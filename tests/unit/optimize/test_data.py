@@ -608,3 +608,39 @@ def test_an_average_of_the_way_is_put_in_place_at_the_end():
     assert result.history["step"].tolist() == list(range(9))
     np.testing.assert_array_equal(result.x[1], line.b)
     np.testing.assert_allclose(result.x[0], average[:4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "seeded data set", "function"])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_as_one_without_a_break(
+    kind, tmp_path
+):
+    data = {
+        "arrays": lambda: (X, Y),
+        "seeded data set": lambda: dataset().unbatch().shuffle(50, seed=4).batch(16),
+        "function": lambda: lambda: iter(batches()),
+    }[kind]
+    options = {"epochs": 4, "method": "adam", "learning_rate": 0.05}
+    whole = Line().fit(data(), **options)
+
+    class KilledError(Exception):
+        pass
+
+    def killer(state):
+        if state.step >= 6:  # in the middle of the second epoch
+            raise KilledError
+
+    options["checkpoint"] = tmp_path
+    with pytest.raises(KilledError):
+        Line().fit(data(), callback=killer, **options)
+    first = []
+    rest = Line().fit(
+        data(), callback=lambda state: first.append(state.step), **options
+    )
+
+    assert first[0] > 1  # it did not begin anew
+    assert rest.status == whole.status
+    for x, y in zip(rest.x, whole.x, strict=True):
+        np.testing.assert_array_equal(x, y)
+    for name in ("step", "fun", "x[0]"):
+        np.testing.assert_array_equal(rest.history[name], whole.history[name])
+    np.testing.assert_array_equal(rest.epochs["fun"], whole.epochs["fun"])
