@@ -82,6 +82,7 @@ def least_squares(
     jit: bool | str = False,
     callback: Callable[[State], Any] | None = None,
     log: Run | str | PathLike[str] | None = None,
+    checkpoint: str | PathLike[str] | None = None,
 ) -> LeastSquaresResult:
     """Minimise half the sum of squares of residuals, by Levenberg-Marquardt.
 
@@ -117,6 +118,7 @@ def least_squares(
             more than some ten parameters, that is slower.
         callback: Called with a `State` after each chunk of steps; True ends the run.
         log: A directory, or an open `Run`, as for `minimize`.
+        checkpoint: A directory to go on from after a crash, as for `minimize`.
 
     Returns:
         A `LeastSquaresResult`: `x`, `stderr`, `covariance`, `residual_std` and more.
@@ -162,6 +164,7 @@ def least_squares(
         has_aux=has_aux,
         jit=jit,
         log=log,
+        checkpoint=checkpoint,
     )
     fit = Residuals(residuals, x0, wrt, has_aux=has_aux)
     return _with_statistics(run(Descent(residuals, x0, options, fit), callback), fit)

@@ -181,6 +181,20 @@ def test_a_logged_fit_is_read_back(tmp_path):
     np.testing.assert_allclose(loss, result.history["fun"], rtol=1e-6)
 
 
+def test_a_fit_that_was_stopped_goes_on_to_the_same_last_bit(tmp_path):
+    def stop(state):
+        if state.step == 2:
+            raise KeyError("pulled out")
+
+    with pytest.raises(KeyError):
+        tfgrad.least_squares(decay, START, checkpoint=tmp_path, callback=stop)
+    result = tfgrad.least_squares(decay, START, checkpoint=tmp_path)
+
+    np.testing.assert_array_equal(result.x, fitted().x)
+    np.testing.assert_array_equal(result.covariance, fitted().covariance)
+    np.testing.assert_array_equal(result.history["fun"], fitted().history["fun"])
+
+
 def branches(p):
     return tf.cond(p[1] > 0.0, lambda: decay(p), lambda: 1.0 + tf.abs(decay(p)))
 
