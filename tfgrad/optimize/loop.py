@@ -297,13 +297,14 @@ class Loop:
     def _look_around(self) -> None:
         """Do not stop at a maximum or a saddle, if it can be told from a minimum.
 
-        Steps that end at one by themselves are rare enough, so that it is looked for at
-        the start, or where the method has second derivatives already.
+        Steps end at one by themselves only where they keep to a ridge, which moves no
+        parameter across it. So it is looked for where one has not moved, as at the
+        start; or where the method has second derivatives already.
         """
         turns = self.turns
         if not isinstance(turns, PureTurns) or self.code not in STATIONARY:
             return
-        if self.step == 0 or turns.knows_curvature:
+        if turns.knows_curvature or turns.has_idle_parameters(self._state):
             self._lower = turns.lower_point(self._state, self._evaluate)
             self.code = self.code if self._lower is None else RUNNING
 

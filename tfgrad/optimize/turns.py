@@ -42,6 +42,22 @@ class Turn(NamedTuple):
     expected: Any = float("inf")
 
 
+class PureState(NamedTuple):
+    """What the turns of a pure method carry.
+
+    Attributes:
+        trial: Where to evaluate next, shape `[n]`.
+        remembered: What the method has to remember.
+        here: The current point.
+        start: Where the method started, shape `[n]`.
+    """
+
+    trial: tf.Tensor
+    remembered: Any
+    here: Point
+    start: tf.Tensor
+
+
 class Turns(Protocol):
     """A method at work on an objective.
 
@@ -206,23 +222,23 @@ class PureTurns:
         """Return the first trial, what the method remembers, and the current point."""
         here = self._as_point(ravel(self._objective.read()), at)
         move = self._method.init(here)
-        return move.x, move.state, here
+        return PureState(move.x, move.state, here, here.x)
 
     def turn(self, at: Evaluation, state: Any) -> Turn:
         """Evaluate the trial and ask the method what to make of it."""
-        trial, remembered, old = state
+        trial, remembered, old, start = state
         self._objective.assign(unravel(trial, self._objective.variables))
         evaluation = self.evaluate()
         new = self._as_point(trial, evaluation)
         move = self._method.update(new, old, remembered)
         if move.accepted is not True:
             new, evaluation = _either(move.accepted, (new, evaluation), (old, at))
-        state = move.x, move.state, new
+        state = PureState(move.x, move.state, new, start)
         return Turn(evaluation, state, move.accepted, move.failed, move.expected)
 
     def point(self, state: Any) -> list[tf.Tensor]:
         """Return the current point, leaf by leaf."""
-        return unravel(state[2].x, self._objective.variables)
+        return unravel(state.here.x, self._objective.variables)
 
     def settle(self, state: Any) -> None:
         """Put the variables to the current point; the last trial may lie elsewhere."""
@@ -245,7 +261,11 @@ class PureTurns:
 
     def why(self, state: Any) -> tuple[str, str] | None:
         """Return what the method says about its state."""
-        return self._method.why(state[1]) if self.knows_solutions else None
+        return self._method.why(state.remembered) if self.knows_solutions else None
+
+    def has_idle_parameters(self, state: PureState) -> bool:
+        """Return whether a parameter is, to the last bit, what it was at the start."""
+        return bool(tf.reduce_any(state.here.x == state.start))
 
     def lower_point(
         self, state: Any, evaluate: Callable[[], Evaluation]
@@ -256,7 +276,7 @@ class PureTurns:
             state: Of which the current point may be a maximum or a saddle.
             evaluate: What to evaluate with where the variables are.
         """
-        here: Point = state[2]
+        here: Point = state.here
 
         def product(direction: Array) -> Array:
             v = tf.constant(direction, here.x.dtype)

@@ -56,6 +56,13 @@ def test_a_start_at_a_minimum_is_kept(f, start, method):
     assert result.nit == 0
 
 
+def test_lbfgs_does_not_end_at_a_saddle_that_a_ridge_leads_to():
+    result = tfgrad.minimize(saddle, np.array([1.0, 0.0]))
+
+    assert result.success
+    assert result.fun == pytest.approx(-0.25, abs=1e-12)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_newton_does_not_end_at_a_saddle_that_its_steps_lead_to(dtype):
     # On this line the gradient has no part along the descent.
