@@ -13,7 +13,7 @@ from tfgrad.derivatives.forward import push_forward, require_adjoint
 from tfgrad.derivatives.outputs import float_outputs, with_aux
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import not_converted
-from tfgrad.derivatives.vectorized import rows, static_size
+from tfgrad.derivatives.vectorized import is_straight, rows, static_size
 from tfgrad.derivatives.verification import random_like
 from tfgrad.errors import InvalidArgumentError, NoGradientError
 from tfgrad.nested import Nest
@@ -82,7 +82,7 @@ def jacobian(
     def body(call: Call) -> Any:
         function = with_aux(float_outputs, has_aux)
         recording = Recording(function, call, has_aux=has_aux, persistent=True)
-        blocks = jacobian_blocks(recording, mode, chunk_size)
+        blocks = jacobian_blocks(recording, mode, chunk_size, jit=jit)
         packed = [call.pack(row) for row in blocks]
         answer = tf.nest.pack_sequence_as(recording.output, packed)
         return (answer, recording.aux) if has_aux else answer
@@ -91,7 +91,7 @@ def jacobian(
         blocks = tf.nest.flatten(answer[0] if has_aux else answer)
         inputs = sum(source.shape.num_elements() for source in call.sources)
         outputs = sum(block.shape.num_elements() for block in blocks) // max(inputs, 1)
-        if mode == "forward" or _is_tall(outputs, inputs):
+        if mode == "forward" or _is_tall(outputs, inputs, jit=jit):
             v = random_like(call.sources)
             require_adjoint(call, v, _times(blocks, v), has_aux=has_aux)
 
@@ -224,7 +224,11 @@ def hvp(
 
 
 def jacobian_blocks(
-    recording: Recording, mode: str = "auto", chunk_size: int | None = None
+    recording: Recording,
+    mode: str = "auto",
+    chunk_size: int | None = None,
+    *,
+    jit: bool = False,
 ) -> list[list[tf.Tensor]]:
     """Return the Jacobian of a recording, by `[output][source]`, the cheaper way.
 
@@ -232,9 +236,11 @@ def jacobian_blocks(
         recording: Of the outputs; a persistent one.
         mode: As for `jacobian`.
         chunk_size: As for `jacobian`.
+        jit: As for `jacobian`.
     """
     recording.require_sound()
-    tall = _is_tall(*map(static_size, (recording.outputs, recording.sources)))
+    sizes = map(static_size, (recording.outputs, recording.sources))
+    tall = _is_tall(*sizes, jit=jit and is_straight(recording.operations))
     if mode == "forward" or (mode == "auto" and tall):
         try:
             return _by_columns(recording, chunk_size)
@@ -279,12 +285,15 @@ def _transposed(block: tf.Tensor, source: tf.Tensor) -> tf.Tensor:
     return transposed
 
 
-def _is_tall(outputs: int | None, inputs: int | None) -> bool:
+def _is_tall(outputs: int | None, inputs: int | None, *, jit: bool) -> bool:
     """Return whether outputs outnumber inputs so far that columns are cheaper.
 
-    A push-forward costs about twice what a pull-back does.
+    A push-forward costs about twice what a pull-back does, but under XLA, which leaves
+    out the pull-back that it is made of, somewhat less.
     """
-    return outputs is not None and inputs is not None and outputs > 2 * inputs
+    if outputs is None or inputs is None:
+        return False
+    return outputs >= inputs > 1 if jit else outputs > 2 * inputs
 
 
 def _times(

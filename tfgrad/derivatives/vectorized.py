@@ -58,7 +58,7 @@ def rows(
     if not sources or not outputs:  # an empty nest
         return [[] for _ in outputs]
     total = static_size(outputs)
-    if not total or not operations or not _can_be_vectorised(operations):
+    if not total or not operations or not is_straight(operations):
         stacked = _one_by_one(pull, outputs, sources)
     else:
         chunk = min(chunk_size or _affordable(operations), total)
@@ -163,7 +163,8 @@ def _blocks(
     return blocks
 
 
-def _can_be_vectorised(operations: Sequence[tf.Operation]) -> bool:
+def is_straight(operations: Sequence[tf.Operation]) -> bool:
+    """Return whether the ops run without loops, branches, lists and Python code."""
     return not any(
         part in op.type for op in every(operations) for part in _NOT_VECTORISED
     )

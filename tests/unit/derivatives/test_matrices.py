@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfgrad.derivatives import matrices
 from tfgrad.derivatives.matrices import hessian, hvp, jacobian
 from tfgrad.derivatives.reverse import grad
 from tfgrad.errors import (
@@ -231,6 +232,24 @@ def test_what_a_user_redefines_is_no_wrong_derivative():
     through = hessian(lambda x: straight_through(x) ** 2)(3.2)
 
     assert (float(stopped), float(through)) == (6.0, 2.0)
+
+
+def test_under_xla_square_jacobians_of_straight_code_are_taken_by_columns(monkeypatch):
+    taken = []
+    way = matrices._by_columns
+    monkeypatch.setattr(
+        matrices, "_by_columns", lambda *args: taken.append("columns") or way(*args)
+    )
+    straight = lambda x: tf.sin(x) * x[::-1]  # noqa: E731  one line
+    looped = lambda x: tf.map_fn(lambda a: a**3, x)  # noqa: E731  one line
+    x = np.array([1.0, 2.0])
+
+    np.testing.assert_allclose(
+        jacobian(straight, jit=True)(x), jacobian(straight)(x), rtol=1e-12
+    )
+    np.testing.assert_allclose(jacobian(looped, jit=True)(x), np.diag(3 * x**2))
+
+    assert taken == ["columns"]
 
 
 @pytest.mark.parametrize("mode", MODES)
