@@ -109,7 +109,7 @@ def test_a_step_beside_scipy(report, times):
     report("a step of Bennett5, 154 x 3", ours * 1e6, theirs * 1e6, "µs", "-")
 
 
-@pytest.mark.parametrize(("m", "n"), [(2_000, 20), (2_000, 200), (4_000, 2_000)])
+@pytest.mark.parametrize(("m", "n"), [(2_000, 20), (2_000, 200), (2_000, 1_000)])
 def test_larger_problems_beside_scipy(report, m, n):
     generator = np.random.default_rng(0)
     design = generator.normal(size=(m, n)) / n**0.5
@@ -127,7 +127,8 @@ def test_larger_problems_beside_scipy(report, m, n):
         lambda x: np.tanh(design @ x) - y,
         np.zeros(n),
         jac=lambda x: design / np.cosh(design @ x)[:, None] ** 2,
-        method="lm",
+        method="lm" if n <= 500 else "trf",
+        tr_solver=None if n <= 500 else "lsmr",
     )
     theirs = time.perf_counter() - began
 
