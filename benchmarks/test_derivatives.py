@@ -308,7 +308,7 @@ def test_memory_and_time_of_the_hessian_of_a_network(report):
     report(f"{what}: time", ours[1] * 1e3, theirs[1] * 1e3, "ms", "not slower")
 
 
-@pytest.mark.parametrize("peer", ["jax", "torch"])
+@pytest.mark.parametrize("peer", ["jax", pytest.param("torch", marks=pytest.mark.slow)])
 def test_beside_other_tools(report, interleaved, times, peer):
     python = os.environ.get("TFGRAD_PEERS", sys.executable)
     probe = subprocess.run([python, "-c", f"import {peer}"], capture_output=True)

@@ -109,6 +109,7 @@ def test_a_step_beside_scipy(report, times):
     report("a step of Bennett5, 154 x 3", ours * 1e6, theirs * 1e6, "µs", "-")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n"), [(2_000, 20), (2_000, 200), (2_000, 1_000)])
 def test_larger_problems_beside_scipy(report, m, n):
     generator = np.random.default_rng(0)
