@@ -24,7 +24,7 @@ test: $(STAMP)
 # The unit tests and the examples must reach 95 % of the lines by themselves: measured
 # there, it costs a third of their time, and nothing of the other tests'.
 coverage: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov tests/unit tfgrad
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov=tfgrad tests/unit tfgrad
 
 check: $(STAMP)
 	$(BIN)/ruff check .

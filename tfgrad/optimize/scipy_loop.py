@@ -139,7 +139,8 @@ class SciPyLoop(Loop):
         self.at = self._at(x)
         vector = tf.constant(x, self._objective.variables[0].dtype)
         fun = tf.cast(self.at.row["fun"], vector.dtype)
-        self._state = (vector, (), Point(vector, fun, ravel(self.at.gradient)))
+        here = Point(vector, fun, ravel(self.at.gradient))
+        self._state = self._state._replace(trial=vector, here=here)
         self.turns.settle(self._state)
         self._here = x
         self.step += 1
