@@ -73,7 +73,7 @@ class Slope:
             return "fail"
         if not np.isfinite(self.error):
             return "inconclusive"
-        if self.excess > 0:
+        if self.excess > 0 or self.kink:
             return "inconclusive" if self.is_subgradient else "fail"
         if self.scale == 0:  # exactly flat, and autodiff says so
             return "pass"
@@ -151,7 +151,11 @@ class Probe:
         steps = [step / 4**k for k in range(_STEPS)]
         nearest = line.nearest / 2 if passed else steps[-1]
         noise = max(3 * line.noise(nearest, step), self._epsilon * size)
-        kink = None if passed else line.kink(steps, max(guess, noise))
+        # Both sides of |x| at 0 are equal, so that differences agree with the slope 0.
+        is_flat = slope.scale <= slope.error
+        kink = None
+        if is_flat or not passed:
+            kink = line.kink(steps, max(guess, noise))
         if replace(slope, kink=kink).is_subgradient:
             return replace(slope, kink=kink)
         slope = compare(noise, step, REFINEMENTS)

@@ -265,6 +265,14 @@ def test_a_kink_is_inconclusive_and_named():
     assert "a kink: the slope is 0 on one side, 1" in str(report).replace("-0", "0")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_kink_with_equal_sides_is_named_where_differences_agree_with_autodiff(dtype):
+    report = check_grads(tf.abs, np.asarray(0, dtype), order=1)
+
+    assert not report
+    assert "a kink: the slope is -1 on one side, 1 on the other" in str(report)
+
+
 def test_a_kink_in_some_directions_is_noted_where_others_pass():
     report = check_grads(
         lambda x: tf.reduce_sum(tf.nn.relu(x)), tf.constant([0.0, 1.0], tf.float64)
