@@ -265,10 +265,12 @@ class LevenbergMarquardt:
         part = tf.math.divide_no_nan(tf.norm(linear.c), tf.sqrt(2 * here.fun))
         step = tf.linalg.matvec(linear.v, _newton(linear)) / linear.scale
         is_short = tf.reduce_all(tf.abs(step) <= enough * tf.abs(here.x))
+        # Without any slope, a model has run off to where it says nothing of the data.
+        has_slope = tf.reduce_any(linear.s > 0)
         rules = {
-            STANDS: is_short & ((part <= LITTLE) | is_over),
+            STANDS: has_slope & is_short & ((part <= LITTLE) | is_over),
             VANISHED: here.fun <= state.least,
-            ORTHOGONAL: part <= enough,
+            ORTHOGONAL: has_slope & (part <= enough),
         }
         verdict = tf.where(is_over, tf.where(is_rounded, ROUNDED, STUCK), RUNS)
         for position, holds in rules.items():
