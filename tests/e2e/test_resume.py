@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.e2e.test_tensorboard import HAS_DATA_SERVER, curve
+from tfgrad.runs.board import show
 from tfgrad.runs.curves import read_run
 
 KILLS = int(os.environ.get("TFGRAD_KILLS", "2"))
@@ -116,3 +118,9 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     assert len(list((killed / "logs").iterdir())) == 1
     assert curves(again[4]) == curves(directory)
+    if HAS_DATA_SERVER:  # it is not built for every machine
+        loss = read_run(Path(directory)).curves["loss"]
+        with show(killed / "logs", load_fast="true") as board:
+            steps, values = curve(board, Path(again[4]).name, "loss", len(loss.steps))
+        assert steps == list(loss.steps)
+        assert values == list(loss.values)
