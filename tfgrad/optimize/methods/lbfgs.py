@@ -62,9 +62,9 @@ class Memory(NamedTuple):
         pairs: How many were remembered in all, forgotten ones included.
     """
 
-    s: tf.Tensor
-    y: tf.Tensor
-    curvature: tf.Tensor
+    s: Any
+    y: Any
+    curvature: Any
     pairs: Any
 
 
@@ -143,17 +143,21 @@ class LBFGS:
         trial = Trial(state.t, new.fun, _dot(new.grad, state.direction))
         is_taken = state.is_last | _is_wolfe(trial, state.start, new)
         is_taken &= _is_finite(new)
+        memory = _remember(state.memory, new, old, is_taken)
+        state = state._replace(memory=memory)
         move: Move = tf.cond(
             is_taken,
-            lambda: _turn(new, old, state),
+            lambda: _without_buffers(_turn(new, old, state)),
             lambda: _restart(old, _narrow(trial, old, state, _is_finite(new))),
         )
-        return move._replace(accepted=is_taken)
+        memory = memory._replace(pairs=move.state.memory.pairs)
+        state = move.state._replace(memory=memory)
+        return move._replace(state=state, accepted=is_taken)
 
 
 def _turn(new: Point, old: Point, state: State) -> Move:
     """Return the first move along a new direction from an accepted trial."""
-    memory = _remember(state.memory, new.x - old.x, new.grad - old.grad)
+    memory = state.memory
     direction = -_times_inverse_hessian(memory, new.grad)
     points_down = _dot(direction, new.grad) < 0
     # It always does in exact arithmetic; if rounding has spoilt it, start afresh.
@@ -172,12 +176,16 @@ def _turn(new: Point, old: Point, state: State) -> Move:
 
 
 def _restart(old: Point, narrowed: Move) -> Move:
-    """Return `narrowed`; if it failed, try once along the gradient before giving up."""
+    """Return `narrowed`; if it failed, try once along the gradient before giving up.
+
+    Without the buffers of the memory, as `_without_buffers` does it.
+    """
     memory = narrowed.state.memory
     retries = narrowed.failed & (memory.pairs > 0)
     empty = memory._replace(pairs=tf.zeros_like(memory.pairs))
     progress = narrowed.state.progress
-    fresh = _search(old, _first_step(old), empty, progress)
+    fresh = _without_buffers(_search(old, _first_step(old), empty, progress))
+    narrowed = _without_buffers(narrowed)
     x, state = _either(retries, (fresh.x, fresh.state), (narrowed.x, narrowed.state))
     failed = narrowed.failed & ~retries
     return Move(x, state, failed=failed, expected=progress.expected)
@@ -262,11 +270,22 @@ def _between(low: Trial, high: Trial) -> tf.Tensor:
     return low.t + width * tf.where(unknown, tf.constant(0.25, part.dtype), part)
 
 
-def _remember(memory: Memory, s: tf.Tensor, y: tf.Tensor) -> Memory:
+def _without_buffers(move: Move) -> Move:
+    """Return a move of which only the number of pairs is left of the memory.
+
+    Its buffers are the same in every branch, and large: a choice would copy them.
+    """
+    pairs = move.state.memory.pairs
+    return move._replace(state=move.state._replace(memory=Memory((), (), (), pairs)))
+
+
+def _remember(memory: Memory, new: Point, old: Point, is_taken: tf.Tensor) -> Memory:
     """Return the memory with a new pair for the oldest, if it curves upwards."""
+    s, y = new.x - old.x, new.grad - old.grad
     curvature = _dot(s, y)
     norm = _length(y)
-    is_kept = curvature / norm > EPSILONS[s.dtype] * norm  # else 1 / it may overflow
+    # Else 1 / curvature may overflow.
+    is_kept = is_taken & (curvature / norm > EPSILONS[s.dtype] * norm)
     slot = memory.pairs % memory.s.shape[0]
 
     def put(rows: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
