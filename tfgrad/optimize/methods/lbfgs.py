@@ -144,21 +144,22 @@ class LBFGS:
         is_taken = state.is_last | _is_wolfe(trial, state.start, new)
         is_taken &= _is_finite(new)
         memory = _remember(state.memory, new, old, is_taken)
-        state = state._replace(memory=memory)
+        direction = -_times_inverse_hessian(memory, new.grad, is_taken)
+        # A choice copies what it is made of, and the buffers of the memory are large.
+        light = state._replace(memory=Memory((), (), (), memory.pairs))
         move: Move = tf.cond(
             is_taken,
-            lambda: _without_buffers(_turn(new, old, state)),
-            lambda: _restart(old, _narrow(trial, old, state, _is_finite(new))),
+            lambda: _turn(new, old, light, direction),
+            lambda: _restart(old, _narrow(trial, old, light, _is_finite(new))),
         )
         memory = memory._replace(pairs=move.state.memory.pairs)
         state = move.state._replace(memory=memory)
         return move._replace(state=state, accepted=is_taken)
 
 
-def _turn(new: Point, old: Point, state: State) -> Move:
+def _turn(new: Point, old: Point, state: State, direction: tf.Tensor) -> Move:
     """Return the first move along a new direction from an accepted trial."""
     memory = state.memory
-    direction = -_times_inverse_hessian(memory, new.grad)
     points_down = _dot(direction, new.grad) < 0
     # It always does in exact arithmetic; if rounding has spoilt it, start afresh.
     memory = memory._replace(pairs=tf.where(points_down, memory.pairs, 0))
@@ -176,16 +177,12 @@ def _turn(new: Point, old: Point, state: State) -> Move:
 
 
 def _restart(old: Point, narrowed: Move) -> Move:
-    """Return `narrowed`; if it failed, try once along the gradient before giving up.
-
-    Without the buffers of the memory, as `_without_buffers` does it.
-    """
+    """Return `narrowed`; if it failed, try once along the gradient before giving up."""
     memory = narrowed.state.memory
     retries = narrowed.failed & (memory.pairs > 0)
     empty = memory._replace(pairs=tf.zeros_like(memory.pairs))
     progress = narrowed.state.progress
-    fresh = _without_buffers(_search(old, _first_step(old), empty, progress))
-    narrowed = _without_buffers(narrowed)
+    fresh = _search(old, _first_step(old), empty, progress)
     x, state = _either(retries, (fresh.x, fresh.state), (narrowed.x, narrowed.state))
     failed = narrowed.failed & ~retries
     return Move(x, state, failed=failed, expected=progress.expected)
@@ -270,15 +267,6 @@ def _between(low: Trial, high: Trial) -> tf.Tensor:
     return low.t + width * tf.where(unknown, tf.constant(0.25, part.dtype), part)
 
 
-def _without_buffers(move: Move) -> Move:
-    """Return a move of which only the number of pairs is left of the memory.
-
-    Its buffers are the same in every branch, and large: a choice would copy them.
-    """
-    pairs = move.state.memory.pairs
-    return move._replace(state=move.state._replace(memory=Memory((), (), (), pairs)))
-
-
 def _remember(memory: Memory, new: Point, old: Point, is_taken: tf.Tensor) -> Memory:
     """Return the memory with a new pair for the oldest, if it curves upwards."""
     s, y = new.x - old.x, new.grad - old.grad
@@ -300,10 +288,12 @@ def _remember(memory: Memory, new: Point, old: Point, is_taken: tf.Tensor) -> Me
     )
 
 
-def _times_inverse_hessian(memory: Memory, gradient: tf.Tensor) -> tf.Tensor:
-    """Return the two-loop recursion (algorithm 7.4)."""
+def _times_inverse_hessian(
+    memory: Memory, gradient: tf.Tensor, is_needed: tf.Tensor
+) -> tf.Tensor:
+    """Return the two-loop recursion (algorithm 7.4), if it is needed."""
     size: Any = memory.s.shape[0]
-    kept = tf.minimum(memory.pairs, size)
+    kept = tf.where(is_needed, tf.minimum(memory.pairs, size), 0)
     weights = tf.zeros_like(memory.curvature)
 
     def down(i: tf.Tensor, q: tf.Tensor, weights: tf.Tensor) -> Any:
