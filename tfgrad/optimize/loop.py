@@ -249,8 +249,11 @@ class Loop:
 
     def here(self) -> Rows:
         """Return the one row of the current point."""
-        # With the axis before: NumPy takes no single bfloat16 for an array.
-        row = {name: value[None].numpy() for name, value in self.at.row.items()}
+        # NumPy does not know the dtype of a single bfloat16 by itself.
+        row = {
+            name: np.array(value.numpy(), value.dtype.as_numpy_dtype)[None]
+            for name, value in self.at.row.items()
+        }
         return self._rows(row, self.seconds)
 
     def point(self) -> list[tf.Tensor]:
