@@ -11,20 +11,16 @@ PEERS := .venv-peers/bin/python
 PEERS_STAMP := .venv-peers/.made-from
 endif
 
-.PHONY: demo test coverage check notebooks bench bench-quick docs clean
+.PHONY: demo test check notebooks bench bench-quick docs clean
 
 demo: $(STAMP)
 	$(BIN)/tfgrad demo
 
 TESTS := # all of them
+COVERAGE := # --cov=tfgrad measures it, for a third of the time more
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(TESTS)
-
-# The unit tests and the examples must reach 95 % of the lines by themselves: measured
-# there, it costs a third of their time, and nothing of the other tests'.
-coverage: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --cov=tfgrad tests/unit tfgrad
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(COVERAGE) $(TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
