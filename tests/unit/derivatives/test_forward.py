@@ -159,7 +159,10 @@ def test_rounding_where_all_terms_cancel_is_no_disagreement():
 
 
 def test_a_function_that_computes_in_single_precision_is_held_to_that():
-    f = lambda x: tf.cast(tf.exp(tf.cast(x, tf.float32)), tf.float64)  # noqa: E731
+
+    def f(x):
+        return tf.cast(tf.exp(tf.cast(x, tf.float32)), tf.float64)
+
     x, v = np.linspace(0.1, 3.0, 7), np.linspace(-1.0, 1.0, 7)
 
     np.testing.assert_allclose(jvp(f, (x,), (v,))[1], np.exp(x) * v, rtol=1e-6)

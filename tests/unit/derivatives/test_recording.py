@@ -218,7 +218,9 @@ def test_a_cut_inside_of_a_loop_is_refused_though_tensorflow_says_zero(name):
 
 
 def test_a_cut_in_both_branches_is_refused():
-    f = lambda x: tf.cond(x > 0, lambda: tf.round(x), lambda: tf.floor(x))  # noqa: E731
+
+    def f(x):
+        return tf.cond(x > 0, lambda: tf.round(x), lambda: tf.floor(x))
 
     with pytest.raises(NoGradientError, match=r"tf.round"):
         grad(f)(1.2)

@@ -94,7 +94,10 @@ def test_moments_are_right_once_and_repaired_twice():
 
 def test_moments_in_a_loop_are_right_once_and_refused_twice():
     def f(x):
-        turn = lambda i, x: (i + 1, x * tf.nn.moments(x, [0])[1])  # noqa: E731
+
+        def turn(i, x):
+            return (i + 1, x * tf.nn.moments(x, [0])[1])
+
         return tf.reduce_sum(tf.while_loop(lambda i, x: i < 1, turn, (0, x))[1])
 
     x = tf.constant([1.0, 2.0, 6.0])
@@ -173,7 +176,10 @@ def test_a_repair_further_out_does_not_hide_one_that_is_needed_further_in():
 
 def test_moments_in_a_loop_are_refused_in_a_composition_too():
     def f(x):
-        turn = lambda i, x: (i + 1, x * tf.nn.moments(x, [0])[1])  # noqa: E731
+
+        def turn(i, x):
+            return (i + 1, x * tf.nn.moments(x, [0])[1])
+
         return tf.reduce_sum(tf.while_loop(lambda i, x: i < 1, turn, (0, x))[1])
 
     with pytest.raises(WrongDerivativeError, match=r"tf.nn.moments"):

@@ -144,7 +144,10 @@ def test_numpy_beside_the_path_gives_the_right_answer():
 
 
 def test_jit_gives_the_answer_of_the_graph():
-    f = lambda x: tf.reduce_sum(tf.sin(x) ** 3)  # noqa: E731
+
+    def f(x):
+        return tf.reduce_sum(tf.sin(x) ** 3)
+
     x = tf.linspace(0.0, 2.0, 7)
 
     np.testing.assert_allclose(grad(f, jit=True)(x), grad(f)(x), rtol=1e-6)
