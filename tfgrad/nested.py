@@ -170,6 +170,11 @@ def open_modules(wrt: Nest) -> Nest:
     )
 
 
+def either(condition: tf.Tensor, a: Nest, b: Nest) -> Nest:
+    """Return `a` where the condition holds, of shape `[]`, else `b`: leaf by leaf."""
+    return tf.nest.map_structure(lambda x, y: tf.where(condition, x, y), a, b)
+
+
 def ravel(leaves: Iterable[tf.Tensor]) -> tf.Tensor:
     """Return the elements of all `leaves`, of one dtype, as a vector of shape `[n]`."""
     flat = [tf.reshape(leaf, [-1]) for leaf in leaves]

@@ -29,7 +29,15 @@ from tfgrad.optimize.data import (
     size_of,
     spreads,
 )
-from tfgrad.optimize.loop import CHUNK_SECONDS, GROWTH, ROW_BYTES, Rows, is_finite
+from tfgrad.optimize.loop import (
+    CHUNK_SECONDS,
+    GROWTH,
+    ROW_BYTES,
+    Rows,
+    is_finite,
+    row_of,
+    rows_to,
+)
 from tfgrad.optimize.objective import Evaluation, Objective
 from tfgrad.optimize.snapshot import Snapshot
 from tfgrad.optimize.stopping import NONFINITE, RUNNING, Step, Stopping
@@ -227,8 +235,7 @@ class DataLoop:
 
     def here(self) -> Rows:
         """Return the one row of the current point."""
-        row = {name: np.asarray(value)[None] for name, value in self.at.row.items()}
-        return self._rows(row, self.seconds, self.step)
+        return rows_to(self.step, row_of(self.at), self.seconds, self.seconds)
 
     def point(self) -> list[tf.Tensor]:
         """Return the current point, leaf by leaf."""
@@ -418,7 +425,8 @@ class DataLoop:
         self.step, self.batch = self.step + taken, self.batch + taken
         kept = {name: column.numpy()[:count] for name, column in columns.items()}
         sizes = kept.pop(SIZE)
-        rows = self._rows(kept, began, self.step - int(self.code == RUNNING))
+        last = self.step - int(self.code == RUNNING)
+        rows = rows_to(last, kept, began, self.seconds)
         self._at, self._has_row = None, self.code != RUNNING
         if self.code == NONFINITE:
             self.nonfinite, rows = rows, rows.first(count - 1)
@@ -451,13 +459,6 @@ class DataLoop:
             start = np.expand_dims(self.sums.get(name, np.zeros(column.shape[1:])), 0)
             terms = np.concatenate([start, weighted.astype(np.float64)])
             self.sums[name] = np.add.accumulate(terms)[-1]
-
-    def _rows(self, columns: dict[str, Any], began: float, last: int) -> Rows:
-        """Return rows up to step `last`; their time is spread evenly."""
-        count = len(columns["fun"])
-        steps = np.arange(last - count + 1, last + 1)
-        seconds = np.linspace(began, self.seconds, count + 1)[1:]
-        return Rows({"step": steps, **columns, "seconds": seconds})
 
 
 def _drop(iterator: Any) -> None:

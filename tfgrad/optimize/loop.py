@@ -249,12 +249,7 @@ class Loop:
 
     def here(self) -> Rows:
         """Return the one row of the current point."""
-        # NumPy does not know the dtype of a single bfloat16 by itself.
-        row = {
-            name: np.array(value.numpy(), value.dtype.as_numpy_dtype)[None]
-            for name, value in self.at.row.items()
-        }
-        return self._rows(row, self.seconds)
+        return rows_to(self.step, row_of(self.at), self.seconds, self.seconds)
 
     def point(self) -> list[tf.Tensor]:
         """Return the current point, leaf by leaf."""
@@ -352,7 +347,7 @@ class Loop:
         self.step += count
         self.evaluations += int(carried.turns)
         kept = {name: column.numpy()[:count] for name, column in columns.items()}
-        rows = self._rows(kept, began)
+        rows = rows_to(self.step, kept, began, self.seconds)
         if self.code == NONFINITE:
             return self._without_last(rows, carried.before)
         return rows
@@ -394,13 +389,6 @@ class Loop:
         self._objective.assign(x)
         self.evaluate()
         return rows.first(len(rows) - 1)
-
-    def _rows(self, columns: dict[str, Any], began: float) -> Rows:
-        """Return rows that end at the current step; their time is spread evenly."""
-        count = len(columns["fun"])
-        steps = np.arange(self.step - count + 1, self.step + 1)
-        seconds = np.linspace(began, self.seconds, count + 1)[1:]
-        return Rows({"step": steps, **columns, "seconds": seconds})
 
     def _compile(self) -> Callable[..., Any]:
         """Return the function that takes up to `limit` steps."""
@@ -490,6 +478,30 @@ class Loop:
         if steps < LOOP_STEPS:
             return "single", NEVER
         return "graph" if unfit or jit is False or not is_long else "xla", NEVER
+
+
+def row_of(at: Evaluation) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the columns of the one row of an evaluation."""
+    # NumPy does not know the dtype of a single bfloat16 by itself.
+    return {
+        name: np.array(value.numpy(), value.dtype.as_numpy_dtype)[None]
+        for name, value in at.row.items()
+    }
+
+
+def rows_to(last: int, columns: dict[str, Any], began: float, ended: float) -> Rows:
+    """Return rows of which the last is that of step `last`.
+
+    Args:
+        last: A step.
+        columns: What is known of each step.
+        began: The seconds before the first of them; their time is spread evenly.
+        ended: The seconds after the last one.
+    """
+    count = len(columns["fun"])
+    steps = np.arange(last - count + 1, last + 1)
+    seconds = np.linspace(began, ended, count + 1)[1:]
+    return Rows({"step": steps, **columns, "seconds": seconds})
 
 
 def is_finite(rows: Rows) -> bool:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, ravel, unravel
+from tfgrad.nested import Nest, either, ravel, unravel
 from tfgrad.optimize.methods import PURE, named_method
 from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
 from tfgrad.optimize.methods.protocol import Bindable, Explained, Method, Point
@@ -232,7 +232,7 @@ class PureTurns:
         new = self._as_point(trial, evaluation)
         move = self._method.update(new, old, remembered)
         if move.accepted is not True:
-            new, evaluation = _either(move.accepted, (new, evaluation), (old, at))
+            new, evaluation = either(move.accepted, (new, evaluation), (old, at))
         state = PureState(move.x, move.state, new, start)
         return Turn(evaluation, state, move.accepted, move.failed, move.expected)
 
@@ -373,7 +373,3 @@ def make_turns(method: Any, learning_rate: Any) -> Callable[[Objective], Turns]:
     return lambda objective: KerasTurns(
         objective, KerasMethod(factory, objective.owners)
     )
-
-
-def _either(condition: tf.Tensor, a: Any, b: Any) -> Any:
-    return tf.nest.map_structure(lambda x, y: tf.where(condition, x, y), a, b)

@@ -574,6 +574,22 @@ def test_floats_of_numpy_take_the_dtype_of_the_variables():
     np.testing.assert_allclose(listed.history["fun"][0], by_hand(1)[0], rtol=1e-5)
 
 
+def test_bfloat16_is_kept_in_rows_and_means():
+    def loss(p, x):
+        return tf.reduce_mean((p - x) ** 2)
+
+    ones = tf.ones([8], tf.bfloat16)
+    result = tfgrad.minimize(
+        loss, tf.constant(3, tf.bfloat16), data=ones, batch_size=4, epochs=2,
+        method="sgd", learning_rate=0.25,
+    )  # fmt: skip
+
+    # 4, then a half of the way each time, all exact in binary.
+    assert result.history["fun"].dtype == tf.bfloat16.as_numpy_dtype
+    expected = [4, 1, 0.25, 0.0625, 0.015625]
+    np.testing.assert_array_equal(result.history["fun"].astype(float), expected)
+
+
 def test_an_overflow_of_scaled_gradients_is_left_to_the_optimizer():
     policy = keras.mixed_precision.DTypePolicy("mixed_float16")
     keras.utils.set_random_seed(1)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
+from tfgrad.nested import either
 from tfgrad.optimize.methods.protocol import Move, Point
 
 MEMORY = 10
@@ -134,7 +135,7 @@ class LBFGS:
             tf.zeros([m, n], dtype), tf.zeros([m, n], dtype), tf.ones([m], dtype),
             tf.constant(0),
         )  # fmt: skip
-        norm, unknown = _norm(start), tf.constant(float("inf"), dtype)
+        norm, unknown = start.grad_norm, tf.constant(float("inf"), dtype)
         progress = Progress(norm, norm, tf.constant(0), unknown)
         return _search(start, _first_step(start), memory, progress)
 
@@ -142,7 +143,7 @@ class LBFGS:
         """Accept the trial and search along a new direction, or narrow the bracket."""
         trial = Trial(state.t, new.fun, _dot(new.grad, state.direction))
         is_taken = state.is_last | _is_wolfe(trial, state.start, new)
-        is_taken &= _is_finite(new)
+        is_taken &= new.is_finite
         memory = _remember(state.memory, new, old, is_taken)
         direction = -_times_inverse_hessian(memory, new.grad, is_taken)
         # A choice copies what it is made of, and the buffers of the memory are large.
@@ -150,7 +151,7 @@ class LBFGS:
         move: Move = tf.cond(
             is_taken,
             lambda: _turn(new, old, light, direction),
-            lambda: _restart(old, _narrow(trial, old, light, _is_finite(new))),
+            lambda: _restart(old, _narrow(trial, old, light, new.is_finite)),
         )
         memory = memory._replace(pairs=move.state.memory.pairs)
         state = move.state._replace(memory=memory)
@@ -169,7 +170,7 @@ def _turn(new: Point, old: Point, state: State, direction: tf.Tensor) -> Move:
     promised = -_dot(direction, new.grad) / 2
     progress = _progress(new, old, state)
     # At a kink they promise ever less, too, but there the gradient does not fall.
-    has_fallen = _norm(new) <= FALLEN * progress.most_grad
+    has_fallen = new.grad_norm <= FALLEN * progress.most_grad
     expected = tf.where(knows & has_fallen, promised, float("inf"))
     progress = progress._replace(expected=expected)
     move = _search(new, direction, memory, progress)
@@ -183,13 +184,13 @@ def _restart(old: Point, narrowed: Move) -> Move:
     empty = memory._replace(pairs=tf.zeros_like(memory.pairs))
     progress = narrowed.state.progress
     fresh = _search(old, _first_step(old), empty, progress)
-    x, state = _either(retries, (fresh.x, fresh.state), (narrowed.x, narrowed.state))
+    x, state = either(retries, (fresh.x, fresh.state), (narrowed.x, narrowed.state))
     failed = narrowed.failed & ~retries
     return Move(x, state, failed=failed, expected=progress.expected)
 
 
 def _progress(new: Point, old: Point, state: State) -> Progress:
-    norm, before = _norm(new), state.progress
+    norm, before = new.grad_norm, state.progress
     stands = old.fun - new.fun <= EPSILONS[new.fun.dtype] * tf.abs(old.fun)
     is_idle = stands & (norm > before.least_grad / 2) | state.is_last
     return Progress(
@@ -238,8 +239,8 @@ def _narrow(trial: Trial, old: Point, state: State, is_finite: Any) -> Move:
     turns_back = trial.slope * (high.t - low.t) >= 0
     rises = tf.where(state.is_bracketed, turns_back, trial.slope >= 0)
     # Either end of the bracket may be the one that the trial replaces.
-    new_high = _either(is_worse, trial, _either(rises, low, high))
-    new_low = _either(is_worse, low, trial)
+    new_high = either(is_worse, trial, either(rises, low, high))
+    new_low = either(is_worse, low, trial)
     is_bracketed = state.is_bracketed | is_worse | rises
     t = tf.where(is_bracketed, _between(new_low, new_high), EXPANSION * trial.t)
     trials = state.trials + 1
@@ -326,14 +327,6 @@ def _first_step(point: Point) -> tf.Tensor:
     return -point.grad / tf.maximum(_length(point.grad), 1)
 
 
-def _is_finite(point: Point) -> tf.Tensor:
-    return tf.math.is_finite(point.fun) & tf.reduce_all(tf.math.is_finite(point.grad))
-
-
-def _norm(point: Point) -> tf.Tensor:
-    return tf.reduce_max(tf.abs(point.grad))
-
-
 def _length(x: tf.Tensor) -> tf.Tensor:
     """Return the Euclidean norm; its square may be more than the dtype holds."""
     largest = tf.reduce_max(tf.abs(x))
@@ -342,7 +335,3 @@ def _length(x: tf.Tensor) -> tf.Tensor:
 
 def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(a * b)
-
-
-def _either(condition: tf.Tensor, a: Any, b: Any) -> Any:
-    return tf.nest.map_structure(lambda x, y: tf.where(condition, x, y), a, b)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
+from tfgrad.nested import either
 from tfgrad.optimize.methods.newton import Newton
 from tfgrad.optimize.methods.protocol import Method, Move, Point
 
@@ -183,7 +184,7 @@ class LevenbergMarquardt:
         ratio = (old.fun - new.fun) / state.step.promised
         # Where f cannot tell, the gradient can: take it, or not, and keep the radius.
         ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
-        ratio = tf.where(_is_finite(new), ratio, -tf.ones_like(ratio))
+        ratio = tf.where(new.is_finite, ratio, -tf.ones_like(ratio))
         is_taken = ratio > ACCEPTABLE
         radius, damping = _trust(ratio, new, old, state)
         linear: Linear = tf.cond(
@@ -199,7 +200,7 @@ class LevenbergMarquardt:
             idle=tf.where(is_taken | ~is_level, 0, state.idle + 1),
             steps=state.steps + tf.cast(is_taken, tf.int32),
         )
-        move = self._search(_either(is_taken, new, old), state)
+        move = self._search(either(is_taken, new, old), state)
         return move._replace(accepted=is_taken)
 
     def why(self, state: State) -> tuple[str, str] | None:
@@ -370,7 +371,7 @@ def _trust(
     radius = tf.where(first, tf.minimum(state.radius, step.length), state.radius)
     # The minimiser of the parabola through f and its slope here, and f at the trial.
     parabola = step.slope / (2 * (step.slope + old.fun - new.fun))
-    hopeless = ~_is_finite(new) | (new.fun >= 100 * old.fun)
+    hopeless = ~new.is_finite | (new.fun >= 100 * old.fun)
     least, most = (tf.constant(bound, radius.dtype) for bound in (0.1, 0.5))
     part = tf.where(new.fun <= old.fun, most, parabola)
     part = tf.clip_by_value(tf.where(hopeless, least, part), least, most)
@@ -400,11 +401,3 @@ def _compare(new: Point, old: Point, state: State) -> tuple[Any, Any]:
 def _tolerance(dtype: tf.DType) -> float:
     """Return what is small enough: half of the digits."""
     return float(EPSILONS[dtype]) ** 0.5
-
-
-def _is_finite(point: Point) -> Any:
-    return tf.math.is_finite(point.fun) & tf.reduce_all(tf.math.is_finite(point.grad))
-
-
-def _either(condition: tf.Tensor, a: Any, b: Any) -> Any:
-    return tf.nest.map_structure(lambda x, y: tf.where(condition, x, y), a, b)

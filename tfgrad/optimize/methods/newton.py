@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
+from tfgrad.nested import either
 from tfgrad.optimize.methods.protocol import Curvature, Move, Point
 
 ACCEPTABLE = 1e-4
@@ -103,7 +104,7 @@ class Newton:
             radius=tf.maximum(tf.norm(start.x), 1),
             trials=none,
             first_grad=tf.norm(start.grad),
-            least_grad=_largest(start),
+            least_grad=start.grad_norm,
             idle=none,
         )
         return self._search(start, state)
@@ -113,12 +114,12 @@ class Newton:
         noise = _noise(old)
         # With `noise` in both, the ratio is 1 where rounding hides the decrease.
         ratio = (old.fun - new.fun + noise) / (state.predicted + noise)
-        is_taken = _is_finite(new) & (ratio >= ACCEPTABLE)
-        here = _either(is_taken, new, old)
+        is_taken = new.is_finite & (ratio >= ACCEPTABLE)
+        here = either(is_taken, new, old)
         state = state._replace(
-            radius=_radius(state, tf.where(_is_finite(new), ratio, -1)),
+            radius=_radius(state, tf.where(new.is_finite, ratio, -1)),
             trials=tf.where(is_taken, 0, state.trials + 1),
-            least_grad=tf.minimum(state.least_grad, _largest(here)),
+            least_grad=tf.minimum(state.least_grad, here.grad_norm),
             idle=tf.where(is_taken, _idle(new, old, state), state.idle),
         )
         stuck = (state.trials >= MOST_TRIALS) | (state.idle >= MOST_IDLE)
@@ -181,7 +182,7 @@ def _to_boundary(z: tf.Tensor, d: tf.Tensor, radius: tf.Tensor) -> tf.Tensor:
 
 def _idle(new: Point, old: Point, state: State) -> tf.Tensor:
     falls = old.fun - new.fun > _noise(old)
-    flattens = _largest(new) <= state.least_grad / 2
+    flattens = new.grad_norm <= state.least_grad / 2
     return tf.where(falls | flattens, 0, state.idle + 1)
 
 
@@ -190,17 +191,5 @@ def _noise(point: Point) -> tf.Tensor:
     return NOISE * EPSILONS[point.fun.dtype] * tf.abs(point.fun)
 
 
-def _is_finite(point: Point) -> tf.Tensor:
-    return tf.math.is_finite(point.fun) & tf.reduce_all(tf.math.is_finite(point.grad))
-
-
-def _largest(point: Point) -> tf.Tensor:
-    return tf.reduce_max(tf.abs(point.grad))
-
-
 def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(a * b)
-
-
-def _either(condition: tf.Tensor, a: Any, b: Any) -> Any:
-    return tf.nest.map_structure(lambda x, y: tf.where(condition, x, y), a, b)

@@ -47,6 +47,17 @@ class Point(NamedTuple):
     fun: tf.Tensor
     grad: tf.Tensor
 
+    @property
+    def is_finite(self) -> Any:
+        """Whether value and gradient are, shape `[]`."""
+        grad_is = tf.reduce_all(tf.math.is_finite(self.grad))
+        return tf.math.is_finite(self.fun) & grad_is
+
+    @property
+    def grad_norm(self) -> tf.Tensor:
+        """The largest |element| of the gradient, shape `[]`."""
+        return tf.reduce_max(tf.abs(self.grad))
+
 
 class Move(NamedTuple):
     """What a method wants next.
