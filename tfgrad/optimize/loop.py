@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.objective import Evaluation, Objective
+from tfgrad.optimize.packing import Packing
 from tfgrad.optimize.snapshot import Snapshot
 from tfgrad.optimize.stopping import (
     GIVEN_UP,
@@ -139,7 +140,6 @@ class Loop:
 
     Attributes:
         stopping: The rules that are asked.
-        at: The evaluation of the current point.
         step: How many steps were taken to get there.
         evaluations: How often the objective was evaluated.
         code: What stopped the loop: a position in `STATUSES`; RUNNING if nothing did.
@@ -162,14 +162,15 @@ class Loop:
         self._objective = objective
         self._began = time.perf_counter() - since.seconds
         self.evaluations = since.evaluations
+        self._packed: list[tf.Tensor] = []
+        self._unpacked: tuple[Evaluation, Any] | None = None
         if not objective.variables:  # this first evaluation is what finds them
             objective.evaluate()
             self.evaluations += 1
         self.turns = make_turns(objective)
         self.step = since.step
-        self.at = self._evaluate()
+        self.evaluate()
         self.stopping = self._rules(stopping)
-        self._state = self.turns.start(self.at)
         start = self.here()
         self.code = self._code_of_start() if is_finite(start) else NONFINITE
         self.nonfinite = start
@@ -181,6 +182,27 @@ class Loop:
         self._capacity = ROW_BYTES // sum(c.nbytes for c in start.columns.values())
         self._lower: list[tf.Tensor] | None = None
         self._look_around()
+
+    @property
+    def at(self) -> Evaluation:
+        """The evaluation of the current point."""
+        return self._place()[0]
+
+    @property
+    def _state(self) -> Any:
+        """What the method needs for the next turn."""
+        return self._place()[1]
+
+    def _place(self) -> tuple[Evaluation, Any]:
+        """Return both; what a chunk returned is unpacked when somebody asks."""
+        if self._unpacked is None:
+            self._unpacked = self._packing.unpack(self._packed)
+        place: tuple[Evaluation, Any] = self._unpacked
+        return place
+
+    def _go_to(self, at: Evaluation, state: Any) -> None:
+        """Be there; the variables are."""
+        self._unpacked, self._packed = (at, state), []
 
     @property
     def seconds(self) -> float:
@@ -223,7 +245,7 @@ class Loop:
         for variable, value in zip(self._variables(), snapshot.variables, strict=True):
             variable.assign(value)
         memory = tf.nest.pack_sequence_as((self.at, self._state), snapshot.memory)
-        self.at, self._state = memory
+        self._go_to(*memory)
         self.step, self.evaluations = facts["step"], facts["evaluations"]
         self._began = time.perf_counter() - facts["seconds"]
         if facts["planned"] == here.facts["planned"]:
@@ -289,8 +311,8 @@ class Loop:
 
     def evaluate(self) -> None:
         """Evaluate the objective again: its variables have been moved."""
-        self.at = self._evaluate()
-        self._state = self.turns.start(self.at)
+        at = self._evaluate()
+        self._go_to(at, self.turns.start(at))
 
     def _look_around(self) -> None:
         """Do not stop at a maximum or a saddle, if it can be told from a minimum.
@@ -303,7 +325,7 @@ class Loop:
         if not isinstance(turns, PureTurns) or self.code not in STATIONARY:
             return
         if turns.knows_curvature or turns.has_idle_parameters(self._state):
-            self._lower = turns.lower_point(self._state, self._evaluate)
+            self._lower = turns.lower_point(self.at, self._state, self._evaluate)
             self.code = self.code if self._lower is None else RUNNING
 
     def _leave(self) -> Rows:
@@ -324,7 +346,8 @@ class Loop:
         accepted = failed = False
         while not accepted and not failed:
             turn = self.turns.turn(self.at, self._state)
-            self.at, self._state, accepted, failed, expected = turn
+            at, state, accepted, failed, expected = turn
+            self._go_to(at, state)
             self.evaluations += 1
         self.turns.settle(self._state)
         self.step += int(accepted)
@@ -341,19 +364,21 @@ class Loop:
     def _take_chunk(self, length: int) -> Rows:
         assert self._chunk is not None
         began = self.seconds
-        carried, columns = self._chunk(tf.constant(length), self.at, self._state)
-        count, self.code = int(carried.taken), int(carried.code)
-        self.at, self._state = carried.at, carried.state
+        packed = self._packed or self._packing.pack(self._place())
+        counts, before, self._packed, columns = self._chunk(length, packed)
+        self._unpacked = None
+        count, turns, self.code = counts.numpy().tolist()
         self.step += count
-        self.evaluations += int(carried.turns)
+        self.evaluations += turns
         kept = {name: column.numpy()[:count] for name, column in columns.items()}
         rows = rows_to(self.step, kept, began, self.seconds)
         if self.code == NONFINITE:
-            return self._without_last(rows, carried.before)
+            return self._without_last(rows, before)
         return rows
 
     def _take_first_chunk(self) -> Rows:
         """Compile the loop and take one step; under "auto", XLA has to agree."""
+        self._packing = Packing(self._place())
         self._chunk = self._compile()
         if self._form == "graph" or not self._is_fallible:
             return self._take_chunk(1)
@@ -365,7 +390,8 @@ class Loop:
         if self.code == NONFINITE or _agree(self.at, again := self._evaluate()):
             self._is_fallible = False
             return rows
-        self.at, self.code = again, RUNNING
+        self._go_to(again, self._state)
+        self.code = RUNNING
         self._without_xla()._chunk = self._compile()
         return self.here()
 
@@ -394,39 +420,49 @@ class Loop:
         """Return the function that takes up to `limit` steps."""
         is_xla = self._form == "xla"
 
-        def chunk(limit: tf.Tensor, at: Evaluation, state: Any) -> Any:
+        carried = Packing(Carried(0, 0, RUNNING, self.point(), self.at, self._state))
+
+        def chunk(limit: tf.Tensor, *packed: tf.Tensor) -> Any:
+            at, state = self._packing.unpack(packed)
             size = self._capacity if is_xla else limit  # XLA needs to know it
             arrays = {
                 name: tf.TensorArray(value.dtype, size, element_shape=value.shape)
                 for name, value in at.row.items()
             }
 
-            def goes_on(carried: Carried, _: Any) -> tf.Tensor:
+            def goes_on(tensors: list[tf.Tensor], _: Any) -> tf.Tensor:
+                here: Carried = carried.unpack(tensors)
                 # A chunk of steps that are never accepted must end, too.
-                is_within = (carried.taken < limit) & (carried.turns < TURNS * limit)
-                on: tf.Tensor = is_within & (carried.code == RUNNING)
+                is_within = (here.taken < limit) & (here.turns < TURNS * limit)
+                on: tf.Tensor = is_within & (here.code == RUNNING)
                 return on
 
-            def body(carried: Carried, arrays: Any) -> Any:
-                after = self._turn(carried)
+            def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
+                here: Carried = carried.unpack(tensors)
+                after = self._turn(here)
                 # A row of a point that was not accepted is written over by the next.
                 written = {
-                    name: array.write(carried.taken, after.at.row[name])
+                    name: array.write(here.taken, after.at.row[name])
                     for name, array in arrays.items()
                 }
-                return after, written
+                return carried.pack(after), written
 
             start = Carried(0, 0, RUNNING, self.turns.point(state), at, state)
-            last, arrays = tf.while_loop(
-                goes_on, body, (start, arrays), parallel_iterations=1
+            tensors, arrays = tf.while_loop(
+                goes_on, body, (carried.pack(start), arrays), parallel_iterations=1
             )
+            last: Carried = carried.unpack(tensors)
             self.turns.settle(last.state)
-            return last, {name: array.stack() for name, array in arrays.items()}
+            counts = tf.stack([last.taken, last.turns, last.code])
+            place = self._packing.pack((last.at, last.state))
+            columns = {name: array.stack() for name, array in arrays.items()}
+            return counts, last.before, place, columns
 
-        compiled: Callable[..., Any] = tf.function(
-            chunk, autograph=False, jit_compile=is_xla or None
-        )
-        return compiled
+        # A concrete function takes half the time to be called.
+        compiled = tf.function(chunk, autograph=False, jit_compile=is_xla or None)
+        specs = map(tf.TensorSpec.from_tensor, self._packing.pack(self._place()))
+        concrete = compiled.get_concrete_function(tf.TensorSpec([], tf.int32), *specs)
+        return lambda length, packed: concrete(tf.constant(length), *packed)
 
     def _turn(self, carried: Carried) -> Carried:
         """Take one turn and judge it, inside the compiled loop."""

@@ -13,7 +13,6 @@ import tensorflow as tf
 from tfgrad.nested import ravel, unravel
 from tfgrad.optimize.limits import Array, Limits
 from tfgrad.optimize.loop import NOTHING, Loop, Rows, Since
-from tfgrad.optimize.methods.protocol import Point
 from tfgrad.optimize.methods.scipy import SciPyMethod, Session
 from tfgrad.optimize.objective import Evaluation, Objective
 from tfgrad.optimize.stopping import GIVEN_UP, NONFINITE, RUNNING, Step, Stopping
@@ -136,11 +135,9 @@ class SciPyLoop(Loop):
     def _move(self, x: Array, moved: bool) -> Rows:
         """Go to where SciPy is, ask the rules, and return the row."""
         before, previous = self.at, self.point()
-        self.at = self._at(x)
+        at = self._at(x)
         vector = tf.constant(x, self._objective.variables[0].dtype)
-        fun = tf.cast(self.at.row["fun"], vector.dtype)
-        here = Point(vector, fun, ravel(self.at.gradient))
-        self._state = self._state._replace(trial=vector, here=here)
+        self._go_to(at, self._state._replace(trial=vector, x=vector))
         self.turns.settle(self._state)
         self._here = x
         self.step += 1

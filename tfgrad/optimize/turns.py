@@ -48,13 +48,13 @@ class PureState(NamedTuple):
     Attributes:
         trial: Where to evaluate next, shape `[n]`.
         remembered: What the method has to remember.
-        here: The current point.
+        x: The current point, shape `[n]`.
         start: Where the method started, shape `[n]`.
     """
 
     trial: tf.Tensor
     remembered: Any
-    here: Point
+    x: tf.Tensor
     start: tf.Tensor
 
 
@@ -220,25 +220,27 @@ class PureTurns:
 
     def start(self, at: Evaluation) -> Any:
         """Return the first trial, what the method remembers, and the current point."""
-        here = self._as_point(ravel(self._objective.read()), at)
-        move = self._method.init(here)
-        return PureState(move.x, move.state, here, here.x)
+        x = ravel(self._objective.read())
+        move = self._method.init(self._as_point(x, at))
+        return PureState(move.x, move.state, x, x)
 
     def turn(self, at: Evaluation, state: Any) -> Turn:
         """Evaluate the trial and ask the method what to make of it."""
-        trial, remembered, old, start = state
+        trial, remembered, x, start = state
         self._objective.assign(unravel(trial, self._objective.variables))
         evaluation = self.evaluate()
-        new = self._as_point(trial, evaluation)
+        new, old = self._as_point(trial, evaluation), self._as_point(x, at)
         move = self._method.update(new, old, remembered)
+        here = (trial, evaluation)
         if move.accepted is not True:
-            new, evaluation = either(move.accepted, (new, evaluation), (old, at))
-        state = PureState(move.x, move.state, new, start)
-        return Turn(evaluation, state, move.accepted, move.failed, move.expected)
+            here = either(move.accepted, here, (x, at))
+        x, at = here
+        state = PureState(move.x, move.state, x, start)
+        return Turn(at, state, move.accepted, move.failed, move.expected)
 
     def point(self, state: Any) -> list[tf.Tensor]:
         """Return the current point, leaf by leaf."""
-        return unravel(state.here.x, self._objective.variables)
+        return unravel(state.x, self._objective.variables)
 
     def settle(self, state: Any) -> None:
         """Put the variables to the current point; the last trial may lie elsewhere."""
@@ -265,18 +267,19 @@ class PureTurns:
 
     def has_idle_parameters(self, state: PureState) -> bool:
         """Return whether a parameter is, to the last bit, what it was at the start."""
-        return bool(tf.reduce_any(state.here.x == state.start))
+        return bool(tf.reduce_any(state.x == state.start))
 
     def lower_point(
-        self, state: Any, evaluate: Callable[[], Evaluation]
+        self, at: Evaluation, state: Any, evaluate: Callable[[], Evaluation]
     ) -> list[tf.Tensor] | None:
         """Return a point beside a stationary one where f is lower, leaf by leaf.
 
         Args:
-            state: Of which the current point may be a maximum or a saddle.
+            at: The evaluation of the current point, maybe a maximum or a saddle.
+            state: What the next turn needs.
             evaluate: What to evaluate with where the variables are.
         """
-        here: Point = state.here
+        here = self._as_point(state.x, at)
 
         def product(direction: Array) -> Array:
             v = tf.constant(direction, here.x.dtype)

@@ -2,11 +2,14 @@
 
 Line search and direction live in one loop body with one evaluation of the objective:
 each `update` either accepts the trial point and turns to a new direction, or narrows
-the bracket along the old one.
+the bracket along the old one. There are no branches: what is not wanted is computed
+and not taken, since a branch costs a compiled loop more than a few products of n.
 
 References:
-    Nocedal and Wright (2006), Numerical Optimization, 2nd edition: algorithms 7.4 and
-    7.5 (L-BFGS), 3.5 and 3.6 (the strong Wolfe search), equations 3.7 and 3.59.
+    Nocedal and Wright (2006), Numerical Optimization, 2nd edition: section 7.2
+    (L-BFGS), algorithms 3.5 and 3.6 (the strong Wolfe search), equations 3.7, 3.59.
+    Byrd, Nocedal and Schnabel (1994), Mathematical Programming 63: the compact form of
+    the inverse Hessian, equation 3.1.
     Hager and Zhang (2005), SIAM Journal on Optimization 16: the approximate Wolfe test.
 """
 
@@ -40,7 +43,6 @@ MOST_IDLE = 8
 """Steps in a row that change nothing before the search gives up: at a saddle in
 float32, some drift along until they find the way down."""
 
-
 FALLEN = 1e-2
 """What a gradient has to fall to, of the largest one, to speak of a minimum."""
 
@@ -53,57 +55,19 @@ class Trial(NamedTuple):
     slope: tf.Tensor
 
 
-class Memory(NamedTuple):
-    """The last steps `s` and gradient changes `y`: ring buffers of shape `[m, n]`.
+class Search(NamedTuple):
+    """Where the search along one direction is; all of shape `[]`.
 
     Attributes:
-        s: Steps.
-        y: Changes of the gradient.
-        curvature: Their inner products, shape `[m]`.
-        pairs: How many were remembered in all, forgotten ones included.
-    """
-
-    s: Any
-    y: Any
-    curvature: Any
-    pairs: Any
-
-
-class Progress(NamedTuple):
-    """Whether steps still change anything.
-
-    Attributes:
-        least_grad: The smallest max-norm of the gradient so far.
-        idle: How many steps in a row changed nothing. A step is idle if it neither
-            lowers f by more than rounding, nor halves the smallest gradient so far; or
-            if the search had to end at a point that is not flatter.
-        most_grad: The largest one.
-        expected: The fall of f that the last direction promises; infinite if that is
-            not to be trusted.
-    """
-
-    least_grad: tf.Tensor
-    most_grad: tf.Tensor
-    idle: tf.Tensor
-    expected: tf.Tensor
-
-
-class State(NamedTuple):
-    """What the search remembers.
-
-    Attributes:
-        direction: Of the current search, shape `[n]`.
         start: The trial at distance 0.
         low: The best trial so far that decreases f sufficiently.
         high: The other end of the bracket; its value is infinite while there is none.
+        is_bracketed: Whether there is one.
         t: The distance that is being tried.
         trials: How many were, along this direction.
         is_last: Whether the trial is `low` again, to be taken whatever it is.
-        memory: What L-BFGS knows of the curvature.
-        progress: How the last steps went.
     """
 
-    direction: tf.Tensor
     start: Trial
     low: Trial
     high: Trial
@@ -111,6 +75,95 @@ class State(NamedTuple):
     t: tf.Tensor
     trials: tf.Tensor
     is_last: tf.Tensor
+
+
+class Pair(NamedTuple):
+    """A step s and the change y of the gradient, both times the same number.
+
+    Attributes:
+        s: The step, shape `[n]`.
+        y: The change, shape `[n]`.
+        unit: What they were multiplied by, so that no square overflows; this and all
+            that follows of shape `[]`.
+        sy: Inner product of s and y.
+        yy: Of y and y.
+        sg: Of s and the gradient at the end of the step.
+        yg: Of y and that.
+        slope: Of the direction and that.
+        length: The Euclidean norm of that.
+    """
+
+    s: tf.Tensor
+    y: tf.Tensor
+    unit: tf.Tensor
+    sy: tf.Tensor
+    yy: tf.Tensor
+    sg: tf.Tensor
+    yg: tf.Tensor
+    slope: tf.Tensor
+    length: tf.Tensor
+
+
+class Memory(NamedTuple):
+    """What the last m pairs say about the inverse Hessian, by slot of a ring.
+
+    One of the m + 1 slots is free: the next pair is written there, kept or not.
+
+    Attributes:
+        pairs: Their s and y, shape `[m + 1, 2, n]`.
+        products: Those of s and y with the gradient, shape `[m + 1, 2]`.
+        gram: Those of the y with each other, shape `[m + 1, m + 1]`.
+        curvature: Those of each s with its y, shape `[m + 1]`.
+        inverse: Of the triangular matrix of the products of each s with its own and
+            later y, shape `[m + 1, m + 1]`; zero where no pair is.
+        scale: Of the identity that they correct, shape `[]`.
+        kept: How many pairs were since the last one was forgotten, shape `[]`.
+    """
+
+    pairs: tf.Tensor
+    products: tf.Tensor
+    gram: tf.Tensor
+    curvature: tf.Tensor
+    inverse: tf.Tensor
+    scale: tf.Tensor
+    kept: tf.Tensor
+
+
+class Progress(NamedTuple):
+    """How the last steps went; all of shape `[]`.
+
+    Attributes:
+        grad_norm: The max-norm of the gradient.
+        length: Its Euclidean norm.
+        least_grad: The smallest max-norm of the gradient so far.
+        most_grad: The largest one.
+        idle: How many steps in a row changed nothing. A step is idle if it neither
+            lowers f by more than rounding, nor halves the smallest gradient so far; or
+            if the search had to end at a point that is not flatter.
+        expected: The fall of f that the last direction promises; infinite if that is
+            not to be trusted.
+    """
+
+    grad_norm: tf.Tensor
+    length: tf.Tensor
+    least_grad: tf.Tensor
+    most_grad: tf.Tensor
+    idle: tf.Tensor
+    expected: tf.Tensor
+
+
+class State(NamedTuple):
+    """What the method remembers.
+
+    Attributes:
+        direction: Of the current search, shape `[n]`.
+        search: Where that is.
+        memory: What is known of the curvature.
+        progress: How the last steps went.
+    """
+
+    direction: tf.Tensor
+    search: Search
     memory: Memory
     progress: Progress
 
@@ -130,70 +183,72 @@ class LBFGS:
 
     def init(self, start: Point) -> Move:
         """Return a step down the gradient, no longer than 1."""
-        n, m, dtype = start.x.shape[0], self._memory, start.x.dtype
+        n, m, dtype = start.x.shape[0], self._memory + 1, start.x.dtype
+        zero, unknown = tf.zeros([], dtype), tf.constant(float("inf"), dtype)
+        square = tf.zeros([m, m], dtype)
         memory = Memory(
-            tf.zeros([m, n], dtype), tf.zeros([m, n], dtype), tf.ones([m], dtype),
-            tf.constant(0),
+            tf.zeros([m, 2, n], dtype), tf.zeros([m, 2], dtype), square,
+            tf.zeros([m], dtype), square, zero, tf.constant(0),
         )  # fmt: skip
-        norm, unknown = start.grad_norm, tf.constant(float("inf"), dtype)
-        progress = Progress(norm, norm, tf.constant(0), unknown)
-        return _search(start, _first_step(start), memory, progress)
+        norm, length = start.grad_norm, _length(start.grad)
+        progress = Progress(norm, length, norm, norm, tf.constant(0), unknown)
+        direction = -start.grad / tf.maximum(length, 1)
+        search = _search(start.fun, _steepest_slope(length))
+        return Move(start.x + direction, State(direction, search, memory, progress))
 
     def update(self, new: Point, old: Point, state: State) -> Move:
         """Accept the trial and search along a new direction, or narrow the bracket."""
-        trial = Trial(state.t, new.fun, _dot(new.grad, state.direction))
-        is_taken = state.is_last | _is_wolfe(trial, state.start, new)
-        is_taken &= new.is_finite
-        memory = _remember(state.memory, new, old, is_taken)
-        direction = -_times_inverse_hessian(memory, new.grad, is_taken)
-        # A choice copies what it is made of, and the buffers of the memory are large.
-        light = state._replace(memory=Memory((), (), (), memory.pairs))
-        move: Move = tf.cond(
-            is_taken,
-            lambda: _turn(new, old, light, direction),
-            lambda: _restart(old, _narrow(trial, old, light, new.is_finite)),
+        search, before = state.search, state.progress
+        pair = _pair(new, old, state)
+        trial = Trial(search.t, new.fun, pair.slope)
+        # A gradient that is not finite makes a slope that is not.
+        is_finite = tf.math.is_finite(new.fun) & tf.math.is_finite(pair.slope)
+        is_taken = is_finite & (search.is_last | _is_wolfe(trial, search.start))
+        narrowed, is_over = _narrow(trial, search, is_finite)
+
+        memory, newton = _remember(state.memory, pair, new.grad, is_taken)
+        newton_slope = _dot(newton, new.grad)
+        # It leads down in exact arithmetic; if rounding has spoilt it, start afresh.
+        leads = is_taken & (memory.kept > 0) & (newton_slope < 0)
+        # If no trial will do, try once along the gradient before giving up.
+        retries = ~is_taken & is_over & (memory.kept > 0)
+        is_afresh = retries | (is_taken & ~leads)
+        memory = _write(memory, state.memory.kept, pair, leads)
+        memory = memory._replace(kept=tf.where(is_afresh, 0, memory.kept))
+
+        progress = either(is_taken, _progress(new, old, state, pair), before)
+        # At a kink slopes promise ever less, too, but there the gradient does not fall.
+        has_fallen = progress.grad_norm <= FALLEN * progress.most_grad
+        # Along a Newton direction f falls by half of what its slope promises.
+        promised = tf.where(leads & has_fallen, -newton_slope / 2, float("inf"))
+        expected = tf.where(is_taken, promised, before.expected)
+        failed = tf.where(is_taken, progress.idle >= MOST_IDLE, is_over & ~retries)
+
+        here: Point = either(is_taken, new, old)
+        steepest = -here.grad / tf.maximum(progress.length, 1)
+        direction = tf.where(is_taken, newton, state.direction)
+        direction = tf.where(is_afresh, steepest, direction)
+        slope = tf.where(is_afresh, _steepest_slope(progress.length), newton_slope)
+        turns = is_taken | retries
+        search = either(turns, _search(here.fun, slope), narrowed)
+        progress = progress._replace(expected=expected)
+        return Move(
+            here.x + search.t * direction,
+            State(direction, search, memory, progress),
+            accepted=is_taken,
+            failed=failed,
+            expected=expected,
         )
-        memory = memory._replace(pairs=move.state.memory.pairs)
-        state = move.state._replace(memory=memory)
-        return move._replace(state=state, accepted=is_taken)
 
 
-def _turn(new: Point, old: Point, state: State, direction: tf.Tensor) -> Move:
-    """Return the first move along a new direction from an accepted trial."""
-    memory = state.memory
-    points_down = _dot(direction, new.grad) < 0
-    # It always does in exact arithmetic; if rounding has spoilt it, start afresh.
-    memory = memory._replace(pairs=tf.where(points_down, memory.pairs, 0))
-    knows = memory.pairs > 0
-    direction = tf.where(knows, direction, _first_step(new))
-    # Along a Newton direction f falls by half of what its slope promises.
-    promised = -_dot(direction, new.grad) / 2
-    progress = _progress(new, old, state)
-    # At a kink they promise ever less, too, but there the gradient does not fall.
-    has_fallen = new.grad_norm <= FALLEN * progress.most_grad
-    expected = tf.where(knows & has_fallen, promised, float("inf"))
-    progress = progress._replace(expected=expected)
-    move = _search(new, direction, memory, progress)
-    return move._replace(failed=progress.idle >= MOST_IDLE, expected=expected)
-
-
-def _restart(old: Point, narrowed: Move) -> Move:
-    """Return `narrowed`; if it failed, try once along the gradient before giving up."""
-    memory = narrowed.state.memory
-    retries = narrowed.failed & (memory.pairs > 0)
-    empty = memory._replace(pairs=tf.zeros_like(memory.pairs))
-    progress = narrowed.state.progress
-    fresh = _search(old, _first_step(old), empty, progress)
-    x, state = either(retries, (fresh.x, fresh.state), (narrowed.x, narrowed.state))
-    failed = narrowed.failed & ~retries
-    return Move(x, state, failed=failed, expected=progress.expected)
-
-
-def _progress(new: Point, old: Point, state: State) -> Progress:
+def _progress(new: Point, old: Point, state: State, pair: Pair) -> Progress:
+    """Return how it goes if `new` is taken."""
     norm, before = new.grad_norm, state.progress
     stands = old.fun - new.fun <= EPSILONS[new.fun.dtype] * tf.abs(old.fun)
-    is_idle = stands & (norm > before.least_grad / 2) | state.is_last
+    is_idle = stands & (norm > before.least_grad / 2) | state.search.is_last
     return Progress(
+        norm,
+        pair.length,
         tf.minimum(norm, before.least_grad),
         tf.maximum(norm, before.most_grad),
         tf.where(is_idle, before.idle + 1, 0),
@@ -201,22 +256,15 @@ def _progress(new: Point, old: Point, state: State) -> Progress:
     )
 
 
-def _search(
-    point: Point, direction: tf.Tensor, memory: Memory, progress: Progress
-) -> Move:
-    """Return the first move along a direction: all of it."""
-    zero, one = tf.zeros_like(point.fun), tf.ones_like(point.fun)
-    slope = _dot(point.grad, direction)
-    start = Trial(zero, point.fun, slope)
-    none = Trial(zero, zero + float("inf"), zero)
-    state = State(
-        direction, start, start, none, tf.constant(False), one, tf.constant(0),
-        tf.constant(False), memory, progress,
-    )  # fmt: skip
-    return Move(point.x + direction, state, failed=tf.constant(False))
+def _search(fun: tf.Tensor, slope: tf.Tensor) -> Search:
+    """Return the start of a search: the first trial is all of the direction."""
+    zero, one = tf.zeros_like(fun), tf.ones_like(fun)
+    start, none = Trial(zero, fun, slope), Trial(zero, zero + float("inf"), zero)
+    no = tf.constant(False)
+    return Search(start, start, none, no, one, tf.constant(0), no)
 
 
-def _is_wolfe(trial: Trial, start: Trial, new: Point) -> tf.Tensor:
+def _is_wolfe(trial: Trial, start: Trial) -> tf.Tensor:
     """Return whether the trial satisfies the strong Wolfe conditions, or would.
 
     Within rounding of the start, values cannot tell a decrease; slopes can (Hager and
@@ -230,31 +278,30 @@ def _is_wolfe(trial: Trial, start: Trial, new: Point) -> tf.Tensor:
     return flattens & (decreases | (is_level & approximately))
 
 
-def _narrow(trial: Trial, old: Point, state: State, is_finite: Any) -> Move:
-    """Return the next trial along the same direction (algorithms 3.5 and 3.6)."""
-    start, low, high = state.start, state.low, state.high
+def _narrow(trial: Trial, search: Search, is_finite: Any) -> tuple[Search, tf.Tensor]:
+    """Return the search with the next trial (algorithms 3.5 and 3.6).
+
+    And whether it is over, without a trial that is worth taking.
+    """
+    start, low, high = search.start, search.low, search.high
     limit = start.fun + SUFFICIENT_DECREASE * trial.t * start.slope
     is_worse = ~is_finite | (trial.fun > limit) | (trial.fun >= low.fun) & (low.t > 0)
     trial = trial._replace(fun=tf.where(is_finite, trial.fun, float("inf")))
     turns_back = trial.slope * (high.t - low.t) >= 0
-    rises = tf.where(state.is_bracketed, turns_back, trial.slope >= 0)
+    rises = tf.where(search.is_bracketed, turns_back, trial.slope >= 0)
     # Either end of the bracket may be the one that the trial replaces.
-    new_high = either(is_worse, trial, either(rises, low, high))
-    new_low = either(is_worse, low, trial)
-    is_bracketed = state.is_bracketed | is_worse | rises
-    t = tf.where(is_bracketed, _between(new_low, new_high), EXPANSION * trial.t)
-    trials = state.trials + 1
-    width = tf.abs(new_high.t - new_low.t)
-    closed = is_bracketed & (width <= 2 * EPSILONS[t.dtype] * tf.abs(new_low.t))
+    high = either(is_worse, trial, either(rises, low, high))
+    low = either(is_worse, low, trial)
+    is_bracketed = search.is_bracketed | is_worse | rises
+    t = tf.where(is_bracketed, _between(low, high), EXPANSION * trial.t)
+    trials = search.trials + 1
+    width = tf.abs(high.t - low.t)
+    closed = is_bracketed & (width <= 2 * EPSILONS[t.dtype] * tf.abs(low.t))
     is_over = (trials >= MOST_TRIALS) | closed
-    is_last = is_over & (new_low.t > 0)
-    t = tf.where(is_last, new_low.t, t)
-    narrowed = state._replace(
-        low=new_low, high=new_high, is_bracketed=is_bracketed, t=t, trials=trials,
-        is_last=is_last,
-    )  # fmt: skip
-    failed = is_over & ~is_last
-    return Move(old.x + t * state.direction, narrowed, failed=failed)
+    is_last = is_over & (low.t > 0)
+    t = tf.where(is_last, low.t, t)
+    narrowed = Search(start, low, high, is_bracketed, t, trials, is_last)
+    return narrowed, is_over & ~is_last
 
 
 def _between(low: Trial, high: Trial) -> tf.Tensor:
@@ -268,63 +315,96 @@ def _between(low: Trial, high: Trial) -> tf.Tensor:
     return low.t + width * tf.where(unknown, tf.constant(0.25, part.dtype), part)
 
 
-def _remember(memory: Memory, new: Point, old: Point, is_taken: tf.Tensor) -> Memory:
-    """Return the memory with a new pair for the oldest, if it curves upwards."""
-    s, y = new.x - old.x, new.grad - old.grad
-    curvature = _dot(s, y)
-    norm = _length(y)
-    # Else 1 / curvature may overflow.
-    is_kept = is_taken & (curvature / norm > EPSILONS[s.dtype] * norm)
-    slot = memory.pairs % memory.s.shape[0]
+def _pair(new: Point, old: Point, state: State) -> Pair:
+    """Return what the step from `old` to `new` says."""
+    t, norm = state.search.t, state.progress.grad_norm
+    unit = 1 / tf.where(norm > 0, norm, tf.ones_like(norm))
+    g, y = unit * new.grad, unit * (new.grad - old.grad)
+    # One sum of many is faster than many.
+    terms = tf.stack([y * y, y * g, g * g, state.direction * g])
+    yy, yg, gg, slope = tf.unstack(tf.reduce_sum(terms, 1))
+    slope /= unit
+    t *= unit
+    sy = t * unit * (slope - state.search.start.slope)
+    length = tf.sqrt(gg) / unit
+    s = t * state.direction
+    return Pair(s, y, unit, sy, yy, t * slope, yg / unit, slope, length)
 
-    def put(rows: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
-        row = tf.where(is_kept, row, tf.gather(rows, slot))
-        return tf.tensor_scatter_nd_update(rows, [[slot]], row[None])
 
-    return Memory(
-        put(memory.s, s),
-        put(memory.y, y),
-        put(memory.curvature, curvature),
-        memory.pairs + tf.cast(is_kept, tf.int32),
+def _remember(
+    memory: Memory, pair: Pair, gradient: tf.Tensor, is_taken: tf.Tensor
+) -> tuple[Memory, tf.Tensor]:
+    """Return the memory with the pair, if it is to be kept, but for the pair itself.
+
+    And the next direction, minus the inverse Hessian times the gradient g. With R the
+    triangular matrix, D the diagonal of the curvatures and c the scale, equation 3.1 is
+
+        H g = c g + S a - c Y b,  b = R^-1 S'g,  a = R^-T (D b + c (Y'Y b - Y'g)).
+    """
+    m: Any = memory.pairs.shape[0]
+    slot = memory.kept % m
+    is_new, is_oldest = (tf.range(m) == k % m for k in (slot, slot + 1))
+    none, ratio = tf.zeros([], gradient.dtype), pair.sy / pair.yy
+    # Else the curvature is not positive, or 1 / sy may overflow.
+    is_kept = is_taken & (ratio > EPSILONS[gradient.dtype])
+
+    rows = tf.reshape(memory.pairs, [2 * m, -1])
+    products = tf.reshape(tf.linalg.matvec(rows, gradient), [m, 2])
+    # With y they are what those with the gradient have changed by.
+    with_y = pair.unit * (products - memory.products)
+    # The oldest pair makes room, or all do if there was a fresh start.
+    is_known = (memory.kept > 0) & ~(is_oldest | is_new)
+    inverse = tf.where(is_known & is_known[:, None], memory.inverse, none)
+    column = tf.where(is_new, none - 1, tf.linalg.matvec(inverse, with_y[:, 0]))
+    column /= -pair.sy
+    inverse = tf.where(is_new, column[:, None], inverse)
+    with_y = tf.where(is_new, pair.yy, with_y[:, 1])
+    gram = tf.where(is_new[:, None], with_y, memory.gram)
+    gram = tf.where(is_new, with_y[:, None], gram)
+
+    own = tf.where(is_kept, tf.stack([pair.sg, pair.yg]), none)
+    products = tf.where(is_new[:, None], own, products)
+    inverse = tf.where(is_kept, inverse, memory.inverse)
+    gram = tf.where(is_kept, gram, memory.gram)
+    curvature = tf.where(is_new & is_kept, pair.sy, memory.curvature)
+    scale = tf.where(is_kept, ratio, memory.scale)
+
+    on_y = tf.linalg.matvec(inverse, products[:, 0])
+    rest = tf.linalg.matvec(gram, on_y) - products[:, 1]
+    on_s = tf.linalg.matvec(inverse, curvature * on_y + scale * rest, transpose_a=True)
+    weights = tf.stack([on_s, -scale * on_y], 1)
+    own_s, own_y = tf.unstack(tf.gather(weights, slot))
+    weights = tf.reshape(tf.where(is_new[:, None], none, weights), [-1])
+    direction = -(
+        scale * gradient
+        + own_s * pair.s
+        + own_y * pair.y
+        + tf.linalg.matvec(rows, weights, transpose_a=True)
+    )
+    products = tf.where(is_taken, products, memory.products)
+    kept = memory.kept + tf.cast(is_kept, tf.int32)
+    return (
+        Memory(memory.pairs, products, gram, curvature, inverse, scale, kept),
+        direction,
     )
 
 
-def _times_inverse_hessian(
-    memory: Memory, gradient: tf.Tensor, is_needed: tf.Tensor
-) -> tf.Tensor:
-    """Return the two-loop recursion (algorithm 7.4), if it is needed."""
-    size: Any = memory.s.shape[0]
-    kept = tf.where(is_needed, tf.minimum(memory.pairs, size), 0)
-    weights = tf.zeros_like(memory.curvature)
+def _write(memory: Memory, kept: tf.Tensor, pair: Pair, leads: tf.Tensor) -> Memory:
+    """Return the memory with the pair in its slot, or zeros if it leads nowhere.
 
-    def down(i: tf.Tensor, q: tf.Tensor, weights: tf.Tensor) -> Any:
-        slot = (memory.pairs - 1 - i) % size
-        weight = _dot(tf.gather(memory.s, slot), q) / tf.gather(memory.curvature, slot)
-        weights = tf.where(tf.range(size) == slot, weight, weights)
-        return i + 1, q - weight * tf.gather(memory.y, slot), weights
-
-    def up(i: tf.Tensor, r: tf.Tensor) -> Any:
-        slot = (memory.pairs - kept + i) % size
-        weight = _dot(tf.gather(memory.y, slot), r) / tf.gather(memory.curvature, slot)
-        return i + 1, r + (tf.gather(weights, slot) - weight) * tf.gather(
-            memory.s, slot
-        )
-
-    _, q, weights = tf.while_loop(
-        lambda i, *_: i < kept, down, (0, gradient, weights), parallel_iterations=1
-    )
-    newest = (memory.pairs - 1) % size
-    y = tf.gather(memory.y, newest)
-    norm = _length(y)
-    scale = tf.gather(memory.curvature, newest) / norm / norm  # equation 7.20
-    r = tf.where(kept > 0, scale, tf.ones_like(scale)) * q
-    _, r = tf.while_loop(lambda i, _: i < kept, up, (0, r), parallel_iterations=1)
-    return r
+    All that is read of the pairs decides about `leads`, so a compiler can write them
+    where they are.
+    """
+    m: Any = memory.pairs.shape[0]
+    slot = kept % m
+    row = tf.where(leads, tf.stack([pair.s, pair.y]), tf.zeros([], pair.s.dtype))
+    pairs = tf.tensor_scatter_nd_update(memory.pairs, [[slot]], row[None])
+    return memory._replace(pairs=pairs)
 
 
-def _first_step(point: Point) -> tf.Tensor:
-    """Return a step down the gradient, no longer than 1."""
-    return -point.grad / tf.maximum(_length(point.grad), 1)
+def _steepest_slope(length: tf.Tensor) -> tf.Tensor:
+    """Return the slope along a step down the gradient that is no longer than 1."""
+    return -length * tf.minimum(length, 1)
 
 
 def _length(x: tf.Tensor) -> tf.Tensor:
