@@ -256,7 +256,7 @@ class DataLoop:
         length = min(most, self._length, self._capacity)
         rows = self._take_chunk(length)
         growth = CHUNK_SECONDS / (self.seconds - began)
-        self._length = max(1, int(length * min(GROWTH, growth)))
+        self._length = max(1, int(len(rows) * min(GROWTH, growth)))
         return rows
 
     def next_epoch(self) -> dict[str, float]:
@@ -381,7 +381,9 @@ class DataLoop:
         last, arrays = tf.while_loop(
             goes_on, body, (start, arrays), parallel_iterations=1
         )
-        return last, {name: array.stack() for name, array in arrays.items()}
+        # Of many more places than an epoch has steps, stacking all would take long.
+        written = tf.range(last.rows)
+        return last, {name: array.gather(written) for name, array in arrays.items()}
 
     def _step(self, carried: Carried) -> tuple[Carried, tf.Tensor]:
         """Evaluate the batch ahead, and move, unless a rule says to stop."""
@@ -423,7 +425,7 @@ class DataLoop:
         self.evaluations += count
         taken = count - int(self.code != RUNNING)
         self.step, self.batch = self.step + taken, self.batch + taken
-        kept = {name: column.numpy()[:count] for name, column in columns.items()}
+        kept = {name: column.numpy() for name, column in columns.items()}
         sizes = kept.pop(SIZE)
         last = self.step - int(self.code == RUNNING)
         rows = rows_to(last, kept, began, self.seconds)
