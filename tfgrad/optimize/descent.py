@@ -69,7 +69,10 @@ class Descent:
         f: As for `minimize`.
         x0: As for `minimize`.
         options: The others.
-        objective: What `f` is part of, if not the objective itself.
+        kind: What `f` is the objective of, or part of.
+
+    Attributes:
+        objective: What is minimised.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Descent:
         f: Callable[..., Any],
         x0: Nest,
         options: Options,
-        objective: Objective | None = None,
+        kind: type[Objective] = Objective,
     ) -> None:
         """Check what can be checked; nothing is traced or written."""
         check_log(options.log)
@@ -92,19 +95,19 @@ class Descent:
             )
         self._name = "+".join(stage.name for stage in stages)
         self._options = options
-        self._objective = objective or Objective(
+        self.objective = kind(
             f,
             x0,
             options.wrt,
             has_aux=options.has_aux,
             jit=has_data and options.jit is True,
         )
-        self._training, steps = training(options, self._objective)
-        what = self._objective, stages, options, self._training, steps
+        self._training, steps = training(options, self.objective)
+        what = self.objective, stages, options, self._training, steps
         self._course = Course(*what)
         self._problem = {
-            "function": self._objective.name,
-            **self._objective.facts(),
+            "function": self.objective.name,
+            **self.objective.facts(),
             "data": "none" if self._training is None else str(self._training.source),
             "method": ", ".join(stage.identity for stage in stages),
         }
@@ -149,7 +152,7 @@ class Descent:
         loop = self._course.loop
         return State(
             step=loop.step,
-            x=self._objective.pack(loop.point()),
+            x=self.objective.pack(loop.point()),
             fun=loop.at.row["fun"].numpy(),
             grad_norm=loop.at.row["grad_norm"].numpy(),
             seconds=loop.seconds,
@@ -238,7 +241,7 @@ class Descent:
         """Return what came out."""
         assert self._saved is not None
         directory = None if self._log is None else self._log.directory
-        return result_of(self._saved, self._objective, directory)
+        return result_of(self._saved, self.objective, directory)
 
     def finished(self) -> OptimizeResult | None:
         """Return the result of this very run, if a checkpoint says that it has ended.
@@ -248,12 +251,12 @@ class Descent:
         if not self._is_over:
             return None
         assert self._saved is not None
-        if not self._objective.variables or self._saved.loop.facts["has_others"]:
+        if not self.objective.variables or self._saved.loop.facts["has_others"]:
             with self.compiling():
                 self._course.go_on(self._saved.facts, self._saved.loop)
         saved = replace(self._saved, options=self._call())
-        result = result_of(saved, self._objective, self._logged_in(saved))
-        self._objective.assign(tf.nest.flatten(result.x))
+        result = result_of(saved, self.objective, self._logged_in(saved))
+        self.objective.assign(tf.nest.flatten(result.x))
         return result
 
     def _record(self, rows: Rows) -> None:
@@ -280,7 +283,7 @@ class Descent:
         if loop.batch == 0:  # the new epoch has no batch
             self.end("data")
             return
-        row = self._training.end_epoch(loop, self._objective.point_argument())
+        row = self._training.end_epoch(loop, self.objective.point_argument())
         self._epochs.append(Rows({name: np.array([row[name]]) for name in row}))
         if self._log is not None:
             self._log.epoch(row)
@@ -317,7 +320,7 @@ class Descent:
 
     def _go_on(self, saved: Saved) -> None:
         """Go to where the run was; if it was of another function, change nothing."""
-        objective, course = self._objective, self._course
+        objective, course = self.objective, self._course
         if not objective.variables and self._training is None:  # they are to be found
             course.begin()
         with objective.put_back_on_error():
@@ -369,8 +372,8 @@ class Descent:
     def _call(self) -> Options:
         """Return how to call it again, with the variables that were found."""
         wrt = self._options.wrt
-        if wrt is None and not self._objective.takes_values:
-            wrt = self._objective.template
+        if wrt is None and not self.objective.takes_values:
+            wrt = self.objective.template
         bulky: dict[str, Any] = dict.fromkeys(("data", "validation", "log"))
         return replace(self._options, wrt=wrt, checkpoint=None, **bulky)
 
@@ -386,7 +389,7 @@ class Descent:
         options, trained = self._options, self._training
         rules = vars(options.stopping).items()
         return {
-            "problem": self._objective.name,
+            "problem": self.objective.name,
             "learning_rate": options.learning_rate,
             "steps": None if self.total >= ENDLESS else self.total,
             **({} if trained is None else trained.facts()),
@@ -401,7 +404,7 @@ class Descent:
         return open_log(
             log,
             self._name,
-            self._objective,
+            self.objective,
             self._facts(),
             STEPS if self.planned is None else self.planned,
             int(self._options.every),
@@ -430,7 +433,7 @@ class Descent:
         loop = self._course.loop
         self._log.close(
             self.status or "",
-            x=self._objective.pack(loop.point()),
+            x=self.objective.pack(loop.point()),
             fun=float(loop.at.row["fun"]),
             grad_norm=float(loop.at.row["grad_norm"]),
             nit=loop.step,

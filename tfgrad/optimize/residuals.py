@@ -38,13 +38,20 @@ class Residuals(Objective):
         x0: Where to start.
         wrt: The variables.
         has_aux: `f` returns `(residuals, aux)`.
+        jit: As for `Objective`.
     """
 
     def __init__(
-        self, f: Callable[..., Any], x0: Nest, wrt: Nest, *, has_aux: bool
+        self,
+        f: Callable[..., Any],
+        x0: Nest,
+        wrt: Nest,
+        *,
+        has_aux: bool,
+        jit: bool = False,
     ) -> None:
         """Check the point; nothing is traced."""
-        super().__init__(f, x0, wrt, has_aux=has_aux)
+        super().__init__(f, x0, wrt, has_aux=has_aux, jit=jit)
         self._residuals = with_aux(self._checked, has_aux)
         self._output: Nest = None
         self._count: int | None = None

@@ -13,6 +13,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
+from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.objective import Objective
 from tfgrad.optimize.options import Options
 from tfgrad.optimize.result import History, OptimizeResult
@@ -88,7 +89,8 @@ def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
     What the call leaves out is as it was in the call that the result is of.
 
     Raises:
-        InvalidArgumentError: If the result does not hold what that needs.
+        InvalidArgumentError: If the result does not hold what that needs, or is a fit
+            and the call is not.
     """
     if result.state is None:
         raise InvalidArgumentError(
@@ -97,6 +99,12 @@ def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
             hint="minimize(f, result.x), which starts anew from there",
         )
     before = result.state.options
+    if options.method is None and isinstance(before.method, LevenbergMarquardt):
+        raise InvalidArgumentError(
+            "A fit goes on with its residuals, as it began.",
+            got="a result of `least_squares` for `minimize`, without `method`",
+            hint='least_squares(residuals, result), or method="lbfgs" from there',
+        )
     rate = options.learning_rate
     if options.method is None and rate is None:
         rate = before.learning_rate

@@ -220,3 +220,66 @@ def test_an_optimizer_that_does_not_tell_its_state_starts_anew():
     assert begun.state is None
     with pytest.raises(InvalidArgumentError, match=r"try: minimize\(f, result.x\)"):
         tfgrad.minimize(never, begun)
+
+
+T = np.linspace(0.0, 3.0, 12)
+Y = 2.5 * np.exp(-1.3 * T) + 0.4 + 0.01 * np.cos(7 * T)
+
+
+def misfit(p):
+    return p[0] * tf.exp(-p[1] * T) + p[2] - Y
+
+
+def fit(x0, f=misfit, **options):
+    return tfgrad.least_squares(f, x0, **options)
+
+
+FIRST = np.array([9.0, 4.0, -3.0])
+
+
+def test_steps_of_a_fit_and_more_steps_are_all_of_them_at_once():
+    result = fit(begun := fit(FIRST, steps=3), steps=2)
+    ended = fit(result)
+
+    assert (begun.status, result.nit) == ("steps", 5)
+    for ours, theirs in ((result, fit(FIRST, steps=5)), (ended, fit(FIRST))):
+        assert_same(ours, theirs)
+        np.testing.assert_array_equal(ours.covariance, theirs.covariance)
+        np.testing.assert_array_equal(ours.residuals, theirs.residuals)
+    assert ended.success
+
+
+def test_a_fit_of_variables_goes_on_after_a_pickle_and_with_another_rule():
+    p = tf.Variable(FIRST)
+    begun = tfgrad.least_squares(lambda: misfit(p), steps=3)
+    again = pickle.loads(pickle.dumps(fit(FIRST, steps=3)))
+    p.assign(7 * FIRST)
+
+    whole = fit(FIRST, gtol=1e-7)
+    assert_same(fit(again, gtol=1e-7), whole)
+    tfgrad.least_squares(lambda: misfit(p), begun, gtol=1e-7)
+    np.testing.assert_array_equal(p, whole.x)
+
+
+def test_a_fit_goes_on_from_where_another_method_ended():
+    begun = tfgrad.minimize(
+        lambda p: tf.reduce_sum(misfit(p) ** 2) / 2, FIRST, method="adam", steps=20
+    )
+    result = fit(begun)
+
+    assert result.success
+    assert result.nit > 20
+    np.testing.assert_array_equal(result.history["fun"][:21], begun.history["fun"])
+
+
+def test_a_fit_of_other_residuals_is_refused_by_name():
+    begun = fit(FIRST, steps=2)
+
+    with pytest.raises(InvalidArgumentError, match=r"f = .* where it was"):
+        fit(begun, lambda p: 2 * misfit(p))
+    with pytest.raises(InvalidArgumentError, match="has_aux: False before, True now"):
+        fit(begun, never, has_aux=True)
+    with pytest.raises(InvalidArgumentError, match="try: least_squares"):
+        tfgrad.minimize(never, begun)
+    with pytest.raises(InvalidArgumentError, match="Either `x0` holds the values"):
+        fit(begun, never, wrt=tf.Variable(FIRST))

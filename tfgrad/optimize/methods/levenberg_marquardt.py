@@ -152,6 +152,10 @@ class LevenbergMarquardt:
         self._is_open = is_open
         self._residuals = residuals
 
+    def get_config(self) -> dict[str, Any]:
+        """Return what the run hangs on: nothing; rules may change as it goes on."""
+        return {}
+
     def bind(self, objective: Any) -> Method:
         """Return the method for these residuals, with or without matrices."""
         if not objective.fits_in_memory():
