@@ -32,7 +32,7 @@ LEAST_RATIO = 20
 """... which is also at least so many times what the last one took to write."""
 
 NAME = "tfgrad"
-TENSORS = ("variables", "memory", "lower", "outcome")
+TENSORS = ("variables", "memory", "lower", "told", "outcome")
 FORMAT = 1
 
 
@@ -122,6 +122,10 @@ class Checkpoints:
 
     def save(self, saved: Saved) -> None:
         """Write a checkpoint; a disk that refuses is told once, and the run goes on."""
+        if not saved.loop.is_whole:
+            self._warn("The last checkpoint stays: the next would be too large.")
+            self._due = float("inf")
+            return
         began = time.monotonic()
         number = max(self._numbers(), default=0) + 1
         try:
@@ -129,16 +133,16 @@ class Checkpoints:
         except (tf.errors.OpError, OSError) as error:
             for path in self.path.glob(f"{NAME}-{number}*"):
                 _delete(path)
-            if not self._has_warned:
-                self._has_warned = True
-                warnings.warn(
-                    "The optimisation goes on; its last checkpoint could not be "
-                    f"written. {error}",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
+            self._warn(f"Its last checkpoint could not be written. {error}")
         now = time.monotonic()
         self._due = now + max(LEAST_SECONDS, LEAST_RATIO * (now - began))
+
+    def _warn(self, what: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"The optimisation goes on. {what}", RuntimeWarning, stacklevel=4
+            )
 
     def _write(self, saved: Saved, number: int) -> None:
         facts = {
@@ -152,6 +156,7 @@ class Checkpoints:
             "variables": saved.loop.variables,
             "memory": saved.loop.memory,
             "lower": saved.loop.lower,
+            "told": saved.loop.told,
             "history": list(saved.history.values()),
             "epochs": list(saved.epochs.values()),
             "outcome": _flat(saved.outcome),
@@ -203,8 +208,8 @@ def _read(prefix: str) -> Saved:
         for names, part in zip(columns, ("history", "epochs"), strict=True)
     )
     parts = ([*map(tf.constant, _part(reader, name))] for name in TENSORS)
-    variables, memory, lower, outcome = parts
-    snapshot = Snapshot(loop, variables, memory, lower)
+    variables, memory, lower, told, outcome = parts
+    snapshot = Snapshot(loop, variables, memory, lower, told)
     return Saved(facts, snapshot, history, epochs, _outcome(outcome))
 
 

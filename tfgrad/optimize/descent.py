@@ -20,7 +20,7 @@ from tfgrad.optimize.checkpoint import Checkpoints
 from tfgrad.optimize.course import Course
 from tfgrad.optimize.data_loop import DataLoop
 from tfgrad.optimize.epochs import ENDLESS, STEPS, training
-from tfgrad.optimize.limits import require_support
+from tfgrad.optimize.limits import limits_facts, require_support
 from tfgrad.optimize.log import Log, check_log, open_log
 from tfgrad.optimize.loop import LOOP_STEPS, Rows, Since
 from tfgrad.optimize.objective import Objective
@@ -109,6 +109,7 @@ class Descent:
             "function": self.objective.name,
             **self.objective.facts(),
             "data": "none" if self._training is None else str(self._training.source),
+            **limits_facts(options.bounds, options.constraints),
             "method": ", ".join(stage.identity for stage in stages),
         }
         self._tells = all(stage.tells for stage in stages)
@@ -296,12 +297,15 @@ class Descent:
         """Go on from a result: as it did, or from its point with another method."""
         saved: Saved = result.state
         there = saved.facts["problem"]
-        here = {name: self._problem[name] for name in ("x", "has_aux", "data")}
+        self._saved, self._is_alike = saved, there["method"] == self._problem["method"]
+        names = ["x", "has_aux", "data"]
+        if self._is_alike:
+            names += ["bounds", "constraints"]
+        here = {name: self._problem[name] for name in names}
         check_same(there, here, "A result")
         trained, position = self._training, saved.loop.facts.get("position")
         if trained is not None and trained.epochs is not None and position:
             self._training = replace(trained, epochs=trained.epochs + position[0])
-        self._saved, self._is_alike = saved, there["method"] == self._problem["method"]
         since = Since(result.nit, result.nfev, result.seconds)
         self._course.count_from(saved.facts, since, alike=self._is_alike)
 
@@ -351,7 +355,7 @@ class Descent:
         """Return the same with what came out, and with how it was called."""
         loop = self._course.loop
         x, grad = self._leaves()
-        options = self._call() if self._tells else None
+        options = self._call() if self._tells and saved.loop.is_whole else None
         outcome = Outcome(loop.at.row["fun"], x, grad)
         facts = {
             **saved.facts,
@@ -374,8 +378,10 @@ class Descent:
         wrt = self._options.wrt
         if wrt is None and not self.objective.takes_values:
             wrt = self.objective.template
-        bulky: dict[str, Any] = dict.fromkeys(("data", "validation", "log"))
-        return replace(self._options, wrt=wrt, checkpoint=None, **bulky)
+        # What is large, or what no pickle takes, is to be given again.
+        again = ("data", "validation", "constraints", "log")
+        left_out: dict[str, Any] = dict.fromkeys(again)
+        return replace(self._options, wrt=wrt, checkpoint=None, **left_out)
 
     # --- the log ---
 

@@ -8,6 +8,7 @@ References:
 from __future__ import annotations
 
 import copy
+import hashlib
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ import tensorflow as tf
 
 from tfgrad.derivatives.matrices import jacobian
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, describe, named_leaves, ravel, unravel
+from tfgrad.nested import Nest, describe, name_of, named_leaves, ravel, unravel
 from tfgrad.optimize.methods.scipy import SCIPY, SciPyMethod
 from tfgrad.optimize.objective import Objective
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+MOST_SHOWN = 80
+"""Characters up to which numbers are shown as such."""
 
 KINDS = {"eq": (0.0, 0.0), "ineq": (0.0, np.inf)}
 """SciPy's dicts: what the value of the function has to lie between."""
@@ -53,6 +57,35 @@ def require_support(
             )
 
 
+def limits_facts(bounds: Any, constraints: Any) -> dict[str, str]:
+    """Return what makes bounds and constraints the same ones in another process."""
+    sides = [bounds.lb, bounds.ub] if hasattr(bounds, "lb") else bounds
+    entries = _listed(constraints)
+    return {
+        "bounds": "none" if bounds is None else _text(sides),
+        "constraints": ", ".join(map(_constraint_text, entries)) or "none",
+    }
+
+
+def _constraint_text(entry: Any) -> str:
+    if isinstance(entry, Mapping):
+        fun: Any = entry.get("fun")
+        return f"{entry.get('type')} {name_of(fun)}"
+    what = name_of(entry.fun) if hasattr(entry, "fun") else "linear"
+    parts = [getattr(entry, name, None) for name in ("A", "lb", "ub")]
+    numbers = [_dense(part) for part in parts if part is not None]
+    return f"{what} {_text(numbers)}"
+
+
+def _text(nest: Nest) -> str:
+    """Return the numbers of a nest while they are few, else a sum that tells them."""
+    leaves = [np.asarray(leaf).tolist() for leaf in tf.nest.flatten(nest)]
+    text = ", ".join(map(str, leaves))
+    if len(text) <= MOST_SHOWN:
+        return text
+    return f"those of sum {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
 class Limits:
     """What x has to keep to, in terms of one vector of shape `[n]`.
 
@@ -74,11 +107,7 @@ class Limits:
     def __init__(self, objective: Objective, bounds: Any, constraints: Any) -> None:
         """Bring them in form; no constraint is evaluated."""
         self.lower, self.upper = _flat_bounds(objective, bounds)
-        if not _is_given(constraints):
-            constraints = []
-        elif isinstance(constraints, Mapping) or not isinstance(constraints, Sequence):
-            constraints = [constraints]
-        self.functions = [_constraint(objective, entry) for entry in constraints]
+        self.functions = [_constraint(objective, c) for c in _listed(constraints)]
 
     @property
     def are_any(self) -> bool:
@@ -282,6 +311,14 @@ class _Function:
             change = self._value(x + step) - self._value(x - step)
             columns.append(change / (2 * step[i]))
         return np.stack(columns, axis=1)
+
+
+def _listed(constraints: Any) -> Sequence[Any]:
+    if not _is_given(constraints):
+        return []
+    if isinstance(constraints, Mapping) or not isinstance(constraints, Sequence):
+        return [constraints]
+    return constraints
 
 
 def _is_given(constraints: Any) -> bool:

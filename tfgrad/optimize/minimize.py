@@ -61,10 +61,11 @@ def minimize(
         x0: The values to start from: numbers, arrays, tensors, nests of them. Not
             changed. Or an `OptimizeResult` to go on from: `steps` and `seconds` count
             from its end, its history is continued, and what the call leaves out of
-            `wrt`, `method` and `learning_rate` is as it was. The method goes on with
-            its memory, from where the result ended, wherever variables are now: 300
-            steps and 700 more are 1000 to the last bit (as long as 1000 at once would
-            be compiled alike: see `jit`). Another method begins at that point.
+            `wrt`, `method` (with its `bounds`) and `learning_rate` is as it was; data
+            and constraints are given again. The method goes on with its memory, from
+            where the result ended, wherever variables are now: 300 steps and 700 more
+            are 1000 to the last bit (as long as 1000 at once would be compiled alike:
+            see `jit`). Another method begins at that point.
         wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of
             them, a `tf.Module` or a `keras.Model`.
         method: "lbfgs" (what None means without data), for smooth functions of any
@@ -124,7 +125,10 @@ def minimize(
             goes on from there if the process was killed, and ends as if it had not
             been, to the last bit, in the same log; a run that has ended returns its
             result at once, and goes on if `steps` or a rule has changed. Another
-            problem is refused. The last three are kept, as `tf.train.Checkpoint`s.
+            problem is refused. The last three are kept, as `tf.train.Checkpoint`s. A
+            method of SciPy goes on by being told again what it was told, with no new
+            evaluation of f: its checkpoints hold n + 1 numbers for each evaluation and
+            n for each Hessian product. The last with at most 2**25 of them stays.
 
     Returns:
         An `OptimizeResult`. Row k of its history is the point after k steps; with data,

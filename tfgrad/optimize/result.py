@@ -43,7 +43,8 @@ class OptimizeResult:
         seconds: How long it took, in seconds, tracing included.
         directory: Where the run was logged; None if it was not.
         state: What `minimize(f, result)` goes on with: the method's memory among it.
-            None if the method does not tell.
+            None if the method does not tell, or one of SciPy's was told too much to
+            keep (2**25 numbers).
     """
 
     x: Nest

@@ -108,11 +108,13 @@ def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
     rate = options.learning_rate
     if options.method is None and rate is None:
         rate = before.learning_rate
+    is_silent = options.method is None and options.bounds is None
     merged = replace(
         options,
         wrt=before.wrt if options.wrt is None else options.wrt,
         method=before.method if options.method is None else options.method,
         learning_rate=rate,
+        bounds=before.bounds if is_silent else options.bounds,
         has_aux=options.has_aux or before.has_aux,
     )
     return result.x if before.wrt is None else None, merged

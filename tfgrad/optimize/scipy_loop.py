@@ -15,7 +15,9 @@ from tfgrad.optimize.limits import Array, Limits
 from tfgrad.optimize.loop import NOTHING, Loop, Rows, Since
 from tfgrad.optimize.methods.scipy import SciPyMethod, Session
 from tfgrad.optimize.objective import Evaluation, Objective
+from tfgrad.optimize.snapshot import Snapshot
 from tfgrad.optimize.stopping import GIVEN_UP, NONFINITE, RUNNING, Step, Stopping
+from tfgrad.optimize.transcript import Transcript, went_another_way
 from tfgrad.optimize.turns import Turns
 
 FEASIBLE = 1e-9
@@ -68,6 +70,7 @@ class SciPyLoop(Loop):
             self._put(objective, self._limits.clip(start))
         self._known: OrderedDict[bytes, Evaluation] = OrderedDict()
         self._session: Session | None = None
+        self._transcript: Transcript | None = None
         self._here = start
         self._answers: dict[str, Callable[..., Any]] = {
             "fun": self._fun,
@@ -87,7 +90,9 @@ class SciPyLoop(Loop):
     def _advance(self, most: int) -> Rows:
         """Let SciPy take one iteration."""
         session = self._session or self._begin()
-        is_running = session.iterate(self._answers)
+        assert self._transcript is not None
+        is_running = session.iterate(self._transcript.noting(self._answers))
+        self._transcript.iterations += 1
         moved = not np.array_equal(session.x, self._here)
         is_step = is_running or moved
         rows = self._move(session.x, moved) if is_step else self.here().first(0)
@@ -118,19 +123,61 @@ class SciPyLoop(Loop):
         slope = self._limits.slope(self._here, grad, gtol)
         return f"{self._what()} is {slope:.2g}."
 
-    def _begin(self) -> Session:
+    def snapshot(self) -> Snapshot:
+        """Return where it is, and what SciPy has to be told again to be there."""
+        plain, transcript = super().snapshot(), self._transcript
+        if transcript is None:
+            return plain
+        points = np.stack([np.frombuffer(key) for key in self._known])
+        known = tf.nest.map_structure(lambda *y: tf.stack(y), *self._known.values())
+        return replace(
+            plain,
+            facts={**plain.facts, "iterations": transcript.iterations},
+            told=[*transcript.tensors(), tf.constant(points), *tf.nest.flatten(known)],
+            is_whole=transcript.is_whole,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go to where such a loop was; SciPy follows when it is asked to go on."""
+        super().restore(snapshot)
         self._here = np.asarray(ravel(self.point()), np.float64)
-        limits = self._limits
-        bounds = None
+        if not snapshot.told:
+            return
+        *transcript, points = snapshot.told[:4]
+        iterations = snapshot.facts["iterations"]
+        self._transcript = Transcript.of(transcript, iterations)
+        rows = zip(*map(tf.unstack, snapshot.told[4:]), strict=True)
+        for x, row in zip(points.numpy(), rows, strict=True):
+            self._known[x.tobytes()] = tf.nest.pack_sequence_as(self.at, list(row))
+
+    def _begin(self) -> Session:
+        bounds, limits = None, self._limits
         if self._method.bounds and np.any(np.isfinite([limits.lower, limits.upper])):
             from scipy.optimize import Bounds
 
             bounds = Bounds(limits.lower, limits.upper)
-        self._known[self._here.tobytes()] = self.at
+        if self._transcript is None:
+            self._here = np.asarray(ravel(self.point()), np.float64)
+            self._known[self._here.tobytes()] = self.at
+            self._transcript = Transcript(self._here)
+        start = self._transcript.origin
         self._session = Session(
-            self._method, self._here, bounds=bounds, constraints=limits.for_scipy
+            self._method, start, bounds=bounds, constraints=limits.for_scipy
         )
+        if self._transcript.iterations:
+            self._tell_again(self._session, self._transcript)
         return self._session
+
+    def _tell_again(self, session: Session, transcript: Transcript) -> None:
+        """Bring SciPy to where it was when its answers were put away."""
+        answers = transcript.again(self._constraint)
+        for _ in range(transcript.iterations):
+            session.iterate(answers)
+        dtype = self._objective.variables[0].dtype
+        there = np.asarray(tf.cast(session.x, dtype), np.float64)
+        if not np.array_equal(there, self._here):
+            raise went_another_way()
+        self._here = session.x
 
     def _move(self, x: Array, moved: bool) -> Rows:
         """Go to where SciPy is, ask the rules, and return the row."""
@@ -143,7 +190,10 @@ class SciPyLoop(Loop):
         self.step += 1
         rows = self.here()
         self.code = self._judge(previous, before, moved)
-        return self._without_last(rows, previous) if self.code == NONFINITE else rows
+        if self.code != NONFINITE:
+            return rows
+        self._forget()
+        return self._without_last(rows, previous)
 
     def _judge(self, x: list[tf.Tensor], before: Evaluation, moved: bool) -> int:
         """Return the code of the first rule that holds."""
@@ -181,8 +231,14 @@ class SciPyLoop(Loop):
             super()._look_around()
 
     def _leave(self) -> Rows:
-        self.close()
+        self._forget()
         return super()._leave()
+
+    def _forget(self) -> None:
+        """Let SciPy begin anew from where the loop is."""
+        self.close()
+        self._known.clear()
+        self._transcript = None
 
     def _at(self, x: Array) -> Evaluation:
         """Return the evaluation at x; SciPy asks for the same points again."""

@@ -21,12 +21,16 @@ class Snapshot:
         variables: The values of the variables, the method's included.
         memory: The current evaluation, and what a pure method remembers.
         lower: The point to step to from a saddle; empty if it is not at one.
+        told: What has to be told again to a method that does not tell what it keeps.
+        is_whole: Whether that is all of it; if not, nothing can go on from here.
     """
 
     facts: Mapping[str, Any]
     variables: Sequence[tf.Tensor]
     memory: Sequence[tf.Tensor]
     lower: Sequence[tf.Tensor]
+    told: Sequence[tf.Tensor] = ()
+    is_whole: bool = True
 
     def check_like(self, other: Snapshot) -> None:
         """Refuse a snapshot of which some tensor is of another shape or dtype.

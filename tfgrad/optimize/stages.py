@@ -88,9 +88,6 @@ def check_tells(stages: Sequence[Stage]) -> None:
         if not stage.tells:
             got = f"`{stage.name}`, without `build(variables)` and `variables`"
             hint = "both, as Keras's optimizers have them, or no checkpoint"
-            if stage.scipy is not None:
-                got = f"`{stage.name}`, whose memory is in the midst of SciPy's code"
-                hint = 'method="lbfgs" or "newton", or no checkpoint'
             raise InvalidArgumentError(
                 "With `checkpoint`, a method must tell what it keeps.",
                 got=got,
@@ -112,7 +109,7 @@ def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
         steps=steps,
         scipy=scipy,
         identity=_identity(method, learning_rate),
-        tells=scipy is None and _tells(method),
+        tells=_tells(method),
     )
 
 

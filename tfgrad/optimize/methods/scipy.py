@@ -3,7 +3,8 @@
 SciPy calls back; the loop wants to call. So SciPy runs in a thread of its own, which
 does nothing but SciPy's work: whatever it asks for (a value, a product with the
 Hessian, a constraint) is answered in the caller's thread, where errors and Ctrl-C
-belong.
+belong. What it keeps from iteration to iteration is out of reach: to go on with it,
+`optimize.transcript` tells it again what it was told.
 
 >>> import numpy as np
 >>> import tfgrad
@@ -180,6 +181,7 @@ class Session:
     Attributes:
         x: Where SciPy is: after the last iteration, at last its answer.
         message: Its last words; empty while it runs.
+        has_ended: Whether it runs no more.
     """
 
     def __init__(
@@ -193,6 +195,7 @@ class Session:
         """Start nothing yet."""
         self.x = start
         self.message = ""
+        self.has_ended = False
         self._method = method
         self._bounds = bounds
         self._constraints = constraints(self._ask)
@@ -211,6 +214,8 @@ class Session:
             Exception: What an answer raised.
         """
         with _quiet():
+            if self.has_ended:
+                return False
             if self._thread.ident is None:
                 self._thread.start()
             else:
@@ -218,7 +223,8 @@ class Session:
             while True:
                 what, given = self._asked.get()
                 if what in ("iteration", "end"):
-                    return what == "iteration"
+                    self.has_ended = what == "end"
+                    return not self.has_ended
                 try:
                     self._answered.put(answers[what](*given))
                 except BaseException:
