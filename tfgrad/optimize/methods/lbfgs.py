@@ -10,6 +10,9 @@ References:
     (L-BFGS), algorithms 3.5 and 3.6 (the strong Wolfe search), equations 3.7, 3.59.
     Byrd, Nocedal and Schnabel (1994), Mathematical Programming 63: the compact form of
     the inverse Hessian, equation 3.1.
+    Moré and Thuente (1994), ACM Transactions on Mathematical Software 20, section 4:
+    where to try next between two points.
+    Fletcher (1987), Practical Methods of Optimization, equation 2.6.2: how far ahead.
     Hager and Zhang (2005), SIAM Journal on Optimization 16: the approximate Wolfe test.
 """
 
@@ -30,8 +33,9 @@ SUFFICIENT_DECREASE = 1e-4
 CURVATURE = 0.9
 """The two constants of the Wolfe conditions, Nocedal and Wright, section 3.1."""
 
-EXPANSION = 4.0
-"""How much longer the next trial is while the slope still points down."""
+EXPANSION = 9.0
+"""How many times as far as the last trial came the next may go beyond it, while the
+slope still points down: at most so often, at least once (Fletcher, 2.6.2)."""
 
 SAFEGUARD = 0.1
 """How close, relatively, a trial may come to the ends of its bracket."""
@@ -284,6 +288,7 @@ def _narrow(trial: Trial, search: Search, is_finite: Any) -> tuple[Search, tf.Te
     And whether it is over, without a trial that is worth taking.
     """
     start, low, high = search.start, search.low, search.high
+    ahead = _beyond(low, trial)
     limit = start.fun + SUFFICIENT_DECREASE * trial.t * start.slope
     is_worse = ~is_finite | (trial.fun > limit) | (trial.fun >= low.fun) & (low.t > 0)
     trial = trial._replace(fun=tf.where(is_finite, trial.fun, float("inf")))
@@ -293,7 +298,7 @@ def _narrow(trial: Trial, search: Search, is_finite: Any) -> tuple[Search, tf.Te
     high = either(is_worse, trial, either(rises, low, high))
     low = either(is_worse, low, trial)
     is_bracketed = search.is_bracketed | is_worse | rises
-    t = tf.where(is_bracketed, _between(low, high), EXPANSION * trial.t)
+    t = tf.where(is_bracketed, _between(low, high), ahead)
     trials = search.trials + 1
     width = tf.abs(high.t - low.t)
     closed = is_bracketed & (width <= 2 * EPSILONS[t.dtype] * tf.abs(low.t))
@@ -304,13 +309,30 @@ def _narrow(trial: Trial, search: Search, is_finite: Any) -> tuple[Search, tf.Te
     return narrowed, is_over & ~is_last
 
 
+def _beyond(low: Trial, trial: Trial) -> tf.Tensor:
+    """Return where the slope vanishes beyond both, if it changes as between them."""
+    step = trial.t - low.t
+    root = step * trial.slope / (low.slope - trial.slope)
+    # The slope does not rise from one to the other, or is not finite.
+    root = tf.where(root > 0, root, EXPANSION * step)
+    return trial.t + tf.clip_by_value(root, step, EXPANSION * step)
+
+
 def _between(low: Trial, high: Trial) -> tf.Tensor:
-    """Return the minimiser of the cubic through both ends (3.59), between them."""
+    """Return the minimiser of the cubic through both ends (3.59), between them.
+
+    If the higher end lies well above the lower one, the parabola through its value is
+    nearer the truth farther out: then half-way between the two minimisers.
+    """
     width = high.t - low.t
     d1 = low.slope + high.slope - 3 * (low.fun - high.fun) / (low.t - high.t)
     d2 = tf.sign(width) * tf.sqrt(d1 * d1 - low.slope * high.slope)
-    part = (high.slope + d2 - d1) / (high.slope - low.slope + 2 * d2)
-    part = tf.clip_by_value(1 - part, SAFEGUARD, 1 - SAFEGUARD)
+    cubic = 1 - (high.slope + d2 - d1) / (high.slope - low.slope + 2 * d2)
+    parabola = low.slope / ((low.fun - high.fun) / width + low.slope) / 2
+    is_nearer = tf.abs(cubic) < tf.abs(parabola)
+    mixed = tf.where(is_nearer, cubic, (cubic + parabola) / 2)
+    part = tf.where(high.fun > low.fun, mixed, cubic)
+    part = tf.clip_by_value(part, SAFEGUARD, 1 - SAFEGUARD)
     unknown = ~tf.math.is_finite(part) | ~tf.math.is_finite(high.fun)
     return low.t + width * tf.where(unknown, tf.constant(0.25, part.dtype), part)
 
