@@ -104,7 +104,7 @@ def as_written(*, optimized: bool = True) -> Iterator[None]:
     TensorFlow's graph optimiser moves constants about: x**2 + x - 1 becomes x**2 + (x -
     1), which rounds otherwise, and a `tf.dynamic_partition` by constants comes out
     wrong. Its arithmetic takes sums apart and puts them together again, which rounds
-    otherwise, too.
+    otherwise, too, and so do the kernels in which it joins a sum and a tanh.
 
     Args:
         optimized: Let it do the rest of its work, which takes as long as a hundred
@@ -114,6 +114,7 @@ def as_written(*, optimized: bool = True) -> Iterator[None]:
     options = {
         "constant_folding": False,
         "arithmetic_optimization": False,
+        "remapping": False,
         "disable_meta_optimizer": not optimized,
     }
     tf.config.optimizer.set_experimental_options(options)

@@ -5,14 +5,16 @@ loop is compiled, and chunks grow until one takes `CHUNK_SECONDS`. A chunk retur
 happened at each of its steps as arrays: every step is recorded, and none costs a call
 from Python. Progress, logs, callbacks and interrupts live between chunks.
 
-Which steps run in which compiled form depends on the function and on the number of
-steps alone, never on the clock, so that a run repeats to the last bit.
+Which compiled form a step runs in depends on the function and on the step's number
+alone, not on the clock, nor on how many are planned: a run repeats to the last bit, and
+one that goes on from another is what it would have been at once. (A few planned steps
+run one by one, which rounds no otherwise than the loop.)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -48,11 +50,12 @@ ROW_BYTES = 2**20
 LOOP_STEPS = 100
 """Compiling the loop pays from about here, measured on functions of 30 to 140 ops."""
 
-XLA_STEPS = 3000
-"""Compiling it with XLA pays from about here, measured likewise, ..."""
+XLA_FROM = 3000
+"""The step from which it runs under XLA: about here the compilation would have paid
+from the start, measured likewise, so that it costs twice the least at most, ..."""
 
-XLA_STEPS_PER_OP = 20
-"""... and for larger functions, which take longer to compile, from this many per op."""
+XLA_FROM_PER_OP = 20
+"""... and for larger functions, which take longer to compile, this many per op."""
 
 PURE_XLA_FROM = 300
 """The step from which a pure method runs under XLA: most runs end long before."""
@@ -222,6 +225,8 @@ class Loop:
         """Return all that a loop of the same kind needs to go on from here."""
         facts = {
             **self.so_far()._asdict(),
+            "code": self.code,
+            "rules": dict(vars(self.stopping)),
             "planned": list(self._planned),
             "form": [self._form, self._xla_from, self._is_fallible],
             "has_others": bool(self._objective.others()),
@@ -253,7 +258,7 @@ class Loop:
         self._lower = list(snapshot.lower) or None
         self._chunk, self.code = None, RUNNING
         if self._lower is None:
-            self.code = self._code_of_start()
+            self.code = self._code_of_start() or self._standing_code(facts)
         if is_underway:
             self.turns.prepare(self.at)
 
@@ -491,6 +496,12 @@ class Loop:
         row, rules = self.at.row, replace(self.stopping, ftol=None, xtol=None)
         return int(rules.code(Step(row["fun"], row["grad_norm"], [], row["fun"], [])))
 
+    def _standing_code(self, facts: Mapping[str, Any]) -> int:
+        """Return what ended that loop, if it ends this one, too, where it begins."""
+        code = int(facts["code"])
+        is_asked = facts["rules"] == vars(self.stopping) and code in STATIONARY
+        return code if is_asked or code in (PRECISION, GIVEN_UP) else RUNNING
+
     def _rules(self, asked: Stopping) -> Stopping:
         """Return the rules that were asked for; a pure method stops at a solution."""
         if asked.gtol is not None or not isinstance(self.turns, PureTurns):
@@ -506,14 +517,13 @@ class Loop:
             return "single", NEVER
         if jit is True:
             return "xla", NEVER
-        unfit = any(part in op for op in operations for part in NOT_FOR_XLA)
-        is_long = steps >= max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations))
-        if isinstance(self.turns, PureTurns):  # which may end long before `steps`
-            is_never = unfit or jit is False
-            return "graph", NEVER if is_never else self.step + PURE_XLA_FROM
-        if steps < LOOP_STEPS:
+        is_pure = isinstance(self.turns, PureTurns)
+        if steps < LOOP_STEPS and not is_pure:
             return "single", NEVER
-        return "graph" if unfit or jit is False or not is_long else "xla", NEVER
+        if jit is False or any(part in op for op in operations for part in NOT_FOR_XLA):
+            return "graph", NEVER
+        usual = max(XLA_FROM, XLA_FROM_PER_OP * len(operations))
+        return "graph", self.step + (PURE_XLA_FROM if is_pure else usual)
 
 
 def row_of(at: Evaluation) -> dict[str, np.ndarray[Any, Any]]:

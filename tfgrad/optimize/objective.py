@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import keras
@@ -13,6 +14,7 @@ import tensorflow as tf
 from tfgrad.derivatives.calls import Call
 from tfgrad.derivatives.outputs import objective
 from tfgrad.derivatives.recording import Recording
+from tfgrad.derivatives.soundness import may_drop
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.diagnosis.explain import explain
 from tfgrad.errors import InvalidArgumentError
@@ -114,7 +116,9 @@ class Objective:
         return evaluation
 
     def hvp(self, direction: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Return the Hessian, where the variables are, times a direction; traced once.
+        """Return the Hessian, where the variables are, times a direction.
+
+        It is made of the trace of an evaluation, which has to come first.
 
         Args:
             direction: One tensor for each variable.
@@ -219,10 +223,21 @@ class Objective:
         self, f: Callable[..., Any], *direction: tf.Tensor
     ) -> list[tf.Tensor]:
         # Reverse over reverse, as in tfgrad.hvp: no op of TensorFlow refuses it.
-        def gradient(call: Call) -> list[tf.Tensor]:
-            return self._record(call).gradients()
+        call = self._call(f)
+        if self._evaluates_soundly():
+            call = replace(call, variables=self.pack(self.variables))
+            recording = Recording(lambda _: self.evaluate().gradient, call)
+        else:
+            recording = Recording(lambda call: self._record(call).gradients(), call)
+        return recording.gradients(direction)
 
-        return Recording(gradient, self._call(f)).gradients(direction)
+    def _evaluates_soundly(self) -> bool:
+        """Return whether the trace of the evaluation can be differentiated as it is.
+
+        Else f has to be traced again, repaired: its gradient would lack a term.
+        """
+        graph = self._traces.graph(None, ())
+        return graph is not None and not may_drop(graph.get_operations())
 
     def _call(self, f: Callable[..., Any], batch: tuple[Nest, ...] = ()) -> Call:
         """Return the call of the user's function where the variables are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -107,6 +107,9 @@ class SciPyLoop(Loop):
         if self._session is not None:
             self._session.close()
             self._session = None
+
+    def _standing_code(self, facts: Mapping[str, Any]) -> int:
+        return RUNNING  # SciPy says again how it ended
 
     def _code_of_end(self) -> int:
         """Return why SciPy ended where no rule of ours holds."""

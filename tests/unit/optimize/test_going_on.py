@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.errors import InvalidArgumentError
+from tfgrad.optimize import loop
 
 START = np.full(4, -1.2)
 
@@ -58,6 +59,54 @@ def test_steps_and_more_steps_are_all_of_them_at_once(method, first, rest):
     assert_same(result, whole)
     assert np.all(np.diff(result.history["seconds"]) >= 0)
     assert result.seconds >= begun.seconds
+
+
+@pytest.mark.parametrize("method", ["adam", "lbfgs"])
+def test_it_does_not_matter_where_a_run_is_cut_for_xla(method, monkeypatch):
+    monkeypatch.setattr(loop, "XLA_FROM", 110)
+    monkeypatch.setattr(loop, "XLA_FROM_PER_OP", 0)
+    monkeypatch.setattr(loop, "PURE_XLA_FROM", 110)
+
+    def run(start, steps):
+        options = {"method": method, "steps": steps, "gtol": 0.0}
+        return tfgrad.minimize(rosenbrock, start, **options)
+
+    start = np.linspace(-2, 2, 30)
+    whole = run(start, 170)
+
+    assert whole.nit == 170
+    for first in (40, 110, 150):
+        assert_same(run(run(start, first), 170 - first), whole)
+
+
+def test_the_kernels_that_tensorflow_fuses_do_not_tell_few_steps_from_many():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(64, 10)).astype(np.float32)
+    start = {"w": generator.normal(size=(10, 20)).astype(np.float32), "b": np.ones(20)}
+    start["b"] = start["b"].astype(np.float32)
+
+    def loss(p):
+        return tf.reduce_mean(tf.tanh(tf.nn.bias_add(x @ p["w"], p["b"])) ** 2)
+
+    begun = tfgrad.minimize(loss, start, method="adam", steps=40)
+    result = tfgrad.minimize(loss, begun, steps=80)
+
+    assert_same(result, tfgrad.minimize(loss, start, method="adam", steps=120))
+
+
+@pytest.mark.parametrize(
+    ("rules", "status"),
+    [({"gtol": 0.0}, "precision"), ({"ftol": 1e-3}, "ftol"), ({"xtol": 1e-2}, "xtol")],
+)
+def test_a_run_that_ended_by_itself_ends_there_again(rules, status):
+    def f(x):
+        return tf.reduce_sum(tf.exp(x) - 0.1 * x)
+
+    begun = tfgrad.minimize(f, START, **rules)
+    result = tfgrad.minimize(f, begun, **rules)
+
+    assert begun.status == status
+    assert_same(result, begun)
 
 
 def test_a_result_is_not_changed_by_going_on_from_it():

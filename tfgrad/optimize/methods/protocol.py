@@ -102,10 +102,11 @@ class Curvature(Protocol):
     """What an objective offers beyond value and gradient.
 
     Its functions may be called in `init` and `update`, in bodies of `tf.while_loop` and
-    `tf.cond` too. The first call traces the objective once more: a minimisation with
-    such a method traces it twice, however many products it takes. They do not count as
-    evaluations (`nfev`), nor are they verified as those of `tfgrad.hvp` are: a method
-    has to compare what it predicts from them with the values that it gets.
+    `tf.cond` too. They are made of the trace of the gradient: the objective is not
+    traced again, but where TensorFlow's second derivative of it has to be repaired.
+    They do not count as evaluations (`nfev`), nor are they verified as those of
+    `tfgrad.hvp` are: a method has to compare what it predicts from them with the values
+    that it gets.
     """
 
     def hvp(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
