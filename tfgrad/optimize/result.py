@@ -32,7 +32,8 @@ class OptimizeResult:
         status: Why the run ended: "gtol", "ftol", "xtol", "target" (solutions),
             "steps", "epochs", "data" (over, and cannot be repeated), "seconds",
             "callback", "interrupted", "nonfinite", "unbounded", "precision",
-            "linesearch", "trustregion", "stopped".
+            "linesearch", "trustregion", "scipy" (ended by itself), "infeasible" (so did
+            it, or got no nearer, where a limit is broken), "stopped".
         message: The same as a sentence.
         history: One row per state, row 0 the start: `step`, `fun`, `grad_norm` (largest
             |element|), `seconds`; the leaves of `x` while they are ten numbers or

@@ -72,6 +72,7 @@ class SciPyLoop(Loop):
         self._session: Session | None = None
         self._transcript: Transcript | None = None
         self._here = start
+        self._least, self._idle = np.inf, 0
         self._answers: dict[str, Callable[..., Any]] = {
             "fun": self._fun,
             "hessp": self._hessp,
@@ -120,7 +121,7 @@ class SciPyLoop(Loop):
     def _how_far(self) -> str:
         """Return what is wrong with the current point, as a sentence."""
         gtol = self.stopping.gtol or 0.0
-        if (violation := self._limits.violation(self._here)) > max(gtol, FEASIBLE):
+        if (violation := self._limits.violation(self._here)) > self._slack:
             return f"A limit is broken by {violation:.2g}."
         grad = np.asarray(ravel(self.at.gradient), np.float64)
         slope = self._limits.slope(self._here, grad, gtol)
@@ -135,7 +136,11 @@ class SciPyLoop(Loop):
         known = tf.nest.map_structure(lambda *y: tf.stack(y), *self._known.values())
         return replace(
             plain,
-            facts={**plain.facts, "iterations": transcript.iterations},
+            facts={
+                **plain.facts,
+                "iterations": transcript.iterations,
+                "patience": [self._least, self._idle],
+            },
             told=[*transcript.tensors(), tf.constant(points), *tf.nest.flatten(known)],
             is_whole=transcript.is_whole,
         )
@@ -149,6 +154,7 @@ class SciPyLoop(Loop):
         *transcript, points = snapshot.told[:4]
         iterations = snapshot.facts["iterations"]
         self._transcript = Transcript.of(transcript, iterations)
+        self._least, self._idle = snapshot.facts["patience"]
         rows = zip(*map(tf.unstack, snapshot.told[4:]), strict=True)
         for x, row in zip(points.numpy(), rows, strict=True):
             self._known[x.tobytes()] = tf.nest.pack_sequence_as(self.at, list(row))
@@ -204,7 +210,37 @@ class SciPyLoop(Loop):
         rules = self.stopping
         if not moved:  # as where a simplex turns about its best corner
             rules = Stopping(rules.gtol, None, None, rules.target)
-        return self._code(rules, step)
+        code = self._code(rules, step)
+        if code == RUNNING and self._is_lost():
+            self.says["infeasible"] = (
+                f"The least violation of the limits, {self._least:.2g}, did not fall "
+                f"in {self._idle} iterations. {self._how_far()}"
+            )
+            return GIVEN_UP
+        return code
+
+    def _is_lost(self) -> bool:
+        """Count iterations that brought no point nearer to the limits, if none is."""
+        if self._method.patience is None or not self._limits.functions:
+            return False
+        violation = self._limits.violation(self._here)
+        if violation <= 0.9 * self._least:
+            self._least, self._idle = violation, 0
+            return False
+        self._idle += 1
+        return self._least > self._slack and self._idle >= self._method.patience
+
+    @property
+    def _slack(self) -> float:
+        """By how much a point may break a limit and still end the run."""
+        return max(self.stopping.gtol or 0.0, FEASIBLE)
+
+    def why(self) -> tuple[str, str] | None:
+        """Return that the limits are broken, where the run was given up for nothing."""
+        if self.code != GIVEN_UP or self._limits.violation(self._here) <= self._slack:
+            return None
+        said = self.says.get("infeasible") or self.says.get("scipy", "")
+        return "infeasible", said or self._how_far()
 
     def _code_of_start(self) -> int:
         row, rules = self.at.row, self.stopping
@@ -216,7 +252,7 @@ class SciPyLoop(Loop):
         if not limits.are_any or not np.isfinite(step.grad_norm):
             return int(rules.code(step))
         x = np.asarray(ravel(self.point()), np.float64)
-        if limits.violation(x) > max(gtol, FEASIBLE):
+        if limits.violation(x) > self._slack:
             return int(Stopping().code(step))  # no point to stop at
         grad = np.asarray(ravel(self.at.gradient), np.float64)
         slope = tf.constant(limits.slope(x, grad, gtol), step.grad_norm.dtype)

@@ -42,6 +42,7 @@ def sentence(
         "precision": "Rounding hides what any further step would change.",
         "trustregion": "No step, however short, goes downhill; f may have a kink.",
         "scipy": "SciPy's method ended by itself.",
+        "infeasible": "No point was found that keeps to the limits.",
         "linesearch": "No step downhill was found: f may have a kink here, or larger "
         "rounding errors than its size tells.",
         "seconds": f"The {seconds} seconds were over after {step} steps.",

@@ -37,7 +37,9 @@ class Stage:
     tells: bool
 
 
-HANDS_OVER = frozenset({"steps", "precision", "linesearch", "trustregion", "scipy"})
+HANDS_OVER = frozenset(
+    {"steps", "precision", "linesearch", "trustregion", "scipy", "infeasible"}
+)
 """The statuses with which a stage hands over to the next; others end the run."""
 
 

@@ -22,9 +22,12 @@ def rosenbrock(x):
 SPHERE = {"type": "ineq", "fun": lambda x: 2 - tf.reduce_sum(x**2)}
 PLANE = {"type": "eq", "fun": lambda x: x[0] + x[1] - 1}
 
+FAR = {"type": "eq", "fun": lambda x: x[0] + x[1] + x[2] - 9}
+
 RUNS = {
     "l-bfgs-b": {"bounds": (-2.0, 0.9)},
     "slsqp": {"constraints": [SPHERE, PLANE]},
+    "infeasible": {"method": "scipy:slsqp", "constraints": [SPHERE, FAR]},
     "trust-constr": {"constraints": [SPHERE], "steps": 25},
     "cobyqa": {"constraints": [PLANE], "steps": 30},
     "nelder-mead": {"steps": 60},
@@ -68,7 +71,7 @@ def whole():
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_left_goes_on_to_the_last_bit(tmp_path, whole, name):
     expected = whole(name)
-    for step in (1, expected.nit // 2, expected.nit - 1):
+    for step in (expected.nit // 2, expected.nit - 1):
         left_at(step, name, checkpoint=tmp_path)
     result = minimized(name, checkpoint=tmp_path)
 

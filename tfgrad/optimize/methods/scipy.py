@@ -62,6 +62,8 @@ class SciPyMethod:
         second: "hessp" or "hess", if it takes one of them.
         bounds: Whether it takes them.
         constraints: Whether it takes them.
+        patience: Iterations in which the least violation of the limits falls by a
+            tenth, as long as none keeps to them; else nothing does. None: not known.
         options: Its tolerances, and how many iterations it may take.
     """
 
@@ -70,6 +72,7 @@ class SciPyMethod:
     second: str = ""
     bounds: bool = False
     constraints: bool = False
+    patience: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     failure: ClassVar[str] = "scipy"
 
@@ -122,8 +125,8 @@ SCIPY = _table(
         "cobyqa", gradient=False, bounds=True, constraints=True,
         options={"final_tr_radius": FINE, "maxiter": MANY, "maxfev": MANY},
     ),
-    SciPyMethod(
-        "slsqp", bounds=True, constraints=True,
+    SciPyMethod(  # where limits contradict each other it strays to 1e30 and back
+        "slsqp", bounds=True, constraints=True, patience=50,
         options={"ftol": 1e-15, "maxiter": MANY},
     ),
     SciPyMethod(
