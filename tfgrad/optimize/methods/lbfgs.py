@@ -224,7 +224,10 @@ class LBFGS:
         # At a kink slopes promise ever less, too, but there the gradient does not fall.
         has_fallen = progress.grad_norm <= FALLEN * progress.most_grad
         # Along a Newton direction f falls by half of what its slope promises.
-        promised = tf.where(leads & has_fallen, -newton_slope / 2, float("inf"))
+        # A fresh start where nothing changes knows no better than the one before it.
+        known = tf.where(progress.idle > 0, before.expected, float("inf"))
+        promised = tf.where(leads, -newton_slope / 2, known)
+        promised = tf.where(has_fallen, promised, float("inf"))
         expected = tf.where(is_taken, promised, before.expected)
         failed = tf.where(is_taken, progress.idle >= MOST_IDLE, is_over & ~retries)
 
@@ -347,7 +350,7 @@ def _pair(new: Point, old: Point, state: State) -> Pair:
     yy, yg, gg, slope = tf.unstack(tf.reduce_sum(terms, 1))
     slope /= unit
     t *= unit
-    sy = t * unit * (slope - state.search.start.slope)
+    sy = t * (unit * (slope - state.search.start.slope))
     length = tf.sqrt(gg) / unit
     s = t * state.direction
     return Pair(s, y, unit, sy, yy, t * slope, yg / unit, slope, length)
@@ -367,8 +370,12 @@ def _remember(
     slot = memory.kept % m
     is_new, is_oldest = (tf.range(m) == k % m for k in (slot, slot + 1))
     none, ratio = tf.zeros([], gradient.dtype), pair.sy / pair.yy
-    # Else the curvature is not positive, or 1 / sy may overflow.
-    is_kept = is_taken & (ratio > EPSILONS[gradient.dtype])
+    # Else the curvature is not positive, or lost in the rounding of slopes whose
+    # difference sy is, in whatever units f and x are; or 1 / sy may overflow; or of the
+    # new gradient nothing is left in y, which tells only how steep f was.
+    epsilon, slope = EPSILONS[gradient.dtype], tf.abs(pair.unit * pair.sg)
+    is_kept = (pair.sy > epsilon * slope) & (pair.sy > 4 / gradient.dtype.max)
+    is_kept &= is_taken & (pair.unit * pair.length > epsilon)
 
     rows = tf.reshape(memory.pairs, [2 * m, -1])
     products = tf.reshape(tf.linalg.matvec(rows, gradient), [m, 2])
