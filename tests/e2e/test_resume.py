@@ -1,4 +1,4 @@
-"""Runs that are killed and called again, as real processes.
+"""Runs that are killed, or interrupted, and called again, as real processes.
 
 `TFGRAD_KILLS=20` kills as often; by default, twice: at a step, and amid a checkpoint.
 """
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.test_tensorboard import HAS_DATA_SERVER, curve
@@ -28,7 +29,7 @@ import tensorflow as tf
 import tfgrad
 from tfgrad.optimize import checkpoint
 
-root, step, write = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+root, step, write, number = sys.argv[1], *map(int, sys.argv[2:])
 checkpoint.LEAST_SECONDS = checkpoint.LEAST_RATIO = 0
 keras.utils.set_random_seed(1)  # the order of a seeded data set hangs on it, too
 x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
@@ -40,11 +41,11 @@ model.set_weights([
     w if w.dtype == np.uint32 else generator.uniform(0.1, 1, w.shape)
     for w in model.get_weights()
 ])
-kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+kill = lambda: os.kill(os.getpid(), number)
 
 def callback(state):
     if 0 <= step <= state.step:
-        kill()
+        threading.Thread(target=kill).start()
 
 saves, save = [], tf.train.CheckpointManager.save
 def killed_amid(*args, **kwargs):
@@ -68,8 +69,10 @@ with open(f"{root}/out", "wb") as file:
 """
 
 
-def run(root, step=-1, write=-1):
-    command = [sys.executable, "-c", SCRIPT, root, str(step), str(write)]
+def run(root, step=-1, write=-1, number=signal.SIGKILL):
+    root.mkdir(exist_ok=True)
+    numbers = [str(int(n)) for n in (step, write, number)]
+    command = [sys.executable, "-c", SCRIPT, root, *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
@@ -95,18 +98,8 @@ def curves(directory):
     }
 
 
-def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    assert run(whole) == 0
-
-    moments = sorted(random.Random(0).sample(range(1, 160), KILLS))
-    for number, step in enumerate(moments):
-        where = {"write": 2} if number % 2 else {"step": step}
-        assert run(killed, **where) == -signal.SIGKILL
-    assert run(killed) == 0
-
+def assert_same(killed, whole):
+    """Assert that a run which was called again is the one which was not, to the bit."""
     facts, history, epochs, weights, directory = outcome(whole)
     again = outcome(killed)
     assert again[0] == facts
@@ -118,9 +111,44 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     assert len(list((killed / "logs").iterdir())) == 1
     assert curves(again[4]) == curves(directory)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    assert run(root) == 0
+    return root
+
+
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(whole, tmp_path):
+    killed = tmp_path / "killed"
+    moments = sorted(random.Random(0).sample(range(1, 160), KILLS))
+    for number, step in enumerate(moments):
+        where = {"write": 2} if number % 2 else {"step": step}
+        assert run(killed, **where) == -signal.SIGKILL
+    assert run(killed) == 0
+
+    assert_same(killed, whole)
     if HAS_DATA_SERVER:  # it is not built for every machine
-        loss = read_run(Path(directory)).curves["loss"]
+        loss = read_run(Path(outcome(whole)[-1])).curves["loss"]
+        directory = Path(outcome(killed)[-1])
         with show(killed / "logs", load_fast="true") as board:
-            steps, values = curve(board, Path(again[4]).name, "loss", len(loss.steps))
+            steps, values = curve(board, directory.name, "loss", len(loss.steps))
         assert steps == list(loss.steps)
         assert values == list(loss.values)
+
+
+def test_a_run_that_ctrl_c_ends_has_its_result_and_goes_on_when_called_again(
+    whole, tmp_path
+):
+    assert run(tmp_path, step=30, number=signal.SIGINT) == 0
+    (nit, _, status, message), history, *_ = outcome(tmp_path)
+    assert run(tmp_path) == 0
+
+    assert (status, len(history["fun"])) == ("interrupted", nit + 1)
+    assert 30 <= nit < outcome(whole)[0][0]
+    assert "all until there is kept" in message
+    for name, column in history.items():
+        column = np.asarray(column)[:nit]  # the last row is of a batch yet to come
+        np.testing.assert_array_equal(column, outcome(whole)[1][name][:nit])
+    assert_same(tmp_path, whole)

@@ -175,7 +175,7 @@ class Descent:
                 rows = self._course.loop.start()
             else:
                 self._go_on(self._saved)
-                rows = Rows(self._saved.history)
+                rows = self._rows_of(self._saved)
             if len(rows):
                 self._table.append(rows)
             if self._saved is not None and self._saved.epochs:
@@ -340,6 +340,16 @@ class Descent:
                 course.begin()
                 row = course.loop.at.row if course.loop.repeats else {"fun": fun}
             check_continues(saved.history, course.loop.at.row, row["fun"], fun)
+
+    def _rows_of(self, saved: Saved) -> Rows:
+        """Return the rows of a run to go on with, but those that are made again.
+
+        Over data, the last one is that of the batch which the next step takes.
+        """
+        rows, loop = Rows(saved.history), saved.loop.facts
+        if not self._is_alike or loop.get("has_row", True):
+            return rows
+        return rows.first(int(np.searchsorted(rows.columns["step"], loop["step"])))
 
     def _snapshot(self) -> Saved:
         facts = {

@@ -109,6 +109,24 @@ def test_a_run_that_ended_by_itself_ends_there_again(rules, status):
     assert_same(result, begun)
 
 
+@pytest.mark.parametrize("budget", ["steps", "epochs"])
+def test_steps_over_data_go_on_with_the_batch_that_comes_next(budget):
+    x = np.linspace(-1, 1, 40).astype(np.float32)
+
+    def loss(p, x, y):
+        return tf.reduce_mean((p * x - y) ** 2)
+
+    def run(start, count):
+        options = {"data": (x, 2 * x), "batch_size": 16, budget: count}
+        return tfgrad.minimize(loss, start, method="sgd", **options)
+
+    result, whole = run(run(0.0, 4), 3), run(0.0, 7)
+
+    assert_same(result, whole)
+    np.testing.assert_array_equal(result.history["step"], np.arange(whole.nit + 1))
+    np.testing.assert_array_equal(result.epochs["fun"], whole.epochs["fun"])
+
+
 def test_a_result_is_not_changed_by_going_on_from_it():
     begun = tfgrad.minimize(rosenbrock, START, method="adam", steps=20)
     kept = pickle.dumps((begun.x, begun.history))
