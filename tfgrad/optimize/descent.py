@@ -162,7 +162,8 @@ class Descent:
 
     def compiling(self) -> AbstractContextManager[None]:
         """Return the context in which `with` and `advance` are to be called."""
-        return as_written(optimized=(self.planned or ENDLESS) >= LOOP_STEPS)
+        is_long = (self.planned or ENDLESS) >= LOOP_STEPS
+        return as_written(optimized=is_long and self.objective.takes_many_steps)
 
     def __enter__(self) -> Self:
         """Evaluate the start, or go to where it was; open the log; save."""

@@ -66,7 +66,11 @@ class Objective:
         owners: The same, Keras's as Keras has them: some of its optimizers ask for
             paths.
         template: The nest to pack an answer in.
+        takes_many_steps: Whether a run is likely to: then it pays that TensorFlow
+            optimises the graphs.
     """
+
+    takes_many_steps = True
 
     def __init__(
         self,

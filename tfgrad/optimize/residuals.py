@@ -41,6 +41,8 @@ class Residuals(Objective):
         jit: As for `Objective`.
     """
 
+    takes_many_steps = False
+
     def __init__(
         self,
         f: Callable[..., Any],
