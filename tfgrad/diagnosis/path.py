@@ -123,7 +123,9 @@ def may_hide_a_cut(operations: Iterable[tf.Operation]) -> bool:
 def _leaves_floats(op: tf.Operation) -> bool:
     by_value = any(tensor.dtype.is_floating for tensor in op.inputs)
     on = any(tensor.dtype.is_floating for tensor in op.outputs)
-    return op.type in _STEPS or (by_value and not on and len(op.outputs) > 0)
+    leaves = by_value and not on and len(op.outputs) > 0
+    is_cut = op.type in _STEPS or (leaves and not blocks(op))
+    return is_cut and not made_by_gradient(op)  # of masks and indices: see `_cut_at`
 
 
 def _arriving(

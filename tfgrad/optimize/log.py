@@ -330,6 +330,8 @@ class Log:
         if self._objective.example:  # each batch has a contour of its own
             return
         path = np.concatenate([_points(rows) for rows in self._kept])
+        if not np.isfinite(path).all(axis=1).any():  # a start that is NaN
+            return
         resolution = self._affordable_resolution()
         if path.shape[1] not in (1, 2) or resolution < 10:
             return

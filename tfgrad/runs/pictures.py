@@ -188,7 +188,8 @@ def _draw_graph(axes: Any, grid: Grid, values: Any, path: Any, fun: Any) -> None
 
 def _draw_contour(axes: Any, grid: Grid, values: Any, path: Any, fun: Any) -> None:
     finite = values.compressed()
-    levels = np.unique(np.quantile(finite, np.linspace(0, 1, _LEVELS)))
+    probabilities = np.linspace(0, 1, _LEVELS)
+    levels = np.unique(np.quantile(finite, probabilities)) if len(finite) else ()
     if len(levels) > 1:
         x, y = grid.axes
         norm = BoundaryNorm(levels, ncolors=256)

@@ -494,6 +494,17 @@ def test_a_log_that_the_system_refuses_leaves_the_variables_alone():
     assert x.numpy() == 3.0
 
 
+@pytest.mark.parametrize("start", [[-1.0, -1.0], [np.nan, 1.0], [np.nan] * 2, -1.0])
+def test_a_start_without_a_value_has_a_log_without_a_picture(start, tmp_path):
+    def f(x):
+        return tf.reduce_sum(tf.math.log(x))
+
+    result = tfgrad.minimize(f, np.array(start), log=tmp_path)
+
+    assert (result.status, result.nit) == ("nonfinite", 0)
+    assert (result.directory / "run.json").exists()
+
+
 def test_a_bad_function_leaves_no_trace_on_disk_nor_in_the_variables(tmp_path):
     x = tf.Variable(3.0)
     with pytest.raises(ScalarObjectiveError):

@@ -76,6 +76,7 @@ def test_products_made_of_the_gradients_trace_are_those_of_hvp(name):
     v = tf.constant(matrix()[::-1])
     objective.evaluate()
     before = len(calls)
+    assert before == 1 or name in {"a scan", *REPAIRED}
     (product,) = objective.hvp([v])
 
     np.testing.assert_allclose(product, hvp(f)(matrix(), v), rtol=1e-12, atol=1e-12)
