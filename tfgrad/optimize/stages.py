@@ -144,8 +144,9 @@ def _tells(method: Any) -> bool:
 
 def _identity(method: Any, learning_rate: Any) -> str:
     """Return the name of a method and the numbers and words that it was made with."""
-    facts = {"learning_rate": learning_rate} if _is_keras_name(method) else {}
-    if not isinstance(method, str):
+    is_kind = _is_keras_name(method) or inspect.isclass(method)
+    facts = {"learning_rate": learning_rate} if is_kind else {}
+    if not isinstance(method, str | type):
         facts |= _configuration(method)
     texts = (f"{name}={_plain(value)}" for name, value in sorted(facts.items()))
     return f"{_name_of(method)}({', '.join(texts)})"

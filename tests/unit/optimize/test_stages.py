@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.errors import InvalidArgumentError
+from tfgrad.optimize.methods.lbfgs import LBFGS
 from tfgrad.optimize.options import Options
 
 START = np.full(4, -1.2)
@@ -150,3 +151,16 @@ def test_minimize_and_descend_have_the_same_options():
     assert descend.keys() - options.keys() == {"f", "x0"}
     for name, option in options.items():
         assert minimize[name].default == option.default == descend[name].default
+
+
+def test_the_class_of_an_optimizer_is_the_optimizer_of_that_name():
+    by_name = minimized("adam", learning_rate=0.01, steps=3)
+    by_class = minimized(keras.optimizers.Adam, learning_rate=0.01, steps=3)
+
+    np.testing.assert_array_equal(by_class.history["fun"], by_name.history["fun"])
+
+
+@pytest.mark.parametrize("memory", [0, -1, 1.5, "10"])
+def test_a_memory_of_lbfgs_that_is_no_count_is_refused(memory):
+    with pytest.raises(InvalidArgumentError, match=r"at least 1[\s\S]*memory=10"):
+        LBFGS(memory)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
+from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either
 from tfgrad.optimize.methods.protocol import Move, Point
 
@@ -177,12 +178,21 @@ class LBFGS:
 
     Args:
         memory: How many pairs to keep; each takes two vectors of the size of x.
+
+    Raises:
+        InvalidArgumentError: If that is no whole number from 1 up.
     """
 
     name = "lbfgs"
 
     def __init__(self, memory: int = MEMORY) -> None:
         """Remember how much to remember."""
+        if not isinstance(memory, int) or memory < 1:
+            raise InvalidArgumentError(
+                "`memory` must be a whole number of at least 1.",
+                got=f"memory={memory!r}",
+                hint=f"memory={MEMORY}",
+            )
         self._memory = memory
 
     def init(self, start: Point) -> Move:
