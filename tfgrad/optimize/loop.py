@@ -60,6 +60,9 @@ XLA_FROM_PER_OP = 20
 PURE_XLA_FROM = 300
 """The step from which a pure method runs under XLA: most runs end long before."""
 
+LEAST_LOOK, MOST_LOOK = 8, 60
+"""Gradients that a look around a stationary point may cost, between these bounds."""
+
 NEVER = -1
 
 TURNS = 8
@@ -322,16 +325,18 @@ class Loop:
     def _look_around(self) -> None:
         """Do not stop at a maximum or a saddle, if it can be told from a minimum.
 
-        Steps end at one by themselves only where they keep to a ridge, which moves no
-        parameter across it. So it is looked for where one has not moved, as at the
-        start; or where the method has second derivatives already.
+        Steps that keep to a ridge end at one. To tell costs products with the Hessian.
+        Where a method had no need of them, gradients make up for them, as many as come
+        to a quarter of what the run has cost.
         """
         turns = self.turns
         if not isinstance(turns, PureTurns) or self.code not in STATIONARY:
             return
-        if turns.knows_curvature or turns.has_idle_parameters(self._state):
-            self._lower = turns.lower_point(self.at, self._state, self._evaluate)
-            self.code = self.code if self._lower is None else RUNNING
+        gradients = None
+        if self.step and not turns.knows_curvature:
+            gradients = min(max(self.evaluations // 4, LEAST_LOOK), MOST_LOOK)
+        self._lower = turns.lower_point(self.at, self._state, self._evaluate, gradients)
+        self.code = self.code if self._lower is None else RUNNING
 
     def _leave(self) -> Rows:
         """Step to the lower point that was found, and let the method start afresh."""

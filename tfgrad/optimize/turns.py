@@ -21,7 +21,7 @@ from tfgrad.optimize.methods import PURE, named_method
 from tfgrad.optimize.methods.keras_optimizer import KerasMethod, optimizer_factory
 from tfgrad.optimize.methods.protocol import Bindable, Explained, Method, Point
 from tfgrad.optimize.objective import Evaluation, Objective
-from tfgrad.optimize.saddles import Array, lower_point
+from tfgrad.optimize.saddles import PRODUCTS, Array, lower_point
 
 
 class Turn(NamedTuple):
@@ -49,13 +49,11 @@ class PureState(NamedTuple):
         trial: Where to evaluate next, shape `[n]`.
         remembered: What the method has to remember.
         x: The current point, shape `[n]`.
-        start: Where the method started, shape `[n]`.
     """
 
     trial: tf.Tensor
     remembered: Any
     x: tf.Tensor
-    start: tf.Tensor
 
 
 class Turns(Protocol):
@@ -222,11 +220,11 @@ class PureTurns:
         """Return the first trial, what the method remembers, and the current point."""
         x = ravel(self._objective.read())
         move = self._method.init(self._as_point(x, at))
-        return PureState(move.x, move.state, x, x)
+        return PureState(move.x, move.state, x)
 
     def turn(self, at: Evaluation, state: Any) -> Turn:
         """Evaluate the trial and ask the method what to make of it."""
-        trial, remembered, x, start = state
+        trial, remembered, x = state
         self._objective.assign(unravel(trial, self._objective.variables))
         evaluation = self.evaluate()
         new, old = self._as_point(trial, evaluation), self._as_point(x, at)
@@ -235,7 +233,7 @@ class PureTurns:
         if move.accepted is not True:
             here = either(move.accepted, here, (x, at))
         x, at = here
-        state = PureState(move.x, move.state, x, start)
+        state = PureState(move.x, move.state, x)
         return Turn(at, state, move.accepted, move.failed, move.expected)
 
     def point(self, state: Any) -> list[tf.Tensor]:
@@ -265,12 +263,12 @@ class PureTurns:
         """Return what the method says about its state."""
         return self._method.why(state.remembered) if self.knows_solutions else None
 
-    def has_idle_parameters(self, state: PureState) -> bool:
-        """Return whether a parameter is, to the last bit, what it was at the start."""
-        return bool(tf.reduce_any(state.x == state.start))
-
     def lower_point(
-        self, at: Evaluation, state: Any, evaluate: Callable[[], Evaluation]
+        self,
+        at: Evaluation,
+        state: Any,
+        evaluate: Callable[[], Evaluation],
+        gradients: int | None,
     ) -> list[tf.Tensor] | None:
         """Return a point beside a stationary one where f is lower, leaf by leaf.
 
@@ -278,18 +276,31 @@ class PureTurns:
             at: The evaluation of the current point, maybe a maximum or a saddle.
             state: What the next turn needs.
             evaluate: What to evaluate with where the variables are.
+            gradients: How many that may cost; None means none, but products with the
+                Hessian, which take long to compile, and tell better what is flat.
         """
         here = self._as_point(state.x, at)
 
         def product(direction: Array) -> Array:
-            v = tf.constant(direction, here.x.dtype)
-            return np.asarray(self._flat.hvp(here.x, v), np.float64)
+            if gradients is None:
+                v = tf.constant(direction, here.x.dtype)
+                return np.asarray(self._flat.hvp(here.x, v), np.float64)
+            # The step that balances rounding and curvature of the gradient.
+            step = epsilon ** (1 / 3) * max(1.0, float(np.linalg.norm(x))) * direction
+            ahead, behind = gradient(x + step), gradient(x - step)
+            change: Array = (ahead - behind) / (2 * np.linalg.norm(step))
+            return change
+
+        def gradient(x: Array) -> Array:
+            self._objective.assign(self._leaves(x))
+            return np.asarray(ravel(self.evaluate().gradient), np.float64)
 
         def value(x: Array) -> float:
             self._objective.assign(self._leaves(x))
             return float(evaluate().row["fun"])
 
-        if not self.operations():
+        operations = self.operations()
+        if not operations or any("Random" in operation for operation in operations):
             return None
         x, grad = (np.asarray(v, np.float64) for v in (here.x, here.grad))
         epsilon = EPSILONS[here.x.dtype]
@@ -303,6 +314,7 @@ class PureTurns:
                     product=product,
                     value=value,
                     epsilon=epsilon,
+                    products=PRODUCTS if gradients is None else gradients // 2,
                 )
             except Exception:  # a user's gradient may raise anything: nothing is known
                 lower = None

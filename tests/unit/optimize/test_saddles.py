@@ -56,11 +56,44 @@ def test_a_start_at_a_minimum_is_kept(f, start, method):
     assert result.nit == 0
 
 
-def test_lbfgs_does_not_end_at_a_saddle_that_a_ridge_leads_to():
-    result = tfgrad.minimize(saddle, np.array([1.0, 0.0]))
+def rotated(f, angle):
+    def g(x):
+        c, s = np.cos(angle), np.sin(angle)
+        return f([c * x[0] + s * x[1], c * x[1] - s * x[0]])
+
+    return g
+
+
+@pytest.mark.parametrize("angle", [0, np.pi / 4, 0.4, 2.0])
+def test_lbfgs_does_not_end_at_a_saddle_that_a_ridge_leads_to(angle):
+    ridge = np.array([np.cos(angle), np.sin(angle)])
+
+    result = tfgrad.minimize(rotated(saddle, angle), ridge)
 
     assert result.success
     assert result.fun == pytest.approx(-0.25, abs=1e-12)
+
+
+def test_a_saddle_of_many_parameters_is_left_that_symmetry_leads_to():
+    def f(x):  # all equal, all stay equal
+        return (
+            tf.reduce_sum((x - 1) ** 4)
+            - 200 * tf.math.reduce_variance(x)
+            + tf.reduce_sum(x**4)
+        )
+
+    result = tfgrad.minimize(f, np.full(12, 3.0))
+
+    assert result.success
+    assert np.ptp(result.x) > 0.1
+
+
+@pytest.mark.parametrize("power", [2, 4, 6])
+def test_a_minimum_is_not_left_however_flat(power):
+    result = tfgrad.minimize(lambda x: tf.reduce_sum(x**power), np.array([1.0, 2.0]))
+
+    assert result.success
+    assert result.nit < 100
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -234,9 +234,8 @@ class LBFGS:
         # At a kink slopes promise ever less, too, but there the gradient does not fall.
         has_fallen = progress.grad_norm <= FALLEN * progress.most_grad
         # Along a Newton direction f falls by half of what its slope promises.
-        # A fresh start where nothing changes knows no better than the one before it.
-        known = tf.where(progress.idle > 0, before.expected, float("inf"))
-        promised = tf.where(leads, -newton_slope / 2, known)
+        # A fresh start knows no better than the direction before it.
+        promised = tf.where(leads, -newton_slope / 2, before.expected)
         promised = tf.where(has_fallen, promised, float("inf"))
         expected = tf.where(is_taken, promised, before.expected)
         failed = tf.where(is_taken, progress.idle >= MOST_IDLE, is_over & ~retries)
