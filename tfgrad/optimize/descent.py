@@ -20,6 +20,7 @@ from tfgrad.optimize.checkpoint import Checkpoints
 from tfgrad.optimize.course import Course
 from tfgrad.optimize.data_loop import DataLoop
 from tfgrad.optimize.epochs import ENDLESS, STEPS, training
+from tfgrad.optimize.fingerprint import fingerprint
 from tfgrad.optimize.limits import limits_facts, require_support
 from tfgrad.optimize.log import Log, check_log, open_log
 from tfgrad.optimize.loop import LOOP_STEPS, Rows, Since
@@ -30,6 +31,7 @@ from tfgrad.optimize.saved import (
     UNFINISHED,
     Outcome,
     Saved,
+    check_began,
     check_continues,
     check_same,
     going_on,
@@ -128,6 +130,7 @@ class Descent:
         self._log: Log | None = None
         self._table, self._epochs = Table(), Table()
         self._is_whole = True
+        self._began: list[float] = []  # value and slope where a saved run began
         self._last: Saved | None = None
 
     @property
@@ -171,6 +174,9 @@ class Descent:
             if self._checkpoints is not None:
                 self._checkpoints.open()
                 undo.callback(self._checkpoints.close)
+                if self.objective.takes_values and self._training is None:
+                    row = self.objective.evaluate().row
+                    self._began = [float(row[name]) for name in ("fun", "grad_norm")]
             if self._saved is None:
                 self._course.begin()
                 rows = self._course.loop.start()
@@ -315,8 +321,10 @@ class Descent:
         if saved is not None:
             check_same(saved.facts["problem"], self._problem, f"{checkpoints.path}")
             self._saved, self._is_alike, self._is_resumed = saved, True, True
-            is_as_far = saved.facts["limits"] == self._limits()
-            self._is_over = saved.has_ended and is_as_far
+            # What may be another function is evaluated, and refused if it is one.
+            alike = {"limits": self._limits(), "code": fingerprint(self.objective.f)}
+            is_same = all(saved.facts.get(name) == alike[name] for name in alike)
+            self._is_over = saved.has_ended and is_same
 
     def _limits(self) -> dict[str, Any]:
         """Return how far it may go, in JSON."""
@@ -341,6 +349,9 @@ class Descent:
                 course.begin()
                 row = course.loop.at.row if course.loop.repeats else {"fun": fun}
             check_continues(saved.history, course.loop.at.row, row["fun"], fun)
+            if self._is_resumed and course.loop.repeats:
+                # Near a minimum of 0, twice the function has the value of it.
+                check_began(self._began, saved.facts["began"], row["fun"].dtype)
 
     def _rows_of(self, saved: Saved) -> Rows:
         """Return the rows of a run to go on with, but those that are made again.
@@ -356,6 +367,8 @@ class Descent:
         facts = {
             "problem": self._problem,
             "limits": self._limits(),
+            "code": fingerprint(self.objective.f),
+            "began": self._began,
             "log": None if self._log is None else self._log.directory.name,
             **self._course.facts(),
         }

@@ -20,6 +20,9 @@ from tfgrad.optimize.result import History, OptimizeResult
 from tfgrad.optimize.snapshot import Snapshot
 from tfgrad.optimize.stopping import SOLUTIONS
 
+BEGUN_WITH = "A run goes on with the function that it began with."
+ELSEWHERE = "minimize(f, result.x), or another directory for `checkpoint`"
+
 UNFINISHED = frozenset({None, "interrupted", "stopped"})
 """The statuses of a run that has not come to its end."""
 
@@ -146,6 +149,29 @@ def check_same(there: Mapping[str, Any], here: Mapping[str, Any], what: str) -> 
         )
 
 
+def check_began(now: list[float], before: list[float], dtype: tf.DType) -> None:
+    """Refuse another function: one whose value or slope where it began is another.
+
+    Args:
+        now: Value and max-norm of the gradient there; none if it is not known.
+        before: The same of the run that was put away.
+        dtype: What the function is computed in.
+
+    Raises:
+        InvalidArgumentError: If they differ by more than rounding.
+    """
+    tolerance = EPSILONS[dtype] ** 0.5
+    if np.allclose(now, before, rtol=tolerance, atol=EPSILONS[dtype], equal_nan=True):
+        return
+    (f, slope), (f_before, slope_before) = now, before
+    raise InvalidArgumentError(
+        BEGUN_WITH,
+        got=f"f = {f:.8g}, max |grad| = {slope:.3g} at its start, where they were "
+        f"{f_before:.8g} and {slope_before:.3g}",
+        hint=ELSEWHERE,
+    )
+
+
 def check_continues(
     history: History, row: Mapping[str, Any], now: Any, before: Any
 ) -> None:
@@ -168,11 +194,7 @@ def check_continues(
         got = f"f = {float(now):.8g} at the point where it was {float(before):.8g}"
     else:
         return
-    raise InvalidArgumentError(
-        "A run goes on with the function that it began with.",
-        got=got,
-        hint="minimize(f, result.x), or another directory for `checkpoint`",
-    )
+    raise InvalidArgumentError(BEGUN_WITH, got=got, hint=ELSEWHERE)
 
 
 def _first_difference(a: list[str], b: list[str]) -> tuple[str, str]:

@@ -16,9 +16,11 @@ from tfgrad.optimize import checkpoint as checkpoint_module
 from tfgrad.runs.directory import claim
 
 START = np.full(3, -1.2)
+CALLS = []
 
 
 def rosenbrock(x):
+    CALLS.append(x)
     return tf.reduce_sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
 
 
@@ -85,13 +87,49 @@ def test_the_last_checkpoints_are_kept_whole(tmp_path, at_each_chunk, whole):
 
 def test_a_finished_run_returns_its_result_without_a_trace(tmp_path):
     first = minimized(tmp_path, log=tmp_path / "logs")
-    again = minimized(tmp_path, never, log=tmp_path / "logs")
+    calls = len(CALLS)
+    again = minimized(tmp_path, log=tmp_path / "logs")
 
     assert_same(again, first)
     assert again.directory == first.directory
     assert len(list((tmp_path / "logs").iterdir())) == 1
-    states = tfgrad.descend(never, START, method="adam", steps=30, checkpoint=tmp_path)
+    call = {"method": "adam", "steps": 30, "checkpoint": tmp_path}
+    states = tfgrad.descend(rosenbrock, START, **call)
     assert [(s.step, s.fun) for s in states] == [(30, first.fun)]
+    assert len(CALLS) == calls
+
+
+def bowl(scale, power=2):
+    return lambda x: tf.reduce_sum(scale * x**power)
+
+
+ANOTHER = {
+    "another body": lambda x: tf.reduce_sum(x**4),
+    "another number behind a name": bowl(2.0),
+    "another array behind a name": bowl(np.array([1.0, 2.0, 3.0])),
+}
+
+
+@pytest.mark.parametrize("steps", [100, 200])
+@pytest.mark.parametrize("name", ANOTHER)
+def test_an_ended_run_is_not_the_answer_for_a_function_with(name, steps, tmp_path):
+    call = {"x0": np.ones(3), "method": "lbfgs", "steps": 100}
+    first = minimized(tmp_path, bowl(1.0), **call)
+    assert first.success
+
+    with pytest.raises(InvalidArgumentError, match="function that it began with"):
+        minimized(tmp_path, ANOTHER[name], **{**call, "steps": steps})
+
+    assert_same(minimized(tmp_path, bowl(1.0), **call), first)
+
+
+def test_a_function_written_otherwise_with_the_same_values_is_the_same(tmp_path):
+    call = {"x0": np.ones(3), "method": "lbfgs", "steps": 100}
+    first = minimized(tmp_path, bowl(1.0), **call)
+
+    again = minimized(tmp_path, lambda x: tf.reduce_sum(tf.square(x)), **call)
+
+    assert_same(again, first)
 
 
 def test_variables_are_put_to_the_end_of_a_finished_run(tmp_path):
