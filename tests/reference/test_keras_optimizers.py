@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
+from tfgrad.errors import InvalidArgumentError
 
 STEPS = 12
 START = np.array([[1.5, -2.0], [0.5, 3.0]], np.float32)
@@ -131,3 +132,20 @@ def test_two_runs_with_one_instance_share_no_moments():
 
     assert np.array_equal(runs[0].history["x"], runs[1].history["x"])
     assert not optimizer.built
+
+
+@pytest.mark.parametrize("kind", ["Adam", "SGD"])
+def test_an_instance_that_is_bound_to_other_variables_is_refused(kind):
+    optimizer = getattr(keras.optimizers, kind)(0.1)
+    bound, other = tf.Variable(1.0), tf.Variable(3.0)
+    optimizer.build([bound])
+
+    with pytest.raises(InvalidArgumentError, match="built for others"):
+        tfgrad.minimize(lambda: other**2, wrt=other, method=optimizer, steps=5)
+    with pytest.raises(InvalidArgumentError, match="built for others"):
+        tfgrad.minimize(lambda x: x**2, 3.0, method=optimizer, steps=5)
+
+    assert (float(bound), float(other)) == (1.0, 3.0)
+    result = tfgrad.minimize(lambda: bound**2, wrt=bound, method=optimizer, steps=5)
+    assert result.nit == 5
+    assert int(optimizer.iterations) == 0

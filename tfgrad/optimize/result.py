@@ -27,7 +27,8 @@ class OptimizeResult:
         fun: The value of the objective there.
         grad: The gradient there, structured like `x`.
         nit: Steps taken.
-        nfev: Evaluations of the objective with its gradient.
+        nfev: Evaluations of the objective with its gradient, but for those of a look
+            around the end, whether it is a saddle: a quarter more at most, or eight.
         success: True if `x` is a solution by the rule that `status` names.
         status: Why the run ended: "gtol", "ftol", "xtol", "target" (solutions),
             "steps", "epochs", "data" (over, and cannot be repeated), "seconds",

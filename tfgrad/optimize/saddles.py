@@ -21,6 +21,9 @@ import numpy as np
 PRODUCTS = 30
 """Products with the Hessian that a look may cost; with n of them it is exact."""
 
+MOST_NUMBERS = 2**23
+"""Numbers that they may fill, 64 MB: of millions of parameters, few are taken."""
+
 NOISE = 10
 """Rounding errors of f up to which two of its values are the same."""
 
@@ -72,11 +75,15 @@ def _least_curvature(
 ) -> tuple[float, float, Array] | None:
     """Return the least curvature, the largest |curvature|, and the former's direction.
 
-    From Lanczos's method, orthogonalised in full. None if it is not finite.
+    From Lanczos's method, orthogonalised in full. None if it is not finite, or if no
+    two products are allowed where there are two directions.
     """
+    most = min(n, most, MOST_NUMBERS // n)
+    if most < min(n, 2):
+        return None
     q = np.random.default_rng(0).normal(size=n)
     basis, products = np.empty((0, n)), np.empty((0, n))
-    while len(basis) < min(n, most):
+    while len(basis) < most:
         q = q / np.linalg.norm(q)
         basis = np.vstack([basis, q])
         products = np.vstack([products, product(q)])

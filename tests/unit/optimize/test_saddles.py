@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
+from tfgrad.optimize import saddles
 from tfgrad.optimize.saddles import lower_point
 
 
@@ -146,6 +147,21 @@ def test_one_negative_eigenvalue_among_many_is_found():
     lower = lower_point(np.zeros(200), 0.0, np.zeros(200), **quadratic(matrix))
 
     assert lower @ matrix @ lower < -0.5 * lower @ lower
+
+
+def test_millions_of_parameters_take_no_more_memory_than_a_few_vectors(monkeypatch):
+    monkeypatch.setattr(saddles, "MOST_NUMBERS", 30)
+    taken = []
+
+    def product(v):
+        taken.append(v)
+        return -v * np.arange(len(v))
+
+    ways = quadratic(np.eye(10)) | {"product": product}
+    lower_point(np.zeros(10), 0.0, np.zeros(10), **ways)
+    assert len(taken) == 3
+    assert lower_point(np.zeros(20), 0.0, np.zeros(20), **ways) is None
+    assert len(taken) == 3
 
 
 def test_a_definite_matrix_and_one_that_is_not_finite_have_no_way_down():

@@ -31,8 +31,12 @@ def optimizer_names() -> dict[str, type[keras.optimizers.Optimizer]]:
     }
 
 
-def optimizer_factory(method: Any, learning_rate: Any) -> Callable[[], Any]:
-    """Return the function that makes an optimizer of a run's own, not yet built.
+Factory = Callable[[Sequence[Any]], Any]
+"""Returns an optimizer for some variables, not yet built."""
+
+
+def optimizer_factory(method: Any, learning_rate: Any) -> Factory:
+    """Return the function that makes an optimizer of a run's own.
 
     Args:
         method: The class of a Keras optimizer, an instance (cloned from its
@@ -46,10 +50,8 @@ def optimizer_factory(method: Any, learning_rate: Any) -> Callable[[], Any]:
             such thing.
     """
     if inspect.isclass(method) and method in optimizer_names().values():
-        if learning_rate is None:
-            return method
-        kind: Any = method
-        return functools.partial(kind, learning_rate=_rate(learning_rate))
+        rate = {} if learning_rate is None else {"learning_rate": _rate(learning_rate)}
+        return lambda variables: method(**rate)
     if inspect.isclass(method) or not hasattr(method, "apply_gradients"):
         raise InvalidArgumentError(
             "`method` must be a name, or an optimizer with `apply_gradients`.",
@@ -63,8 +65,9 @@ def optimizer_factory(method: Any, learning_rate: Any) -> Callable[[], Any]:
             hint=f"{type(method).__name__}(learning_rate={learning_rate!r})",
         )
 
-    def clone() -> Any:
+    def clone(variables: Sequence[Any]) -> Any:
         # An optimizer keeps moments, and two runs must not share them.
+        _check_free(method, variables)
         try:
             return type(method).from_config(method.get_config())
         except (AttributeError, NotImplementedError, TypeError):
@@ -87,7 +90,7 @@ class KerasMethod:
             it.
     """
 
-    def __init__(self, factory: Callable[[], Any], variables: Sequence[Any]) -> None:
+    def __init__(self, factory: Factory, variables: Sequence[Any]) -> None:
         """Build the optimizer, outside of any trace: inside, some go wrong silently."""
         self._variables = list(variables)
         # Keras keeps its learning rate in floatx; float64 steps should not carry a rate
@@ -95,7 +98,7 @@ class KerasMethod:
         double = all(tf.as_dtype(v.dtype) == tf.float64 for v in self._variables)
         self._floatx = "float64" if double else keras.config.floatx()
         with self._precision():
-            self._optimizer = factory()
+            self._optimizer = factory(self._variables)
             self._is_built = hasattr(self._optimizer, "build")
             if self._is_built:
                 self._build()
@@ -127,7 +130,7 @@ class KerasMethod:
     def variables(self) -> list[tf.Variable]:
         """Return what the optimizer keeps from step to step, as far as it tells."""
         kept = getattr(self._optimizer, "variables", ()) if self._is_built else ()
-        return [v.value if isinstance(v, keras.Variable) else v for v in kept]
+        return [_plain(v) for v in kept]
 
     def finish(self) -> bool:
         """Do what the optimizer wants done at the end; return whether that moved x."""
@@ -191,6 +194,22 @@ class KerasMethod:
             yield
         finally:
             keras.config.set_floatx(before)
+
+
+def _plain(variable: Any) -> tf.Variable:
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _check_free(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Refuse an optimizer that was built for other variables than these."""
+    bound = {id(_plain(v)) for v in getattr(optimizer, "_trainable_variables", ())}
+    if bound and not bound.issuperset(id(_plain(v)) for v in variables):
+        raise InvalidArgumentError(
+            "An optimizer that is bound to variables goes on with those.",
+            got=f"an instance of {type(optimizer).__name__}, built for others than "
+            "those that are to be moved",
+            hint="a new instance, or its class or name with `learning_rate`",
+        )
 
 
 def _needs_arguments(kind: type) -> bool:
