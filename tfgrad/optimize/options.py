@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
@@ -65,13 +66,26 @@ class Options:
 
 
 def takes_options(function: F) -> F:
-    """Show the options one by one in the signature of a function of `**options`."""
+    """Show the options one by one in the signature of a function of `**options`.
+
+    And hold calls to it, so that a TypeError names the function that was called.
+    """
     *own, _ = inspect.signature(function).parameters.values()
     options = inspect.signature(Options).parameters.values()
-    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # PEP 362
+    signature = inspect.Signature(
         [*own, *options], return_annotation=function.__annotations__["return"]
     )
-    return function
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}() {error}") from None
+        return function(*args, **kwargs)
+
+    called.__signature__ = signature  # type: ignore[attr-defined]  # PEP 362
+    return called  # type: ignore[return-value]  # of the same signature
 
 
 def check_count(name: str, value: Any) -> None:

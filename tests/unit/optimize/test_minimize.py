@@ -311,6 +311,12 @@ def test_a_callback_may_raise_stop_iteration_or_anything_else():
     assert x.numpy() == pytest.approx(2.3)  # the step before it is not lost
 
 
+@pytest.mark.parametrize("name", ["callback", "foo"])
+def test_an_argument_that_descend_has_not_is_refused_in_its_name(name):
+    with pytest.raises(TypeError, match=rf"descend\(\) .*'{name}'"):
+        tfgrad.descend(lambda x: x**2, 3.0, **{name: None})
+
+
 def test_descend_yields_the_start_every_nth_state_and_the_end():
     x = tf.Variable(3.0)
     states = tfgrad.descend(
