@@ -5,10 +5,10 @@ loop is compiled, and chunks grow until one takes `CHUNK_SECONDS`. A chunk retur
 happened at each of its steps as arrays: every step is recorded, and none costs a call
 from Python. Progress, logs, callbacks and interrupts live between chunks.
 
-Which compiled form a step runs in depends on the function and on the step's number
-alone, not on the clock, nor on how many are planned: a run repeats to the last bit, and
-one that goes on from another is what it would have been at once. (A few planned steps
-run one by one, which rounds no otherwise than the loop.)
+Which compiled form a step runs in depends on the function and on the number of steps
+alone, never on the clock, so that a run repeats to the last bit. Only XLA rounds
+otherwise than the rest: a pure method goes over to it at a step of a certain number, an
+optimizer of Keras begins with it where enough steps are planned, and keeps to it.
 """
 
 from __future__ import annotations
@@ -50,12 +50,11 @@ ROW_BYTES = 2**20
 LOOP_STEPS = 100
 """Compiling the loop pays from about here, measured on functions of 30 to 140 ops."""
 
-XLA_FROM = 3000
-"""The step from which it runs under XLA: about here the compilation would have paid
-from the start, measured likewise, so that it costs twice the least at most, ..."""
+XLA_STEPS = 3000
+"""Compiling it with XLA pays from about here, measured likewise, ..."""
 
-XLA_FROM_PER_OP = 20
-"""... and for larger functions, which take longer to compile, this many per op."""
+XLA_STEPS_PER_OP = 20
+"""... and for larger functions, which take longer to compile, from this many per op."""
 
 PURE_XLA_FROM = 300
 """The step from which a pure method runs under XLA: most runs end long before."""
@@ -256,7 +255,8 @@ class Loop:
         self._go_to(*memory)
         self.step, self.evaluations = facts["step"], facts["evaluations"]
         self._began = time.perf_counter() - facts["seconds"]
-        if facts["planned"] == here.facts["planned"]:
+        was_xla = facts["form"][0] == "xla" and self._is_fallible
+        if was_xla or facts["planned"] == here.facts["planned"]:
             self._form, self._xla_from, self._is_fallible = facts["form"]
         self._lower = list(snapshot.lower) or None
         self._chunk, self.code = None, RUNNING
@@ -527,8 +527,10 @@ class Loop:
             return "single", NEVER
         if jit is False or any(part in op for op in operations for part in NOT_FOR_XLA):
             return "graph", NEVER
-        usual = max(XLA_FROM, XLA_FROM_PER_OP * len(operations))
-        return "graph", self.step + (PURE_XLA_FROM if is_pure else usual)
+        if is_pure:  # which may end long before `steps`
+            return "graph", self.step + PURE_XLA_FROM
+        is_long = steps >= max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations))
+        return "xla" if is_long else "graph", NEVER
 
 
 def row_of(at: Evaluation) -> dict[str, np.ndarray[Any, Any]]:

@@ -64,7 +64,8 @@ def minimize(
             `wrt`, `method` (with its `bounds`) and `learning_rate` is as it was; data
             and constraints are given again. The method goes on with its memory, from
             where the result ended, wherever variables are now: 300 steps and 700 more
-            are 1000 to the last bit, with the same `jit`. Another method begins at that
+            are 1000 to the last bit (unless XLA, which rounds otherwise, pays for all
+            of them and did not for the first: see `jit`). Another method begins at that
             point.
         wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of
             them, a `tf.Module` or a `keras.Model`.
@@ -111,9 +112,9 @@ def minimize(
             takes, and are differentiated if they are written in TensorFlow.
         has_aux: `f` returns `(value, aux)`; the numbers in aux go to the history and
             the log, their means over an epoch to `result.epochs`.
-        jit: Compile with XLA: True, False, or "auto": from the step on at which that
-            pays (of an optimizer of Keras 3000 or more, of another method 300), if
-            XLA's first value and gradient agree with the graph's.
+        jit: Compile with XLA: True, False, or "auto": where that pays (with a Keras
+            optimizer if 3000 steps or more are planned, with another method from step
+            300 on) and XLA's first value and gradient agree with the graph's.
         callback: Called with a `State` after each chunk of steps (every step in short
             runs, ten times a second or more in long ones); return True to stop.
         log: A directory, in which the run gets one of its own, named after the method,

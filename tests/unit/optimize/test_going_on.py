@@ -61,10 +61,12 @@ def test_steps_and_more_steps_are_all_of_them_at_once(method, first, rest):
     assert result.seconds >= begun.seconds
 
 
-@pytest.mark.parametrize("method", ["adam", "lbfgs"])
-def test_it_does_not_matter_where_a_run_is_cut_for_xla(method, monkeypatch):
-    monkeypatch.setattr(loop, "XLA_FROM", 110)
-    monkeypatch.setattr(loop, "XLA_FROM_PER_OP", 0)
+@pytest.mark.parametrize(
+    ("method", "cuts"), [("adam", [110, 150]), ("lbfgs", [40, 110, 150])]
+)
+def test_it_does_not_matter_where_a_run_is_cut_for_xla(method, cuts, monkeypatch):
+    monkeypatch.setattr(loop, "XLA_STEPS", 110)
+    monkeypatch.setattr(loop, "XLA_STEPS_PER_OP", 0)
     monkeypatch.setattr(loop, "PURE_XLA_FROM", 110)
 
     def run(start, steps):
@@ -75,7 +77,7 @@ def test_it_does_not_matter_where_a_run_is_cut_for_xla(method, monkeypatch):
     whole = run(start, 170)
 
     assert whole.nit == 170
-    for first in (40, 110, 150):
+    for first in cuts:
         assert_same(run(run(start, first), 170 - first), whole)
 
 
