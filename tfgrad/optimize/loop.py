@@ -41,7 +41,7 @@ CHUNK_SECONDS = 0.075
 """What a chunk should take: short enough for Ctrl-C, long enough to hide a Python
 call."""
 
-GROWTH = 16
+GROWTH = 64
 """How much longer a chunk may be than the one before it, which was timed."""
 
 ROW_BYTES = 2**20
