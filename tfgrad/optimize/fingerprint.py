@@ -47,10 +47,13 @@ def _parts_of_code(code: CodeType) -> Iterator[bytes]:
 def _parts_of_names(function: Any) -> Iterator[bytes]:
     """Yield the numbers behind the names in a function, and its defaults."""
     values: dict[Any, Any] = dict(enumerate(function.__defaults__ or ()))
-    with contextlib.suppress(ValueError):  # a name of an outer function has none yet
+    # A name of an outer function may have none yet; a compiled function tells none.
+    with contextlib.suppress(ValueError, TypeError):
         names = inspect.getclosurevars(function)
         values = {**values, **names.globals, **names.nonlocals}
     for name, value in values.items():
         if isinstance(value, NUMBERS) and not tf.is_symbolic_tensor(value):
             array = np.asarray(value)
+            if array.dtype.hasobject:  # of which the bytes are addresses
+                array = np.array(str(array.tolist()))
             yield f"{name} {array.dtype}{array.shape}".encode() + array.tobytes()

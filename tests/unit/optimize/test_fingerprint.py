@@ -43,6 +43,13 @@ def test_a_global_number_that_changed_is_another(monkeypatch):
     assert fingerprint(scaled) != before
 
 
+def test_words_are_compared_as_such():
+    words, same = (np.array(["a", b"b" * n], object) for n in (3, 3))
+    assert fingerprint(power_of(words)) == fingerprint(power_of(same))
+    other = np.array(["a", b"b"], object)
+    assert fingerprint(power_of(words)) != fingerprint(power_of(other))
+
+
 def test_a_variable_may_change_and_what_is_not_python_says_nothing():
     x = tf.Variable(1.0)
     before = fingerprint(lambda: x**2)
