@@ -121,7 +121,9 @@ class Descent:
         if before is not None:
             self._count_from(before)
         self._checkpoints: Checkpoints | None = None
+        self._code = ""
         if options.checkpoint is not None:
+            self._code = fingerprint(f)
             check_tells(stages)
             if self._training is not None:
                 self._training.check_repeats()
@@ -322,7 +324,7 @@ class Descent:
             check_same(saved.facts["problem"], self._problem, f"{checkpoints.path}")
             self._saved, self._is_alike, self._is_resumed = saved, True, True
             # What may be another function is evaluated, and refused if it is one.
-            alike = {"limits": self._limits(), "code": fingerprint(self.objective.f)}
+            alike = {"limits": self._limits(), "code": self._code}
             is_same = all(saved.facts.get(name) == alike[name] for name in alike)
             self._is_over = saved.has_ended and is_same
 
@@ -367,7 +369,7 @@ class Descent:
         facts = {
             "problem": self._problem,
             "limits": self._limits(),
-            "code": fingerprint(self.objective.f),
+            "code": self._code,
             "began": self._began,
             "log": None if self._log is None else self._log.directory.name,
             **self._course.facts(),
