@@ -62,12 +62,15 @@ def lower_point(
         return None
     # Long enough for a fall of the third order to be seen beside rounding errors.
     step = epsilon ** (1 / 6) * max(1.0, float(np.linalg.norm(x))) * direction
-    ahead, behind = value(x + step), value(x - step)
-    # Rounding bends gradients; where f bends down itself, its mean is lower, too.
-    mean = (ahead + behind) / 2 if least < -clearly else min(ahead, behind)
-    if not mean < fun - NOISE * epsilon * abs(fun):
+    sides = [(value(point), point) for point in (x + step, x - step)]
+    finite = [side for side in sides if np.isfinite(side[0])]
+    if not finite:
         return None
-    return x + step if ahead <= behind else x - step
+    lowest, point = min(finite, key=lambda side: side[0])
+    # Rounding bends gradients; where f bends down itself, its mean is lower, too.
+    bends_down = least < -clearly
+    level = np.mean([f for f, _ in finite]) if bends_down else lowest
+    return point if level < fun - NOISE * epsilon * abs(fun) else None
 
 
 def _least_curvature(

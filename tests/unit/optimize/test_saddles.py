@@ -149,6 +149,17 @@ def test_one_negative_eigenvalue_among_many_is_found():
     assert lower @ matrix @ lower < -0.5 * lower @ lower
 
 
+@pytest.mark.parametrize("beyond", [np.nan, np.inf, -np.inf])
+def test_a_way_down_beside_the_end_of_the_domain_is_found(beyond):
+    ways = quadratic(np.array([[-1.0]]))
+    ways["value"] = lambda x: beyond if x[0] > 0 else float(-(x[0] ** 2))
+
+    lower = lower_point(np.zeros(1), 0.0, np.zeros(1), **ways)
+
+    assert lower is not None
+    assert lower[0] < 0
+
+
 def test_millions_of_parameters_take_no_more_memory_than_a_few_vectors(monkeypatch):
     monkeypatch.setattr(saddles, "MOST_NUMBERS", 30)
     taken = []
