@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import tensorboard_data_server
 import tensorflow as tf
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.runs.board import show
@@ -422,6 +424,65 @@ def test_a_notebook_shows_the_page_itself(board):
     assert board._repr_html_().startswith('<iframe src="http://127.0.0.1:')
 
 
+def hostile(good, kind, path):
+    """Make a file at `path` that a reader had better not believe."""
+
+    def frame(content, length=None):
+        head = struct.pack("<Q", len(content) if length is None else length)
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (head, content)]
+        return head + sums[0] + content + sums[1]
+
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "noise":
+        path.write_bytes(RNG.bytes(5000))
+    elif kind == "torn":
+        path.write_bytes(good[:-5])
+    elif kind == "no event":
+        path.write_bytes(good + frame(b"\xff" * 50))
+    else:
+        path.write_bytes(good + frame(b"", length=int(kind)))
+
+
+KINDS = ["pipe", "noise", "torn", "no event", 2**31, 2**40, 2**62, 2**63 + 5]
+
+
+@pytest.mark.parametrize("load_fast", ["auto", "false"])
+@pytest.mark.filterwarnings("ignore:TensorBoard leaves out:RuntimeWarning")
+def test_no_file_hides_the_run_beside_it(tmp_path, load_fast):
+    names = [f"{i}-good" for i in range(len(KINDS))]
+    for i, kind in enumerate(KINDS):  # in the order in which they are loaded
+        with Run(tmp_path / f"{i}-good") as run:
+            run.log_history({"f": [1.0, 2.0]}, range(2))
+        (file,) = run.directory.glob("*tfevents*")
+        (tmp_path / f"{i}-bad").mkdir()
+        hostile(file.read_bytes(), str(kind), tmp_path / f"{i}-bad" / "tfevents.1")
+
+    with show(tmp_path, load_fast=load_fast) as board:
+        for name in names:
+            assert curve(board, name, "f", 2) == ([0, 1], [1.0, 2.0])
+
+
+def test_a_file_that_would_end_tensorboard_is_named(tmp_path):
+    with Run(tmp_path / "good") as run:
+        run.log(0, f=1.0)
+    (tmp_path / "bad").mkdir()
+    hostile(b"", 2**40, tmp_path / "bad" / "tfevents.1")
+
+    with (
+        pytest.warns(RuntimeWarning, match=r"leaves out.*bad/tfevents\.1\."),
+        show(tmp_path) as board,
+    ):
+        assert curve(board, "good", "f", 1) == ([0], [1.0])
+
+
+def test_without_tensorboard_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.version", None)
+
+    with pytest.raises(RunError, match=r'try: pip install "tensorboard>=2\.21"'):
+        show(tmp_path)
+
+
 def test_a_port_that_is_taken_is_named(board, logs):
     port = urllib.parse.urlsplit(board.url).port
 
@@ -446,6 +507,8 @@ def test_a_root_that_is_no_directory_is_refused(tmp_path):
     "bad",
     [
         {"root": None},
+        {"root": ""},
+        {"root": "a\0b"},
         {"root": ".", "port": 0},
         {"root": ".", "port": "6006"},
         {"root": ".", "pin": [3]},

@@ -1,4 +1,4 @@
-"""`tfgrad runs`: what was logged, one line a run."""
+"""`tfgrad runs`: what was logged, one line a run, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -12,27 +12,37 @@ from rich.console import Console
 from rich.table import Table
 
 from tfgrad.errors import RunError
-from tfgrad.runs.directory import is_claimed
+from tfgrad.runs.directory import event_files, is_claimed, local_path
 
 _COLUMNS = ["run", "method", "status", "steps", "loss", "seconds", "started"]
 _LOSSES = ("loss", "epoch/loss")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table; it is read from each `run.json`, so TensorFlow can stay away."""
-    root = Path(options.directory)
-    rows = [_row(root, path) for path in sorted(root.rglob("run.json"))]
-    if not rows:
+    """Print the table; 1 if a `run.json` could not be read, and was left out."""
+    root = local_path(options.directory, "Runs are in a directory of this machine.")
+    paths = sorted(root.rglob("run.json"))
+    if not paths:
         raise RunError(
             "There must be runs to list.",
             got=f"no run.json below {root}",
             hint="tfgrad.minimize(..., log=...) or tfgrad.Run(...), or another DIR",
         )
+    rows = [row for path in paths if (row := _readable_row(root, path))]
     if options.json:
         print(json.dumps(rows))
     else:
         _print(rows)
-    return 0
+    return 0 if len(rows) == len(paths) else 1
+
+
+def _readable_row(root: Path, path: Path) -> dict[str, Any] | None:
+    try:
+        return _row(root, path)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        print(f"{path} is left out: {reason}", file=sys.stderr)
+        return None
 
 
 def _row(root: Path, path: Path) -> dict[str, Any]:
@@ -54,11 +64,14 @@ def _row(root: Path, path: Path) -> dict[str, Any]:
 
 def _last_loss(directory: Path) -> float | None:
     """Return the last loss in the event files, for a loop that recorded no result."""
-    from tfgrad.runs.curves import read_run
+    from tfgrad.runs.tfrecord import last_scalars  # it imports NumPy and TensorBoard
 
-    curves = read_run(directory).curves
-    losses = [curves[tag].values[-1] for tag in _LOSSES if tag in curves]
-    return losses[0] if losses else None
+    for path in reversed(event_files(directory)):
+        scalars = last_scalars(path)
+        losses = [scalars[tag] for tag in _LOSSES if tag in scalars]
+        if losses:
+            return losses[0]
+    return None
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

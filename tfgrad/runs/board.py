@@ -15,12 +15,15 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from tfgrad.errors import InvalidArgumentError, RunError
+from tfgrad.runs.directory import local_path, walk_event_files
+from tfgrad.runs.tensorboard import require
 
 _START_SECONDS = 60.0  # it takes about one; a cold disk or a busy machine takes many
 _LOAD_SECONDS = 3.0  # for the first page to have its runs; they keep loading after that
@@ -51,7 +54,7 @@ class Board:
         atexit.register(self.close)
         try:
             address = self._read_address()
-            _wait_for_runs(address, expected=_has_events(root))
+            _wait_for_runs(address, expected=bool(walk_event_files(root)))
         except BaseException:
             self.close()
             raise
@@ -153,9 +156,10 @@ def show(
         A `Board`; its `url` is the address to open.
 
     Raises:
-        InvalidArgumentError: If `port`, `pin` or `load_fast` is not of its kind.
-        RunError: If `root` is no directory, or TensorBoard does not start; its own last
-            words are in the message.
+        InvalidArgumentError: If `root`, `port`, `pin` or `load_fast` is not of its
+            kind.
+        RunError: If `root` is no directory, TensorBoard is not installed, or does not
+            start; the last line that it printed is in the message.
 
     Example:
         >>> import tempfile
@@ -164,12 +168,22 @@ def show(
         True
     """
     path = _checked_root(root)
+    loader = _checked_loader(load_fast)
+    require("version")
+    if hostile := _hostile_files(path):
+        loader = "false"
+        warnings.warn(
+            "TensorBoard leaves out the rest of these event files, which declare a "
+            f"record larger than any memory: {', '.join(map(str, hostile))}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     options = {
         "logdir": path.absolute(),  # TensorBoard takes "a:b" for a name and a path
         "host": "127.0.0.1",
         "port": _checked_port(port),
         "samples_per_plugin": _SAMPLES,
-        "load_fast": _checked_loader(load_fast),
+        "load_fast": loader,
     }
     # -P: the folder of the script holds modules of this package, not of the path.
     script = Path(__file__).with_name("serve.py")
@@ -178,13 +192,7 @@ def show(
 
 
 def _checked_root(root: Any) -> Path:
-    if not isinstance(root, str | os.PathLike):
-        raise InvalidArgumentError(
-            "`show` needs the name of a directory.",
-            got=f"root={root!r}",
-            hint='the directory that holds the runs, such as "logs"',
-        )
-    path = Path(os.fsdecode(root)).expanduser()
+    path = local_path(root, "`show` needs the name of a directory of this machine.")
     if not path.is_dir():
         raise RunError(
             "`show` needs a directory that exists.",
@@ -233,8 +241,15 @@ def _view(pin: Iterable[str]) -> str:
     return urllib.parse.urlencode({"smoothing": 0} | pinned)
 
 
-def _has_events(root: Path) -> bool:
-    return next(root.rglob("*tfevents*"), None) is not None
+def _hostile_files(root: Path) -> list[Path]:
+    """Return the event files that would end TensorBoard's data server.
+
+    Their lengths alone are read, a million records in about a second.
+    """
+    from tfgrad.runs.tfrecord import is_hostile  # it needs TensorBoard
+
+    found = (path for files in walk_event_files(root).values() for path in files)
+    return [path for path in found if is_hostile(path)]
 
 
 def _wait_for_runs(address: str, expected: bool) -> None:
@@ -248,7 +263,9 @@ def _wait_for_runs(address: str, expected: bool) -> None:
     while True:
         with contextlib.closing(http.client.HTTPConnection(host, timeout=10)) as server:
             server.request("GET", "/data/runs")
-            runs = json.load(server.getresponse())
+            answer = server.getresponse()
+            # An error of TensorBoard's own is a page, not JSON.
+            runs = json.load(answer) if answer.status == 200 else []
         if runs or not expected or time.monotonic() > deadline:
             return
         time.sleep(0.02)

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import logging
 import os
-import stat
-import struct
-import warnings
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from google.protobuf.message import DecodeError
+from tensorboard.compat.proto import event_pb2, types_pb2
+from tensorboard.util.tensor_util import make_ndarray
 
-from tfgrad.errors import InvalidArgumentError, RunError
+from tfgrad.errors import RunError
+from tfgrad.runs.directory import event_files, local_path, walk_event_files
+from tfgrad.runs.tfrecord import read_events
 
-LARGEST_RECORD = 2**28
-"""Bytes. A longer one is damage: TensorBoard's pictures take a thousandth of it."""
-
-_LENGTH = struct.Struct("<Q")  # a record begins with the length of its content ...
-_FRAME = 16  # ... which all that is not its content adds to
-_START = tf.compat.v1.SessionLog.START
-_BLOCK = 2**22  # bytes that are read at a time, to find the records
+_START = event_pb2.SessionLog.START
 
 
 @dataclass(slots=True)
@@ -111,20 +101,11 @@ def read_run(directory: Path) -> ReadRun:
     """Return what the event files of `directory` hold, the oldest file first."""
     run = ReadRun()
     for path in event_files(directory):
-        for event in _events(path):
+        for event in read_events(path):
             run.add(event)
     for curve in run.curves.values():
         curve.settle()
     return run
-
-
-def event_files(directory: Path) -> list[Path]:
-    """Return the event files of `directory` in the order of their names, and so of age.
-
-    No pipes and devices, which never end.
-    """
-    files = (path for path in directory.iterdir() if "tfevents" in path.name)
-    return sorted(path for path in files if _is_regular(path))
 
 
 def run_directories(root: str | os.PathLike[str]) -> dict[str, Path]:
@@ -136,16 +117,8 @@ def run_directories(root: str | os.PathLike[str]) -> dict[str, Path]:
         InvalidArgumentError: If `root` is no path.
         RunError: If it is no directory, or there are none.
     """
-    if not isinstance(root, str | os.PathLike):
-        raise InvalidArgumentError(
-            "Runs are read from a directory.",
-            got=f"{root!r}",
-            hint='the directory given to Run, or one above it, such as "logs"',
-        )
-    path = Path(os.fsdecode(root)).expanduser()
-    walk = os.walk(path)
-    places = (Path(place) for place, _, names in walk if "tfevents" in "".join(names))
-    found = {p.relative_to(path).as_posix(): p for p in places if event_files(p)}
+    path = local_path(root, "Runs are read from a directory of this machine.")
+    found = {p.relative_to(path).as_posix(): p for p in walk_event_files(path)}
     if not found:
         what = "holds no event files" if path.is_dir() else "is no directory"
         raise RunError(
@@ -156,83 +129,22 @@ def run_directories(root: str | os.PathLike[str]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _is_regular(path: Path) -> bool:
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:  # a link to nothing, or to itself
-        return False
-
-
-def _events(path: Path) -> Iterator[Any]:
-    """Yield the events of a file up to the first that is damaged; warn if there is one.
-
-    TensorFlow checks the sums and parses; a length is checked here, before that
-    allocates whatever a damaged or a hostile file asks for.
-    """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        ends = _record_ends(file, size)
-    done = 0
-    with contextlib.suppress(tf.errors.DataLossError, DecodeError), _quiet():
-        records = tf.compat.v1.io.tf_record_iterator(os.fsencode(path))
-        parse = tf.compat.v1.Event.FromString
-        for event in map(parse, itertools.islice(records, len(ends))):
-            yield event
-            done += 1
-    whole = ends[done - 1] if done else 0
-    if whole < size:
-        after = len(ends) - done - 1
-        what = "a torn end" if after < 0 else f"a damaged record and {after} after it"
-        warnings.warn(
-            f"{path}: the last {size - whole} of {size} bytes cannot be read ({what}); "
-            f"the {done} records before are kept.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep from the user that TensorFlow's iterator calls one that it calls old."""
-
-    def is_ours(record: logging.LogRecord) -> bool:
-        return "tf_record_iterator" not in record.getMessage()
-
-    logger = tf.get_logger()
-    logger.addFilter(is_ours)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_ours)
-
-
-def _record_ends(file: BinaryIO, size: int) -> array[int]:
-    """Return where each record ends, as far as their lengths are plausible."""
-    ends, at, block, start = array("q"), 0, b"", 0
-    while at + _FRAME <= size:
-        if at + _LENGTH.size > start + len(block):
-            file.seek(start := at)
-            block = file.read(_BLOCK)
-        (length,) = _LENGTH.unpack_from(block, at - start)
-        at += _FRAME + length
-        if length > LARGEST_RECORD or at > size:
-            break
-        ends.append(at)
-    return ends
-
-
 def _number(tensor: Any) -> float:
     """Return the number in a tensor of one element, of whatever dtype and shape.
 
     A shape is not believed: it may claim any size for a tensor that stores one number.
     """
-    if tensor.dtype == tf.float32.as_datatype_enum and tensor.float_val:
+    if tensor.dtype == types_pb2.DT_FLOAT and tensor.float_val:
         return float(tensor.float_val[0])
+    if tensor.dtype == types_pb2.DT_BFLOAT16:  # the upper half of a float32
+        content = np.frombuffer(tensor.tensor_content, "<u2")
+        halves = np.array([*tensor.half_val, *content], "<u4")
+        return float((halves << 16).view("<f4")[0]) if len(halves) == 1 else np.nan
     one = type(tensor)()
     one.CopyFrom(tensor)
     one.tensor_shape.Clear()
     try:
-        return float(tf.make_ndarray(one))
+        return float(make_ndarray(one))
     except (TypeError, ValueError):  # strings, or several numbers
         return float(np.nan)
 

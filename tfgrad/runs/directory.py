@@ -57,13 +57,13 @@ def claim(directory: str | os.PathLike[str], resume: bool) -> Claim:
         RunError: If the directory cannot be made or written, does not exist (`resume`),
             or has a live writer (`resume`).
     """
-    path = _checked_path(directory)
+    path = _run_path(directory)
     return _claim_existing(path) if resume else _claim_next_free(path)
 
 
 def check(directory: str | os.PathLike[str]) -> None:
     """Raise what `claim` would, as far as can be told without making anything."""
-    path = _checked_path(directory)
+    path = _run_path(directory)
     places = (path, *path.absolute().parents)
     nearest = next(p for p in places if os.path.lexists(p))
     if not nearest.is_dir():
@@ -80,21 +80,50 @@ def is_claimed(directory: Path) -> bool:
     return False
 
 
-def _checked_path(directory: Any) -> Path:
-    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
-        raise InvalidArgumentError(
-            "A run needs the name of a directory.",
-            got=f"directory={directory!r}",
-            hint='a path such as "logs/rosenbrock/adam"',
-        )
-    name = os.fspath(directory)
-    if isinstance(name, bytes) or "://" in name or "\0" in name:
-        raise InvalidArgumentError(
-            "A run is written to a directory of this machine.",
-            got=f"directory={directory!r}",
-            hint='a local path such as "logs/rosenbrock/adam"',
-        )
-    path = Path(name).expanduser()
+def local_path(directory: Any, rule: str) -> Path:
+    """Return `directory` as a path of this machine.
+
+    Raises:
+        InvalidArgumentError: With `rule`, if it is no path, empty, or elsewhere.
+    """
+    name = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
+    if isinstance(name, str) and name and "://" not in name and "\0" not in name:
+        return Path(name).expanduser()
+    raise InvalidArgumentError(
+        rule,
+        got=f"{directory!r}",
+        hint='a local path such as "logs" or "logs/rosenbrock/adam"',
+    )
+
+
+def event_files(directory: Path) -> list[Path]:
+    """Return the event files of `directory` in the order of their names, and so of age.
+
+    A pipe or a device is left out: reading it never ends.
+    """
+    found = (path for path in directory.iterdir() if "tfevents" in path.name)
+    return sorted(path for path in found if _is_regular(path))
+
+
+def walk_event_files(root: Path) -> dict[Path, list[Path]]:
+    """Return the event files of each directory at and under `root` that has some.
+
+    Links to directories are not followed: they may lead anywhere, also in a circle.
+    """
+    walk = os.walk(root)
+    places = (Path(place) for place, _, names in walk if "tfevents" in "".join(names))
+    return {place: files for place in places if (files := event_files(place))}
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
+def _run_path(directory: Any) -> Path:
+    path = local_path(directory, "A run is written to a directory of this machine.")
     # "." and ".." have no name to put a number after.
     return path if path.name not in ("", "..") else path.resolve()
 

@@ -1,20 +1,22 @@
 """The TensorBoard process that `show` starts: `python serve.py --logdir ...`.
 
-It prints the address it serves at, and leaves when its standard input ends: when the
-parent closes it, or dies in whatever way. The data server does the same in turn.
+The process prints the address at which it serves, and ends with its standard input:
+when the parent closes that, or dies. TensorBoard's data server then ends, too.
 """
 
 import mimetypes
+import os
 import sys
 
 
 def main() -> None:
     """Serve until standard input ends."""
-    # TensorBoard asks for TensorFlow and then takes 4 to 14 seconds instead of 0.7. It
-    # falls back on a stub of its own, with which every tab that is used here works.
+    # With TensorFlow, TensorBoard takes 4 to 14 seconds to start; without, 0.7. Its own
+    # stand-in for TensorFlow is enough for every tab that is used here.
     sys.modules["tensorflow"] = None  # type: ignore[assignment]  # blocks the import
     from tensorboard import program
 
+    _let_no_file_hide_another()
     # As TensorBoard's own command does: a Windows registry may say otherwise.
     mimetypes.add_type("text/javascript", ".js")
     mimetypes.add_type("text/html", ".html")
@@ -22,6 +24,32 @@ def main() -> None:
     server.configure(["tensorboard", *sys.argv[1:]])
     print(server.launch(), flush=True)
     sys.stdin.read()
+
+
+def _let_no_file_hide_another() -> None:
+    """Make TensorBoard's Python loader go on behind a file that it cannot read.
+
+    An exception about one file ends the thread that loads all of them, and a pipe,
+    which never ends, stops that thread for ever.
+    """
+    from tensorboard.backend.event_processing import event_file_loader, io_wrapper
+
+    def guarded(load):  # type: ignore[no-untyped-def]  # TensorBoard has no types
+        def load_what_can_be_read(self):  # type: ignore[no-untyped-def]
+            try:
+                yield from load(self)
+            except Exception as error:  # MemoryError, DecodeError, OverflowError ...
+                print(f"an event file is left out: {error!r}", file=sys.stderr)
+
+        return load_what_can_be_read
+
+    for name in ("RawEventFileLoader", "LegacyEventFileLoader", "EventFileLoader"):
+        loader = getattr(event_file_loader, name)
+        loader.Load = guarded(loader.Load)
+    is_event_file = io_wrapper.IsTensorFlowEventsFile
+    io_wrapper.IsTensorFlowEventsFile = lambda path: (
+        is_event_file(path) and os.path.isfile(path)  # noqa: PTH113 - it gives strings
+    )
 
 
 if __name__ == "__main__":

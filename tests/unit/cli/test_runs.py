@@ -43,6 +43,20 @@ def test_json_is_for_scripts(tfgrad, logs):
     assert found["alive"]["status"] == "running"
 
 
+@pytest.mark.parametrize("record", ['{"status": ', "[]", "[" * 9999, '{"result": 3}'])
+def test_a_damaged_record_is_named_and_hides_no_other(tfgrad, logs, record):
+    (logs / "loop" / "run.json").write_text(record)
+
+    code, out, err = tfgrad("runs")
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["bowl/lbfgs", "dead"]
+    assert err.startswith("logs/loop/run.json is left out: ")
+
+
+def test_a_path_that_cannot_be_is_an_error(tfgrad):
+    assert "try: a local path" in tfgrad("runs", "a\0b")[2]
+
+
 def test_no_runs_is_an_error_that_says_how_to_make_some(tfgrad):
     code, out, err = tfgrad("runs", "nowhere")
 

@@ -1,5 +1,6 @@
 import os
 import struct
+import subprocess
 import sys
 import tracemalloc
 
@@ -8,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError, RunError
-from tfgrad.runs import curves
+from tfgrad.runs import tfrecord
 from tfgrad.runs.reader import load_run, load_runs
 from tfgrad.runs.writer import Run
 
@@ -229,7 +230,9 @@ def masked_crc(data):
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-@pytest.mark.parametrize("length", [2**62, 2**64 - 1, 2**40, curves.LARGEST_RECORD + 1])
+@pytest.mark.parametrize(
+    "length", [2**62, 2**64 - 1, 2**40, tfrecord.LARGEST_RECORD + 1]
+)
 def test_a_length_that_lies_costs_no_memory(file, length):
     head = struct.pack("<Q", length)
     with file.open("ab") as stream:  # the sum of the length is right
@@ -283,6 +286,64 @@ def test_links_and_pipes_are_no_trap(logs):
     os.mkfifo(logs / "a" / "tfevents.pipe")
 
     assert len(load_runs(logs)) == 6
+
+
+def test_a_file_that_is_locked_away_hides_no_other(logs, monkeypatch):
+    locked = event_file(logs / "a")
+    real = type(locked).open
+
+    def refuse(path, *args):
+        if path == locked:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args)
+
+    monkeypatch.setattr(type(locked), "open", refuse)
+
+    with pytest.warns(RuntimeWarning, match=f"{locked} is left out: Permission denied"):
+        frame = load_runs(logs)
+    assert set(frame["run"]) == {"b/c"}
+
+
+@pytest.mark.parametrize("length", [4, 5, 1023, 1024, 1025, 5000])
+def test_a_checksum_is_that_of_an_implementation_byte_by_byte(length):
+    rows = RNG.integers(0, 256, [3, length], dtype=np.uint8)
+
+    crc = tfrecord._crc32c(rows)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    assert masked.tolist() == [masked_crc(row.tobytes()) for row in rows]
+
+
+def test_the_checksum_is_that_of_the_standard():
+    # RFC 3720, appendix B.4: 32 bytes of zeros; of ones; 0, 1, ... 31.
+    zeros, ones = np.zeros(32, np.uint8), np.full(32, 255, np.uint8)
+    sums = tfrecord._crc32c(np.stack([zeros, ones, np.arange(32, dtype=np.uint8)]))
+
+    assert [hex(s) for s in sums] == ["0x8a9136aa", "0x62a8ab43", "0x46dd794e"]
+
+
+def test_records_longer_than_a_block_are_read(tmp_path):
+    text = event(0, tag="t", tensor=tf.make_tensor_proto("x" * 3_000_000))
+    good = [event(step, tag="f", simple_value=step) for step in range(2)]
+    raw_file(tmp_path / "tfevents.1", [good[0], text, good[1]])
+
+    assert load_run(tmp_path)["step"].tolist() == [0, 1]
+
+
+def test_reading_does_not_import_tensorflow(logs):
+    script = "import sys, tfgrad; print(len(tfgrad.load_runs(sys.argv[1])))\n"
+    script += "assert 'tensorflow' not in sys.modules"
+
+    command = [sys.executable, "-c", script, str(logs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "6\n"
+
+
+def test_the_last_values_are_found_at_the_end_of_a_file(tmp_path):
+    with Run(tmp_path) as run:
+        run.log_history({"f": np.arange(50_000.0)}, range(50_000))
+        run.text("long", "x" * 100_000)
+        assert tfrecord.last_scalars(event_file(tmp_path)) == {"f": 49_999.0}
+    assert tfrecord.last_scalars(raw_file(tmp_path / "tfevents.1", [])) == {}
 
 
 # --- what cannot be read --------------------------------------------------------------

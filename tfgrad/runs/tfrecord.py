@@ -1,0 +1,221 @@
+"""Event files read without TensorFlow, whose import takes five seconds.
+
+An event file is a sequence of TFRecords: the length of the content (8 bytes), the
+checksum of the length (4), the content, the checksum of the content (4). A checksum is
+a masked CRC-32C. Each is verified here before a number is believed, and a length before
+any memory is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from tfgrad.runs.tensorboard import require
+
+LARGEST_RECORD = 2**28
+"""Bytes. A longer one is damage: TensorBoard's pictures take a thousandth of it."""
+
+_parse = require("compat.proto.event_pb2").Event.FromString
+_LENGTH = struct.Struct("<Q")
+_HEAD, _TAIL = 12, 4  # bytes around the content
+_BLOCK = 2**20  # bytes that are read at a time
+_TAIL_BLOCKS = (2**13, 2**15, 2**17, 2**19, 2**21)  # bytes of the end of a file
+_LANE = 1024  # bytes of a record whose checksum is computed at once
+
+Frames = np.ndarray[Any, Any]
+"""Where the contents of records begin and end in a block, shape `[records, 2]`."""
+
+
+def read_events(path: Path) -> Iterator[Any]:
+    """Yield the events of a file up to the first that is damaged; warn if there is one.
+
+    The warning names the file, and says how much of it cannot be read.
+    """
+    kept = lost = whole = 0
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        _warn(f"{path} is left out: {error.strerror}.")
+        return
+    with file:
+        for block, frames in _blocks(file):
+            sound = _sums_agree(block, frames)
+            for (start, stop), is_sound in zip(frames.tolist(), sound, strict=True):
+                event = _parsed(block[start:stop]) if is_sound and not lost else None
+                if event is None:
+                    lost += 1
+                    continue
+                yield event
+                kept += 1
+                whole += _HEAD + stop - start + _TAIL
+        size = file.seek(0, 2)
+    if whole < size:
+        what = f"a damaged record and {lost - 1} after it" if lost else "a torn end"
+        _warn(
+            f"{path}: the last {size - whole} of {size} bytes cannot be read ({what}); "
+            f"the {kept} records before are kept."
+        )
+
+
+def last_scalars(path: Path) -> dict[str, float]:
+    """Return the last value of each curve that has one near the end of a file.
+
+    Of a large file, only the end is read: as little as has scalars in it, and at
+    most two megabytes.
+    """
+    found: dict[str, float] = {}
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        for length in _TAIL_BLOCKS:
+            start = max(0, size - length)
+            file.seek(start)
+            block = file.read()
+            # A record begins where 8 bytes are followed by their checksum.
+            places = np.arange(max(0, min(_TAIL_BLOCKS[0], len(block) - _HEAD)))
+            heads = np.flatnonzero(_agree(block, places, _LENGTH.size))
+            at = int(heads[0]) if len(heads) else len(block)
+            for begin, end in _frames(block[at:]).tolist():
+                event = _parsed(block[at + begin : at + end])
+                for value in event.summary.value if event is not None else ():
+                    if value.HasField("simple_value"):
+                        found[value.tag] = value.simple_value
+            if found or start == 0:
+                break
+    return found
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def is_hostile(path: Path) -> bool:
+    """Return whether a record declares a length that would stop TensorBoard.
+
+    A reader that believes such a length asks for all of that memory: TensorBoard's data
+    server ends, and its Python loader reads no further run.
+    """
+    try:
+        file = path.open("rb")
+    except OSError:
+        return False
+    with file:
+        end = sum(int(frames[-1, 1]) + _TAIL for _, frames in _blocks(file))
+        file.seek(end)
+        head = file.read(_HEAD)
+    return (
+        len(head) == _HEAD
+        and _LENGTH.unpack_from(head)[0] > LARGEST_RECORD
+        and bool(_heads_agree(head, np.array([[_HEAD, _HEAD]]))[0])
+    )
+
+
+def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, Frames]]:
+    """Yield blocks of whole records, as far as their lengths can be believed."""
+    at = 0
+    while True:
+        file.seek(at)
+        block = file.read(_BLOCK)
+        if len(block) < _HEAD + _TAIL:
+            return
+        (length,) = _LENGTH.unpack_from(block)
+        if length > LARGEST_RECORD:
+            return
+        block += file.read(max(0, _HEAD + length + _TAIL - len(block)))
+        frames = _frames(block)
+        count = len(frames)
+        frames = frames[np.logical_and.accumulate(_heads_agree(block, frames))]
+        if not len(frames):
+            return
+        yield block, frames
+        if len(frames) < count:
+            return
+        at += int(frames[-1, 1]) + _TAIL
+
+
+def _frames(block: bytes) -> Frames:
+    frames, at = [], 0
+    while at + _HEAD + _TAIL <= len(block):
+        start = at + _HEAD
+        stop = start + _LENGTH.unpack_from(block, at)[0]
+        if stop + _TAIL > len(block):
+            break
+        frames.append((start, stop))
+        at = stop + _TAIL
+    return np.array(frames, np.int64).reshape(-1, 2)
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return _parse(content)
+    except DecodeError:
+        return None
+
+
+# --- checksums ------------------------------------------------------------------------
+
+
+def _heads_agree(block: bytes, frames: Frames) -> np.ndarray[Any, Any]:
+    """Return whether the checksum of each length is right, shape `[records]`."""
+    return _agree(block, frames[:, 0] - _HEAD, _LENGTH.size)
+
+
+def _sums_agree(block: bytes, frames: Frames) -> np.ndarray[Any, Any]:
+    """Return whether the checksum of each content is right, shape `[records]`."""
+    lengths = frames[:, 1] - frames[:, 0]
+    agree = np.full(len(frames), True)  # of under 4 bytes, which hold no number
+    for length in set(lengths[lengths >= 4].tolist()):
+        rows = lengths == length
+        agree[rows] = _agree(block, frames[rows, 0], length)
+    return agree
+
+
+def _agree(block: bytes, starts: Any, length: int) -> np.ndarray[Any, Any]:
+    """Return whether the 4 bytes after contents of one length are their checksums."""
+    data = np.frombuffer(block, np.uint8)
+    rows = data[starts[:, None] + np.arange(length + _TAIL)]
+    stored = np.ascontiguousarray(rows[:, length:]).view("<u4")[:, 0]
+    crc = _crc32c(rows[:, :length])
+    masked = (crc >> np.uint32(15) | crc << np.uint32(17)) + np.uint32(0xA282EAD8)
+    return np.asarray(masked == stored)
+
+
+def _crc32c(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the CRC-32C (RFC 3720, appendix B.4) of each row, at least 4 bytes long.
+
+    The sum is linear over GF(2): it is the XOR of what each byte adds by its distance
+    from the end, after the first four bytes are inverted. The state after one lane
+    counts as four more bytes, XORed into the first four of the next.
+    """
+    count, length = rows.shape
+    width = min(length, _LANE)
+    lanes = np.zeros([count, -(-length // width) * width], np.uint8)
+    lanes[:, -length:] = rows  # zeros in front add nothing
+    first = lanes.shape[1] - length
+    lanes[:, first : first + 4] ^= 0xFF
+    table, distances = _table(), np.arange(width)[::-1]
+    state = np.zeros(count, "<u4")
+    for start in range(0, lanes.shape[1], width):
+        lane = lanes[:, start : start + width]
+        lane[:, :4] ^= state.view(np.uint8).reshape(count, 4)
+        state = np.bitwise_xor.reduce(table[distances, lane], axis=1)
+    return ~state
+
+
+@functools.cache
+def _table() -> np.ndarray[Any, Any]:
+    """Return what a byte adds to a CRC-32C, by its distance from the end and value."""
+    row = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        row = row >> 1 ^ np.where(row & 1, np.uint32(0x82F63B78), np.uint32(0))
+    rows = [row]
+    while len(rows) < _LANE:
+        rows.append(rows[-1] >> 8 ^ row[rows[-1] & 0xFF])
+    return np.stack(rows).astype("<u4")
