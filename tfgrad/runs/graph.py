@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import inspect
+import json
+import posixpath
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from tfgrad import nested
+from tfgrad.diagnosis.graphs import bodies, condition
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.runs.inline import UniqueNames, inline
-from tfgrad.runs.models import model_variables
+from tfgrad.runs.tensorboard import require
+from tfgrad.runs.values import UniqueNames
+
+LAYERS = "graph_keras_model"
+"""By this name the Graphs plugin finds a model of layers, its "conceptual graph"."""
+
+_LABELS = {
+    "If": ["then", "else"],
+    "StatelessIf": ["then", "else"],
+    "While": ["body", "cond"],
+    "StatelessWhile": ["body", "cond"],
+}
+"""What the bodies of a conditional or a loop are called."""
+
+_LARGEST_CONSTANT = 1024
+"""Bytes; TensorBoard shows no larger ones, and f may close over a whole data set."""
 
 _plain = tf.autograph.experimental.do_not_convert
 """For what runs inside the trace beside f: AutoGraph would take 0.3 seconds over it."""
@@ -28,7 +46,7 @@ def step_graph(
     This is the work of one step of a gradient method: the operations of `f` stand under
     `name`, those of the gradient under `gradient_tape`, and the results are the nodes
     `value` and `gradient/<with respect to what>`. Nested `tf.function`s, branches and
-    loops are written out (inline.py). `f` is traced, not run.
+    loops are written out. `f` is traced, not run.
 
     Args:
         f: A TensorFlow function. When it returns one float number, the gradient is
@@ -107,15 +125,194 @@ def _flatten(
     variables |= {key: _node_name(path) for key, path in layers.items()}
     placeholders = [tensor.op.name for tensor in traced.inputs[argument_count:]]
     pairs = list(zip(placeholders, traced.captured_inputs, strict=True))
-    names = {p: variables[id(c)] for p, c in pairs if id(c) in variables}
+    handles = {p: variables[id(c)] for p, c in pairs if id(c) in variables}
     # Other captures are tensors made outside f, which TensorFlow gives mere numbers.
-    others = {p for p, c in pairs if p not in names}
+    others = {p for p, c in pairs if p not in handles}
     constants = {p: re.sub(r"[^/]+$", "constant", p) for p in others}
-    graph_def = traced.graph.as_graph_def(add_shapes=True)
-    for node in graph_def.node:
-        if node.name in names:
+    return _Flat(handles | constants, set(handles)).graph_def_of(traced.graph)
+
+
+class _Flat:
+    """A graph in which the bodies of calls, branches and loops are written out.
+
+    TensorBoard draws each of those as one opaque node. Here a call is replaced by the
+    operations of its body; a branch or a loop stays as the node in which its bodies
+    end. The graph is for the eye and cannot be run: a loop has no edge back.
+
+    A tensor is known by the path of the body in which it is, and itself: one body may
+    be called from several places.
+    """
+
+    def __init__(self, renamed: Mapping[str, str], handles: Container[str]) -> None:
+        self._renamed, self._handles = renamed, handles
+        self._unique = UniqueNames()
+        self._nodes: dict[tuple[str, str], Any] = {}  # by path and name in the body
+        self._tensors: dict[Any, str] = {}  # -> "node:index"
+        self._same: dict[Any, Any] = {}  # a tensor -> the tensor that it stands for
+        self._inputs: list[tuple[Any, list[Any], list[tuple[str, str]]]] = []
+
+    def graph_def_of(self, graph: Any) -> tf.compat.v1.GraphDef:
+        self._write(graph, "", lambda name: self._renamed.get(name, name))
+        # An input may be an operation that was made later, so it is named at the end.
+        for node, tensors, controls in self._inputs:
+            before = (self._nodes[key].name for key in controls if key in self._nodes)
+            node.input[:] = [self._name_of(tensor) for tensor in tensors]
+            node.input.extend(f"^{name}" for name in before)
+        flat = tf.compat.v1.GraphDef(node=self._nodes.values())
+        flat.versions.producer = graph.graph_def_versions.producer
+        return flat
+
+    def _name_of(self, tensor: Any) -> str:
+        while tensor in self._same:
+            tensor = self._same[tensor]
+        return self._tensors[tensor].removesuffix(":0")
+
+    def _write(self, graph: Any, path: str, rename: Callable[[str], str]) -> None:
+        for op in graph.get_operations():
+            is_parameter = op.outputs and (path, op.outputs[0].ref()) in self._same
+            if op.type == "NoOp" or is_parameter:
+                continue  # a NoOp ends a function, and only orders other operations
+            name = rename(op.name)
+            inside = bodies(op)
+            if inside and op.type.endswith("PartitionedCall"):
+                (body,) = inside
+                name = f"{posixpath.dirname(name)}/{_python_name(body.name)}".strip("/")
+                results = self._write_body(op, body, path, self._unique.take(name))
+                outputs = ((path, output.ref()) for output in op.outputs)
+                self._same |= zip(outputs, results, strict=False)
+            else:
+                self._copy(op, path, self._unique.take(name), inside)
+
+    def _copy(self, op: Any, path: str, name: str, inside: Sequence[Any]) -> None:
+        node = tf.compat.v1.NodeDef()
+        node.CopyFrom(op.node_def)
+        node.name = name
+        if not path and op.name in self._handles:
             node.op = "VarHandleOp"
-    return inline(graph_def, names | constants)
+        _shorten(node)
+        shapes = (output.shape.as_proto() for output in op.outputs)
+        node.attr["_output_shapes"].list.shape.extend(shapes)
+        self._nodes[path, op.name] = node
+        for i, output in enumerate(op.outputs):
+            self._tensors[path, output.ref()] = f"{name}:{i}"
+        labels = _LABELS.get(op.type, [f"branch_{i}" for i in range(len(inside))])
+        if op.type.endswith("While"):
+            inside = [*inside, condition(op)]
+        passed = len(inside[0].inputs) if inside else 0
+        own = list(op.inputs)[: len(op.inputs) - passed]
+        inputs = [(path, tensor.ref()) for tensor in own]
+        for label, body in zip(labels, inside, strict=bool(inside)):
+            inputs += self._write_body(op, body, path, f"{name}/{label}")
+        controls = [(path, before.name) for before in op.control_inputs]
+        self._inputs.append((node, inputs, controls))
+
+    def _write_body(self, op: Any, body: Any, path: str, name: str) -> list[Any]:
+        """Write `body` out under `name`; return its results."""
+        passed = list(op.inputs)[len(op.inputs) - len(body.inputs) :]
+        for inner, outer in zip(body.inputs, passed, strict=True):
+            self._same[name, inner.ref()] = path, outer.ref()
+        names = [inner.name for inner in body.get_operations()]
+        # Operations in a branch or a loop have the name of its node before their own.
+        repeated = posixpath.commonpath([op.name, *names])
+
+        def rename(inner: str) -> str:
+            return f"{name}/{inner.removeprefix(f'{repeated}/')}"
+
+        self._write(body, name, rename)
+        return [(name, output.ref()) for output in body.outputs]
+
+
+def _python_name(function: str) -> str:
+    """Return the name that the user gave to a function that TensorFlow has numbered.
+
+    >>> _python_name("__inference_loss_42")
+    'loss'
+    """
+    for pattern in (r"__inference___backward_(.+)_\d+_\d+", r"__[a-z]+_(.+)_\d+"):
+        if match := re.fullmatch(pattern, function):
+            return match[1]
+    return function
+
+
+def _shorten(node: Any) -> None:
+    """Drop attributes that only a machine reads, and the contents of big constants."""
+    for key in [k for k, v in node.attr.items() if v.HasField("func") or v.list.func]:
+        del node.attr[key]
+    node.attr.pop("_class", None)  # colocation, by names that may be gone
+    if node.op == "Const" and node.ByteSize() > _LARGEST_CONSTANT:
+        value = node.attr["value"].tensor
+        shape = tf.compat.v1.AttrValue(shape=value.tensor_shape).shape
+        value.Clear()
+        value.dtype = node.attr["dtype"].type
+        value.tensor_shape.CopyFrom(shape)
+
+
+# --- Keras models ---------------------------------------------------------------------
+
+
+def is_model(f: Any) -> bool:
+    """Return whether `f` is a Keras model."""
+    return isinstance(f, keras.Model)
+
+
+def model_inputs(model: keras.Model) -> tuple[Any, ...]:
+    """Return what to call `model` with: a nest of `tf.TensorSpec`.
+
+    Raises:
+        InvalidArgumentError: If the model has never seen an input.
+    """
+    inputs = getattr(model, "inputs", None)
+    if inputs:
+        nest = inputs[0] if len(inputs) == 1 else getattr(model, "input", inputs)
+        return (tf.nest.map_structure(_spec, nest),)
+    shapes = model.get_build_config() if model.built else None
+    if not shapes:
+        raise InvalidArgumentError(
+            "The graph of a model needs the shape of its input.",
+            got=f"{model.name!r}, which was never called",
+            hint="run.graph(model, batch), with a batch or a tf.TensorSpec of one",
+        )
+    shapes = shapes.get("input_shape") or list(shapes["shapes_dict"].values())
+    if isinstance(shapes, dict):
+        return ({name: _float_spec(shape) for name, shape in shapes.items()},)
+    is_one = all(size is None or isinstance(size, int) for size in shapes)
+    return tuple(map(_float_spec, [shapes] if is_one else shapes))
+
+
+def conceptual_graph(model: keras.Model) -> str | None:
+    """Return the layers of `model` as JSON, None if it is no graph of layers.
+
+    A subclass of `keras.Model` is Python code, not a graph of layers. Of a model that
+    TensorBoard could not draw, nothing is written: its tab would show an error.
+    """
+    keras_util = require("plugins.graph.keras_util")
+    try:
+        text = str(model.to_json())
+        content = json.loads(text)
+        keras_util.keras_model_to_graph_def(content)
+    except Exception:  # whatever a custom layer or TensorBoard raises about it
+        return None
+    return text if content["config"].get("layers") else None
+
+
+def model_variables(f: Any) -> dict[int, str]:
+    """Return the paths of the variables of a model by the ids of their handles.
+
+    TensorFlow knows each by its last name alone: "kernel". What is no model has none.
+    """
+    variables = f.variables if is_model(f) else []
+    return {id(variable.value.handle): variable.path for variable in variables}
+
+
+def _spec(tensor: Any) -> tf.TensorSpec:
+    return tf.TensorSpec(tensor.shape, tensor.dtype)
+
+
+def _float_spec(shape: Any) -> tf.TensorSpec:
+    return tf.TensorSpec((None, *shape[1:]), keras.config.floatx())
+
+
+# --- names and arguments --------------------------------------------------------------
 
 
 def _parameters(f: Callable[..., Any], count: int) -> list[str]:

@@ -11,11 +11,15 @@ import numpy as np
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.runs import media
-from tfgrad.runs.graph import step_graph
+from tfgrad.runs.graph import (
+    LAYERS,
+    conceptual_graph,
+    is_model,
+    model_inputs,
+    step_graph,
+)
 from tfgrad.runs.layout import TAG as LAYOUT
 from tfgrad.runs.layout import to_layout
-from tfgrad.runs.models import PLUGIN as LAYERS
-from tfgrad.runs.models import conceptual_graph, is_model, model_inputs
 from tfgrad.runs.session import Session
 from tfgrad.runs.values import (
     check_mapping,

@@ -124,6 +124,28 @@ def test_branches_and_loops_are_written_out():
     assert "f/cond/then/Identity" in node(graph, "f/cond").input
 
 
+def test_an_edge_is_from_the_output_that_is_used():
+    @tf.function
+    def last(x):
+        return tf.cast(tf.math.top_k(x, 2).indices, tf.float32)
+
+    graph = step_graph(lambda x: tf.reduce_sum(last(x)), [[1.0, 2.0]], "f")
+    assert list(node(graph, "f/last/Cast").input) == ["f/last/TopKV2:1"]
+
+
+def test_a_function_that_is_called_twice_is_written_out_twice():
+    @tf.function
+    def looped(x):
+        while x < 9.0:
+            x = 2.0 * x
+        return x
+
+    graph = step_graph(lambda x: looped(looped(x)), [1.0], "f")
+    assert {"f/looped/while/body/mul", "f/looped_1/while/body/mul"} <= names(graph)
+    assert "f/looped/Identity" in node(graph, "f/looped_1/while/cond/Less").input
+    assert node(graph, "f/looped/Identity").input[0].startswith("f/looped/while:")
+
+
 def test_a_body_within_a_body_is_written_out():
     def f(x):
         def body(y):

@@ -6,8 +6,7 @@ import pytest
 import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.runs.graph import step_graph
-from tfgrad.runs.models import conceptual_graph, model_inputs
+from tfgrad.runs.graph import conceptual_graph, model_inputs, step_graph
 
 
 class Subclass(keras.Model):
