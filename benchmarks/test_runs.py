@@ -19,8 +19,9 @@ import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tfgrad
-from tfgrad.runs.curves import event_files, read_run
-from tfgrad.runs.writer import Run
+from tfgrad.runs.directory import event_files
+from tfgrad.runs.reader import read_run
+from tfgrad.runs.run import Run
 
 POINTS = 20_000
 VALUES = np.random.default_rng(0).standard_normal(POINTS)

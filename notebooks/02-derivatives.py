@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.runs.pictures import Picture  # a matplotlib figure that shows itself
+from tfgrad.runs.plots import Picture  # a matplotlib figure that shows itself
 
 
 def tape(f, x):

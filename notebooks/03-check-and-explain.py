@@ -27,7 +27,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad import problems
-from tfgrad.runs.pictures import Picture  # a matplotlib figure that shows itself
+from tfgrad.runs.plots import Picture  # a matplotlib figure that shows itself
 
 # %% [markdown]
 # ## A difference with an error bar

@@ -29,7 +29,7 @@ import numpy as np
 
 import tfgrad
 from tfgrad import problems
-from tfgrad.runs.pictures import Picture  # a matplotlib figure that shows itself
+from tfgrad.runs.plots import Picture  # a matplotlib figure that shows itself
 
 logs = Path("../logs/minimisers")
 shutil.rmtree(logs, ignore_errors=True)

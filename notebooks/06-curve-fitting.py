@@ -28,7 +28,7 @@ import scipy.optimize
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.runs.pictures import Picture  # a matplotlib figure that shows itself
+from tfgrad.runs.plots import Picture  # a matplotlib figure that shows itself
 
 # %%
 pressure = np.array([77.6, 114.9, 141.1, 190.8, 239.9, 289.0, 332.8])

@@ -33,7 +33,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.runs.pictures import Picture  # a matplotlib figure that shows itself
+from tfgrad.runs.plots import Picture  # a matplotlib figure that shows itself
 
 logs = Path("../logs/oscillator")
 shutil.rmtree(logs, ignore_errors=True)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from tfgrad.optimize.minimize import descend, minimize
     from tfgrad.optimize.result import OptimizeResult
     from tfgrad.runs.board import show
-    from tfgrad.runs.pictures import plot_path, plot_runs
+    from tfgrad.runs.plots import plot_path, plot_runs
     from tfgrad.runs.reader import load_run, load_runs
-    from tfgrad.runs.writer import Run
+    from tfgrad.runs.run import Run
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,7 @@ _HOMES = {
     "GradCheck": "tfgrad.checks.report",
     "LeastSquaresResult": "tfgrad.optimize.least_squares",
     "OptimizeResult": "tfgrad.optimize.result",
-    "Run": "tfgrad.runs.writer",
+    "Run": "tfgrad.runs.run",
     "check_grads": "tfgrad.checks.gradcheck",
     "derivative": "tfgrad.derivatives.elementwise",
     "descend": "tfgrad.optimize.minimize",
@@ -51,8 +51,8 @@ _HOMES = {
     "load_run": "tfgrad.runs.reader",
     "load_runs": "tfgrad.runs.reader",
     "minimize": "tfgrad.optimize.minimize",
-    "plot_path": "tfgrad.runs.pictures",
-    "plot_runs": "tfgrad.runs.pictures",
+    "plot_path": "tfgrad.runs.plots",
+    "plot_runs": "tfgrad.runs.plots",
     "show": "tfgrad.runs.board",
     "value_and_grad": "tfgrad.derivatives.reverse",
     "vjp": "tfgrad.derivatives.reverse",

@@ -15,7 +15,7 @@ import tensorflow as tf
 import tfgrad
 from tfgrad.optimize import log as log_module
 from tfgrad.runs.board import show
-from tfgrad.runs.writer import Run
+from tfgrad.runs.run import Run
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

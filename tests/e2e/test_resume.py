@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.e2e.test_tensorboard import HAS_DATA_SERVER, curve
 from tfgrad.runs.board import show
-from tfgrad.runs.curves import read_run
+from tfgrad.runs.reader import read_run
 
 KILLS = int(os.environ.get("TFGRAD_KILLS", "2"))
 

@@ -15,9 +15,9 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.optimize import log as log_module
-from tfgrad.runs.curves import event_files, read_run
-from tfgrad.runs.reader import load_run, load_runs
-from tfgrad.runs.writer import Run
+from tfgrad.runs.directory import event_files
+from tfgrad.runs.reader import load_run, load_runs, read_run
+from tfgrad.runs.run import Run
 
 
 def bowl(x):

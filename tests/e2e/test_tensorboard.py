@@ -23,7 +23,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.runs.board import show
 from tfgrad.runs.reader import load_run
-from tfgrad.runs.writer import Run
+from tfgrad.runs.run import Run
 
 RNG = np.random.default_rng(0)
 CURVES = {"f": RNG.standard_normal(2000), "gradient/norm": RNG.standard_normal(2000)}
@@ -251,7 +251,7 @@ def test_hyper_parameters_are_served_with_the_status(board):
 
 WRITE_UNTIL_KILLED = """
 import itertools, os, random, signal, struct, sys
-from tfgrad.runs.writer import Run
+from tfgrad.runs.run import Run
 
 def write(session, first, report):
     run = Run(sys.argv[1], resume_from=first if session else None)

@@ -24,6 +24,7 @@ from typing import Any, Literal, Self
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.runs.directory import local_path, walk_event_files
 from tfgrad.runs.tensorboard import require
+from tfgrad.runs.values import checked_tags
 
 _START_SECONDS = 60.0  # it takes about one; a cold disk or a busy machine takes many
 _LOAD_SECONDS = 3.0  # for the first page to have its runs; they keep loading after that
@@ -167,7 +168,7 @@ def show(
         ...     board.url.startswith("http://127.0.0.1:")
         True
     """
-    path = _checked_root(root)
+    path, pins = _checked_root(root), checked_tags(pin, "pin")
     loader = _checked_loader(load_fast)
     require("version")
     if hostile := _hostile_files(path):
@@ -188,7 +189,7 @@ def show(
     # -P: the folder of the script holds modules of this package, not of the path.
     script = Path(__file__).with_name("serve.py")
     flags = [f"--{name}={value}" for name, value in options.items()]
-    return Board(path, [sys.executable, "-P", str(script), *flags], _checked_pins(pin))
+    return Board(path, [sys.executable, "-P", str(script), *flags], pins)
 
 
 def _checked_root(root: Any) -> Path:
@@ -221,17 +222,6 @@ def _checked_loader(load_fast: Any) -> str:
         '`load_fast` is "auto", "true" or "false".',
         got=f"load_fast={load_fast!r}",
         hint="leave it out",
-    )
-
-
-def _checked_pins(pin: Any) -> list[str]:
-    pins = [pin] if isinstance(pin, str) else pin
-    if isinstance(pins, Iterable) and all(isinstance(tag, str) for tag in pins):
-        return list(pins)
-    raise InvalidArgumentError(
-        "`pin` takes tags of scalars.",
-        got=f"pin={pin!r}",
-        hint='pin="loss", or pin=["loss", "gradient/norm"]',
     )
 
 

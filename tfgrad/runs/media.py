@@ -1,9 +1,11 @@
-"""Pictures and distributions in the forms that TensorBoard stores them."""
+"""Pictures, distributions and charts in the forms that TensorBoard stores them."""
 
 from __future__ import annotations
 
 import io
+import re
 import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,11 @@ import tensorflow as tf
 
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.runs.values import as_array
+from tfgrad.runs.tensorboard import require
+from tfgrad.runs.values import as_array, check_tag
+
+LAYOUT = "custom_scalars__config__"
+"""Where the Custom Scalars plugin looks for the charts of a run."""
 
 BUCKETS = 30
 """How many bars a histogram has: the default of `tf.summary.histogram`."""
@@ -47,6 +53,21 @@ def to_pngs(image: Any, tag: str) -> list[bytes]:
         pngs = [tf.io.encode_png(pixels).numpy() for pixels in _pixels(image, tag)]
     width, height = struct.unpack(">II", pngs[0][16:24])  # in PNG's first chunk
     return [str(width).encode(), str(height).encode(), *pngs]
+
+
+def to_layout(charts: Any) -> bytes:
+    """Return the serialized `Layout` of {category: {chart: [tags]}}."""
+    layout = require("plugins.custom_scalar.layout_pb2").Layout()
+    for category, its_charts in _checked(charts, Mapping, "charts").items():
+        check_tag(category)
+        group = layout.category.add(title=category)
+        for chart, tags in _checked(its_charts, Mapping, repr(category)).items():
+            check_tag(chart)
+            for tag in _checked(tags, Sequence, repr(chart)):
+                check_tag(tag)
+            lines = [f"^{re.escape(tag)}$" for tag in tags]
+            group.chart.add(title=chart, multiline={"tag": lines})
+    return bytes(layout.SerializeToString())
 
 
 def _real_array(values: Any, tag: str) -> np.ndarray[Any, Any]:
@@ -92,3 +113,13 @@ def _pixels(image: Any, tag: str) -> np.ndarray[Any, Any]:
 
 def _is_float(array: np.ndarray[Any, Any]) -> bool:
     return array.dtype.kind in "fV"
+
+
+def _checked(value: Any, kind: Any, name: str) -> Any:
+    if isinstance(value, kind) and not isinstance(value, str) and value:
+        return value
+    raise InvalidArgumentError(
+        "A layout maps categories to charts, and charts to their tags.",
+        got=f"{name} is {value!r}",
+        hint='{"convergence": {"loss": ["training/loss", "validation/loss"]}}',
+    )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from tfgrad.errors import InvalidArgumentError, RunError
-from tfgrad.runs.curves import ReadRun, read_run, run_directories
+from tfgrad.runs.directory import event_files, local_path, walk_event_files
+from tfgrad.runs.tensorboard import require
+from tfgrad.runs.tfrecord import read_events
 
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # its stubs are a package apart
 
-_RESERVED = ("run", "step")
+_START = require("compat.proto.event_pb2").SessionLog.START
 
 
 def load_run(directory: str | os.PathLike[str], wide: bool = False) -> pd.DataFrame:
@@ -96,64 +102,41 @@ def load_runs(root: str | os.PathLike[str], wide: bool = False) -> pd.DataFrame:
 
 def _frame(runs: Mapping[str, ReadRun], wide: bool) -> pd.DataFrame:
     pandas = _pandas()
-    columns, counts = _wide(runs) if wide else _long(runs)
-    which = np.repeat(np.arange(len(runs)), counts)
-    run = pandas.Categorical.from_codes(which, list(runs))
-    hparams = pandas.DataFrame([read.hparams for read in runs.values()])
-    hparams = hparams.add_prefix("hparams/").iloc[which].reset_index(drop=True)
-    if not wide:
-        tags = list(dict.fromkeys(tag for read in runs.values() for tag in read.curves))
-        columns["tag"] = pandas.Categorical.from_codes(columns["tag"], tags)
-    frame = pandas.DataFrame({"run": run, **columns})
-    return pandas.concat([frame, hparams], axis=1)
-
-
-def _long(runs: Mapping[str, ReadRun]) -> tuple[dict[str, Any], list[int]]:
-    """Return the columns of a row per point, and how many rows each run has."""
-    tags: dict[str, int] = {}
-    pairs = [
-        (tags.setdefault(tag, len(tags)), curve)
-        for read in runs.values()
-        for tag, curve in read.curves.items()
-    ]
-    codes = [np.full(len(curve.steps), code) for code, curve in pairs]
-    counts = [sum(len(c.steps) for c in r.curves.values()) for r in runs.values()]
-    columns = {
-        "tag": _joined(codes, np.int64),
-        "step": _joined([curve.steps for _, curve in pairs], np.int64),
-        "wall_time": _joined([curve.wall_times for _, curve in pairs], np.float64),
-        "value": _joined([curve.values for _, curve in pairs], np.float64),
-    }
-    return columns, counts
-
-
-def _wide(runs: Mapping[str, ReadRun]) -> tuple[dict[str, Any], list[int]]:
-    """Return the columns of a row per step, and how many rows each run has."""
     tags = list(dict.fromkeys(tag for read in runs.values() for tag in read.curves))
+    frames = [
+        pandas.DataFrame(
+            {"run": run, "tag": tag, "step": c.steps, "wall_time": c.wall_times}
+            | {"value": c.values}
+        )
+        for run, read in runs.items()
+        for tag, c in read.curves.items()
+    ]
+    frame = pandas.concat([_no_points(pandas), *frames], ignore_index=True)
+    frame["run"] = pandas.Categorical(frame["run"], list(runs))
+    frame["tag"] = pandas.Categorical(frame["tag"], tags)
+    if wide:
+        _check_names(tags)
+        frame = frame.pivot(index=["run", "step"], columns="tag", values="value")
+        frame = frame.reindex(columns=tags).rename_axis(columns=None).reset_index()
+    hparams = pandas.DataFrame([read.hparams for read in runs.values()])
+    hparams = hparams.add_prefix("hparams/").iloc[frame["run"].cat.codes]
+    return pandas.concat([frame, hparams.reset_index(drop=True)], axis=1)
+
+
+def _no_points(pandas: Any) -> pd.DataFrame:
+    dtypes = {"run": str, "tag": str, "step": "int64"}
+    dtypes |= {"wall_time": "float64", "value": "float64"}
+    return pandas.DataFrame(columns=list(dtypes)).astype(dtypes)
+
+
+def _check_names(tags: Iterable[str]) -> None:
     for tag in tags:
-        if tag in _RESERVED:
+        if tag in ("run", "step"):
             raise InvalidArgumentError(
                 "A wide frame has columns of its own that are called run and step.",
                 got=f"the tag {tag!r}",
                 hint="wide=False",
             )
-    steps = [
-        np.unique(_joined([c.steps for c in read.curves.values()], np.int64))
-        for read in runs.values()
-    ]
-    counts = [len(its_steps) for its_steps in steps]
-    columns = {tag: np.full(sum(counts), np.nan) for tag in tags}
-    first = 0
-    for read, its_steps in zip(runs.values(), steps, strict=True):
-        for tag, curve in read.curves.items():
-            rows = first + np.searchsorted(its_steps, curve.steps)
-            columns[tag][rows] = curve.values
-        first += len(its_steps)
-    return {"step": _joined(steps, np.int64), **columns}, counts
-
-
-def _joined(arrays: list[Any], dtype: Any) -> np.ndarray[Any, Any]:
-    return np.concatenate([np.empty(0, dtype), *arrays])
 
 
 def _pandas() -> Any:
@@ -166,3 +149,149 @@ def _pandas() -> Any:
             hint='pip install "tfgrad[pandas]"',
         ) from error
     return pandas
+
+
+# --- event files ----------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Curve:
+    """The points of one tag: first as they come, then in the order of their steps.
+
+    Attributes:
+        steps: Whole numbers; once `settle` was called, they grow.
+        wall_times: When each was written, in seconds since 1970.
+        values: The numbers, as float64, which holds every float32 exactly.
+    """
+
+    steps: Any = field(default_factory=lambda: array("q"))
+    wall_times: Any = field(default_factory=lambda: array("d"))
+    values: Any = field(default_factory=lambda: array("d"))
+    _starts: list[int] = field(default_factory=list)  # rows that are no points
+
+    def start(self, step: int) -> None:
+        """Begin a session, which supersedes the points at `step` and later ones."""
+        self._starts.append(len(self.steps))
+        self.steps.append(step)
+        self.wall_times.append(0.0)
+        self.values.append(0.0)
+
+    def settle(self) -> None:
+        """Drop what is superseded: points before one at their step or a lower one."""
+        steps = np.asarray(self.steps)
+        lowest_from = np.minimum.accumulate(steps[::-1])[::-1]
+        kept = np.append(steps[:-1] < lowest_from[1:], True)[: len(steps)]
+        kept[self._starts] = False
+        self.steps = steps[kept]
+        self.wall_times = np.asarray(self.wall_times)[kept]
+        self.values = np.asarray(self.values)[kept]
+
+
+@dataclass
+class ReadRun:
+    """What the event files of one directory hold.
+
+    Attributes:
+        curves: By tag, in the order in which tags came.
+        hparams: Hyper-parameters by name.
+    """
+
+    curves: dict[str, Curve] = field(default_factory=dict)
+    hparams: dict[str, bool | float | str] = field(default_factory=dict)
+
+    def add(self, event: Any) -> None:
+        """Take in one event."""
+        step, wall_time, curves = event.step, event.wall_time, self.curves
+        values = event.summary.value
+        for value in values:
+            number = value.simple_value
+            if not number and not value.HasField("simple_value"):
+                number = self._number_in_tensor(value)
+                if number is None:
+                    continue
+            tag = value.tag
+            curve = curves.get(tag)
+            if curve is None:
+                curve = curves[tag] = Curve()
+            curve.steps.append(step)
+            curve.wall_times.append(wall_time)
+            curve.values.append(number)
+        if not values and event.session_log.status == _START:
+            for curve in curves.values():
+                curve.start(step)
+
+    def _number_in_tensor(self, value: Any) -> float | None:
+        """Return the number in the tensor of `value`, if that is a point of a curve."""
+        metadata = value.metadata.plugin_data
+        if value.tag == "_hparams_/session_start_info":
+            self.hparams |= _hparams(metadata.content)
+        # Of a tag, the first event alone need say which plugin it is for.
+        elif metadata.plugin_name == "scalars" or value.tag in self.curves:
+            return _number(value.tensor) if value.HasField("tensor") else None
+        return None
+
+
+def read_run(directory: Path) -> ReadRun:
+    """Return what the event files of `directory` hold, the oldest file first."""
+    run = ReadRun()
+    for path in event_files(directory):
+        for event in read_events(path):
+            run.add(event)
+    for curve in run.curves.values():
+        curve.settle()
+    return run
+
+
+def run_directories(root: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return the directories under `root` that hold event files, by TensorBoard's name.
+
+    Links to directories are not followed: they may lead anywhere, also in a circle.
+
+    Raises:
+        InvalidArgumentError: If `root` is no path.
+        RunError: If it is no directory, or there are none.
+    """
+    path = local_path(root, "Runs are read from a directory of this machine.")
+    found = {p.relative_to(path).as_posix(): p for p in walk_event_files(path)}
+    if not found:
+        what = "holds no event files" if path.is_dir() else "is no directory"
+        raise RunError(
+            "Runs are read from a directory that holds some.",
+            got=f"{path}, which {what}",
+            hint='the `.directory` of a run, or one above it, such as "logs"',
+        )
+    return dict(sorted(found.items()))
+
+
+def _number(tensor: Any) -> float:
+    """Return the number in a tensor of one element, of whatever dtype and shape.
+
+    A shape is not believed: it may claim any size for a tensor that stores one number.
+    """
+    types = require("compat.proto.types_pb2")
+    if tensor.dtype == types.DT_FLOAT and tensor.float_val:
+        return float(tensor.float_val[0])
+    if tensor.dtype == types.DT_BFLOAT16:  # the upper half of a float32
+        content = np.frombuffer(tensor.tensor_content, "<u2")
+        halves = np.array([*tensor.half_val, *content], "<u4")
+        return float((halves << 16).view("<f4")[0]) if len(halves) == 1 else np.nan
+    one = type(tensor)()
+    one.CopyFrom(tensor)
+    one.tensor_shape.Clear()
+    try:
+        return float(require("util.tensor_util").make_ndarray(one))
+    except (TypeError, ValueError):  # strings, or several numbers
+        return float(np.nan)
+
+
+def _hparams(content: bytes) -> dict[str, bool | float | str]:
+    data = require("plugins.hparams.plugin_data_pb2").HParamsPluginData
+    try:
+        pairs = data.FromString(content).session_start_info.hparams.items()
+    except DecodeError:
+        return {}
+    # A map of protocol buffers has no order of its own.
+    return {
+        n: getattr(v, v.WhichOneof("kind") or "", "")
+        for n, v in sorted(pairs, key=lambda pair: pair[0])
+    }

@@ -1,4 +1,4 @@
-"""`run.json`: what a run was, for readers that have no TensorFlow."""
+"""What a run was: `run.json`, and its hyper-parameters in the HParams tab."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorboard
 import tensorflow as tf
 
 import tfgrad
 from tfgrad import nested
 from tfgrad.errors import RunError
-from tfgrad.runs.values import as_array, to_text
+from tfgrad.runs.tensorboard import require
+from tfgrad.runs.values import as_array, check_mapping, check_tag, to_text
 
 FILE_NAME = "run.json"
+FAILURES = ("failure", "interrupted", "nonfinite")
+"""Statuses of runs that failed; the HParams tab knows failures and successes only."""
+
 _LARGEST_ARRAY = 1000
 """Elements of the largest array that is written whole; of others, shape and dtype."""
+
+_LARGEST_INTEGER = 2**53
+"""Beyond it the HParams tab, which has only float64, would show another number."""
 
 
 class Record:
@@ -118,7 +124,7 @@ def _versions() -> dict[str, str]:
         "tfgrad": tfgrad.__version__,
         "tensorflow": tf.__version__,
         "keras": keras.__version__,
-        "tensorboard": tensorboard.__version__,
+        "tensorboard": require("version").VERSION,
         "numpy": np.__version__,
     }
 
@@ -139,3 +145,46 @@ def _read(path: Path) -> list[dict[str, Any]]:
             got=f"{path}: {error}",
             hint="mend the file, or move it away to go on without it",
         ) from error
+
+
+# --- TensorBoard's HParams tab --------------------------------------------------------
+
+
+def checked_hparams(hparams: Mapping[str, Any]) -> dict[str, bool | float | str]:
+    """Return `hparams` as the tab can hold them: what is no number is its `str`."""
+    check_mapping(hparams, "hparams")
+    for name in hparams:
+        check_tag(name)
+    return {name: _plain(value) for name, value in hparams.items()}
+
+
+def hparams_start(hparams: Mapping[str, bool | float | str], directory: Path) -> bytes:
+    """Return the serialized `Summary` that opens the run in `directory`."""
+    # What tells runs apart comes first: the tab has room for some twenty letters.
+    place = directory.parent
+    name = f"{place.name}/{directory.name} in {place.parent}"
+    summary = require("plugins.hparams.api").hparams_pb(
+        dict(hparams), trial_id=to_text(name)
+    )
+    return bytes(summary.SerializeToString())
+
+
+def hparams_end(status: str) -> bytes:
+    """Return the serialized `Summary` that ends the session."""
+    statuses = require("plugins.hparams.api_pb2")
+    failed = status in FAILURES
+    shown = statuses.STATUS_FAILURE if failed else statuses.STATUS_SUCCESS
+    summary = require("plugins.hparams.summary")
+    return bytes(summary.session_end_pb(shown).SerializeToString())
+
+
+def _plain(value: Any) -> bool | float | str:
+    if isinstance(value, np.generic | np.ndarray | tf.Tensor) or nested.is_variable(
+        value
+    ):
+        array = as_array(value)
+        value = array.item() if array.ndim == 0 else value
+    is_exact = not isinstance(value, int) or abs(value) <= _LARGEST_INTEGER
+    if isinstance(value, bool | int | float) and is_exact:
+        return value
+    return to_text(str(value))

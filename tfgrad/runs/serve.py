@@ -7,6 +7,8 @@ when the parent closes that, or dies. TensorBoard's data server then ends, too.
 import mimetypes
 import os
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 
 def main() -> None:
@@ -34,8 +36,8 @@ def _let_no_file_hide_another() -> None:
     """
     from tensorboard.backend.event_processing import event_file_loader, io_wrapper
 
-    def guarded(load):  # type: ignore[no-untyped-def]  # TensorBoard has no types
-        def load_what_can_be_read(self):  # type: ignore[no-untyped-def]
+    def guarded(load: Callable[[Any], Iterator[Any]]) -> Callable[[Any], Iterator[Any]]:
+        def load_what_can_be_read(self: Any) -> Iterator[Any]:
             try:
                 yield from load(self)
             except Exception as error:  # MemoryError, DecodeError, OverflowError ...

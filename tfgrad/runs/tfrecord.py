@@ -212,7 +212,7 @@ def _crc32c(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 @functools.cache
 def _table() -> np.ndarray[Any, Any]:
     """Return what a byte adds to a CRC-32C, by its distance from the end and value."""
-    row = np.arange(256, dtype=np.uint32)
+    row: np.ndarray[Any, Any] = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         row = row >> 1 ^ np.where(row & 1, np.uint32(0x82F63B78), np.uint32(0))
     rows = [row]

@@ -2,7 +2,7 @@ import pytest
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.runs.layout import to_layout
+from tfgrad.runs.media import to_layout
 
 
 def test_a_layout_names_each_tag_exactly():

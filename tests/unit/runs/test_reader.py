@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.runs import tfrecord
 from tfgrad.runs.reader import load_run, load_runs
-from tfgrad.runs.writer import Run
+from tfgrad.runs.run import Run
 
 RNG = np.random.default_rng(0)
 

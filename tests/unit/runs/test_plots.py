@@ -4,9 +4,15 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.errors import InvalidArgumentError, RunError
-from tfgrad.runs.grid import Grid, box_around, values_at
-from tfgrad.runs.pictures import coordinate_names, plot_path, plot_runs
-from tfgrad.runs.writer import Run
+from tfgrad.runs.plots import (
+    Grid,
+    box_around,
+    coordinate_names,
+    plot_path,
+    plot_runs,
+    values_at,
+)
+from tfgrad.runs.run import Run
 
 
 def bowl(x):
@@ -137,6 +143,13 @@ def test_more_parameters_have_no_picture():
         plot_path(f, result)
 
 
+def test_what_is_no_result_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"(?s)result=None.*try: plot_path"):
+        plot_path(bowl, None)
+    with pytest.raises(InvalidArgumentError, match="f=None"):
+        plot_path(None, minimized())
+
+
 def test_coordinates_are_named_as_one_types_them():
     nest = {"a": 1.0, "w": np.zeros((1, 2))}
 
@@ -199,6 +212,19 @@ def test_tags_can_be_chosen(logs):
     assert plot_runs(logs, ["x", "loss"]).axes[1].get_title() == "loss"
     with pytest.raises(InvalidArgumentError, match=r"(?s)'lost'.*one of 'loss', 'x'"):
         plot_runs(logs, "lost")
+
+
+@pytest.mark.parametrize("tags", [3, [3], [None, "loss"]], ids=str)
+def test_tags_that_are_none_are_refused(logs, tags):
+    with pytest.raises(InvalidArgumentError, match=r"(?s)got: tags=.*try: tags="):
+        plot_runs(logs, tags=tags)
+
+
+def test_names_with_a_dollar_are_drawn_as_they_are(tmp_path):
+    with Run(tmp_path / "a$^$") as run:
+        run.log_history({"cost $_{ $": [2.0, 1.0]}, range(2))
+
+    assert plot_runs(tmp_path)._repr_png_().startswith(b"\x89PNG")
 
 
 def test_what_holds_no_curves_is_not_drawn(tmp_path):

@@ -5,17 +5,13 @@ from __future__ import annotations
 import contextlib
 import numbers
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.runs.guard import Guard
 from tfgrad.runs.values import as_array
-
-if TYPE_CHECKING:
-    from tfgrad.runs.writer import Run
-
 
 _TAGS = ("epoch/", "batch/")
 
@@ -26,8 +22,8 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
     Steps go on from one `fit` to the next, which Keras begins at 0 each.
     """
 
-    def __init__(self, run: Run, batches: int | None, histograms: int | None) -> None:
-        """Write to `run`; see there."""
+    def __init__(self, run: Any, batches: int | None, histograms: int | None) -> None:
+        """Write to `run`, a `Run`; its `keras_callback` explains the arguments."""
         super().__init__()
         self._run = run
         self._every_batches = _checked("batches", batches)

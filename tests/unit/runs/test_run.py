@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError, RunError
-from tfgrad.runs.writer import Run
+from tfgrad.runs.run import Run
 
 
 def events(run):

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError, RunError
-from tfgrad.runs.writer import Run
+from tfgrad.runs.run import Run
 
 X = np.random.default_rng(0).random([32, 4])
 Y = X.sum(axis=1, keepdims=True)

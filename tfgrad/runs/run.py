@@ -1,0 +1,468 @@
+"""`Run`: one TensorBoard run, written from any loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from tfgrad import nested
+from tfgrad.errors import InvalidArgumentError, RunError
+from tfgrad.runs import media
+from tfgrad.runs.directory import claim
+from tfgrad.runs.events import EventFile
+from tfgrad.runs.graph import (
+    LAYERS,
+    conceptual_graph,
+    is_model,
+    model_inputs,
+    step_graph,
+)
+from tfgrad.runs.keras_callback import RunCallback
+from tfgrad.runs.record import Record, checked_hparams, hparams_end, hparams_start
+from tfgrad.runs.tags import Kind, Tags
+from tfgrad.runs.values import (
+    check_mapping,
+    check_tag,
+    to_column,
+    to_number,
+    to_step,
+    to_steps,
+    to_text,
+)
+
+_ROWS_AT_ONCE = 10_000
+"""Rows of a history that are Python numbers at a time: memory stays bounded."""
+
+
+class Run:
+    """One TensorBoard run: curves, cards, pictures, graphs, in a directory of its own.
+
+    Use it as a context manager. A call is in the file when it returns, so that a
+    process which is killed loses nothing that it logged. Calls may come from several
+    threads. Numbers are kept as float32, which is what TensorBoard reads; NaN and
+    infinities are kept as they are. `run.json` says what the run was: versions, start,
+    result, status.
+
+    Args:
+        directory: Where to write. If it exists and holds something, the run goes to the
+            first free one of `directory-002`, `directory-003`..., so that two
+            experiments never share a curve; `Run.directory` is the one.
+        hparams: Hyper-parameters by name, for TensorBoard's HParams tab: numbers,
+            strings and booleans as they are, anything else as its `str`.
+        resume_from: The step at which the run in exactly this directory goes on. What
+            it holds of this step and later ones is superseded: no step shows twice.
+
+    Attributes:
+        directory: The `pathlib.Path` that is really written to.
+        first_step: The step at which this session starts.
+
+    Raises:
+        InvalidArgumentError: If an argument is not of its kind; nothing was written.
+        RunError: If the directory is a file, cannot be written, does not exist
+            (`resume_from`), or has another live writer (`resume_from`).
+
+    Example:
+        >>> import tempfile
+        >>> logs = tempfile.mkdtemp()
+        >>> with Run(f"{logs}/parabola") as run:
+        ...     for step in range(3):
+        ...         run.log(step, loss=0.64**step)
+        >>> with Run(f"{logs}/parabola") as second:  # the first one is not touched
+        ...     second.directory.name
+        'parabola-002'
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        hparams: Mapping[str, Any] | None = None,
+        resume_from: int | None = None,
+    ) -> None:
+        """Claim the directory and write the head of the run."""
+        is_resumed = resume_from is not None
+        self.first_step = to_step(resume_from, "resume_from") if is_resumed else 0
+        self._hparams = checked_hparams(hparams or {})
+        self._lock = threading.RLock()
+        self._is_closed = False
+        self._facts: dict[str, Any] = {}
+        self._last_write = self._started = time.time()
+        with contextlib.ExitStack() as undo:
+            self._claim = claim(directory, resume=is_resumed)
+            undo.callback(self._claim.release)
+            self.directory = self._claim.path
+            self._record = Record(
+                self.directory, resumed_from=resume_from, hparams=self._hparams
+            )
+            self._tags = Tags(self._record.earlier_tags(), self.first_step)
+            self._recorded_at = len(self._tags.kinds) + 1
+            superseded = self._tags.superseded()
+            self._events = EventFile(self.directory, self.first_step, superseded)
+            if self._hparams:
+                place = self.directory.absolute()
+                self._events.summary(hparams_start(self._hparams, place))
+            undo.pop_all()
+
+    def log(
+        self, step: int, scalars: Mapping[str, Any] | None = None, /, **named: Any
+    ) -> None:
+        """Write one point of one or more curves, in about ten microseconds.
+
+        Args:
+            step: A whole number from 0 up. On one tag, steps grow.
+            scalars: Numbers or arrays and tensors of shape `[]`, by tag. This is the
+                way to write a tag that is no Python name: `run.log(0, {"a/b": 1.0})`.
+            **named: The same, as in `run.log(0, loss=0.5)`.
+
+        Raises:
+            InvalidArgumentError: If a value is no number, a step does not grow, or a
+                tag is one of text or a graph. Nothing of this call was written.
+            RunError: If the run is closed, or the disk refuses.
+
+        Example:
+            >>> import tempfile
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.log(0, loss=np.float32(0.5))
+            ...     run.log(1, {"loss": 0.25, "gradient/norm": float("nan")})
+        """
+        step = to_step(step, "step")
+        if scalars is not None:
+            check_mapping(scalars, "scalars")
+            named = {**scalars, **named}
+        numbers = [to_number(value, tag) for tag, value in named.items()]
+        with self._lock:
+            self._admit(named, "scalar", step, step)
+            self._last_write = time.time()
+            if named:
+                columns = [[number] for number in numbers]
+                self._events.scalars(tuple(named), [step], [self._last_write], columns)
+
+    def log_history(
+        self,
+        history: Mapping[str, Any],
+        steps: Sequence[int] | np.ndarray,
+        wall_times: Any = None,
+    ) -> None:
+        """Write whole curves at once, at a fraction of a microsecond a point.
+
+        This is how a compiled loop logs every step: it hands over arrays, now and then.
+
+        Args:
+            history: Arrays of shape `[n]` by tag.
+            steps: Their `n` steps, which grow, also from call to call.
+            wall_times: When each step was done, in seconds since 1970, shape `[n]`.
+                None spreads the steps evenly over the time since the last call.
+
+        Raises:
+            InvalidArgumentError: As for `log`, and if lengths differ.
+            RunError: If the run is closed, or the disk refuses.
+
+        Example:
+            >>> import tempfile
+            >>> loss = 0.64 ** np.arange(1000)
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.log_history({"loss": loss, "error": np.sqrt(loss)}, range(1000))
+        """
+        check_mapping(history, "history")
+        steps = to_steps(steps)
+        count = len(steps)
+        columns = [to_column(values, tag, count) for tag, values in history.items()]
+        now = time.time()
+        with self._lock:
+            if wall_times is None:
+                times = np.linspace(self._last_write, now, count + 1)[1:]
+            else:
+                times = to_column(wall_times, "wall_times", count)
+            if not count or not columns:
+                return
+            self._admit(history, "scalar", int(steps[0]), int(steps[-1]))
+            for start in range(0, count, _ROWS_AT_ONCE):
+                part = slice(start, start + _ROWS_AT_ONCE)
+                self._events.scalars(
+                    tuple(history),
+                    steps[part].tolist(),
+                    times[part].tolist(),
+                    [column[part].tolist() for column in columns],
+                )
+            self._last_write = now
+
+    def text(self, tag: str, markdown: str, step: int | None = None) -> None:
+        """Write a card of Markdown for TensorBoard's Text tab.
+
+        Args:
+            tag: Its name.
+            markdown: The text: tables, lists and code blocks are shown as such.
+            step: When it was true; None means the step at which this session started.
+
+        Raises:
+            InvalidArgumentError: If `markdown` is no string, or `tag` is taken.
+            RunError: If the run is closed, or the disk refuses.
+        """
+        if not isinstance(markdown, str):
+            raise InvalidArgumentError(
+                "`text` takes a string of Markdown.",
+                got=f"markdown={nested.describe(markdown)}",
+                hint='str(...), or "```\\n...\\n```" to show it as it is',
+            )
+        with self._lock:
+            step = self.first_step if step is None else to_step(step, "step")
+            self._admit([tag], "text", step, step)
+            self._events.text(tag, to_text(markdown), step)
+
+    def histogram(self, tag: str, values: Any, step: int) -> None:
+        """Write the distribution of `values`, for the Histograms tab.
+
+        Args:
+            tag: Its name.
+            values: Real numbers in any shape. Those that are not finite are left out.
+            step: When they were so. On one tag, steps grow.
+
+        Raises:
+            InvalidArgumentError: If an argument is not of its kind, or `tag` is taken.
+            RunError: If the run is closed, or the disk refuses.
+
+        Example:
+            >>> import tempfile
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.histogram("weights", np.linspace(-1, 1, 1000), step=0)
+        """
+        step, buckets = to_step(step, "step"), media.to_buckets(values, tag)
+        with self._lock:
+            self._admit([tag], "histogram", step, step)
+            self._events.tensor(tag, buckets, step, "histograms")
+
+    def image(self, tag: str, image: Any, step: int | None = None) -> None:
+        """Write a picture, or several of one size, for the Images tab.
+
+        Args:
+            tag: Its name.
+            image: A matplotlib figure, or pixels: an array of shape `[height, width]`,
+                `[height, width, 1, 3 or 4]` or `[images, height, width, 1, 3 or 4]`, of
+                floats in 0..1 or of uint8.
+            step: When it was true; None means the step at which this session started.
+
+        Raises:
+            InvalidArgumentError: If an argument is not of its kind, or `tag` is taken.
+            RunError: If the run is closed, or the disk refuses.
+
+        Example:
+            >>> import tempfile
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.image("ramp", np.linspace(0, 1, 64).reshape(8, 8))
+        """
+        step = self.first_step if step is None else to_step(step, "step")
+        content = media.to_pngs(image, tag)
+        with self._lock:
+            self._admit([tag], "image", step, step)
+            self._events.tensor(tag, content, step, "images")
+
+    def layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Draw several curves in one chart, in the Custom Scalars tab.
+
+        Args:
+            charts: The tags of each chart's curves, by category and title. They may be
+                logged later.
+
+        Raises:
+            InvalidArgumentError: If `charts` is not of that form, or a second layout.
+            RunError: If the run is closed, or the disk refuses.
+
+        Example:
+            >>> import tempfile
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.layout({"fit": {"loss": ["training/loss", "validation/loss"]}})
+        """
+        content = media.to_layout(charts)
+        with self._lock:
+            if media.LAYOUT in self._tags:
+                raise InvalidArgumentError(
+                    "A run has one layout.",
+                    got="a second call",
+                    hint="all charts in one call: {category: {chart: [tags]}}",
+                )
+            tag, step = media.LAYOUT, self.first_step
+            self._admit([tag], "layout", step, step)
+            self._events.tensor(tag, content, step, "custom_scalars")
+
+    def graph(self, f: Callable[..., Any], *args: Any, name: str | None = None) -> None:
+        """Write the graph of `f` and of its gradient, for TensorBoard's Graphs tab.
+
+        The operations stand under the user's own name scopes; nested `tf.function`s,
+        branches and loops are written out. `f` is traced once more for this, not run.
+        The first graph is the one that the tab opens; later ones are under its "Tag"
+        menu. Of a Keras model, the graph of its layers is there, too.
+
+        Args:
+            f: A TensorFlow function or a Keras model. If it returns one float number,
+                the graph has its gradient with respect to the float tensors in `args`
+                and to the trainable variables that `f` reads.
+            *args: What to trace it with: nests of tensors, arrays, numbers, or
+                `tf.TensorSpec`s of them. A model that was built needs none.
+            name: Its name; None means that of `f`. A graph that an earlier session has
+                written under this name is left as it is.
+
+        Raises:
+            InvalidArgumentError: If this session has a graph of this name already, or
+                `f` cannot be traced.
+            RunError: If the run is closed, or the disk refuses.
+
+        Example:
+            >>> import tempfile
+            >>> import tensorflow as tf
+            >>> x = tf.Variable(3.0, name="x")
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.graph(lambda: x**2 + x - 1, name="parabola")
+        """
+        is_keras = is_model(f)
+        if name is None:
+            name = str(getattr(f, "name", "")) if is_keras else nested.name_of(f)
+        tag = f"graph/{name}"
+        check_tag(name)
+        self._check_open()
+        if tag in self._tags:
+            raise InvalidArgumentError(
+                "A run has one graph of a name.",
+                got=f"{name!r}, which this run has already",
+                hint="name=... to write it beside the first",
+            )
+        if self._tags.kinds.get(tag) == "graph":
+            return
+        # Traced without the lock: others log meanwhile.
+        graph_def = step_graph(f, args or model_inputs(f) if is_keras else args, name)
+        with self._lock:
+            # A second graph of the whole run would replace the first in one loader.
+            is_first = "graph" not in self._tags.kinds.values()
+            self._admit([tag], "graph", self.first_step, self.first_step)
+            self._events.graph(graph_def, None if is_first else tag)
+            if is_keras and (layers := conceptual_graph(f)):
+                tag = f"layers/{name}"
+                self._admit([tag], "graph", self.first_step, self.first_step)
+                self._events.tensor(tag, layers, 0, LAYERS, b"1")
+
+    def keras_callback(
+        self, *, batches: int | None = None, histograms: int | None = None
+    ) -> RunCallback:
+        """Return a callback for `Model.fit` that writes to this run.
+
+        Its curves are `epoch/loss`, `epoch/val_loss`... and the learning rate; its
+        graph, that of the model. A step is an epoch or, with `batches`, a batch. A
+        second `fit` goes on where the first ended. A disk that refuses ends the log
+        with a warning, not the training.
+
+        Args:
+            batches: Write `batch/loss`... after every so many batches; None, never.
+            histograms: Write the weights after every so many epochs; None, never.
+
+        Raises:
+            InvalidArgumentError: If a number is not a whole one above 0.
+
+        Example:
+            >>> import keras, tempfile
+            >>> model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+            >>> model.compile("sgd", "mse")
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     callback = run.keras_callback(histograms=1)
+            ...     x, y = np.ones([8, 2]), np.ones([8, 1])
+            ...     history = model.fit(x, y, verbose=0, callbacks=[callback])
+        """
+        return RunCallback(self, batches=batches, histograms=histograms)
+
+    def describe(self, **facts: Any) -> None:
+        """Add facts to `run.json`: the seed, the arguments, the problem.
+
+        Args:
+            **facts: Whatever JSON can hold, and arrays; float64 keeps all its bits, NaN
+                and infinities become strings, and other objects their `repr`.
+
+        Example:
+            >>> import json, tempfile
+            >>> from tfgrad import Run
+            >>> with Run(tempfile.mkdtemp()) as run:
+            ...     run.describe(seed=7, arguments={"learning_rate": 0.1})
+            >>> json.loads((run.directory / "run.json").read_text())["facts"]["seed"]
+            7
+        """
+        with self._lock:
+            self._check_open()
+            self._facts |= facts
+            self._record.update(facts=self._facts)
+
+    def rewind(self, tag: str, step: int) -> None:
+        """Let a tag go on after `step`, though the run is resumed from a later one."""
+        with self._lock:
+            self._tags.rewind(tag, step)
+
+    def close(self, status: str = "success", **result: Any) -> None:
+        """End the run: write status and result to `run.json`, let the directory go.
+
+        Args:
+            status: How it ended, in a word. The HParams tab shows "failure",
+                "interrupted" and "nonfinite" as failures, all others as successes.
+            **result: What came out, for `run.json`.
+
+        A second call does nothing.
+        """
+        with self._lock, contextlib.ExitStack() as ending:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            ending.callback(self._claim.release)
+            ending.callback(self._events.close)
+            seconds = time.time() - self._started
+            self._record.update(
+                status=status, seconds=seconds, result=result, tags=self._tags.kinds
+            )
+            if self._hparams:
+                self._events.summary(hparams_end(status))
+
+    def next_step(self, prefixes: tuple[str, ...] = ("",)) -> int:
+        """Return the first step that tags of these beginnings may get: all, or some."""
+        with self._lock:
+            return self._tags.next_step(prefixes)
+
+    def __enter__(self) -> Self:
+        """Return the run itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the run, with the status that the block's end has earned."""
+        if error is None:
+            self.close()
+            return
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failure"
+        with contextlib.suppress(RunError):  # the block's own error is the one to see
+            self.close(status, error=f"{type(error).__name__}: {error}")
+
+    def __repr__(self) -> str:
+        """Return the call that made it."""
+        return f"Run({str(self.directory)!r})"
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RunError(
+                "A run that is closed takes no more.",
+                got=f"{self.directory}, closed",
+                hint="log inside the `with` block, or Run(..., resume_from=step)",
+            )
+
+    def _admit(self, tags: Iterable[str], kind: Kind, first: int, last: int) -> None:
+        """Check that `tags` may get data of `kind` at these steps, then remember it."""
+        self._check_open()
+        self._tags.admit(tags, kind, first, last)
+        kinds = self._tags.kinds
+        if len(kinds) >= self._recorded_at:
+            # The session that resumes a killed run needs its tags. If each of a
+            # thousand tags rewrote the record, that would take a second.
+            self._recorded_at = len(kinds) + max(1, len(kinds) // 50)
+            self._record.update(tags=kinds)

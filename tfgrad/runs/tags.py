@@ -1,0 +1,81 @@
+"""What each tag of a run is for, and the last step that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.runs.values import check_tag
+
+Kind = Literal["scalar", "text", "graph", "histogram", "image", "layout"]
+"""What a tag is for: TensorBoard shows the data of a tag in one tab only."""
+
+_WHOLE_RUN = ("graph", "layout")  # kinds that a session which resumes leaves alone
+
+
+class Tags:
+    """The tags of a run: each has one kind, and steps that grow.
+
+    Args:
+        earlier: The kinds of the tags of earlier sessions, by tag.
+        first_step: The step at which this session starts.
+
+    Attributes:
+        kinds: By tag, of all sessions.
+    """
+
+    def __init__(self, earlier: Mapping[str, Any], first_step: int) -> None:
+        """Begin a session, in which no tag has a step yet."""
+        self.kinds = dict(earlier)
+        if first_step == 0:  # graphs stand at step 0, and are superseded, too
+            self.kinds = {t: k for t, k in earlier.items() if k != "graph"}
+        self._first_step = first_step
+        self._last_steps: dict[str, int] = {}
+
+    def __contains__(self, tag: str) -> bool:
+        """Return whether the tag has data of this session."""
+        return tag in self._last_steps
+
+    def superseded(self) -> list[str]:
+        """Return the tags of earlier sessions that end where this session starts."""
+        return [tag for tag, kind in self.kinds.items() if kind not in _WHOLE_RUN]
+
+    def admit(self, tags: Iterable[str], kind: Kind, first: int, last: int) -> None:
+        """Check that `tags` may get data of `kind` at these steps, then remember it."""
+        for tag in tags:
+            if tag not in self.kinds:
+                check_tag(tag)
+            elif self.kinds[tag] != kind:
+                raise InvalidArgumentError(
+                    "A tag is for data of one kind: other data would not be shown.",
+                    got=f"{tag!r}, a {kind} here and a {self.kinds[tag]} before",
+                    hint=f'another tag, such as "{kind}/{tag}"',
+                )
+            if first <= self._last_steps.get(tag, self._first_step - 1):
+                raise self._not_growing(tag, first)
+        for tag in tags:
+            self.kinds[tag] = kind
+            self._last_steps[tag] = last
+
+    def rewind(self, tag: str, step: int) -> None:
+        """Let a tag go on after `step`, though the session starts at a later one."""
+        self._last_steps[tag] = step
+
+    def next_step(self, prefixes: tuple[str, ...]) -> int:
+        """Return the first step that all tags of these beginnings may get."""
+        steps = (s for t, s in self._last_steps.items() if t.startswith(prefixes))
+        return max(steps, default=self._first_step - 1) + 1
+
+    def _not_growing(self, tag: str, step: int) -> InvalidArgumentError:
+        # Of a step that comes again, one of TensorBoard's loaders drops what it has
+        # from that step on, and the other one shows both.
+        if tag in self._last_steps:
+            before = f"after step {self._last_steps[tag]}"
+        else:
+            before = f"in a run resumed from step {self._first_step}"
+        return InvalidArgumentError(
+            "On one tag, steps grow.",
+            got=f"{tag!r} at step {step}, {before}",
+            hint=f"Run(..., resume_from={step}) to go back, or another tag",
+        )
