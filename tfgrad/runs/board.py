@@ -24,7 +24,6 @@ from typing import Any, Literal, Self
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.runs.directory import local_path, walk_event_files
 from tfgrad.runs.tensorboard import require
-from tfgrad.runs.values import checked_tags
 
 _START_SECONDS = 60.0  # it takes about one; a cold disk or a busy machine takes many
 _LOAD_SECONDS = 3.0  # for the first page to have its runs; they keep loading after that
@@ -222,6 +221,20 @@ def _checked_loader(load_fast: Any) -> str:
         '`load_fast` is "auto", "true" or "false".',
         got=f"load_fast={load_fast!r}",
         hint="leave it out",
+    )
+
+
+def checked_tags(tags: Any, name: str) -> list[str]:
+    """Return one tag or several as a list."""
+    tags = [tags] if isinstance(tags, str) else tags
+    if isinstance(tags, Iterable):
+        tags = list(tags)
+        if all(isinstance(tag, str) for tag in tags):
+            return tags
+    raise InvalidArgumentError(
+        f"`{name}` takes tags of scalars.",
+        got=f"{name}={tags!r}",
+        hint=f'{name}="loss", or {name}=["loss", "gradient/norm"]',
     )
 
 

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
+from tfgrad.runs.board import checked_tags
 from tfgrad.runs.reader import ReadRun, read_run, run_directories
-from tfgrad.runs.values import checked_tags, to_text
+from tfgrad.runs.values import to_text
 
 _MARGIN = 0.25  # of the path's extent, on each side of a picture
 _FLATTEST = 0.2  # of the longer side: a path along an axis is shown in its valley

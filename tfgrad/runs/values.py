@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -119,20 +119,6 @@ def check_tag(tag: Any) -> None:
         "A tag is a string of printable characters, and not empty.",
         got=f"tag={tag!r}",
         hint='a name such as "loss" or "gradient/norm"',
-    )
-
-
-def checked_tags(tags: Any, name: str) -> list[str]:
-    """Return one tag or several as a list."""
-    tags = [tags] if isinstance(tags, str) else tags
-    if isinstance(tags, Iterable):
-        tags = list(tags)
-        if all(isinstance(tag, str) for tag in tags):
-            return tags
-    raise InvalidArgumentError(
-        f"`{name}` takes tags of scalars.",
-        got=f"{name}={tags!r}",
-        hint=f'{name}="loss", or {name}=["loss", "gradient/norm"]',
     )
 
 
