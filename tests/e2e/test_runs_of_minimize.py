@@ -81,15 +81,6 @@ def test_step_lengths_are_the_distances_between_points(tmp_path):
     np.testing.assert_allclose(lengths, expected, rtol=1e-6, atol=1e-30)
 
 
-def test_the_gap_is_to_the_lowest_value_of_the_run(tmp_path):
-    result = minimized(tmp_path)
-
-    fun = result.history["fun"]
-    steps, gaps = curve(result.directory, "loss/log10_gap")
-    assert steps == list(range(20))  # the lowest, which is the last, has no logarithm
-    np.testing.assert_allclose(gaps, np.log10(fun[:-1] - fun.min()), rtol=1e-6)
-
-
 def test_methods_compare_by_hyper_parameters_and_results(tmp_path):
     for method in ("sgd", "adam"):
         minimized(tmp_path, method=method)
@@ -122,22 +113,6 @@ def test_run_json_keeps_the_result_in_all_its_bits(tmp_path):
     assert record["status"] == "steps"
     np.testing.assert_array_equal(record["result"]["x"], result.x)
     assert record["result"]["fun"] == result.fun
-
-
-@pytest.mark.parametrize(("x0", "drawn"), [([3.0], 1), ([3.0, 2.0], 1), ([1.0] * 3, 0)])
-def test_the_path_is_drawn_of_one_parameter_and_of_two(tmp_path, x0, drawn):
-    result = minimized(tmp_path, x0=x0)
-
-    assert len(values(result.directory)["images"]) == drawn
-
-
-def test_drawing_leaves_the_variables_where_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(log_module, "PICTURE_SECONDS", 1e9)  # however slow it is here
-    x = tf.Variable([3.0, 2.0])
-    result = minimized(tmp_path, lambda: tf.reduce_sum((x - 1.0) ** 2), wrt=x)
-
-    assert "path" in values(result.directory)["images"]
-    np.testing.assert_array_equal(x, result.x)
 
 
 def test_the_function_is_traced_twice_whatever_is_drawn(tmp_path):
@@ -319,11 +294,3 @@ def test_histograms_of_variables_that_are_fitted_to_data(tmp_path):
 
     found = {tag for tag in values(result.directory)["histograms"] if "kernel" in tag}
     assert {tag.partition("/")[0] for tag in found} == {"parameters", "gradients"}
-
-
-def test_the_end_of_a_curve_that_a_killed_run_has_begun_is_found(tmp_path):
-    with Run(tmp_path) as run:
-        run.log_history({"some": [1.0, 2.0, 3.0]}, [0, 1, 4])
-
-    assert log_module._last_step(tmp_path, "some") == 4
-    assert log_module._last_step(tmp_path, "none") == -1

@@ -404,7 +404,7 @@ def test_the_address_opens_the_right_view(logs):
         address = urllib.parse.urlsplit(board.url)
     query = urllib.parse.parse_qs(address.query)
 
-    assert address.fragment == "timeseries"
+    assert address.fragment == "timeseries&_smoothingWeight=0"
     assert query["smoothing"] == ["0"]
     assert json.loads(query["pinnedCards"][0]) == [
         {"plugin": "scalars", "tag": "f"},

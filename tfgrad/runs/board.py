@@ -35,7 +35,7 @@ class Board:
     """A TensorBoard process and its address; made by `show`.
 
     Attributes:
-        url: The address to open: unsmoothed, with what was pinned on top.
+        url: The address to open: curves as they were written, pinned ones first.
         root: The directory whose runs it shows, as it was given.
     """
 
@@ -58,7 +58,8 @@ class Board:
         except BaseException:
             self.close()
             raise
-        self.url = f"{address}?{_view(pin)}#timeseries"
+        # The Scalars and Custom Scalars tabs have a smoothing of their own.
+        self.url = f"{address}?{_view(pin)}#timeseries&_smoothingWeight=0"
 
     def close(self) -> None:
         """End TensorBoard and its data server, and wait until both are gone."""
@@ -132,7 +133,7 @@ class Board:
 
 def show(
     root: str | os.PathLike[str],
-    pin: str | Iterable[str] = (),
+    pin: str | Iterable[str] = ("loss", "epoch/loss"),
     *,
     port: int | None = None,
     load_fast: Literal["auto", "true", "false"] = "auto",
@@ -147,7 +148,8 @@ def show(
     Args:
         root: A directory of runs, or one run. It may still be empty: what is written
             later appears on "reload".
-        pin: Tags of scalars to pin above all others.
+        pin: Tags of scalars to show first, on pinned cards; of a tag that no run has,
+            there is no card.
         port: Where to listen; None takes a free one.
         load_fast: TensorBoard's own switch: "true" for its data server, "false" for its
             Python loader, "auto" for the first that this machine has.

@@ -160,12 +160,13 @@ def checked_hparams(hparams: Mapping[str, Any]) -> dict[str, bool | float | str]
 
 def hparams_start(hparams: Mapping[str, bool | float | str], directory: Path) -> bytes:
     """Return the serialized `Summary` that opens the run in `directory`."""
-    # What tells runs apart comes first: the tab has room for some twenty letters.
-    place = directory.parent
-    name = f"{place.name}/{directory.name} in {place.parent}"
-    summary = require("plugins.hparams.api").hparams_pb(
-        dict(hparams), trial_id=to_text(name)
-    )
+    # The tab shows some fourteen letters of a trial's name: so the name of the run
+    # itself comes first and, of a long one, its end is among them.
+    name = directory.name
+    short = name if len(name) <= 14 else f"{name[:6]}…{name[-7:]}"
+    trial = f"{short} in {directory.parent.name}, {directory}"
+    api = require("plugins.hparams.api")
+    summary = api.hparams_pb(dict(hparams), trial_id=to_text(trial))
     return bytes(summary.SerializeToString())
 
 

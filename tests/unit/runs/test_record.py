@@ -5,9 +5,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tfgrad.errors import RunError
-from tfgrad.runs.record import Record, to_json
+from tfgrad.runs.record import Record, hparams_start, to_json
 
 
 def read(directory):
@@ -104,3 +106,15 @@ def test_float64_keeps_all_its_bits():
 def test_every_value_has_a_form_in_json(value, expected):
     assert to_json(value) == expected
     json.dumps(to_json(value), allow_nan=False)
+
+
+@pytest.mark.parametrize("method", ["adam", "levenberg-marquardt"])
+def test_trials_of_one_method_differ_in_the_letters_that_the_tab_shows(method):
+    trials = []
+    for name in (method, f"{method}-002", f"{method}-003"):
+        summary = Summary.FromString(hparams_start({"rate": 0.1}, Path("/logs", name)))
+        content = summary.value[0].metadata.plugin_data.content
+        trials.append(HParamsPluginData.FromString(content).session_start_info)
+
+    names = [start.group_name or start.model_uri for start in trials]
+    assert len({name[:14] for name in names}) == 3
