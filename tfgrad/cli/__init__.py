@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from tfgrad.cli.parser import parse
-from tfgrad.cli.quiet import quiet_tensorflow
 from tfgrad.errors import InvalidArgumentError, TfgradError
+from tfgrad.quiet import quiet_import
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
@@ -20,13 +20,15 @@ FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code.
 
-    0: done; 1: a check failed, a minimisation did not arrive, something went wrong on
-    the way; 2: wrong usage; 130: Ctrl-C.
+    0: done; 1: a check failed, a minimum was not reached, or the function raised an
+    error; 2: wrong usage; 130: Ctrl-C.
     """
     options = parse(sys.argv[1:] if argv is None else argv)
     try:
-        with quiet_tensorflow():
+        with quiet_import():
             command = importlib.import_module(f"tfgrad.cli.{options.command}")
+            if "tensorflow" in sys.modules:  # its search for a GPU prints, too
+                sys.modules["tensorflow"].config.list_logical_devices()
         return int(command.run(options))
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -38,14 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    """Return what to tell of an error: the rule, what arrived, what to type next."""
+    """Return an error as the rule, what arrived, and what to type next."""
     if isinstance(error, TfgradError):
         return str(error)
     if "tensorflow" not in sys.modules:
         rule, hint = "The command must find what it needs.", "tfgrad doctor"
     else:
         rule = "The function must run without an error."
-        hint = "--traceback, which shows all of the way there"
+        hint = "--traceback, to see all calls that led to it"
     return str(TfgradError(rule, got=_in_one_line(error), hint=hint))
 
 
@@ -55,6 +57,6 @@ def _in_one_line(error: Exception) -> str:
         from tfgrad.diagnosis.lines import line_of_error
 
         at = f" at {line_of_error(error)}"
-    # TensorFlow tells the way through its own code first, what is wrong at the end.
+    # The last line of a message of TensorFlow says what is wrong.
     words = [text.strip() for text in str(error).splitlines() if text.strip()]
     return f"{kind}{at}: {words[-1].removeprefix(f'{kind}: ')}" if words else kind + at

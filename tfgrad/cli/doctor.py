@@ -1,4 +1,4 @@
-"""`tfgrad doctor`: does all that is needed work here? Each line is ok or what to do."""
+"""`tfgrad doctor`: does everything that tfgrad needs work here?"""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 import tfgrad
-from tfgrad.cli.quiet import quiet_tensorflow
 from tfgrad.errors import TfgradError
+from tfgrad.quiet import quiet_import
 
 Finding = dict[str, Any]
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make each examination; 0 if all is well."""
+    """Print each finding, and what to do if it is wrong; 0 if none is."""
     findings = []
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for finding in examine(Path(options.directory)):
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def examine(logs: Path) -> Iterator[Finding]:
-    """Yield one finding after the other, from what others need to what needs them."""
+    """Yield the findings, each after those of what it needs."""
     yield _finding("Python", _python, "Python 3.11, 3.12 or 3.13")
     for text in importlib.metadata.requires("tfgrad") or ():
         requirement = Requirement(text)
@@ -103,10 +103,10 @@ def _package(requirement: Requirement, is_optional: bool) -> str:
 
 
 def _devices() -> str:
-    with quiet_tensorflow():
+    with quiet_import():
         import tensorflow as tf
 
-    kinds = [device.device_type for device in tf.config.list_logical_devices()]
+        kinds = [device.device_type for device in tf.config.list_logical_devices()]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
 
 
@@ -127,7 +127,7 @@ def _xla() -> str:
 def _board() -> str:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as empty, tfgrad.show(empty) as board:
-        # Not by the proxy of the environment: it is on this machine.
+        # TensorBoard is on this machine; a proxy would look for it elsewhere.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         opener.open(board.url.partition("?")[0], timeout=30).close()
     return f"starts and answers, in {time.perf_counter() - began:.1f} s"

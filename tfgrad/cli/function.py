@@ -16,6 +16,9 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, to_tensors
 
+_SHOWN = 10
+"""Functions of a file that an error names."""
+
 
 def function(place: str) -> Callable[..., Any]:
     """Return the function at `place`; its file is run, as an import would.
@@ -85,8 +88,16 @@ def _module(name: str) -> ModuleType:
 def _missing(where: str, name: str, found: Any, part: str) -> InvalidArgumentError:
     public = [n for n in vars(found) if callable(getattr(found, n)) and n[0] != "_"]
     close = difflib.get_close_matches(part, public, n=3, cutoff=0.4)
+    own = [n for n in public if _is_own(getattr(found, n), found)]
+    there = ", ".join(own[:_SHOWN]) + (", ..." if len(own) > _SHOWN else "")
     return InvalidArgumentError(
         f"`{name}` must be in {where}.",
-        got=f"no {part!r} in it",
+        got=f"no {part!r} in it, but {there or 'no function at all'}",
         hint=" or ".join(f"{where}:{n}" for n in close) or f"def {name}(x): ... in it",
     )
+
+
+def _is_own(member: Any, found: Any) -> bool:
+    """Return whether a member of a module was defined there, not imported."""
+    module = getattr(member, "__module__", None)
+    return not isinstance(found, ModuleType) or module in (None, found.__name__)

@@ -8,9 +8,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_FUNCTION = "FILE.py:f, or module:f of an installed one"
+import tfgrad
+
 _POINT = 'numbers as in -1.2,1, or JSON as in {"a": 1, "b": [2, 3]}'
 _NEGATIVE = re.compile(r"-[\d.]")
+_ROSENBROCK = "tfgrad.problems:rosenbrock"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -53,6 +55,84 @@ def _with_negative_values(argv: Sequence[str]) -> list[str]:
     return joined
 
 
+def _number(text: str, kind: type = float, metavar: str | None = None) -> Any:
+    return {"type": kind, "help": text, "metavar": metavar}
+
+
+def _flag(text: str) -> Any:
+    return {"action": "store_true", "help": text}
+
+
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "function": {"help": "FILE.py:f, or module:f of an installed one"},
+    "directory": {
+        "nargs": "?",
+        "default": "logs",
+        "metavar": "DIR",
+        "help": "where the runs are (default: %(default)s)",
+    },
+    "--x0": {
+        "type": point,
+        "help": f"where to start: {_POINT}; without it, the variables that f reads "
+        "are minimised",
+    },
+    "--at": {
+        "type": point,
+        "action": "append",
+        "default": [],
+        "metavar": "POINT",
+        "help": f"the arguments, one --at for each: {_POINT}",
+    },
+    "--method": {"help": "lbfgs (the default), adam, sgd, ..."},
+    "--learning-rate": _number("of an optimizer", metavar="RATE"),
+    "--steps": _number("take at most so many", int),
+    "--gtol": _number("stop at a gradient this small"),
+    "--ftol": _number("stop at a change of f this small"),
+    "--xtol": _number("stop at a step this short"),
+    "--target": _number("stop at a value this low"),
+    "--seconds": _number("stop after this time"),
+    "--order": _number("2 (the default) checks the Hessian", int),
+    "--rtol": _number("the disagreement that is allowed"),
+    "--port": _number("where to listen (default: any)", int),
+    "--log": {"metavar": "DIR", "help": "write a run for TensorBoard"},
+    "--logs": {
+        "default": "logs",
+        "help": "where to write the run (default: %(default)s)",
+    },
+    "--checkpoint": {
+        "metavar": "DIR",
+        "help": "save the run, and go on from there if killed",
+    },
+    "--float64": _flag("make the numbers float64, not float32"),
+    "--json": _flag("print JSON, for a script"),
+    "--traceback": _flag("show errors with their traceback"),
+}
+
+_COMMANDS: dict[str, tuple[str, str, str]] = {
+    "demo": ("derivatives, 30 steps of descent and a run", "", "--logs"),
+    "minimize": (
+        "find the minimum of a function",
+        f"{_ROSENBROCK} --x0 -1.2,1 --log logs/rosenbrock",
+        "function --x0 --method --learning-rate --steps --gtol --ftol --xtol --target "
+        "--seconds --log --checkpoint --float64 --json",
+    ),
+    "check": (
+        "check the derivatives of a function at a point",
+        f"{_ROSENBROCK} --at -1.2,1 --float64",
+        "function --at --order --rtol --float64 --json",
+    ),
+    "explain": (
+        "explain why a gradient is None, zero or not finite",
+        f"{_ROSENBROCK} --at -1.2,1",
+        "function --at --float64 --json",
+    ),
+    "runs": ("list what was logged", "logs", "directory --json"),
+    "board": ("watch runs in TensorBoard until Ctrl-C", "logs", "directory --port"),
+    "doctor": ("say whether all that is needed works", "", "directory --json"),
+}
+"""By name: what the command does, an example of its arguments, its arguments."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tfgrad",
@@ -60,134 +140,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done; 1 a check failed, or a minimum was not reached; "
         "2 wrong usage. `tfgrad COMMAND --help` has an example.",
     )
+    version = f"tfgrad {tfgrad.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-
-    def add(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=text, description=text, epilog=f"Example: {example}"
-        )
-        command.add_argument(
-            "--traceback", action="store_true", help="show errors with their traceback"
-        )
-        return command
-
-    _demo(add("demo", "derivatives, 30 steps of descent and a run", "tfgrad demo"))
-    rosenbrock = "tfgrad.problems:rosenbrock"
-    _minimize(
-        add(
-            "minimize",
-            "find the minimum of a function",
-            f"tfgrad minimize {rosenbrock} --x0 -1.2,1 --log logs/rosenbrock",
-        )
-    )
-    _check(
-        add(
-            "check",
-            "check the derivatives of a function at a point",
-            f"tfgrad check {rosenbrock} --at -1.2,1 --float64",
-        )
-    )
-    _explain(
-        add(
-            "explain",
-            "explain why a gradient is None, zero or not finite",
-            f"tfgrad explain {rosenbrock} --at -1.2,1",
-        )
-    )
-    _runs(add("runs", "list what was logged", "tfgrad runs logs"))
-    _board(add("board", "watch runs in TensorBoard until Ctrl-C", "tfgrad board logs"))
-    _doctor(add("doctor", "say whether all that is needed works", "tfgrad doctor"))
+    for name, (text, example, arguments) in _COMMANDS.items():
+        epilog = f"Example: tfgrad {name} {example}".rstrip()
+        command = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        for argument in [*arguments.split(), "--traceback"]:
+            command.add_argument(argument, **_ARGUMENTS[argument])
     return parser
-
-
-def _demo(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--logs", default="logs", help="where to write the run (default: %(default)s)"
-    )
-
-
-def _minimize(command: argparse.ArgumentParser) -> None:
-    command.add_argument("function", help=_FUNCTION)
-    command.add_argument(
-        "--x0",
-        type=point,
-        help=f"where to start: {_POINT}; without it, the variables that f reads are "
-        "minimised",
-    )
-    command.add_argument("--method", help="lbfgs (the default), adam, sgd, ...")
-    command.add_argument("--learning-rate", type=float, metavar="RATE")
-    command.add_argument("--steps", type=int, help="how many at most")
-    command.add_argument("--gtol", type=float, help="stop at a gradient this small")
-    command.add_argument("--ftol", type=float, help="stop at a change of f this small")
-    command.add_argument("--xtol", type=float, help="stop at a step this short")
-    command.add_argument("--target", type=float, help="stop at a value this low")
-    command.add_argument("--seconds", type=float, help="stop after this time")
-    command.add_argument("--log", metavar="DIR", help="write a run for TensorBoard")
-    command.add_argument(
-        "--checkpoint",
-        metavar="DIR",
-        help="save the run, and go on from there if killed",
-    )
-    _add_float64(command)
-    _add_json(command)
-
-
-def _check(command: argparse.ArgumentParser) -> None:
-    _add_function_and_point(command)
-    command.add_argument("--order", type=int, help="2 (the default) checks the Hessian")
-    command.add_argument("--rtol", type=float, help="the disagreement that is allowed")
-    _add_float64(command)
-    _add_json(command)
-
-
-def _explain(command: argparse.ArgumentParser) -> None:
-    _add_function_and_point(command)
-    _add_float64(command)
-    _add_json(command)
-
-
-def _runs(command: argparse.ArgumentParser) -> None:
-    _add_directory(command)
-    _add_json(command)
-
-
-def _board(command: argparse.ArgumentParser) -> None:
-    _add_directory(command)
-    command.add_argument("--port", type=int, help="where to listen (default: any)")
-
-
-def _doctor(command: argparse.ArgumentParser) -> None:
-    _add_directory(command)
-    _add_json(command)
-
-
-def _add_function_and_point(command: argparse.ArgumentParser) -> None:
-    command.add_argument("function", help=_FUNCTION)
-    command.add_argument(
-        "--at",
-        type=point,
-        action="append",
-        default=[],
-        metavar="POINT",
-        help=f"the arguments, one --at for each: {_POINT}",
-    )
-
-
-def _add_directory(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "directory",
-        nargs="?",
-        default="logs",
-        metavar="DIR",
-        help="where the runs are (default: %(default)s)",
-    )
-
-
-def _add_float64(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--float64", action="store_true", help="make the numbers float64, not float32"
-    )
-
-
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON, for a script")

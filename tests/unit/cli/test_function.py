@@ -32,8 +32,15 @@ def test_a_function_may_be_in_a_module_or_inside_something():
         ("model.py", r"named by its file and its name.\n  got: model.py\n"),
         ("nowhere.py:f", r"file that exists.\n  got: nowhere.py, which is not there"),
         ("no.module:f", r"can be imported.\n  got: no module 'no.module'"),
-        ("model.py:bowle", r"got: no 'bowle' in it\n  try: model.py:bowl"),
-        ("model.py:qqq", r"try: def qqq\(x\): ... in it"),
+        (
+            "model.py:bowle",
+            r"no 'bowle' in it, but bowl, .*\n  try: model.py:bowl",
+        ),
+        (
+            "model.py:qqq",
+            r"but bowl, nes.*, Space\n  try: def qqq\(x\): ...",
+        ),
+        ("helper.py:f", r"no 'f' in it, but no function at all"),
         ("model.py:number", r"must be a function.\n  got: number = int 3"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import pytest
 
+import tfgrad
 from tfgrad.cli.parser import parse, point
 
 
@@ -54,3 +55,11 @@ def test_the_help_of_each_command_has_an_example(command, capsys):
 
     assert exit_.value.code == 0
     assert f"Example: tfgrad {command}" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--version"])
+
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"tfgrad {tfgrad.__version__}\n"

@@ -1,0 +1,40 @@
+"""TensorFlow, imported without what its C++ code prints at its import."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Discard what is printed to the standard error stream if TensorFlow is imported.
+
+    TensorFlow prints about oneDNN and GPUs before it reads its own setting
+    `TF_CPP_MIN_LOG_LEVEL`, which is set here unless the user has set it: on a machine
+    without a GPU, the first tensor would print an error about CUDA. If TensorFlow is
+    there already, nothing is discarded.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    saved = None if "tensorflow" in sys.modules else _duplicate_of_stderr()
+    if saved is None:
+        yield
+        return
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def _duplicate_of_stderr() -> int | None:
+    try:
+        sys.stderr.flush()
+        return os.dup(2)
+    except (AttributeError, OSError, ValueError):  # a process without one
+        return None
