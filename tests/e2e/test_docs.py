@@ -23,6 +23,8 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 
 @pages
 def test_every_python_block_prints_what_it_says(page, tmp_path, monkeypatch):
+    if page.stem in ("gpflow", "deepxde"):  # they are no dependencies, nor need they be
+        pytest.importorskip(page.stem)
     monkeypatch.chdir(tmp_path)
     blocks = [
         code for kind, code in BLOCK.findall(page.read_text()) if kind == "python"

@@ -24,9 +24,7 @@ def test_errors_and_warnings_of_the_users_own_are_printed():
 
 
 def test_a_process_without_a_standard_error_stream_can_use_it():
-    script = (
-        "import os, sys, tfgrad; sys.stderr = None; os.close(2); tfgrad.grad"
-    )
+    script = "import os, sys, tfgrad; sys.stderr = None; os.close(2); tfgrad.grad"
     command = [sys.executable, "-c", script]
 
     assert subprocess.run(command, check=False).returncode == 0
