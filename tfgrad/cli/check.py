@@ -14,7 +14,7 @@ _OPTIONS = ("order", "rtol")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check; 0 if everything passed, 1 if something failed or stays open."""
+    """Print the report; 0 if all passed, 1 if a check failed or was inconclusive."""
     f = function(options.function)
     at = [values(point, "at", float64=options.float64) for point in options.at]
     chosen = {n: v for n, v in vars(options).items() if n in _OPTIONS and v is not None}

@@ -1,4 +1,4 @@
-"""`tfgrad explain`: why does a gradient not arrive?"""
+"""`tfgrad explain`: why is a gradient None, zero or not finite?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _AS_MEANT = ("connected", "stopped")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Explain; 0 if each gradient arrives or is stopped on purpose."""
+    """Print the report; 0 if each gradient arrives or is stopped on purpose."""
     f = function(options.function)
     at = [values(point, "at", float64=options.float64) for point in options.at]
     report = tfgrad.explain(f, *at)

@@ -21,7 +21,7 @@ _OPTIONS = (
 
 
 def run(options: argparse.Namespace) -> int:
-    """Minimise; 0 if the point is a solution by a rule that was set."""
+    """Print the result; 0 if a stopping rule says that the point is a solution."""
     f = function(options.function)
     chosen = {n: v for n, v in vars(options).items() if n in _OPTIONS and v is not None}
     x0 = options.x0

@@ -1,4 +1,4 @@
-"""`show`: TensorBoard, alive, on the right view, and gone when it is not wanted."""
+"""`show`: start TensorBoard on a directory of runs, and end it."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class Board:
             return
         with self._process, self._log:
             try:
-                # Ends its input, which is its sign to leave; then reads its output to
-                # the end, which comes when the data server, too, has left.
+                # TensorBoard ends when its input does. Its output ends when its data
+                # server has ended, too.
                 self._process.communicate(timeout=_CLOSE_SECONDS)
             except subprocess.TimeoutExpired:
                 self._kill()
@@ -88,11 +88,12 @@ class Board:
         self.close()
 
     def __repr__(self) -> str:
-        """Return where it is."""
-        return f"<TensorBoard on {self.root}: {self.url if self._lives() else 'ended'}>"
+        """Return the directory and the address."""
+        address = self.url if self._is_running() else "ended"
+        return f"<TensorBoard on {self.root}: {address}>"
 
     def _repr_html_(self) -> str:
-        if not self._lives():
+        if not self._is_running():
             return (
                 f"<p>{html.escape(repr(self))}; <code>show</code> starts another.</p>"
             )
@@ -100,7 +101,7 @@ class Board:
         style = "width: 100%; height: 800px; border: 0"
         return f'<iframe src="{source}" style="{style}"></iframe>'
 
-    def _lives(self) -> bool:
+    def _is_running(self) -> bool:
         return not self._log.closed and self._process.poll() is None
 
     def _read_address(self) -> str:
@@ -119,7 +120,7 @@ class Board:
         output = self._log.read().strip().splitlines() or ["no output"]
         raise RunError(
             f"TensorBoard must start within {_START_SECONDS:.0f} seconds.",
-            got=f"exit code {self._process.returncode}; its last words: {output[-1]}",
+            got=f"exit code {self._process.returncode}; it printed last: {output[-1]}",
             hint="another port=, or `tensorboard --logdir ...` to see more",
         )
 
@@ -140,14 +141,13 @@ def show(
 ) -> Board:
     """Start TensorBoard on all runs under `root`; return it when it answers.
 
-    That takes about a second. It listens on this machine only (127.0.0.1: TensorBoard
-    has no login), and ends with
-    `close()`, with a `with` block, or with this process, even if that is killed. As the
-    last line of a notebook cell it is shown inline.
+    That takes about a second. TensorBoard listens on this machine only (127.0.0.1: it
+    has no login). It ends with `close()`, with a `with` block, or with this process,
+    even if that is killed. As the last line of a notebook cell it is shown inline.
 
     Args:
-        root: A directory of runs, or one run. It may still be empty: what is written
-            later appears on "reload".
+        root: A directory of runs, or one run. It may be empty: runs that are written
+            later appear on "reload".
         pin: Tags of scalars to show first, on pinned cards; of a tag that no run has,
             there is no card.
         port: Where to listen; None takes a free one.
@@ -206,7 +206,7 @@ def _checked_root(root: Any) -> Path:
 
 def _checked_port(port: Any) -> int:
     if port is None:
-        return 0  # the system picks one, and TensorBoard says which: no race for it
+        return 0  # the system picks a free one, and TensorBoard says which
     if isinstance(port, int) and 0 < port < 2**16:
         return port
     raise InvalidArgumentError(
@@ -260,8 +260,7 @@ def _hostile_files(root: Path) -> list[Path]:
 def _wait_for_runs(address: str, expected: bool) -> None:
     """Return when TensorBoard answers and, if some are `expected`, knows of a run.
 
-    http.client goes to the address itself, where urllib would ask the proxy of the
-    environment for it.
+    http.client asks the address itself; urllib would ask a proxy of the environment.
     """
     host = urllib.parse.urlsplit(address).netloc
     deadline = time.monotonic() + _LOAD_SECONDS

@@ -19,9 +19,9 @@ except ImportError:  # Windows: runs are numbered there, and not locked
 class Claim:
     """A directory and the lock that keeps other writers out of it.
 
-    The lock is the kernel's, on the directory itself (`flock`): it leaves no file
-    behind and ends with the process, however that ends, so a lock is never stale. It
-    ends, too, when a run that was never closed is garbage.
+    The lock is the kernel's, on the directory itself (`flock`): there is no lock file,
+    and no stale lock, since the kernel drops the lock when the process ends. A run that
+    was never closed drops its lock when it is garbage-collected.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -62,7 +62,7 @@ def claim(directory: str | os.PathLike[str], resume: bool) -> Claim:
 
 
 def check(directory: str | os.PathLike[str]) -> None:
-    """Raise what `claim` would, as far as can be told without making anything."""
+    """Raise those errors of `claim` that can be known without making a directory."""
     path = _run_path(directory)
     places = (path, *path.absolute().parents)
     nearest = next(p for p in places if os.path.lexists(p))

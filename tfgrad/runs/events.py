@@ -1,4 +1,4 @@
-"""One event file: TensorBoard's own format, written fast and whole after every flush.
+"""One event file in TensorBoard's format, complete after every flush.
 
 A record costs about a microsecond, because one protocol buffer is filled again and
 again and `tf.io.TFRecordWriter` frames it; `tf.summary.scalar` builds an op for each
@@ -29,19 +29,19 @@ _CHECK_SECONDS = 0.5
 class _Disk:
     """A `with` block of writes, which ends in a flush; a failure becomes a RunError.
 
-    A failed write may have left half a record, and every reader stops there: nothing
-    can follow it in this file, and all later blocks fail as the first one did.
+    A failed write may have left half a record, at which every reader stops. So nothing
+    more is written to this file: all later blocks raise the first failure again.
     """
 
     def __init__(self, flush: Callable[[], None]) -> None:
-        """Begin with a disk that works."""
+        """Begin without a failure."""
         self._flush = flush
         self._failure: BaseException | None = None
 
     def __enter__(self) -> None:
-        """Fail as before, if it has failed."""
+        """Raise the first failure again, if there was one."""
         if self._failure is not None:
-            raise _told(self._failure) from self._failure
+            raise _run_error(self._failure) from self._failure
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Flush, unless writing has failed."""
@@ -53,11 +53,11 @@ class _Disk:
             error = flush_error
         if isinstance(error, tf.errors.OpError | OSError):
             self._failure = error
-            raise _told(error) from error
+            raise _run_error(error) from error
 
 
-def _told(failure: BaseException) -> RunError:
-    """Return what a failure means to the one who logs."""
+def _run_error(failure: BaseException) -> RunError:
+    """Return a failure of the file system as an error with a rule and a hint."""
     if isinstance(failure, FileNotFoundError):
         return RunError(
             "The event file was deleted while its run was alive.",
@@ -101,9 +101,9 @@ class EventFile:
             self._write(file_version="brain.Event:2")
             start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
             self._write(step=first_step, session_log=start)
-            # The data server drops what a tag has from a step on when the tag gets a
-            # value at that step, and not before: so each gets one that is of no use.
-            # It is shown by neither loader.
+            # The data server drops the data of a tag from a step on when the tag gets a
+            # value at that step, not before. So each tag gets a value of an obsolete
+            # kind, which neither loader shows.
             summary = tf.compat.v1.Summary()
             for tag in superseded:
                 summary.value.add(tag=tag, obsolete_old_style_histogram=b"")
@@ -145,16 +145,16 @@ class EventFile:
     def tensor(
         self, tag: str, value: Any, step: int, plugin: str, content: bytes = b""
     ) -> None:
-        """Write what a tab other than Scalars shows.
+        """Write data for a tab other than Scalars.
 
         Args:
             tag: Its name.
-            value: Strings or numbers, as the plugin wants them.
-            step: When it was true.
-            plugin: The name by which TensorBoard's plugin finds its data. There is no
-                `data_class` beside it: the loaders know it for their own plugins, and
+            value: Strings or numbers, as the plugin reads them.
+            step: The step it belongs to.
+            plugin: The name by which TensorBoard's plugin finds its data. No
+                `data_class` is written: the loaders know it for their own plugins, and
                 with it the Graphs plugin of the Python loader answers with an error.
-            content: What the plugin wants to know besides, usually a version.
+            content: The plugin's own metadata, usually a version.
         """
         summary = tf.compat.v1.Summary()
         entry = summary.value.add(tag=tag, tensor=tf.make_tensor_proto(value))
@@ -162,10 +162,6 @@ class EventFile:
         entry.metadata.plugin_data.content = content
         with self._disk:
             self._write(step=step, summary=summary)
-
-    def text(self, tag: str, markdown: str, step: int) -> None:
-        """Write a Markdown card."""
-        self.tensor(tag, markdown, step, "text")
 
     def graph(self, graph_def: tf.compat.v1.GraphDef, tag: str | None) -> None:
         """Write a graph: the run's own (`tag` None, once in a run) or a named one.
@@ -200,7 +196,7 @@ class EventFile:
         self._check_presence()
 
     def _check_presence(self) -> None:
-        """Raise FileNotFoundError if the file is gone: writing to it would succeed."""
+        """Raise FileNotFoundError if the file was deleted: a write would not fail."""
         now = time.monotonic()
         if now > self._next_check:
             self._next_check = now + _CHECK_SECONDS

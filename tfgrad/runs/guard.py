@@ -1,4 +1,4 @@
-"""What is watched must not die of being watched."""
+"""Write to a log without ending what is logged, should writing fail."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from tfgrad.errors import TfgradError
 
 
 class Guard:
-    """Writes to a run until that fails; then warns once, and writes no more.
+    """Calls functions that write to a run; after a failure warns once, and stops.
 
-    It fails on a full disk, on a step that comes twice, in a run that was closed.
+    Writing fails on a full disk, at a step that was written already, in a closed run.
 
     Args:
-        what: What goes on without its log, for the warning.
+        what: What is logged, for the warning.
+
+    Attributes:
+        is_lost: Whether writing has failed.
     """
 
     def __init__(self, what: str) -> None:
-        """Begin with a log that works."""
+        """Begin without a failure."""
         self._what = what
         self.is_lost = False
 
     def __call__(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call `write(*args, **kwargs)`, unless the log is lost."""
+        """Call `write(*args, **kwargs)`, unless an earlier call has failed."""
         if self.is_lost:
             return
         try:

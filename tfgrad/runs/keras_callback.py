@@ -35,7 +35,7 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
         self._has_graph = False
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Go on where the run is, be it by this callback or another one."""
+        """Continue after the last step of the run, whichever callback wrote it."""
         self._next = max(self._next, self._run.next_step(_TAGS))
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -45,7 +45,7 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
     def on_train_batch_end(
         self, batch: int, logs: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the batch's numbers when it is their turn, and the graph once."""
+        """Write the numbers of every n-th batch, and the graph at the first one."""
         if not self._has_graph:  # at the first batch, every model is built
             self._has_graph = True
             self._guard(self._write_graph)
@@ -60,7 +60,7 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
             self._next = step + 1
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """Write the epoch's numbers and, when it is their turn, the weights."""
+        """Write the epoch's numbers and, after every n-th epoch, the weights."""
         if self._every_batches is None:
             step = max(epoch, self._next)
             self._next = step + 1
@@ -78,7 +78,7 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
         self._epochs += 1
 
     def _write_graph(self) -> None:
-        # Not of a model that TensorFlow cannot trace, nor of one that is there already.
+        # No graph of a model that TensorFlow cannot trace, nor a second one of a model.
         with contextlib.suppress(InvalidArgumentError):
             self._run.graph(self.model)
 

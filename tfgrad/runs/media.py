@@ -30,13 +30,13 @@ def to_buckets(values: Any, tag: str) -> np.ndarray[Any, Any]:
     """Return the histogram of `values`: rows (left, right, count), float64.
 
     Values that are not finite are left out: one NaN would make all of it NaN. Numbers
-    beyond float32 count as its largest. Of no values, the histogram has empty buckets.
+    beyond float32 count as its largest. Without values, the buckets are empty.
     """
     numbers = _real_array(values, tag)
     finite = numbers[np.isfinite(numbers)].clip(-_LARGEST, _LARGEST)
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     if high - low <= BUCKETS * np.spacing(max(abs(low), abs(high))):
-        # One value, or a few neighbours: a bar of a width that can be seen.
+        # The values are equal, or nearly so: bars must be wide enough to be seen.
         margin = 0.5 * max(1.0, abs(low))
         low, high = low - margin, high + margin
     counts, edges = np.histogram(finite, bins=BUCKETS, range=(low, high))

@@ -1,4 +1,4 @@
-"""Figures that need no display, no pyplot, and no set-up in a notebook."""
+"""Figures of runs and paths, which need no display and no pyplot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WIDE = 1e3  # ratio of the values of a chart from which on its axis is in logar
 
 
 class Picture(Figure):
-    """A matplotlib figure of its own: nothing global, shown where it is displayed."""
+    """A matplotlib figure that a notebook shows, without pyplot's global state."""
 
     def _repr_png_(self) -> bytes:
         """Return the picture for a notebook that has not loaded pyplot."""
@@ -43,16 +43,17 @@ class Picture(Figure):
 def plot_path(
     f: Callable[..., Any], result: Any, *, wrt: Nest | None = None
 ) -> Picture:
-    """Return a picture of the way that a minimisation took over the values of `f`.
+    """Return a picture of the points that a minimisation visited, over those of `f`.
 
-    Of one parameter it is the graph of `f`, of two a contour. Its levels are quantiles,
-    so that a narrow valley shows beside steep walls. `f` is evaluated at ten thousand
-    points.
+    For one parameter it is the graph of `f`, for two a contour plot, whose levels are
+    quantiles of f, so that a narrow valley is visible beside steep walls. `f` is
+    evaluated at up to ten thousand points: nothing is drawn before it is asked for.
 
     Args:
         f: The function that was minimised.
         result: What `minimize` returned.
-        wrt: The variables that `f` reads, if it takes no values; they are put back.
+        wrt: The variables that `f` reads, if it takes no argument; their values are
+            restored.
 
     Returns:
         A `Picture` (a matplotlib figure), which a notebook shows and `savefig` saves.
@@ -315,13 +316,13 @@ def values_at(
 ) -> np.ndarray[Any, Any]:
     """Return `f` at each of `points`, as float64 of shape `[n]`.
 
-    All are evaluated in one compiled call or, if `f` cannot be compiled, one by one.
+    They are evaluated in one compiled call or, if `f` cannot be compiled, one by one.
 
     Args:
-        f: A function of a nest like `like`, or of nothing.
+        f: A function of a nest like `like`, or without arguments.
         points: Shape `[n, numbers in like]`.
-        like: A nest of tensors, whose structure, shapes and dtypes `f` wants.
-        variables: What `f` reads if it is of nothing; put back in the end.
+        like: A nest of tensors, with the structure, shapes and dtypes that `f` takes.
+        variables: What `f` reads if it takes no argument; their values are restored.
 
     Raises:
         InvalidArgumentError: If `f` raises on its first point.
@@ -363,7 +364,7 @@ def _first_that_works(
             return np.array([single(point).numpy() for point in tf.unstack(points)])
         except Exception as error:
             raise InvalidArgumentError(
-                "A function is drawn that takes what was minimised.",
+                "`f` must take the parameters that were minimised.",
                 got=f"{type(error).__name__}: {error}",
                 hint="the function that was given to minimize, and wrt= if it had one",
             ) from error

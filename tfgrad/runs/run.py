@@ -44,23 +44,22 @@ _ROWS_AT_ONCE = 10_000
 class Run:
     """One TensorBoard run: curves, cards, pictures, graphs, in a directory of its own.
 
-    Use it as a context manager. A call is in the file when it returns, so that a
-    process which is killed loses nothing that it logged. Calls may come from several
-    threads. Numbers are kept as float32, which is what TensorBoard reads; NaN and
-    infinities are kept as they are. `run.json` says what the run was: versions, start,
-    result, status.
+    Use a run as a context manager. When a call returns, its data is in the file: a
+    process that is killed loses nothing that it logged. Several threads may log.
+    Numbers are kept as float32, which is what TensorBoard reads; NaN and infinities are
+    kept as they are. `run.json` has the versions, the start, the result, the status.
 
     Args:
         directory: Where to write. If it exists and holds something, the run goes to the
-            first free one of `directory-002`, `directory-003`..., so that two
-            experiments never share a curve; `Run.directory` is the one.
+            first free one of `directory-002`, `directory-003`..., so two experiments
+            never share a curve; `Run.directory` says which.
         hparams: Hyper-parameters by name, for TensorBoard's HParams tab: numbers,
             strings and booleans as they are, anything else as its `str`.
-        resume_from: The step at which the run in exactly this directory goes on. What
-            it holds of this step and later ones is superseded: no step shows twice.
+        resume_from: The step from which the run in exactly this directory is continued.
+            Its data at this step and at later ones is replaced: no step shows twice.
 
     Attributes:
-        directory: The `pathlib.Path` that is really written to.
+        directory: The `pathlib.Path` of the run, with its number if it has one.
         first_step: The step at which this session starts.
 
     Raises:
@@ -118,12 +117,12 @@ class Run:
             step: A whole number from 0 up. On one tag, steps grow.
             scalars: Numbers or arrays and tensors of shape `[]`, by tag. This is the
                 way to write a tag that is no Python name: `run.log(0, {"a/b": 1.0})`.
-            **named: The same, as in `run.log(0, loss=0.5)`.
+            **named: More of them, as in `run.log(0, loss=0.5)`.
 
         Raises:
             InvalidArgumentError: If a value is no number, a step does not grow, or a
                 tag is one of text or a graph. Nothing of this call was written.
-            RunError: If the run is closed, or the disk refuses.
+            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -151,7 +150,8 @@ class Run:
     ) -> None:
         """Write whole curves at once, at a fraction of a microsecond a point.
 
-        This is how a compiled loop logs every step: it hands over arrays, now and then.
+        A compiled loop logs every step this way: it collects some thousand of them in
+        arrays, then writes these.
 
         Args:
             history: Arrays of shape `[n]` by tag.
@@ -161,7 +161,7 @@ class Run:
 
         Raises:
             InvalidArgumentError: As for `log`, and if lengths differ.
-            RunError: If the run is closed, or the disk refuses.
+            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -198,11 +198,11 @@ class Run:
         Args:
             tag: Its name.
             markdown: The text: tables, lists and code blocks are shown as such.
-            step: When it was true; None means the step at which this session started.
+            step: The step it belongs to; None means the first one of this session.
 
         Raises:
             InvalidArgumentError: If `markdown` is no string, or `tag` is taken.
-            RunError: If the run is closed, or the disk refuses.
+            RunError: If the run is closed, or the file cannot be written.
         """
         if not isinstance(markdown, str):
             raise InvalidArgumentError(
@@ -210,10 +210,7 @@ class Run:
                 got=f"markdown={nested.describe(markdown)}",
                 hint='str(...), or "```\\n...\\n```" to show it as it is',
             )
-        with self._lock:
-            step = self.first_step if step is None else to_step(step, "step")
-            self._admit([tag], "text", step, step)
-            self._events.text(tag, to_text(markdown), step)
+        self._write(tag, "text", step, to_text(markdown), "text")
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
         """Write the distribution of `values`, for the Histograms tab.
@@ -221,11 +218,11 @@ class Run:
         Args:
             tag: Its name.
             values: Real numbers in any shape. Those that are not finite are left out.
-            step: When they were so. On one tag, steps grow.
+            step: The step they belong to. On one tag, steps grow.
 
         Raises:
             InvalidArgumentError: If an argument is not of its kind, or `tag` is taken.
-            RunError: If the run is closed, or the disk refuses.
+            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -233,9 +230,7 @@ class Run:
             ...     run.histogram("weights", np.linspace(-1, 1, 1000), step=0)
         """
         step, buckets = to_step(step, "step"), media.to_buckets(values, tag)
-        with self._lock:
-            self._admit([tag], "histogram", step, step)
-            self._events.tensor(tag, buckets, step, "histograms")
+        self._write(tag, "histogram", step, buckets, "histograms")
 
     def image(self, tag: str, image: Any, step: int | None = None) -> None:
         """Write a picture, or several of one size, for the Images tab.
@@ -245,33 +240,29 @@ class Run:
             image: A matplotlib figure, or pixels: an array of shape `[height, width]`,
                 `[height, width, 1, 3 or 4]` or `[images, height, width, 1, 3 or 4]`, of
                 floats in 0..1 or of uint8.
-            step: When it was true; None means the step at which this session started.
+            step: The step it belongs to; None means the first one of this session.
 
         Raises:
             InvalidArgumentError: If an argument is not of its kind, or `tag` is taken.
-            RunError: If the run is closed, or the disk refuses.
+            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
             >>> with Run(tempfile.mkdtemp()) as run:
             ...     run.image("ramp", np.linspace(0, 1, 64).reshape(8, 8))
         """
-        step = self.first_step if step is None else to_step(step, "step")
-        content = media.to_pngs(image, tag)
-        with self._lock:
-            self._admit([tag], "image", step, step)
-            self._events.tensor(tag, content, step, "images")
+        self._write(tag, "image", step, media.to_pngs(image, tag), "images")
 
     def layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Draw several curves in one chart, in the Custom Scalars tab.
 
         Args:
-            charts: The tags of each chart's curves, by category and title. They may be
-                logged later.
+            charts: The tags of each chart's curves, by category and title, whether they
+                were logged already or will be.
 
         Raises:
             InvalidArgumentError: If `charts` is not of that form, or a second layout.
-            RunError: If the run is closed, or the disk refuses.
+            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -286,9 +277,7 @@ class Run:
                     got="a second call",
                     hint="all charts in one call: {category: {chart: [tags]}}",
                 )
-            tag, step = media.LAYOUT, self.first_step
-            self._admit([tag], "layout", step, step)
-            self._events.tensor(tag, content, step, "custom_scalars")
+            self._write(media.LAYOUT, "layout", None, content, "custom_scalars")
 
     def graph(self, f: Callable[..., Any], *args: Any, name: str | None = None) -> None:
         """Write the graph of `f` and of its gradient, for TensorBoard's Graphs tab.
@@ -296,7 +285,7 @@ class Run:
         The operations stand under the user's own name scopes; nested `tf.function`s,
         branches and loops are written out. `f` is traced once more for this, not run.
         The first graph is the one that the tab opens; later ones are under its "Tag"
-        menu. Of a Keras model, the graph of its layers is there, too.
+        menu. A Keras model has the graph of its layers there, too.
 
         Args:
             f: A TensorFlow function or a Keras model. If it returns one float number,
@@ -304,13 +293,13 @@ class Run:
                 and to the trainable variables that `f` reads.
             *args: What to trace it with: nests of tensors, arrays, numbers, or
                 `tf.TensorSpec`s of them. A model that was built needs none.
-            name: Its name; None means that of `f`. A graph that an earlier session has
-                written under this name is left as it is.
+            name: The name of the graph; None means that of `f`. If an earlier session
+                has written a graph of this name, that one is kept.
 
         Raises:
             InvalidArgumentError: If this session has a graph of this name already, or
                 `f` cannot be traced.
-            RunError: If the run is closed, or the disk refuses.
+            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -324,7 +313,7 @@ class Run:
             name = str(getattr(f, "name", "")) if is_keras else nested.name_of(f)
         tag = f"graph/{name}"
         check_tag(name)
-        self._check_open()
+        self.check_open()
         if tag in self._tags:
             raise InvalidArgumentError(
                 "A run has one graph of a name.",
@@ -333,7 +322,7 @@ class Run:
             )
         if self._tags.kinds.get(tag) == "graph":
             return
-        # Traced without the lock: others log meanwhile.
+        # Tracing may take seconds, in which other threads can log.
         graph_def = step_graph(f, args or model_inputs(f) if is_keras else args, name)
         with self._lock:
             # A second graph of the whole run would replace the first in one loader.
@@ -352,8 +341,8 @@ class Run:
 
         Its curves are `epoch/loss`, `epoch/val_loss`... and the learning rate; its
         graph, that of the model. A step is an epoch or, with `batches`, a batch. A
-        second `fit` goes on where the first ended. A disk that refuses ends the log
-        with a warning, not the training.
+        second `fit` continues after the last step of the first. If the file cannot be
+        written, a warning says so, and the training goes on without its log.
 
         Args:
             batches: Write `batch/loss`... after every so many batches; None, never.
@@ -389,7 +378,7 @@ class Run:
             7
         """
         with self._lock:
-            self._check_open()
+            self.check_open()
             self._facts |= facts
             self._record.update(facts=self._facts)
 
@@ -399,12 +388,12 @@ class Run:
             self._tags.rewind(tag, step)
 
     def close(self, status: str = "success", **result: Any) -> None:
-        """End the run: write status and result to `run.json`, let the directory go.
+        """End the run: write status and result to `run.json`, release the directory.
 
         Args:
-            status: How it ended, in a word. The HParams tab shows "failure",
+            status: How the run ended, in a word. The HParams tab shows "failure",
                 "interrupted" and "nonfinite" as failures, all others as successes.
-            **result: What came out, for `run.json`.
+            **result: The result, for `run.json`.
 
         A second call does nothing.
         """
@@ -422,7 +411,7 @@ class Run:
                 self._events.summary(hparams_end(status))
 
     def next_step(self, prefixes: tuple[str, ...] = ("",)) -> int:
-        """Return the first step that tags of these beginnings may get: all, or some."""
+        """Return the first step free on all tags that begin with one of `prefixes`."""
         with self._lock:
             return self._tags.next_step(prefixes)
 
@@ -436,19 +425,28 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the run, with the status that the block's end has earned."""
+        """Close the run: a success or, after an error, a failure or interrupted."""
         if error is None:
             self.close()
             return
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failure"
-        with contextlib.suppress(RunError):  # the block's own error is the one to see
+        with contextlib.suppress(RunError):  # the user's own error is raised
             self.close(status, error=f"{type(error).__name__}: {error}")
 
     def __repr__(self) -> str:
         """Return the call that made it."""
         return f"Run({str(self.directory)!r})"
 
-    def _check_open(self) -> None:
+    def _write(
+        self, tag: str, kind: Kind, step: int | None, value: Any, plugin: str
+    ) -> None:
+        step = self.first_step if step is None else to_step(step, "step")
+        with self._lock:
+            self._admit([tag], kind, step, step)
+            self._events.tensor(tag, value, step, plugin)
+
+    def check_open(self) -> None:
+        """Raise a RunError if the run is closed."""
         if self._is_closed:
             raise RunError(
                 "A run that is closed takes no more.",
@@ -458,7 +456,7 @@ class Run:
 
     def _admit(self, tags: Iterable[str], kind: Kind, first: int, last: int) -> None:
         """Check that `tags` may get data of `kind` at these steps, then remember it."""
-        self._check_open()
+        self.check_open()
         self._tags.admit(tags, kind, first, last)
         kinds = self._tags.kinds
         if len(kinds) >= self._recorded_at:

@@ -98,7 +98,7 @@ def as_array(value: Any) -> np.ndarray:
 
 
 def to_text(value: str) -> str:
-    r"""Return `value` as UTF-8 can hold it.
+    r"""Return `value` with the characters escaped that UTF-8 does not have.
 
     Half a surrogate pair, as in the name of a file that is no UTF-8, becomes "\udc80".
     """

@@ -92,7 +92,7 @@ def test_a_full_disk_is_an_error_and_what_fitted_stays_readable(tmp_path):
     with pytest.raises(RunError, match=r"(?s)is safe.*try: make room"):
         fill()
     with pytest.raises(RunError, match="is safe"):  # and for good: the tail is torn
-        file.text("card", "text", 0)
+        file.tensor("card", "text", 0, "text")
     file.close()
 
     steps = [step for step, _, _ in points(file)]
