@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from tfgrad.cli.parser import parse
 from tfgrad.errors import InvalidArgumentError, TfgradError
@@ -29,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = importlib.import_module(f"tfgrad.cli.{options.command}")
             if "tensorflow" in sys.modules:  # its search for a GPU prints, too
                 sys.modules["tensorflow"].config.list_logical_devices()
-        return int(command.run(options))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(command.run(options))
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
@@ -37,6 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(_sentence(error), file=sys.stderr)
         return MISUSED if isinstance(error, InvalidArgumentError) else FAILED
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    *_: Any,
+    **__: Any,
+) -> None:
+    """Print a warning: its text alone if it is about what was typed."""
+    is_ours = Path(filename).is_relative_to(Path(__file__).parents[1])
+    text = warnings.formatwarning(message, category, filename, lineno)
+    print(str(message) if is_ours else text.rstrip(), file=sys.stderr)
 
 
 def _sentence(error: Exception) -> str:

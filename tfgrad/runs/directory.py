@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import weakref
@@ -14,6 +15,9 @@ try:
     import fcntl
 except ImportError:  # Windows: runs are numbered there, and not locked
     fcntl = None  # type: ignore[assignment]  # a module or nothing
+
+_LONGEST = 255
+"""Bytes in a name, on all common file systems."""
 
 
 class Claim:
@@ -88,7 +92,10 @@ def local_path(directory: Any, rule: str) -> Path:
     """
     name = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
     if isinstance(name, str) and name and "://" not in name and "\0" not in name:
-        return Path(name).expanduser()
+        with contextlib.suppress(RuntimeError):  # "~nobody" has no home
+            path = Path(name).expanduser()
+            if max(len(os.fsencode(part)) for part in path.parts or [""]) <= _LONGEST:
+                return path
     raise InvalidArgumentError(
         rule,
         got=f"{directory!r}",

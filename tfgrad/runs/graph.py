@@ -93,7 +93,12 @@ def _traced(
     step: Callable[..., None], specs: Sequence[tf.TensorSpec], name: str
 ) -> Any:
     try:
-        return tf.function(step).get_concrete_function(*specs)
+        # AutoGraph would take 0.2 seconds over `step`, and few functions need it.
+        try:
+            plain = tf.function(step, autograph=False)
+            return plain.get_concrete_function(*specs)
+        except Exception:
+            return tf.function(step).get_concrete_function(*specs)
     except Exception as error:  # whatever f itself raises, and TensorFlow about f
         message = f"{type(error).__name__}: {error}".strip()
         raise InvalidArgumentError(

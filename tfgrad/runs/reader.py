@@ -20,7 +20,8 @@ from tfgrad.runs.tfrecord import read_events
 if TYPE_CHECKING:
     import pandas as pd  # type: ignore[import-untyped]  # its stubs are a package apart
 
-_START = require("compat.proto.event_pb2").SessionLog.START
+_START = 1
+"""The status in a `SessionLog` of an event that begins a session."""
 
 
 def load_run(directory: str | os.PathLike[str], wide: bool = False) -> pd.DataFrame:

@@ -23,7 +23,6 @@ from tfgrad.runs.tensorboard import require
 LARGEST_RECORD = 2**28
 """Bytes. A longer one is damage: TensorBoard's pictures take a thousandth of it."""
 
-_parse = require("compat.proto.event_pb2").Event.FromString
 _LENGTH = struct.Struct("<Q")
 _HEAD, _TAIL = 12, 4  # bytes around the content
 _BLOCK = 2**20  # bytes that are read at a time
@@ -154,9 +153,14 @@ def _frames(block: bytes) -> Frames:
 
 def _parsed(content: bytes) -> Any:
     try:
-        return _parse(content)
+        return _event_type().FromString(content)
     except DecodeError:
         return None
+
+
+@functools.cache
+def _event_type() -> Any:
+    return require("compat.proto.event_pb2").Event
 
 
 # --- checksums ------------------------------------------------------------------------

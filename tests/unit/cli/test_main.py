@@ -1,5 +1,7 @@
 """Exit codes, and errors as sentences."""
 
+import warnings
+
 import pytest
 
 import tfgrad as library
@@ -48,3 +50,14 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tfgrad, monkeypatch):
     monkeypatch.setattr(library, "check_grads", press)
 
     assert tfgrad("check", "model.py:bowl", "--at", "1") == (130, "", "")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_a_sentence_too(tfgrad, folder, monkeypatch):
+    def warn(*_, **__):
+        warnings.warn("Some file is left out.", RuntimeWarning, stacklevel=2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library, "show", warn)
+
+    assert tfgrad("board", ".")[2] == "Some file is left out.\n"

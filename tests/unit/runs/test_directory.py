@@ -142,7 +142,11 @@ def test_a_directory_that_cannot_be_made_says_why():
         claim("/proc/x", resume=False)
 
 
-@pytest.mark.parametrize("name", ["", None, 3, b"logs", "gs://bucket/logs", "a\0b"])
+@pytest.mark.parametrize(
+    "name",
+    ["", None, 3, b"logs", "gs://bucket/logs", "a\0b", "~nobody-here/logs", "x" * 256],
+    ids=repr,
+)
 @pytest.mark.parametrize("refuse", [check, lambda path: claim(path, resume=False)])
 def test_what_names_no_local_directory_is_refused(name, refuse):
     with pytest.raises(InvalidArgumentError, match=r"try: a local path such as"):
