@@ -9,6 +9,7 @@ any memory is asked for.
 from __future__ import annotations
 
 import functools
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ _LENGTH = struct.Struct("<Q")
 _HEAD, _TAIL = 12, 4  # bytes around the content
 _BLOCK = 2**20  # bytes that are read at a time
 _TAIL_BLOCKS = (2**13, 2**15, 2**17, 2**19, 2**21)  # bytes of the end of a file
+_FEW = 16  # records
 _LANE = 1024  # bytes of a record whose checksum is computed at once
 
 Frames = np.ndarray[Any, Any]
@@ -45,6 +47,7 @@ def read_events(path: Path) -> Iterator[Any]:
         _warn(f"{path} is left out: {error.strerror}.")
         return
     with file:
+        size = os.fstat(file.fileno()).st_size  # what a live run adds now is not lost
         for block, frames in _blocks(file):
             sound = _sums_agree(block, frames)
             for (start, stop), is_sound in zip(frames.tolist(), sound, strict=True):
@@ -55,7 +58,6 @@ def read_events(path: Path) -> Iterator[Any]:
                 yield event
                 kept += 1
                 whole += _HEAD + stop - start + _TAIL
-        size = file.seek(0, 2)
     if whole < size:
         what = f"a damaged record and {lost - 1} after it" if lost else "a torn end"
         _warn(
@@ -184,7 +186,12 @@ def _sums_agree(block: bytes, frames: Frames) -> np.ndarray[Any, Any]:
 def _agree(block: bytes, starts: Any, length: int) -> np.ndarray[Any, Any]:
     """Return whether the 4 bytes after contents of one length are their checksums."""
     data = np.frombuffer(block, np.uint8)
-    rows = data[starts[:, None] + np.arange(length + _TAIL)]
+    if (
+        len(starts) < _FEW
+    ):  # they may be long: an index of 8 bytes a byte would be large
+        rows = np.stack([data[start : start + length + _TAIL] for start in starts])
+    else:
+        rows = data[starts[:, None] + np.arange(length + _TAIL)]
     stored = np.ascontiguousarray(rows[:, length:]).view("<u4")[:, 0]
     crc = _crc32c(rows[:, :length])
     masked = (crc >> np.uint32(15) | crc << np.uint32(17)) + np.uint32(0xA282EAD8)

@@ -329,6 +329,17 @@ def test_records_longer_than_a_block_are_read(tmp_path):
     assert load_run(tmp_path)["step"].tolist() == [0, 1]
 
 
+def test_a_picture_of_many_megabytes_costs_a_few_times_its_size(tmp_path):
+    text = event(0, tag="t", tensor=tf.make_tensor_proto("x" * 2**25))
+    raw_file(tmp_path / "tfevents.1", [text, event(1, tag="f", simple_value=1.0)])
+
+    tracemalloc.start()
+    assert load_run(tmp_path)["step"].tolist() == [1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * 2**25
+
+
 def test_reading_does_not_import_tensorflow(logs):
     script = "import sys, tfgrad; print(len(tfgrad.load_runs(sys.argv[1])))\n"
     script += "assert 'tensorflow' not in sys.modules"
