@@ -186,9 +186,7 @@ def _sums_agree(block: bytes, frames: Frames) -> np.ndarray[Any, Any]:
 def _agree(block: bytes, starts: Any, length: int) -> np.ndarray[Any, Any]:
     """Return whether the 4 bytes after contents of one length are their checksums."""
     data = np.frombuffer(block, np.uint8)
-    if (
-        len(starts) < _FEW
-    ):  # they may be long: an index of 8 bytes a byte would be large
+    if 0 < len(starts) < _FEW:  # maybe long; an index takes 8 bytes for each byte
         rows = np.stack([data[start : start + length + _TAIL] for start in starts])
     else:
         rows = data[starts[:, None] + np.arange(length + _TAIL)]
