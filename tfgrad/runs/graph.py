@@ -134,7 +134,30 @@ def _flatten(
     # Other captures are tensors made outside f, which TensorFlow gives mere numbers.
     others = {p for p, c in pairs if p not in handles}
     constants = {p: re.sub(r"[^/]+$", "constant", p) for p in others}
-    return _Flat(handles | constants, set(handles)).graph_def_of(traced.graph)
+    names = [op.name for op in traced.graph.get_operations()]
+    renamed = _in_layers(names, handles) | handles | constants
+    return _Flat(renamed, set(handles)).graph_def_of(traced.graph)
+
+
+def _in_layers(names: list[str], handles: Mapping[str, str]) -> dict[str, str]:
+    """Return new names for operations, in the scopes of their layers' variables.
+
+    Keras opens the scope of a layer to build it and again to call it, so TensorFlow
+    calls the second scope "hidden_1", beside the variables of the layer "hidden". Where
+    a variable is read says which scope is that of its layer.
+    """
+    layer_of: dict[str, str] = {}
+    for place, variable in handles.items():
+        layers, scopes = variable.split("/")[:-1], place.split("/")
+        for start in range(len(scopes) - len(layers) + 1):
+            pairs = list(zip(scopes[start:], layers, strict=False))
+            if all(re.fullmatch(rf"{re.escape(b)}(_\d+)*", a) for a, b in pairs):
+                layer_of |= pairs
+                break
+    return {
+        name: "/".join(layer_of.get(part, part) for part in name.split("/"))
+        for name in names
+    }
 
 
 class _Flat:

@@ -85,3 +85,17 @@ def test_a_spec_stands_for_a_tensor_in_a_graph():
     (x,) = (node for node in graph.node if node.name == "x")
     assert [d.size for d in x.attr["shape"].shape.dim] == [-1, 2]
     assert "gradient/x" in [node.name for node in graph.node]
+
+
+def test_operations_stand_beside_the_variables_of_their_layer():
+    layers = [keras.Input([4]), keras.layers.Dense(3), keras.layers.Dense(1)]
+    for layer, name in zip(layers[1:], ("dense", "dense_1"), strict=True):
+        layer.name = name  # as Keras itself numbers them
+    model = keras.Sequential(layers, name="net")
+    graph = step_graph(model, model_inputs(model), "net")
+
+    inputs = {n.name: list(n.input) for n in graph.node}
+    for name in ("dense", "dense_1"):
+        (reads,) = inputs[f"net/{name}/Cast/ReadVariableOp"]
+        assert reads == f"net/{name}/kernel"
+    assert not [name for name in inputs if name.startswith("net_1")]
