@@ -173,7 +173,7 @@ for axes in figure.subplots(1, 8):
     axes.set_axis_off()
 for axes, index in zip(figure.axes, wrong, strict=False):
     axes.imshow(images[test][index, :, :, 0], cmap="gray_r")
-    axes.set_title(f"{truth[index]}, not {guess[index]}", fontsize=9)
+    axes.set_title(f"a {truth[index]}, read as {guess[index]}", fontsize=9)
 figure
 
 # %% [markdown]

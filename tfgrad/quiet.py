@@ -18,8 +18,11 @@ def quiet_import() -> Iterator[None]:
     without a GPU, the first tensor would print an error about CUDA. If TensorFlow is
     there already, nothing is discarded.
     """
+    if "tensorflow" in sys.modules:
+        yield
+        return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    saved = None if "tensorflow" in sys.modules else _duplicate_of_stderr()
+    saved = _duplicate_of_stderr()
     if saved is None:
         yield
         return
