@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from matplotlib.figure import Figure
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.runs.media import BUCKETS, to_buckets, to_pngs
+from tfgrad.runs.media import BUCKETS, to_buckets, to_layout, to_pngs
 
 
 def test_buckets_are_those_of_numpy():
@@ -120,3 +121,33 @@ def test_what_is_no_picture_is_refused(image):
 def test_floats_beyond_zero_to_one_are_refused(value):
     with pytest.raises(InvalidArgumentError, match=r"(?s)values from .*numpy.uint8"):
         to_pngs(np.array([[0.0, value]]), "i")
+
+
+# --- charts ---------------------------------------------------------------------------
+
+
+def test_a_layout_names_each_tag_exactly():
+    layout = Layout.FromString(to_layout({"fit": {"loss": ["a/b", "x[0]"]}}))
+
+    (category,) = layout.category
+    (chart,) = category.chart
+    assert (category.title, chart.title) == ("fit", "loss")
+    assert list(chart.multiline.tag) == ["^a/b$", r"^x\[0\]$"]
+
+
+@pytest.mark.parametrize(
+    "charts",
+    [
+        None,
+        {},
+        ["loss"],
+        {"fit": "loss"},
+        {"fit": {"loss": "loss"}},
+        {"fit": {"loss": []}},
+        {"fit": {"loss": [3]}},
+        {"": {"loss": ["loss"]}},
+    ],
+)
+def test_what_is_no_layout_is_refused(charts):
+    with pytest.raises(InvalidArgumentError, match="try: "):
+        to_layout(charts)

@@ -502,3 +502,11 @@ def test_a_run_is_resumed_from_a_step(tmp_path, step):
 def test_a_live_run_is_not_resumed(tmp_path):
     with Run(tmp_path), pytest.raises(RunError, match="one writer at a time"):
         Run(tmp_path, resume_from=1)
+
+
+def test_whether_a_run_is_open_can_be_asked_before_anything_is_done(tmp_path):
+    with Run(tmp_path) as run:
+        run.check_open()
+
+    with pytest.raises(RunError, match="closed"):
+        run.check_open()
