@@ -24,6 +24,7 @@ from typing import Any, Literal, Self
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.runs.directory import local_path, walk_event_files
 from tfgrad.runs.tensorboard import require
+from tfgrad.runs.tfrecord import is_hostile
 
 _START_SECONDS = 60.0  # it takes about one; a cold disk or a busy machine takes many
 _LOAD_SECONDS = 3.0  # for the first page to have its runs; they keep loading after that
@@ -170,7 +171,7 @@ def show(
         True
     """
     path, pins = _checked_root(root), checked_tags(pin, "pin")
-    loader = _checked_loader(load_fast)
+    port, loader = _checked_port(port), _checked_loader(load_fast)
     require("version")
     if hostile := _hostile_files(path):
         loader = "false"
@@ -183,7 +184,7 @@ def show(
     options = {
         "logdir": path.absolute(),  # TensorBoard takes "a:b" for a name and a path
         "host": "127.0.0.1",
-        "port": _checked_port(port),
+        "port": port,
         "samples_per_plugin": _SAMPLES,
         "load_fast": loader,
     }
@@ -251,8 +252,6 @@ def _hostile_files(root: Path) -> list[Path]:
 
     Their lengths alone are read, a million records in about a second.
     """
-    from tfgrad.runs.tfrecord import is_hostile  # it needs TensorBoard
-
     found = (path for files in walk_event_files(root).values() for path in files)
     return [path for path in found if is_hostile(path)]
 
@@ -264,12 +263,15 @@ def _wait_for_runs(address: str, expected: bool) -> None:
     """
     host = urllib.parse.urlsplit(address).netloc
     deadline = time.monotonic() + _LOAD_SECONDS
-    while True:
-        with contextlib.closing(http.client.HTTPConnection(host, timeout=10)) as server:
+    runs: list[str] = []
+    while not runs and time.monotonic() < deadline:
+        server = http.client.HTTPConnection(host, timeout=10)
+        # While TensorBoard has a failure of its own, its answer is no JSON, or none.
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             server.request("GET", "/data/runs")
-            answer = server.getresponse()
-            # An error of TensorBoard's own is a page, not JSON.
-            runs = json.load(answer) if answer.status == 200 else []
-        if runs or not expected or time.monotonic() > deadline:
-            return
+            runs = json.load(server.getresponse())
+            if not expected:
+                break
+        server.close()
         time.sleep(0.02)
+    server.close()
