@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tfgrad.optimize.least_squares import LeastSquaresResult, least_squares
     from tfgrad.optimize.minimize import descend, minimize
     from tfgrad.optimize.result import OptimizeResult
+    from tfgrad.optimize.train_step import train_step
     from tfgrad.runs.board import show
     from tfgrad.runs.pictures import plot_path, plot_runs
     from tfgrad.runs.reader import load_run, load_runs
@@ -54,6 +55,7 @@ _HOMES = {
     "plot_path": "tfgrad.runs.pictures",
     "plot_runs": "tfgrad.runs.pictures",
     "show": "tfgrad.runs.board",
+    "train_step": "tfgrad.optimize.train_step",
     "value_and_grad": "tfgrad.derivatives.reverse",
     "vjp": "tfgrad.derivatives.reverse",
 }
@@ -80,6 +82,7 @@ __all__ = [
     "plot_path",
     "plot_runs",
     "show",
+    "train_step",
     "value_and_grad",
     "vjp",
 ]
