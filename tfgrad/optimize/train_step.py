@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -29,6 +31,8 @@ from tfgrad.nested import (
     weak_dtype,
 )
 from tfgrad.optimize.methods.keras_optimizer import optimizer_names
+
+_STRATEGY = "distribute_strategy"
 
 
 def train_step(
@@ -67,9 +71,10 @@ def train_step(
     Returns:
         A function with the arguments of `loss` that updates the variables and returns
         the loss before the update, of shape `[]`. Its `optimizer` is the optimizer, its
-        `variables` are what it updates. It may be called in a `tf.function`, and in the
-        `train_step` of a `keras.Model`. In a replica of a `tf.distribute` strategy, the
-        gradient is the mean of the replicas' gradients.
+        `variables` are what it updates. It may be called in a `tf.function`, in the
+        `train_step` of a `keras.Model`, and in `strategy.run` of `tf.distribute`, where
+        the gradient is the mean of the replicas' gradients (Keras's optimizers clip
+        before they take it). Outside of `strategy.run`, one replica computes it all.
 
     Raises:
         InvalidArgumentError: If there is no such optimizer, if it is bound to other
@@ -103,7 +108,8 @@ def train_step(
                 got=f"{name}={flag!r}",
                 hint=f"{name}=True",
             )
-    chosen = _optimizer(optimizer, learning_rate)
+    with _scope_of(tf.nest.flatten(open_modules(wrt))):
+        chosen = _optimizer(optimizer, learning_rate)
     return TrainStep(loss, wrt, chosen, has_aux=has_aux, jit=jit, verify=verify)
 
 
@@ -205,7 +211,8 @@ class TrainStep:
             return body(*tf.nest.pack_sequence_as(nests, filled))
 
         options = {"autograph": False, "jit_compile": self._jit or None}
-        concrete = tf.function(traced, **options).get_concrete_function(*specs)
+        compiled = tf.function(traced, **options)
+        concrete = _out_of_scope(lambda: compiled.get_concrete_function(*specs))
         if is_keras:
             return concrete
 
@@ -236,6 +243,11 @@ class TrainStep:
             gradients = recording.pull([weight])
         if all(gradient is None for gradient in gradients):
             raise _reads_none(call)
+        if not _adds_rows(self.optimizer):
+            gradients = [
+                rows_summed(g) if isinstance(g, tf.IndexedSlices) else g
+                for g in gradients
+            ]
         return (value, recording.aux) if self._has_aux else value, gradients
 
     def _weight(self, value: tf.Tensor) -> tf.Tensor:
@@ -269,17 +281,37 @@ class TrainStep:
         variables = [variable for _, variable in each.values()]
         _check_free(self.optimizer, variables)
         if not getattr(self.optimizer, "built", True):
-            with tf.init_scope():
+            with tf.init_scope(), _scope_of(variables):
                 self.optimizer.build(variables)
         self._sources = [source for source, _ in each.values()]
         self.variables = variables
+
+
+def _scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Return the scope of the `tf.distribute` strategy that the variables are of."""
+    for variable in variables:
+        strategy = getattr(getattr(variable, "value", variable), _STRATEGY, None)
+        if strategy is not None and strategy is not tf.distribute.get_strategy():
+            return strategy.scope()
+    return contextlib.nullcontext()
+
+
+def _out_of_scope(compile: Callable[[], Any]) -> Any:
+    """Return `compile()`, run where no strategy's scope is open.
+
+    In a scope optimizers refuse to work; what is traced outside can be called inside.
+    """
+    if not (tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()):
+        return compile()
+    with ThreadPoolExecutor(1) as thread:  # a scope is open in one thread
+        return thread.submit(compile).result()
 
 
 class _Slices(Recording):
     """A recording whose gradients stay sparse, and None where there is no path."""
 
     def _dense(self, found: Sequence[Any]) -> list[Any]:
-        return [rows_summed(g) if isinstance(g, tf.IndexedSlices) else g for g in found]
+        return list(found)
 
 
 def rows_summed(slices: tf.IndexedSlices) -> tf.IndexedSlices:
@@ -298,6 +330,14 @@ def rows_summed(slices: tf.IndexedSlices) -> tf.IndexedSlices:
     values = tf.math.unsorted_segment_sum(slices.values, group_of, count)
     rows = tf.math.unsorted_segment_max(ordered, groups, count)
     return tf.IndexedSlices(values, tf.maximum(rows, 0), slices.dense_shape)
+
+
+def _adds_rows(optimizer: Any) -> bool:
+    """Return whether all that is done with a gradient is to subtract a multiple."""
+    if type(optimizer) is not keras.optimizers.SGD:
+        return False
+    clips = optimizer.clipnorm, optimizer.global_clipnorm, optimizer.clipvalue
+    return all(clip is None for clip in clips)
 
 
 def _optimizer(optimizer: Any, learning_rate: Any) -> Any:
