@@ -6,7 +6,6 @@ import contextlib
 import difflib
 import inspect
 import math
-import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,6 +30,7 @@ from tfgrad.nested import (
     weak_dtype,
 )
 from tfgrad.optimize.methods.keras_optimizer import optimizer_names
+from tfgrad.optimize.open_traces import OpenTraces
 
 _STRATEGY = "distribute_strategy"
 
@@ -140,9 +140,8 @@ class TrainStep:
         self._has_aux, self._jit, self._verify = has_aux, jit, verify
         self._names = parameter_names(loss)
         self._evaluated = Compiled(loss, self._answer)
-        self._traces: dict[Hashable, tuple[list[Any], Any]] = {}
-        self._known: dict[Hashable, Any] = {}
-        self._first = threading.RLock()
+        self._traces = OpenTraces(self._trace)
+        self._short_cuts: dict[Hashable, Callable[..., Any]] = {}
         if not _is_unbuilt(wrt):
             self._bind()
 
@@ -158,47 +157,22 @@ class TrainStep:
             nests = self._in_tensors(args, kwargs)
             self._bind_if_unbuilt(nests)
             return self._step(*nests)
-        known = None if kwargs else self._known.get(signature(args))
-        if known is not None:  # tensors only: the commonest call, found at once
-            return known(*tf.nest.flatten(args))
+        short_cut = None if kwargs else self._short_cuts.get(signature(args))
+        if short_cut is not None:
+            return short_cut(*tf.nest.flatten(args))
         nests = self._in_tensors(args, kwargs)
-        dynamic = list(filter(is_dynamic, tf.nest.flatten(nests)))
-        traced = self._known.get(signature(nests))
-        if traced is None:
-            with self._first:  # other threads wait until the step is traced
-                self._bind_if_unbuilt(nests)
-                traced = self._known_trace(nests, dynamic)
-            if len(self._known) >= 2 * MOST_TRACES:
-                self._known.clear()
-            self._known[signature(nests)] = traced
-            flat = tf.nest.flatten(args)
-            if len(flat) == len(dynamic) and all(map(is_dynamic, flat)):
-                self._known[signature(args)] = traced
+        self._bind_if_unbuilt(nests)
+        traced, dynamic = self._traces(nests), _tensors(nests)
+        if len(dynamic) == len(tf.nest.flatten((args, kwargs))) == len(_tensors(args)):
+            if len(self._short_cuts) >= 2 * MOST_TRACES:
+                self._short_cuts.clear()
+            # Calls with tensors only, the commonest, find their way without all that.
+            self._short_cuts[signature(args)] = traced
         return traced(*dynamic)
 
     def _in_tensors(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         weak = weak_dtype(args, kwargs, self._sources)
         return arguments_in_tensors(args, kwargs, (), self._names(len(args)), weak)
-
-    def _known_trace(self, nests: Any, dynamic: list[Any]) -> Any:
-        """Return the trace that takes these arguments, made if there is none."""
-        specs = [tf.type_spec_from_value(leaf) for leaf in dynamic]
-        family = signature(tf.nest.map_structure(_without_shape, nests))
-        general, traced = self._traces.get(family, (None, None))
-        if general is not None:
-            if all(map(_takes, general, specs)):
-                return traced
-            wider = list(map(_widened, general, specs))
-            try:
-                traced = self._trace(nests, wider)
-            except Exception:  # a loss may need the very shape; its own error is below
-                return self._trace(nests, specs)
-            self._traces[family] = wider, traced
-            return traced
-        if len(self._traces) >= MOST_TRACES:
-            self._traces.clear()
-        self._traces[family] = specs, self._trace(nests, specs)
-        return self._traces[family][1]
 
     def _trace(self, nests: Any, specs: Sequence[Any]) -> Any:
         is_keras = isinstance(self.optimizer, keras.optimizers.Optimizer)
@@ -403,23 +377,12 @@ def _reads_none(call: Call) -> NoGradientError:
     )
 
 
+def _tensors(nest: Nest) -> list[Any]:
+    return list(filter(is_dynamic, tf.nest.flatten(nest)))
+
+
 def _is_unbuilt(wrt: Nest) -> bool:
     """Return whether a Keras model or layer in `wrt` has variables still to be made."""
     leaves = tf.nest.flatten(wrt)
     layers = [leaf for leaf in leaves if isinstance(leaf, keras.layers.Layer)]
     return any(not leaf.built or not leaf.variables for leaf in layers)
-
-
-def _without_shape(leaf: Any) -> Any:
-    """Return what a trace cannot leave open: type, dtype and rank; static values."""
-    if not is_dynamic(leaf):
-        return leaf
-    return str((type(leaf).__name__, leaf.dtype.name, leaf.shape.rank))
-
-
-def _takes(general: Any, spec: Any) -> bool:
-    return bool(spec.is_subtype_of(general))
-
-
-def _widened(general: Any, spec: Any) -> Any:
-    return general.most_specific_common_supertype([spec]) or spec
