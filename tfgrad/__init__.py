@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tfgrad.derivatives.matrices import hessian, hvp, jacobian
     from tfgrad.derivatives.reverse import grad, value_and_grad, vjp
     from tfgrad.diagnosis.explain import explain
+    from tfgrad.diagnosis.explain_nan import ExplainNaN
     from tfgrad.differences import finite_difference
     from tfgrad.optimize.least_squares import LeastSquaresResult, least_squares
     from tfgrad.optimize.minimize import descend, minimize
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ExplainNaN": "tfgrad.diagnosis.explain_nan",
     "GradCheck": "tfgrad.checks.report",
     "LeastSquaresResult": "tfgrad.optimize.least_squares",
     "OptimizeResult": "tfgrad.optimize.result",
@@ -61,6 +63,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ExplainNaN",
     "GradCheck",
     "LeastSquaresResult",
     "OptimizeResult",
