@@ -138,9 +138,7 @@ def walkthrough():
 
         for _ in range(STEPS):
             _, gradients = grad(model, x, y)
-            optimizer.apply_gradients(
-                zip(gradients, model.trainable_variables, strict=True)
-            )
+            optimizer.apply(gradients, model.trainable_variables)
 
     def ours():
         def loss(x, y):
@@ -293,7 +291,7 @@ def vae():
             with tf.GradientTape() as tape:
                 value = loss(x, noise)
             gradients = tape.gradient(value, variables)
-            optimizer.apply_gradients(zip(gradients, variables, strict=True))
+            optimizer.apply(gradients, variables)
 
         for k in range(STEPS):
             step(x, noise[k])
@@ -315,7 +313,7 @@ def style_transfer():
     def gram(x):
         return tf.einsum("bijc,bijd->bcd", x, x) / 36.0
 
-    style, content = gram(features(tf.sigmoid(normal(1, 8, 8, 3, seed=1)))), None
+    style = gram(features(tf.sigmoid(normal(1, 8, 8, 3, seed=1))))
     content = features(picture)
 
     def loss():
@@ -414,9 +412,7 @@ def dqn():
                 q_action = tf.reduce_sum(tf.multiply(q_values, masks), axis=1)
                 value = huber(updated, q_action)
             gradients = tape.gradient(value, model.trainable_variables)
-            optimizer.apply_gradients(
-                zip(gradients, model.trainable_variables, strict=True)
-            )
+            optimizer.apply(gradients, model.trainable_variables)
             if k % 10 == 0:
                 target.set_weights(model.get_weights())
 
@@ -459,15 +455,11 @@ def ddpg():
                 y = reward + 0.99 * q(far_critic, after, far_actor(after))
                 value = tf.reduce_mean((y - q(critic, state, action)) ** 2)
             gradients = tape.gradient(value, critic.trainable_variables)
-            c_optimizer.apply_gradients(
-                zip(gradients, critic.trainable_variables, strict=True)
-            )
+            c_optimizer.apply(gradients, critic.trainable_variables)
             with tf.GradientTape() as tape:
                 value = -tf.reduce_mean(q(critic, state, actor(state)))
             gradients = tape.gradient(value, actor.trainable_variables)
-            a_optimizer.apply_gradients(
-                zip(gradients, actor.trainable_variables, strict=True)
-            )
+            a_optimizer.apply(gradients, actor.trainable_variables)
 
         for k in range(STEPS):
             update(states[k], actions[k], rewards[k], after[k])
@@ -522,9 +514,7 @@ def actor_critic():
             with tf.GradientTape() as tape:
                 value = loss(states, actions, returns)
             gradients = tape.gradient(value, model.trainable_variables)
-            optimizer.apply_gradients(
-                zip(gradients, model.trainable_variables, strict=True)
-            )
+            optimizer.apply(gradients, model.trainable_variables)
 
         for k in range(STEPS):
             step(*episode(k))
@@ -553,9 +543,7 @@ def reptile():
             with tf.GradientTape() as tape:
                 value = entropy(y, model(x))
             gradients = tape.gradient(value, model.trainable_weights)
-            optimizer.apply_gradients(
-                zip(gradients, model.trainable_weights, strict=True)
-            )
+            optimizer.apply(gradients, model.trainable_weights)
 
         for k in range(0, STEPS, 3):
             old = model.get_weights()
@@ -599,7 +587,7 @@ def maml():
                 moved = [w - 0.1 * s for w, s in zip(weights, slopes, strict=True)]
                 value = loss(moved, x[5:], y[5:])
             gradients = outer.gradient(value, weights)
-            optimizer.apply_gradients(zip(gradients, weights, strict=True))
+            optimizer.apply(gradients, weights)
 
         for k in range(STEPS):
             step(x[k], y[k])
@@ -681,9 +669,7 @@ def ddpm():
                 predicted = network(noised(images, noise, t), training=True)
                 value = squares(noise, predicted)
             gradients = tape.gradient(value, network.trainable_weights)
-            optimizer.apply_gradients(
-                zip(gradients, network.trainable_weights, strict=True)
-            )
+            optimizer.apply(gradients, network.trainable_weights)
 
         for k in range(STEPS):
             step(images, noise[k], times[k])
@@ -717,9 +703,7 @@ def gru_text():
                 predicted = model(text[:, :-1], training=True)
                 value = entropy(text[:, 1:], predicted)
             gradients = tape.gradient(value, model.trainable_variables)
-            optimizer.apply_gradients(
-                zip(gradients, model.trainable_variables, strict=True)
-            )
+            optimizer.apply(gradients, model.trainable_variables)
 
         for k in range(STEPS):
             step(text[k, :, : 5 + k % 5])
@@ -757,7 +741,7 @@ def matrix_factorisation():
             gradients = tape.gradient(value, [users, items])
             # Keras's Adam is wrong where a row is there twice.
             gradients = [tf.convert_to_tensor(g) for g in gradients]
-            optimizer.apply_gradients(zip(gradients, [users, items], strict=True))
+            optimizer.apply(gradients, [users, items])
 
         for k in range(STEPS):
             step(rows[k], columns[k], ratings[k])
@@ -788,9 +772,7 @@ def mixed_precision():
                 value = entropy(y, model(x, training=True))
                 scaled_loss = scaled.scale_loss(value)
             gradients = tape.gradient(scaled_loss, model.trainable_variables)
-            scaled.apply_gradients(
-                zip(gradients, model.trainable_variables, strict=True)
-            )
+            scaled.apply(gradients, model.trainable_variables)
 
         for _ in range(STEPS):
             step(x, y)
