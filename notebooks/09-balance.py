@@ -91,7 +91,7 @@ def error(states, returns):
     return tf.reduce_mean((critic(states)[:, 0] - returns) ** 2)
 
 
-act = tfgrad.train_step(regret, wrt=actor, learning_rate=3e-3)
+act = tfgrad.train_step(regret, wrt=actor, learning_rate=1e-3)
 judge = tfgrad.train_step(error, wrt=critic, learning_rate=1e-2)
 
 # %% [markdown]
@@ -115,20 +115,20 @@ lengths = []
 
 with tfgrad.Run(logs / "actor-critic") as run:
     for update in range(UPDATES):
-        states, actions, ends = [], [], []
+        states, actions, falls = [], [], []
         for _ in range(MOMENTS):
             right = random.random(POLES) < probability(float32(state)).numpy()
             states.append(state)
             actions.append(right)
             state, age = moved(state, right), age + 1
-            end = fallen(state) | (age >= LONGEST)
-            ends.append(end)
+            falls.append(fallen(state))
+            end = falls[-1] | (age >= LONGEST)
             lengths += age[end].tolist()
             state[end], age[end] = begun(end.sum()), 0
         after = worth(float32(state)).numpy()
         returns = []
-        for end in reversed(ends):
-            after = 1.0 + DISCOUNT * after * ~end
+        for fell in reversed(falls):  # what comes after 500 moments is worth as much
+            after = 1.0 + DISCOUNT * after * ~fell
             returns.insert(0, after)
         flat = float32(np.concatenate(states))
         returns = float32(np.concatenate(returns))
