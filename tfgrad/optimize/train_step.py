@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,9 +18,10 @@ import tensorflow as tf
 from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
 from tfgrad.derivatives.calls import Call, Compiled
 from tfgrad.derivatives.outputs import objective
-from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.signatures import is_dynamic, signature
-from tfgrad.derivatives.tracing import MOST_TRACES, not_converted
+from tfgrad.derivatives.soundness import UnverifiableGradientError
+from tfgrad.derivatives.tracing import MOST_TRACES, not_converted, trace
+from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.errors import InvalidArgumentError, NoGradientError
 from tfgrad.nested import (
     Nest,
@@ -31,8 +33,7 @@ from tfgrad.nested import (
 )
 from tfgrad.optimize.methods.keras_optimizer import optimizer_names
 from tfgrad.optimize.open_traces import OpenTraces
-
-_STRATEGY = "distribute_strategy"
+from tfgrad.optimize.sparse import SparseRecording, summed_for
 
 
 def train_step(
@@ -184,9 +185,11 @@ class TrainStep:
             filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
             return body(*tf.nest.pack_sequence_as(nests, filled))
 
-        options = {"autograph": False, "jit_compile": self._jit or None}
-        compiled = tf.function(traced, **options)
-        concrete = _out_of_scope(lambda: compiled.get_concrete_function(*specs))
+        def compiled(_: Any) -> Any:  # `Compiled` knows whether AutoGraph is wanted
+            options = {"autograph": False, "jit_compile": self._jit or None}
+            return tf.function(traced, **options).get_concrete_function(*specs)
+
+        concrete = _out_of_scope(lambda: _explained(compiled, self._loss))
         if is_keras:
             return concrete
 
@@ -208,7 +211,8 @@ class TrainStep:
 
     def _answer(self, call: Call) -> tuple[Any, list[Any]]:
         """Return the loss, and aux, and the gradients for the optimizer, in a trace."""
-        recording = _Slices(objective(self._has_aux), call, has_aux=self._has_aux)
+        has_aux = self._has_aux
+        recording = SparseRecording(objective(has_aux), call, has_aux=has_aux)
         value = recording.output
         weight = self._weight(value)
         if self._verify:
@@ -217,12 +221,8 @@ class TrainStep:
             gradients = recording.pull([weight])
         if all(gradient is None for gradient in gradients):
             raise _reads_none(call)
-        if not _adds_rows(self.optimizer):
-            gradients = [
-                rows_summed(g) if isinstance(g, tf.IndexedSlices) else g
-                for g in gradients
-            ]
-        return (value, recording.aux) if self._has_aux else value, gradients
+        gradients = summed_for(self.optimizer, gradients)
+        return (value, recording.aux) if has_aux else value, gradients
 
     def _weight(self, value: tf.Tensor) -> tf.Tensor:
         """Return what the loss is multiplied by: its scale, over the replicas."""
@@ -243,8 +243,13 @@ class TrainStep:
         if self.variables:
             return
         args, kwargs = nests
+
         # Layers make their variables while they are traced; nothing is computed.
-        tf.function(self._loss).get_concrete_function(*args, **kwargs)
+        def compiled(loss: Callable[..., Any]) -> Any:
+            traced = tf.function(loss, autograph=False)
+            return traced.get_concrete_function(*args, **kwargs)
+
+        _explained(compiled, self._loss)
         self._bind()
 
     def _bind(self) -> None:
@@ -264,7 +269,7 @@ class TrainStep:
 def _scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """Return the scope of the `tf.distribute` strategy that the variables are of."""
     for variable in variables:
-        strategy = getattr(getattr(variable, "value", variable), _STRATEGY, None)
+        strategy = getattr(_plain(variable), "distribute_strategy", None)
         if strategy is not None and strategy is not tf.distribute.get_strategy():
             return strategy.scope()
     return contextlib.nullcontext()
@@ -281,37 +286,22 @@ def _out_of_scope(compile: Callable[[], Any]) -> Any:
         return thread.submit(compile).result()
 
 
-class _Slices(Recording):
-    """A recording whose gradients stay sparse, and None where there is no path."""
-
-    def _dense(self, found: Sequence[Any]) -> list[Any]:
-        return list(found)
-
-
-def rows_summed(slices: tf.IndexedSlices) -> tf.IndexedSlices:
-    """Return the slices with rows that stand there twice added up.
-
-    Keras's optimizers need that: the square of a sum is not the sum of the squares. The
-    number of slices stays, as XLA and collectives want it: those left over are zeros,
-    for row 0.
-    """
-    indices, count = slices.indices, tf.size(slices.indices)
-    order = tf.argsort(indices)
-    ordered = tf.gather(indices, order)
-    begins = tf.concat([[True], ordered[1:] != ordered[:-1]], axis=0)[:count]
-    groups = tf.cumsum(tf.cast(begins, tf.int32)) - 1
-    group_of = tf.scatter_nd(order[:, None], groups, [count])
-    values = tf.math.unsorted_segment_sum(slices.values, group_of, count)
-    rows = tf.math.unsorted_segment_max(ordered, groups, count)
-    return tf.IndexedSlices(values, tf.maximum(rows, 0), slices.dense_shape)
-
-
-def _adds_rows(optimizer: Any) -> bool:
-    """Return whether all that is done with a gradient is to subtract a multiple."""
-    if type(optimizer) is not keras.optimizers.SGD:
-        return False
-    clips = optimizer.clipnorm, optimizer.global_clipnorm, optimizer.clipvalue
-    return all(clip is None for clip in clips)
+def _explained(compile: Callable[[Any], Any], loss: Callable[..., Any]) -> Any:
+    """Return `compile(loss)`; say what is wrong where `loss` leaves TensorFlow."""
+    try:
+        return trace(compile, loss)
+    except UnverifiableGradientError as error:
+        hint = "the same in tf.math; or tfgrad.check_grads of it, then verify=False"
+        raise NoGradientError(error.rule, got=error.got, hint=hint) from None
+    except NotImplementedError as error:
+        if not re.search("numpy|eager", str(error)):
+            raise
+        raise InvalidArgumentError(
+            f"`{name_of(loss)}` must be made of tf functions: the step is compiled.",
+            got=f"{str(error).strip().splitlines()[-1]}, at {line_of_error(error)}",
+            hint="the same in tf.math or tf.experimental.numpy; what NumPy computes as "
+            "an argument",
+        ) from None
 
 
 def _optimizer(optimizer: Any, learning_rate: Any) -> Any:
@@ -358,8 +348,8 @@ def _rate(rate: Any) -> Any:
 def _check_free(optimizer: Any, variables: Sequence[Any]) -> None:
     """Refuse an optimizer that was built for other variables than these."""
     built = getattr(optimizer, "_trainable_variables", None) or ()
-    bound = {id(getattr(v, "value", v)) for v in built}
-    if bound and not bound.issuperset(id(getattr(v, "value", v)) for v in variables):
+    bound = {id(_plain(variable)) for variable in built}
+    if bound and not bound.issuperset(id(_plain(variable)) for variable in variables):
         raise InvalidArgumentError(
             "A Keras optimizer moves the variables it was built for, and no others.",
             got=f"{describe(optimizer)}, which another step or model has",
@@ -375,6 +365,10 @@ def _reads_none(call: Call) -> NoGradientError:
         hint="the prediction inside of the loss, so that each call computes it anew; "
         "tfgrad.explain(loss, ..., wrt=...)",
     )
+
+
+def _plain(variable: Any) -> Any:
+    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def _tensors(nest: Nest) -> list[Any]:

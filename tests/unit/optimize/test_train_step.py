@@ -13,7 +13,6 @@ from tfgrad.errors import (
     ScalarObjectiveError,
 )
 from tfgrad.optimize.methods.keras_optimizer import optimizer_names
-from tfgrad.optimize.train_step import rows_summed
 
 RATE = 0.01
 X = tf.constant(np.random.default_rng(0).normal(size=(32, 4)), tf.float32)
@@ -319,8 +318,16 @@ def test_any_object_with_apply_gradients_will_do():
 IDS = [[4, 2, 2], [1, 1, 4], [3, 3, 3], [2, 0, 1]]
 
 
-@pytest.mark.parametrize("jit", [False, True])
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"multi"}))
+UNDER_XLA = "adam", "adafactor", "ftrl", "rmsprop", "clipped", "scaled"
+
+
+@pytest.mark.parametrize(
+    ("name", "jit"),
+    [
+        *((name, False) for name in sorted(OPTIMIZERS.keys() - {"multi"})),
+        *((name, True) for name in UNDER_XLA),
+    ],
+)
 def test_sparse_gradients_move_what_dense_ones_would(name, jit):
     def trained(dense):
         table = keras.Variable(
@@ -361,20 +368,6 @@ def test_an_embedding_hands_slices_to_the_optimizer():
     assert isinstance(slices, tf.IndexedSlices)
     rows = dict(zip(slices.indices.numpy(), slices.values.numpy()[:, 0], strict=True))
     assert rows == {1: 1.0, 5: 2.0, 0: 0.0}
-
-
-@pytest.mark.parametrize("rows", [[], [3], [2, 2, 2], [3, 0, 3, 1, 0]])
-def test_summed_rows_are_the_same_tensor(rows):
-    values = np.random.default_rng(0).normal(size=(len(rows), 2))
-    shape = tf.constant([5, 2])
-    given = tf.IndexedSlices(tf.constant(values), tf.constant(rows, tf.int32), shape)
-    summed = rows_summed(given)
-
-    expected = np.zeros([5, 2])
-    np.add.at(expected, rows, values)
-    np.testing.assert_allclose(tf.convert_to_tensor(summed), expected, atol=1e-15)
-    used = summed.indices.numpy()[np.any(summed.values.numpy() != 0, axis=1)]
-    assert sorted(used) == sorted(set(rows))
 
 
 def test_a_cut_gradient_names_op_and_line():
@@ -472,6 +465,60 @@ def test_an_optimizer_bound_to_another_model_is_refused():
 
     with pytest.raises(InvalidArgumentError, match="it was built for"):
         tfgrad.train_step(loss_of(second), wrt=second, optimizer=optimizer)
+
+
+def test_an_optimizer_of_all_may_move_some_of_them():
+    a, b = tf.Variable(1.0), tf.Variable(1.0)
+    optimizer = keras.optimizers.SGD(0.5)
+    tfgrad.train_step(lambda: a + b, wrt=[a, b], optimizer=optimizer)()
+    tfgrad.train_step(lambda: a + b, wrt=a, optimizer=optimizer)()
+
+    assert (float(a), float(b)) == (0.0, 0.5)
+    assert int(optimizer.iterations) == 2
+
+
+def test_a_branch_on_a_tensor_can_be_traced():
+    w = tf.Variable(1.0)
+
+    def loss(x):
+        if x > 0:
+            return w * x
+        return -w * x
+
+    step = tfgrad.train_step(loss, wrt=w, optimizer="sgd", learning_rate=0.5)
+    step(1.0), step(-3.0)
+
+    assert float(w) == 1.0 - 0.5 - 1.5
+
+
+def test_an_error_of_the_users_arrives_as_it_is():
+    w = tf.Variable(1.0)
+
+    def loss(x):
+        raise KeyError(x.shape[0])
+
+    with pytest.raises(KeyError, match="3"):
+        tfgrad.train_step(loss, wrt=w)(tf.ones([3]))
+
+
+def test_a_loss_that_leaves_tensorflow_is_refused_with_its_line():
+    w = tf.Variable(1.0)
+    step = tfgrad.train_step(lambda x: tf.constant(w.numpy() * x), wrt=w)
+    with pytest.raises(InvalidArgumentError, match=r"at test_train_step\.py:\d+"):
+        step(1.0)
+
+
+def test_python_code_in_the_loss_is_taken_where_it_need_not_be_verified():
+    w = tf.Variable(3.0)
+
+    def loss():
+        return tf.ensure_shape(tf.py_function(tf.square, [w], tf.float32), [])
+
+    with pytest.raises(NoGradientError, match="verify=False"):
+        tfgrad.train_step(loss, wrt=w)()
+    tfgrad.train_step(loss, wrt=w, optimizer="sgd", learning_rate=0.5, verify=False)()
+
+    assert float(w) == 0.0
 
 
 def test_a_step_says_what_it_is():
