@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tfgrad
+import tfgrad.errors
 
 cpu = tf.config.list_physical_devices("CPU")[0]
 two = [tf.config.LogicalDeviceConfiguration()] * 2
@@ -57,6 +58,17 @@ for _ in range(5):
 batches = tf.data.Dataset.from_tensors((x, y)).repeat(5)
 for batch in strategy.experimental_distribute_dataset(batches.unbatch().batch(32)):
     tf.function(lambda batch: strategy.run(run.step, args=batch))(batch)
+with strategy.scope():
+    mirrored, mirroring = tf.Variable(1.0), keras.optimizers.SGD()
+for wrt, optimizer in (
+    (mirrored, keras.optimizers.SGD()), (tf.Variable(1.0), mirroring)
+):
+    try:
+        tfgrad.train_step(lambda: wrt * 1.0, wrt=wrt, optimizer=optimizer)
+    except tfgrad.errors.InvalidArgumentError as error:
+        assert "must be of one strategy" in error.rule
+    else:
+        raise AssertionError
 for model in (fitted, run, inside, outside):
     print(f"{largest(alone, model):.1e}")
 """

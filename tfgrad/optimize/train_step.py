@@ -259,6 +259,7 @@ class TrainStep:
         each = {id(source): (source, variable) for source, variable in pairs}
         variables = [variable for _, variable in each.values()]
         _check_free(self.optimizer, variables)
+        _check_strategy(self.optimizer, variables)
         if not getattr(self.optimizer, "built", True):
             with tf.init_scope(), _scope_of(variables):
                 self.optimizer.build(variables)
@@ -347,14 +348,37 @@ def _rate(rate: Any) -> Any:
 
 def _check_free(optimizer: Any, variables: Sequence[Any]) -> None:
     """Refuse an optimizer that was built for other variables than these."""
-    built = getattr(optimizer, "_trainable_variables", None) or ()
-    bound = {id(_plain(variable)) for variable in built}
+    built = getattr(optimizer, "_trainable_variables", None)
+    bound = {id(_plain(variable)) for variable in built or ()}
     if bound and not bound.issuperset(id(_plain(variable)) for variable in variables):
         raise InvalidArgumentError(
             "A Keras optimizer moves the variables it was built for, and no others.",
             got=f"{describe(optimizer)}, which another step or model has",
             hint="an optimizer of its own for each step, or one step with both in wrt",
         )
+
+
+def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Refuse an optimizer made for other replicas than the variables."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        return
+    theirs = _replicated(getattr(optimizer, "_distribution_strategy", None))
+    for variable in variables:
+        strategy = getattr(_plain(variable), "distribute_strategy", None)
+        if _replicated(strategy) != theirs:
+            raise InvalidArgumentError(
+                "The variables and the optimizer must be of one strategy.",
+                got=f"{variable.name!r} of {_replicated(strategy) or 'no strategy'}, "
+                f"and an optimizer of {theirs or 'no strategy'}",
+                hint="the optimizer made in strategy.scope(), or its name",
+            )
+
+
+def _replicated(strategy: Any) -> str:
+    """Return what tells a strategy from others; "" for one replica or none."""
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return ""
+    return f"{type(strategy).__name__} {id(strategy):x}"
 
 
 def _reads_none(call: Call) -> NoGradientError:
