@@ -365,20 +365,20 @@ def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
     theirs = _replicated(getattr(optimizer, "_distribution_strategy", None))
     for variable in variables:
         strategy = getattr(_plain(variable), "distribute_strategy", None)
-        if _replicated(strategy) != theirs:
+        if _replicated(strategy) is not theirs:
+            both = map(_replicated, (strategy, theirs))
+            of, by = (type(s).__name__ if s else "no strategy" for s in both)
             raise InvalidArgumentError(
                 "The variables and the optimizer must be of one strategy.",
-                got=f"{variable.name!r} of {_replicated(strategy) or 'no strategy'}, "
-                f"and an optimizer of {theirs or 'no strategy'}",
+                got=f"{variable.name!r} of {of}, and an optimizer of {by}",
                 hint="the optimizer made in strategy.scope(), or its name",
             )
 
 
-def _replicated(strategy: Any) -> str:
-    """Return what tells a strategy from others; "" for one replica or none."""
-    if strategy is None or strategy.num_replicas_in_sync == 1:
-        return ""
-    return f"{type(strategy).__name__} {id(strategy):x}"
+def _replicated(strategy: Any) -> Any:
+    """Return the strategy if it has more than one replica; else None."""
+    many = strategy is not None and strategy.num_replicas_in_sync > 1
+    return strategy if many else None
 
 
 def _reads_none(call: Call) -> NoGradientError:
