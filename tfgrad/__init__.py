@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from tfgrad.derivatives.matrices import hessian, hvp, jacobian
     from tfgrad.derivatives.reverse import grad, value_and_grad, vjp
     from tfgrad.diagnosis.explain import explain
+    from tfgrad.diagnosis.explain_nan import ExplainNaN
     from tfgrad.differences import finite_difference
     from tfgrad.optimize.least_squares import LeastSquaresResult, least_squares
     from tfgrad.optimize.minimize import descend, minimize
     from tfgrad.optimize.result import OptimizeResult
+    from tfgrad.optimize.train_step import train_step
     from tfgrad.runs.board import show
     from tfgrad.runs.plots import plot_path, plot_runs
     from tfgrad.runs.reader import load_run, load_runs
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ExplainNaN": "tfgrad.diagnosis.explain_nan",
     "GradCheck": "tfgrad.checks.report",
     "LeastSquaresResult": "tfgrad.optimize.least_squares",
     "OptimizeResult": "tfgrad.optimize.result",
@@ -56,11 +59,13 @@ _HOMES = {
     "plot_path": "tfgrad.runs.plots",
     "plot_runs": "tfgrad.runs.plots",
     "show": "tfgrad.runs.board",
+    "train_step": "tfgrad.optimize.train_step",
     "value_and_grad": "tfgrad.derivatives.reverse",
     "vjp": "tfgrad.derivatives.reverse",
 }
 
 __all__ = [
+    "ExplainNaN",
     "GradCheck",
     "LeastSquaresResult",
     "OptimizeResult",
@@ -82,6 +87,7 @@ __all__ = [
     "plot_path",
     "plot_runs",
     "show",
+    "train_step",
     "value_and_grad",
     "vjp",
 ]

@@ -28,6 +28,7 @@ class Culprit:
         label: What it is called in user code, such as "tf.round".
         reason: Why it spoils the gradient.
         hint: What to write instead.
+        name: The name of the op in the graph: the layers that it is in come first.
     """
 
     op: str
@@ -35,6 +36,7 @@ class Culprit:
     label: str
     reason: str
     hint: str
+    name: str = ""
 
     def within(self, line: Line) -> Self:
         """Return it with `line`, that of the op around it, if its own is unknown."""

@@ -94,7 +94,7 @@ class Numbers:
         for end in turn.outputs if turn else ():
             if _is_spoiled(inner.value(end)):
                 return inner.origin_of_value(end).within(line_of(op))
-        return Culprit(op.type, line_of(op), *cause_of_nonfinite(op, backward=False))
+        return _culprit(op, backward=False)
 
     def origin_of_slope(self, tensor: tf.Tensor) -> Culprit | None:
         """Return where the NaN or infinity in the gradient of `tensor` comes from."""
@@ -115,7 +115,7 @@ class Numbers:
             found = _is_spoiled(inner.slope(root)) and inner.origin_of_slope(root)
             if found:
                 return found.within(line_of(op))
-        return Culprit(op.type, line_of(op), *cause_of_nonfinite(op, backward=True))
+        return _culprit(op, backward=True)
 
     def origin_of_zero(self, tensor: tf.Tensor) -> Culprit | None:
         """Return where the gradient of `tensor` becomes zero in every element."""
@@ -181,6 +181,11 @@ class Numbers:
         pairs = zip(tensors, values, strict=True)
         known = [handles.get(t.ref()) if v is None else v for t, v in pairs]
         return turn_inside(op, known, slopes[len(op.inputs) :], backward=backward)
+
+
+def _culprit(op: tf.Operation, *, backward: bool) -> Culprit:
+    cause = cause_of_nonfinite(op, backward=backward)
+    return Culprit(op.type, line_of(op), *cause, op.name)
 
 
 def _count(tensor: tf.Tensor) -> tf.Tensor:

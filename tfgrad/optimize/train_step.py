@@ -1,0 +1,406 @@
+"""`train_step`: one update of some variables, compiled, for a loop of one's own."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
+from tfgrad.derivatives.calls import Call, Compiled
+from tfgrad.derivatives.outputs import objective
+from tfgrad.derivatives.signatures import is_dynamic, signature
+from tfgrad.derivatives.soundness import UnverifiableGradientError
+from tfgrad.derivatives.tracing import MOST_TRACES, not_converted, trace
+from tfgrad.diagnosis.lines import line_of_error
+from tfgrad.errors import InvalidArgumentError, NoGradientError
+from tfgrad.nested import (
+    Nest,
+    describe,
+    name_of,
+    open_modules,
+    variables_of,
+    weak_dtype,
+)
+from tfgrad.optimize.methods.keras_optimizer import optimizer_names
+from tfgrad.optimize.open_traces import OpenTraces
+from tfgrad.optimize.sparse import SparseRecording, summed_for
+
+
+def train_step(
+    loss: Callable[..., Any],
+    *,
+    wrt: Nest,
+    optimizer: Any = "adam",
+    learning_rate: Any = None,
+    has_aux: bool = False,
+    jit: bool = False,
+    verify: bool = True,
+) -> TrainStep:
+    """Return the function that takes one step of an optimizer down `loss`.
+
+    Use it in a loop of your own: two networks in turn, a replay buffer, an inner loop.
+    Where one loss is minimised over data, `minimize(loss, wrt=..., data=...)` runs the
+    loop as well. Define the step once, outside of the loop: its first call for each
+    structure and dtypes of the arguments traces `loss`, later ones run compiled. From
+    the second shape on, dimensions that vary are left open.
+
+    Args:
+        loss: Takes nests of tensors, returns one float number (shape `[]`).
+        wrt: The variables to update: a `tf.Variable`, a `keras.Variable`, a nest of
+            them, a `tf.Module` or a `keras.Model`, of which the trainable ones. A model
+            that is not built yet is built by the first call.
+        optimizer: The name of a Keras optimizer, or an instance, which is the one that
+            moves: its rate may be assigned and its state be saved. Any object with
+            `apply_gradients` will do.
+        learning_rate: With a name: a positive number or a Keras schedule; None means
+            the optimizer's default.
+        has_aux: `loss` returns `(value, aux)`, and so does the step.
+        jit: Compile with XLA.
+        verify: Refuse a loss whose gradient would lack a term, as `grad` does. It costs
+            time when the loss is traced, and none later.
+
+    Returns:
+        A function with the arguments of `loss` that updates the variables and returns
+        the loss before the update, of shape `[]`. Its `optimizer` is the optimizer, its
+        `variables` are what it updates. It may be called in a `tf.function`, in the
+        `train_step` of a `keras.Model`, and in `strategy.run` of `tf.distribute`, where
+        the gradient is the mean of the replicas' gradients (Keras's optimizers clip
+        before they take it). Outside of `strategy.run`, one replica computes it all.
+
+    Raises:
+        InvalidArgumentError: If there is no such optimizer, if it is bound to other
+            variables, or if `wrt` holds none. By the step, if `loss` reads none.
+        ScalarObjectiveError: By the step, if `loss` returns anything but one number.
+        NoGradientError: By the step, if a path from a variable to the loss is cut.
+
+    Example:
+        >>> w = tf.Variable(1.0)
+        >>> step = train_step(
+        ...     lambda x, y: (w * x - y) ** 2, wrt=w, optimizer="sgd", learning_rate=0.1
+        ... )
+        >>> float(step(1.0, 3.0)), round(float(w), 4)  # 1 + 0.1 * 2 * (3 - 1)
+        (4.0, 1.4)
+        >>> int(step.optimizer.iterations)
+        1
+
+    References:
+        Goodfellow, Bengio and Courville (2016), Deep Learning, algorithm 8.1.
+    """
+    if not callable(loss):
+        raise InvalidArgumentError(
+            "The first argument is the loss function, and not its value.",
+            got=f"loss={describe(loss)}",
+            hint="tfgrad.train_step(lambda x, y: ..., wrt=model)",
+        )
+    for name, flag in {"has_aux": has_aux, "jit": jit, "verify": verify}.items():
+        if not isinstance(flag, bool):
+            raise InvalidArgumentError(
+                f"`{name}` is True or False.",
+                got=f"{name}={flag!r}",
+                hint=f"{name}=True",
+            )
+    with _scope_of(tf.nest.flatten(open_modules(wrt))):
+        chosen = _optimizer(optimizer, learning_rate)
+    return TrainStep(loss, wrt, chosen, has_aux=has_aux, jit=jit, verify=verify)
+
+
+class TrainStep:
+    """What `train_step` returns.
+
+    Attributes:
+        optimizer: The optimizer that moves the variables.
+        variables: The variables, in the order of the optimizer's; empty until the first
+            call if the model is not built before.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        wrt: Nest,
+        optimizer: Any,
+        *,
+        has_aux: bool,
+        jit: bool,
+        verify: bool,
+    ) -> None:
+        """Trace nothing yet; `train_step` documents the arguments."""
+        self.optimizer = optimizer
+        self.variables: list[Any] = []
+        self._loss, self._wrt = loss, wrt
+        self._sources: list[tf.Variable] = []  # what the tape watches
+        self._has_aux, self._jit, self._verify = has_aux, jit, verify
+        self._names = parameter_names(loss)
+        self._evaluated = Compiled(loss, self._answer)
+        self._traces = OpenTraces(self._trace)
+        self._short_cuts: dict[Hashable, Callable[..., Any]] = {}
+        if not _is_unbuilt(wrt):
+            self._bind()
+
+    def __repr__(self) -> str:
+        """Return what is stepped by what."""
+        kind = type(self.optimizer).__name__
+        return f"<train_step of {name_of(self._loss)} by {kind}>"
+
+    @not_converted
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Update the variables; return the loss before that, or `(loss, aux)`."""
+        if not tf.executing_eagerly():
+            nests = self._in_tensors(args, kwargs)
+            self._bind_if_unbuilt(nests)
+            return self._step(*nests)
+        short_cut = None if kwargs else self._short_cuts.get(signature(args))
+        if short_cut is not None:
+            return short_cut(*tf.nest.flatten(args))
+        nests = self._in_tensors(args, kwargs)
+        self._bind_if_unbuilt(nests)
+        traced, dynamic = self._traces(nests), _tensors(nests)
+        if len(dynamic) == len(tf.nest.flatten((args, kwargs))) == len(_tensors(args)):
+            if len(self._short_cuts) >= 2 * MOST_TRACES:
+                self._short_cuts.clear()
+            # Calls with tensors only, the commonest, find their way without all that.
+            self._short_cuts[signature(args)] = traced
+        return traced(*dynamic)
+
+    def _in_tensors(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        weak = weak_dtype(args, kwargs, self._sources)
+        return arguments_in_tensors(args, kwargs, (), self._names(len(args)), weak)
+
+    def _trace(self, nests: Any, specs: Sequence[Any]) -> Any:
+        is_keras = isinstance(self.optimizer, keras.optimizers.Optimizer)
+        body = self._step if is_keras else self._evaluate
+        flat = tf.nest.flatten(nests)
+
+        def traced(*dynamic: Any) -> Any:
+            left = iter(dynamic)
+            filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
+            return body(*tf.nest.pack_sequence_as(nests, filled))
+
+        def compiled(_: Any) -> Any:  # `Compiled` knows whether AutoGraph is wanted
+            options = {"autograph": False, "jit_compile": self._jit or None}
+            return tf.function(traced, **options).get_concrete_function(*specs)
+
+        concrete = _out_of_scope(lambda: _explained(compiled, self._loss))
+        if is_keras:
+            return concrete
+
+        def stepped(*dynamic: Any) -> Any:
+            # What another optimizer keeps in Python, a trace would freeze.
+            answer, gradients = concrete(*dynamic)
+            self._apply(gradients)
+            return answer
+
+        return stepped
+
+    def _step(self, args: Any, kwargs: Any) -> Any:
+        answer, gradients = self._evaluate(args, kwargs)
+        self._apply(gradients)
+        return answer
+
+    def _evaluate(self, args: Any, kwargs: Any) -> Any:
+        return self._evaluated(args, kwargs, 0, tuple(self._sources), None)
+
+    def _answer(self, call: Call) -> tuple[Any, list[Any]]:
+        """Return the loss, and aux, and the gradients for the optimizer, in a trace."""
+        has_aux = self._has_aux
+        recording = SparseRecording(objective(has_aux), call, has_aux=has_aux)
+        value = recording.output
+        weight = self._weight(value)
+        if self._verify:
+            gradients = recording.gradients(weight)
+        else:
+            gradients = recording.pull([weight])
+        if all(gradient is None for gradient in gradients):
+            raise _reads_none(call)
+        gradients = summed_for(self.optimizer, gradients)
+        return (value, recording.aux) if has_aux else value, gradients
+
+    def _weight(self, value: tf.Tensor) -> tf.Tensor:
+        """Return what the loss is multiplied by: its scale, over the replicas."""
+        # An optimizer adds up what the replicas hand to it.
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        one = tf.ones_like(value) / tf.cast(replicas, value.dtype)
+        scale = getattr(self.optimizer, "scale_loss", lambda loss: loss)
+        return tf.cast(scale(one), value.dtype)
+
+    def _apply(self, gradients: Sequence[Any]) -> None:
+        if isinstance(self.optimizer, keras.optimizers.Optimizer):
+            self.optimizer.apply(gradients, self.variables)
+            return
+        pairs = zip(gradients, self.variables, strict=True)
+        self.optimizer.apply_gradients([(g, v) for g, v in pairs if g is not None])
+
+    def _bind_if_unbuilt(self, nests: Any) -> None:
+        if self.variables:
+            return
+        args, kwargs = nests
+
+        # Layers make their variables while they are traced; nothing is computed.
+        def compiled(loss: Callable[..., Any]) -> Any:
+            traced = tf.function(loss, autograph=False)
+            return traced.get_concrete_function(*args, **kwargs)
+
+        _explained(compiled, self._loss)
+        self._bind()
+
+    def _bind(self) -> None:
+        """Build the optimizer, outside of any trace: inside, some go wrong silently."""
+        sources = tf.nest.flatten(variables_of(self._wrt))
+        pairs = zip(sources, tf.nest.flatten(open_modules(self._wrt)), strict=True)
+        each = {id(source): (source, variable) for source, variable in pairs}
+        variables = [variable for _, variable in each.values()]
+        _check_free(self.optimizer, variables)
+        _check_strategy(self.optimizer, variables)
+        if not getattr(self.optimizer, "built", True):
+            with tf.init_scope(), _scope_of(variables):
+                self.optimizer.build(variables)
+        self._sources = [source for source, _ in each.values()]
+        self.variables = variables
+
+
+def _scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Return the scope of the `tf.distribute` strategy that the variables are of."""
+    for variable in variables:
+        strategy = getattr(_plain(variable), "distribute_strategy", None)
+        if strategy is not None and strategy is not tf.distribute.get_strategy():
+            return strategy.scope()
+    return contextlib.nullcontext()
+
+
+def _out_of_scope(compile: Callable[[], Any]) -> Any:
+    """Return `compile()`, run where no strategy's scope is open.
+
+    In a scope optimizers refuse to work; what is traced outside can be called inside.
+    """
+    if not (tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()):
+        return compile()
+    with ThreadPoolExecutor(1) as thread:  # a scope is open in one thread
+        return thread.submit(compile).result()
+
+
+def _explained(compile: Callable[[Any], Any], loss: Callable[..., Any]) -> Any:
+    """Return `compile(loss)`; say what is wrong where `loss` leaves TensorFlow."""
+    try:
+        return trace(compile, loss)
+    except UnverifiableGradientError as error:
+        hint = "the same in tf.math; or tfgrad.check_grads of it, then verify=False"
+        raise NoGradientError(error.rule, got=error.got, hint=hint) from None
+    except NotImplementedError as error:
+        if not re.search("numpy|eager", str(error)):
+            raise
+        raise InvalidArgumentError(
+            f"`{name_of(loss)}` must be made of tf functions: the step is compiled.",
+            got=f"{str(error).strip().splitlines()[-1]}, at {line_of_error(error)}",
+            hint="the same in tf.math or tf.experimental.numpy; what NumPy computes as "
+            "an argument",
+        ) from None
+
+
+def _optimizer(optimizer: Any, learning_rate: Any) -> Any:
+    """Return the optimizer: the instance that is given, or a new one of that name."""
+    names = optimizer_names()
+    if isinstance(optimizer, str):
+        kind = names.get(optimizer.lower())
+        if kind is None:
+            close = difflib.get_close_matches(optimizer.lower(), names, cutoff=0.4)
+            raise InvalidArgumentError(
+                "`optimizer` must be the name of a Keras optimizer, or an instance.",
+                got=f"optimizer={optimizer!r}",
+                hint=" or ".join(map(repr, close or sorted(names))),
+            )
+        return kind() if learning_rate is None else kind(_rate(learning_rate))
+    if inspect.isclass(optimizer) or not hasattr(optimizer, "apply_gradients"):
+        raise InvalidArgumentError(
+            "`optimizer` must be a name, or an object with `apply_gradients`.",
+            got=f"optimizer={describe(optimizer)}",
+            hint='optimizer="adam", or optimizer=keras.optimizers.Adam(1e-3)',
+        )
+    if learning_rate is not None:
+        raise InvalidArgumentError(
+            "`learning_rate` goes with the name of an optimizer; an instance has one.",
+            got=f"learning_rate={learning_rate!r} with optimizer={describe(optimizer)}",
+            hint=f"{type(optimizer).__name__}(learning_rate={learning_rate!r})",
+        )
+    return optimizer
+
+
+def _rate(rate: Any) -> Any:
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        return rate
+    is_number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool)
+    if is_number and 0 < rate < math.inf:
+        return float(rate)
+    raise InvalidArgumentError(
+        "`learning_rate` must be a positive number or a Keras schedule.",
+        got=f"learning_rate={describe(rate)}",
+        hint="learning_rate=0.1, or keras.optimizers.schedules.CosineDecay(...)",
+    )
+
+
+def _check_free(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Refuse an optimizer that was built for other variables than these."""
+    built = getattr(optimizer, "_trainable_variables", None)
+    bound = {id(_plain(variable)) for variable in built or ()}
+    if bound and not bound.issuperset(id(_plain(variable)) for variable in variables):
+        raise InvalidArgumentError(
+            "A Keras optimizer moves the variables it was built for, and no others.",
+            got=f"{describe(optimizer)}, which another step or model has",
+            hint="an optimizer of its own for each step, or one step with both in wrt",
+        )
+
+
+def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Refuse an optimizer made for other replicas than the variables."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        return
+    theirs = _replicated(getattr(optimizer, "_distribution_strategy", None))
+    for variable in variables:
+        strategy = getattr(_plain(variable), "distribute_strategy", None)
+        if _replicated(strategy) is not theirs:
+            both = map(_replicated, (strategy, theirs))
+            of, by = (type(s).__name__ if s else "no strategy" for s in both)
+            raise InvalidArgumentError(
+                "The variables and the optimizer must be of one strategy.",
+                got=f"{variable.name!r} of {of}, and an optimizer of {by}",
+                hint="the optimizer made in strategy.scope(), or its name",
+            )
+
+
+def _replicated(strategy: Any) -> Any:
+    """Return the strategy if it has more than one replica; else None."""
+    many = strategy is not None and strategy.num_replicas_in_sync > 1
+    return strategy if many else None
+
+
+def _reads_none(call: Call) -> NoGradientError:
+    shown = ", ".join(call.names[:3])
+    return NoGradientError(
+        f"`{call.name}` must read a variable that is to be updated.",
+        got=f"no path from {shown} to the loss",
+        hint="the prediction inside of the loss, so that each call computes it anew; "
+        "tfgrad.explain(loss, ..., wrt=...)",
+    )
+
+
+def _plain(variable: Any) -> Any:
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _tensors(nest: Nest) -> list[Any]:
+    return list(filter(is_dynamic, tf.nest.flatten(nest)))
+
+
+def _is_unbuilt(wrt: Nest) -> bool:
+    """Return whether a Keras model or layer in `wrt` has variables still to be made."""
+    leaves = tf.nest.flatten(wrt)
+    layers = [leaf for leaf in leaves if isinstance(leaf, keras.layers.Layer)]
+    return any(not leaf.built or not leaf.variables for leaf in layers)
