@@ -1,0 +1,280 @@
+"""From a call and its answer to the functions that `verification` looks at.
+
+A trace returns, beside its answer, what the answer is the derivative of: the outputs of
+the user's function, their gradient for a second derivative. So the same compiled
+function, at other points, gives the differences that the answer is held against; two
+calls of it do where all is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.derivatives.formulas import is_in_moments
+from tfgrad.derivatives.replicas import Replica, can_repeat
+from tfgrad.derivatives.signatures import is_dynamic
+from tfgrad.derivatives.soundness import every
+from tfgrad.derivatives.verification import (
+    Array,
+    Arrays,
+    Disagreement,
+    Functions,
+    coarsest,
+    disagreement,
+)
+from tfgrad.diagnosis.lines import line_of
+from tfgrad.errors import WrongDerivativeError
+
+if TYPE_CHECKING:
+    from tfgrad.derivatives.calls import Call
+
+Ladder = list[list[tf.Tensor]]
+"""The functions that an answer has derivatives of: the outputs of each, flat."""
+
+Slopes = Callable[["Certificate", list[tf.Tensor], list[Arrays]], Sequence[float]]
+"""From a direction, and weights of all outputs, to the slope of each weighted sum."""
+
+SUSPICIOUS = {
+    "Cholesky": "it reads one triangle only; f of (x + transpose of x) / 2 does not",
+    "Angle": "under XLA its second derivative has the wrong sign",
+    "SelfAdjointEigV2": "where eigenvalues repeat, the slopes of eigenvectors are lost",
+    "Svd": "where singular values repeat, the slopes of the vectors are lost",
+    "AsString": "text has no slope, so this path is left out",
+    "Sqrt": "its slope at 0 is infinite, and infinite times 0 is NaN",
+    "Relu": "at 0 its slope is taken to be 0, whatever stands beside it",
+    "Abs": "at 0 its slope is taken to be 0, whatever stands beside it",
+    "Sign": "its slope is taken to be 0",
+    "Maximum": "where both are equal, each gets half of the slope or one gets all",
+    "Minimum": "where both are equal, each gets half of the slope or one gets all",
+}
+"""Ops whose derivatives are known to come out wrong at some points, and why."""
+
+_BY_DESIGN = ("FakeQuant", "QuantizeAndDequantize", "PreventGradient")
+"""Ops whose gradient is not meant to be the slope, by how their names begin."""
+
+
+class Certificate:
+    """One call of a transform, ready to be verified.
+
+    Args:
+        call: The call.
+        concrete: What answered it.
+        answer: The answer.
+        ladder: See `Ladder`.
+        slopes: See `Slopes`.
+    """
+
+    def __init__(
+        self, call: Call, concrete: Any, answer: Any, ladder: Ladder, slopes: Slopes
+    ) -> None:
+        """Evaluate nothing yet."""
+        self.call = call
+        self.answer = answer
+        self.ladder = ladder
+        self._slopes = slopes
+        self._operations = list(every(concrete.graph.get_operations()))
+        moving = call.sources if call.variables is not None else ()
+        self._replica = Replica(concrete, moving)
+
+    def along(self, direction: Sequence[tf.Tensor]) -> Any:
+        """Return the answer for another direction."""
+        return self._run(self.call.along(direction))[0]
+
+    def pulled(self, weights: Sequence[Any]) -> list[Any]:
+        """Return the gradient of the first function's outputs, weighted and summed."""
+        call = self.call.at([tf.identity(source) for source in self.call.sources])
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(call.sources)
+            outputs = self._run(call)[1][0]
+        cotangents = _tensors(list(weights), outputs)
+        found: list[Any] = tape.gradient(
+            outputs,
+            call.sources,
+            cotangents,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        return [tf.convert_to_tensor(gradient) for gradient in found]
+
+    def functions(self) -> Functions:
+        """Return what there is to verify."""
+        tensors = [*self.call.sources, *(y for outputs in self.ladder for y in outputs)]
+        return Functions(
+            point=_arrays(self.call.sources),
+            values=[_arrays(outputs) for outputs in self.ladder],
+            evaluate=self._evaluate,
+            slopes=self._claimed,
+            dtype=coarsest(tensors, self._operations),
+        )
+
+    def require_right(self) -> None:
+        """Refuse an answer that is no derivative.
+
+        Raises:
+            WrongDerivativeError: If differences disagree with it.
+        """
+        functions = self.functions()
+        wrong = disagreement(functions)
+        if wrong is None or any(map(redefines_slope, self._operations)):
+            return
+        index = self._source(functions, wrong)
+        raise self._error(wrong, self.call.names[index])
+
+    def _evaluate(self, point: Arrays) -> list[Arrays]:
+        values = _tensors(point, self.call.sources)
+        if self.call.variables is None:
+            ladder = self._run(self.call.at(values))[1]
+        else:
+            handles = [id(variable.handle) for variable in self.call.sources]
+            ladder = self._run(self.call, dict(zip(handles, values, strict=True)))[1]
+        return [_arrays(outputs) for outputs in ladder]
+
+    def _run(self, call: Call, values: Any = None) -> Any:
+        return self._replica(_dynamic(call), values or {})
+
+    def _claimed(self, direction: Arrays, weights: list[Arrays]) -> Array:
+        vectors = _tensors(direction, self.call.sources)
+        return np.array(self._slopes(self, vectors, weights), np.float64)
+
+    def _source(self, functions: Functions, wrong: Disagreement) -> int:
+        """Return the place of the first source by which it is wrong."""
+        places = range(len(functions.point))
+        return next((i for i in places if disagreement(functions, [i])), 0)
+
+    def _error(self, wrong: Disagreement, name: str) -> WrongDerivativeError:
+        known = (
+            f"; perhaps {kind} at {line_of(op)}: {reason}"
+            for kind, reason in SUSPICIOUS.items()
+            for op in self._operations
+            if op.type == kind
+        )
+        order = "second derivative" if wrong.level else "derivative"
+        return WrongDerivativeError(
+            f"TensorFlow's {order} of `{self.call.name}` is wrong, by `{name}`.",
+            got=f"along a random direction {wrong}{next(known, '')}",
+            hint="tfgrad.explain(f, x); tfgrad.finite_difference; another form of it; "
+            "verify=False for the numbers as they are",
+        )
+
+
+def certified(concrete: Any) -> bool:
+    """Return whether the answers of a trace can be verified."""
+    if tf.distribute.has_strategy():
+        return False
+    return can_repeat(list(every(concrete.graph.get_operations())))
+
+
+def wrong_gradient(
+    call: Call,
+    evaluate: Callable[[Call], Sequence[tf.Tensor]],
+    weights: Sequence[tf.Tensor] | None,
+    gradients: Sequence[tf.Tensor],
+) -> tuple[int, Disagreement] | None:
+    """Return the first source whose gradient, taken eagerly, is wrong, and how wrong.
+
+    Args:
+        call: Where.
+        evaluate: What was differentiated.
+        weights: One cotangent for each output; None means ones.
+        gradients: What is to be verified, one for each source.
+    """
+
+    def weighted(call: Call) -> list[Arrays]:
+        outputs = evaluate(call)
+        pairs = zip(outputs, weights or map(tf.ones_like, outputs), strict=True)
+        return [[np.asarray(sum(inner([u], [y]) for u, y in pairs))]]
+
+    def slopes(direction: Arrays, scale: list[Arrays]) -> Array:
+        return np.array([scale[0][0] * inner(gradients, direction)])
+
+    functions = Functions(
+        point=_arrays(call.sources),
+        values=weighted(call),
+        evaluate=lambda point: _moved(call, point, weighted),
+        slopes=slopes,
+        dtype=coarsest([*call.sources, *evaluate(call)]),
+    )
+    for index in range(len(functions.point)):
+        wrong = disagreement(functions, [index])
+        if wrong is not None:
+            return index, wrong
+    return None
+
+
+def times(blocks: Sequence[Any], direction: Sequence[Any]) -> Arrays:
+    """Return a Jacobian, given as a flat list of its blocks, times a direction."""
+    count = len(direction)
+    vectors = _arrays(direction)
+    return [
+        np.sum(
+            [
+                np.tensordot(block, v, v.ndim)
+                for block, v in zip(_arrays(blocks[i : i + count]), vectors, strict=True)
+            ],
+            axis=0,
+        )
+        for i in range(0, len(blocks), count)
+    ]
+
+
+def inner(left: Sequence[Any], right: Sequence[Any]) -> float:
+    """Return the sum of the products of all elements."""
+    pairs = zip(_arrays(left), _arrays(right), strict=True)
+    return sum(float(np.sum(a * b)) for a, b in pairs)
+
+
+def redefines_slope(op: tf.Operation) -> bool:
+    """Return whether `op` says that the derivative is not the slope."""
+    if op.type.startswith(_BY_DESIGN):
+        return True
+    if op.type == "StopGradient":
+        return not is_in_moments(op) and not _is_in(op, "reduce_logsumexp")
+    if op.type != "IdentityN":
+        return False
+    try:
+        kind = op.get_attr("_gradient_op_type")
+    except ValueError:
+        return False
+    return b"CustomGradient" in kind and not _is_in(op, "ctc_loss", "swish", "silu")
+
+
+def _is_in(op: tf.Operation, *functions: str) -> bool:
+    """Return whether one of TensorFlow's own functions made `op`."""
+    return any(
+        frame.name.startswith(functions) and "tensorflow" in frame.filename
+        for frame in op.traceback
+    )
+
+
+def _moved(call: Call, point: Arrays, evaluate: Callable[[Call], Any]) -> Any:
+    """Return what `evaluate` gives, eagerly, for a call moved to `point`."""
+    values = _tensors(point, call.sources)
+    if call.variables is None:
+        return evaluate(call.at(values))
+    before = [tf.identity(variable) for variable in call.sources]
+    try:
+        # A function that leaves TensorFlow reads the variables themselves.
+        for variable, value in zip(call.sources, values, strict=True):
+            variable.assign(value)
+        return evaluate(call)
+    finally:
+        for variable, value in zip(call.sources, before, strict=True):
+            variable.assign(value)
+
+
+def _dynamic(call: Call) -> list[Any]:
+    return list(filter(is_dynamic, tf.nest.flatten(call.nests)))
+
+
+def _arrays(tensors: Sequence[Any]) -> Arrays:
+    return [np.asarray(tensor, np.float64) for tensor in tensors]
+
+
+def _tensors(arrays: Arrays, like: Sequence[Any]) -> list[tf.Tensor]:
+    return [
+        tf.constant(x.astype(other.dtype.as_numpy_dtype))
+        for x, other in zip(arrays, like, strict=True)
+    ]

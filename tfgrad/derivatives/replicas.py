@@ -1,0 +1,79 @@
+"""A compiled function run on copies of its variables: nothing of the user's is written.
+
+A check evaluates a function more often than the user asked for, and at other points. So
+what it reads by itself is read from copies, and what it writes is written to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfgrad.derivatives.soundness import every
+from tfgrad.diagnosis.graphs import writes
+
+_HARMLESS = (
+    *("VarHandleOp", "ReadVariableOp", "VarIsInitializedOp", "ResourceGather"),
+    *("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply"),
+    *("ResourceStridedSliceAssign", "VariableShape", "DisableCopyOnRead"),
+    *("PartitionedCall", "StatefulPartitionedCall", "If", "Case", "While"),
+    *("Assert", "CheckNumerics", "LookupTableFind", "LookupTableSize"),
+    *("Placeholder", "NoOp", "Identity", "XlaLaunch"),
+)
+"""What stateful ops that may run once more, on copies, begin with."""
+
+
+def can_repeat(operations: Sequence[tf.Operation]) -> bool:
+    """Return whether a graph may be run again and gives the same: no random numbers."""
+    return all(
+        op.type.startswith(_HARMLESS) or not op.op_def.is_stateful
+        for op in operations
+    )
+
+
+class Replica:
+    """A concrete function on copies of the variables that it writes, and of others.
+
+    Args:
+        concrete: The function. Nobody else may call it meanwhile.
+        moving: Variables to give other values, too.
+    """
+
+    def __init__(self, concrete: Any, moving: Sequence[tf.Variable] = ()) -> None:
+        """Copy the variables."""
+        self._concrete = concrete
+        handles = {id(handle) for handle in concrete.captured_inputs}
+        written = any(map(writes, every(concrete.graph.get_operations())))
+        read = concrete.graph.variables if written else ()
+        known = {id(v.handle): v for v in (*read, *moving) if id(v.handle) in handles}
+        self._originals: Mapping[int, tf.Variable] = known
+        self._copies = {
+            key: tf.Variable(tf.identity(v), trainable=False, dtype=v.dtype)
+            for key, v in known.items()
+        }
+
+    def __call__(
+        self, tensors: Sequence[Any], values: Mapping[int, tf.Tensor] = {}
+    ) -> Any:
+        """Return the answer to `tensors`.
+
+        Args:
+            tensors: What the function takes.
+            values: Those of variables, by the id of their handles; the others have the
+                values that they have now.
+        """
+        for key, copy in self._copies.items():
+            copy.assign(values.get(key, self._originals[key]))
+        before = self._concrete.captured_inputs
+        self._concrete.set_external_captures(
+            [
+                self._copies[id(handle)].handle if id(handle) in self._copies else handle
+                for handle in before
+            ]
+        )
+        try:
+            return self._concrete(*tensors)
+        finally:
+            self._concrete.set_external_captures(before)
