@@ -92,7 +92,10 @@ def derivative(
         return (answer, _coupling(first, slope) if many else None), [[lower]]
 
     def slopes(it: Certificate, v: list[tf.Tensor], weights: list[Arrays]) -> list[float]:
-        slope = np.asarray(it.answer[0], np.float64)
+        answer, coupling = it.answer
+        if coupling is not None:
+            _uncoupled(answer, coupling, name_of(f))
+        slope = np.asarray(answer, np.float64)
         return [float(np.sum(slope * np.asarray(v[0], np.float64) * weights[0][0]))]
 
     transformed = transform(

@@ -219,7 +219,7 @@ def _complex_root(op: Any, grad: tf.Tensor) -> Any:
     y = tf.math.conj(op.outputs[0])
     if op.type == "Sqrt":
         return grad * (0.5 / y)
-    return grad * (-0.5 * y**3 if op.type == "Rsqrt" else -(y**2))
+    return grad * (-0.5 * y * y * y if op.type == "Rsqrt" else -y * y)
 
 
 @_repairs(

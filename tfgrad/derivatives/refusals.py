@@ -30,6 +30,8 @@ def refusal_at_run_time(
         graph: What ran.
         name: What the user calls the function.
     """
+    if re.search("XLA|tf2xla", str(error)):
+        return None
     nodes = {match["name"].split("/")[-1] for match in _NODE.finditer(str(error))}
     for op in every(graph.get_operations()):
         if op.name.split("/")[-1] in nodes and made_by_gradient(op):

@@ -22,6 +22,7 @@ from tfgrad.diagnosis.graphs import (
     counterparts,
     following,
     handle_of,
+    is_differentiable,
     results,
     trace,
     writes,
@@ -193,7 +194,7 @@ def _dropping(
     if not suspects:
         return None
     passing = {op: results(op) for op in suspects}
-    floats = [tensor for tensor in outputs if tensor.dtype.is_floating]
+    floats = list(filter(is_differentiable, outputs))
     lists = [tensor for tensor in outputs if tensor.dtype == tf.variant]
     tensors = [t for found in passing.values() for t in found if carries(t)]
     # A gradient arrives at a tensor list only outside, where it is taken apart again.

@@ -38,6 +38,12 @@ SAME = 0.02
 _ROUNDINGS = 16
 """Rounding errors that a value may gather."""
 
+_TERMS = 32
+"""Rounding errors that the terms of a derivative may leave where they cancel.
+
+The terms are not known. They are taken to be of the size of the functions, or 1.
+"""
+
 
 class Disagreement(NamedTuple):
     """A directional derivative that is wrong.
@@ -205,19 +211,26 @@ def _settled(
     steps = step / 4.0 ** np.arange(STEPS)
     right = np.array([(line(h) - center) / h for h in steps])
     left = np.array([(center - line(-h)) / h for h in steps])
-    noise = np.maximum(_ROUNDINGS * epsilon * line.sizes(), _noise(line, steps[-1]))
+    noise = np.maximum(epsilon * line.sizes(), _noise(line, steps[-1]))
     is_random = ~(np.abs(line(0.0) - center) <= noise)
     errors = 2 * noise / steps[:, np.newaxis]
+    floor = _TERMS * epsilon * max(1.0, float(np.max(line.sizes())))
     return [
         None
         if is_random[i]
-        else _wrong(i, claimed[i], right[:, i], left[:, i], errors[:, i], rtol)
+        else _wrong(i, claimed[i], right[:, i], left[:, i], errors[:, i], rtol, floor)
         for i in range(len(center))
     ]
 
 
 def _wrong(
-    level: int, claimed: float, right: Array, left: Array, errors: Array, rtol: float
+    level: int,
+    claimed: float,
+    right: Array,
+    left: Array,
+    errors: Array,
+    rtol: float,
+    floor: float,
 ) -> Disagreement | None:
     """Return the disagreement with slopes on which both sides and two steps agree."""
     slopes = (right + left) / 2
@@ -225,9 +238,8 @@ def _wrong(
     slopes, errors = slopes[1:], errors[1:]
     if np.isfinite(claimed):
         gaps = np.abs(claimed - slopes)
-        clear = (gaps > rtol * np.maximum(np.abs(slopes), abs(claimed))) & (
-            errors <= gaps / 10
-        )
+        size = np.maximum(np.abs(slopes), abs(claimed))
+        clear = (gaps > rtol * size + floor) & (errors <= gaps / 10)
         agree = apart <= SAME * gaps
     else:
         clear = np.isfinite(slopes)
@@ -245,9 +257,16 @@ def _wrong(
 
 
 def _noise(line: _Line, step: float) -> Array:
-    """Return the rounding error of the values, by fourth differences (Hamming)."""
-    values = np.array([line(k * step / 8) for k in (-2, -1, 0, 1, 2)])
-    return 3 * np.abs(np.diff(values, 4, axis=0)[0]) / np.sqrt(70.0)  # (8 choose 4)
+    """Return three times the rounding error of the values.
+
+    Fourth differences wipe out what is smooth on the scale of their spacing, and leave
+    what changes from one value to the next (Moré and Wild 2011, SIAM J. Sci. Comput.
+    33, 4.1).
+    """
+    values = np.array([line(k * step / 8) for k in range(-4, 5)])
+    differences = np.diff(values, 4, axis=0)
+    root_mean_square: Array = np.sqrt(np.mean(differences**2, axis=0) / 70)
+    return 3 * root_mean_square  # 70: (8 choose 4)
 
 
 def _direction(point: Arrays, trial: int, moving: Sequence[int] | None) -> Arrays:

@@ -128,6 +128,11 @@ def carries(tensor: tf.Tensor) -> bool:
     return dtype.is_floating or dtype.is_complex or dtype in (tf.resource, tf.variant)
 
 
+def is_differentiable(tensor: tf.Tensor) -> bool:
+    """Return whether a tensor holds numbers that have slopes."""
+    return bool(tensor.dtype.is_floating or tensor.dtype.is_complex)
+
+
 def following(
     graph: tf.Graph,
     root: tf.Tensor,
@@ -167,7 +172,10 @@ def connected(
     graph: tf.Graph, outputs: Sequence[tf.Tensor], tensors: Sequence[tf.Tensor]
 ) -> set[Any]:
     """Return the refs of those `tensors` that a gradient of `outputs` arrives at."""
-    pairs = zip(tensors, gradients(graph, outputs, tensors), strict=True)
+    with graph.as_default():  # a complex output has to be told how it is weighed
+        weights = [tf.ones_like(y) if y.dtype.is_complex else None for y in outputs]
+    found = gradients(graph, outputs, tensors, weights)
+    pairs = zip(tensors, found, strict=True)
     return {tensor.ref() for tensor, gradient in pairs if gradient is not None}
 
 
@@ -175,7 +183,7 @@ def gradients(
     graph: tf.Graph,
     outputs: Sequence[tf.Tensor],
     tensors: Sequence[tf.Tensor],
-    cotangents: Sequence[tf.Tensor] | None = None,
+    cotangents: Sequence[tf.Tensor | None] | None = None,
 ) -> list[Any]:
     """Return the gradients of `outputs`; None, too, behind an op that has none."""
     dead_ends: list[tf.Tensor] = []

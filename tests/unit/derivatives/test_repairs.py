@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from tfgrad.derivatives.forward import jvp
 from tfgrad.derivatives.matrices import hessian, hvp, jacobian
-from tfgrad.derivatives.repairs import is_repaired, repaired
+from tfgrad.derivatives.repairs import is_marked, repaired
 from tfgrad.derivatives.reverse import grad
 
 RNG = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def test_ops_outside_of_a_repaired_function_are_left_alone():
         x = tf.compat.v1.placeholder(tf.float32, [3])
         outside = tf.stop_gradient(x)
 
-    assert not is_repaired(outside.op)
+    assert not is_marked(outside.op)
 
 
 @pytest.mark.parametrize("name", ["max pooling", "bilinear", "moments"])
