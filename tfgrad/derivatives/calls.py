@@ -22,6 +22,7 @@ from tfgrad.derivatives.certificates import Certificate, Ladder, Slopes, certifi
 from tfgrad.derivatives.repairs import (
     RepairableGradientError,
     called,
+    is_repairing,
     needs_marks,
     repaired,
     repairing,
@@ -128,6 +129,10 @@ class Call:
         return tf.nest.pack_sequence_as(self.differentiated, list(flat))
 
 
+_OURS = "_tfgrad_verifies"
+"""The attribute by which transforms know each other."""
+
+
 class Compiled:
     """The function from a call of `f` to `body(call)`, compiled for each signature.
 
@@ -163,6 +168,8 @@ class Compiled:
             return self._traces(*nests)[0]
         # Inside another trace the ops go straight into it: no call, no second trace.
         f, before = converted(self._f), len(traced_operations())
+        if is_repairing():
+            f = repaired(f)
         try:
             answer, _ = self._run(f, *nests)
         except RepairableGradientError:
@@ -207,7 +214,11 @@ class Compiled:
         assert self._slopes is not None
         call, concrete = self._call(self._f, *nests), self._traces.concrete(*nests)
         # What ran eagerly was verified as it was taken; a nest may be empty.
-        if concrete is not None and call.sources and certified(concrete):
+        if concrete is None or not call.sources:
+            return
+        if getattr(self._f, _OURS, False):  # it verifies its answer if called by itself
+            call.output()
+        if certified(concrete):
             Certificate(call, concrete, *found, self._slopes).require_right()
 
 
@@ -282,6 +293,7 @@ def transform(
         functools.update_wrapper(transformed, f)
         if direction:  # its signature is not that of f
             vars(transformed).pop("__wrapped__")
+    setattr(transformed, _OURS, slopes is not None)
     return transformed
 
 

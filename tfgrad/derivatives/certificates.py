@@ -212,7 +212,9 @@ def times(blocks: Sequence[Any], direction: Sequence[Any]) -> Arrays:
         np.sum(
             [
                 np.tensordot(block, v, v.ndim)
-                for block, v in zip(_arrays(blocks[i : i + count]), vectors, strict=True)
+                for block, v in zip(
+                    _arrays(blocks[i : i + count]), vectors, strict=True
+                )
             ],
             axis=0,
         )

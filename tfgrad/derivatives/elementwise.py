@@ -6,11 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call, require_bool, transform
-from tfgrad.derivatives.certificates import Certificate, Ladder
+from tfgrad.derivatives.certificates import Certificate, Ladder, inner
 from tfgrad.derivatives.outputs import float_output
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.soundness import every
@@ -87,16 +86,18 @@ def derivative(
         many = call.sources[0].shape.num_elements() != 1
         first = Recording(_same_shape, call, persistent=many)
         (slope,) = first.gradients()
-        lower = first.output if order == 1 else _slope(order - 1)(call)
-        answer = slope if order == 1 else _slope(order)(call)
-        return (answer, _coupling(first, slope) if many else None), [[lower]]
+        slopes = [first.output, slope, *(_slope(k)(call) for k in range(2, order + 1))]
+        ladder = [[lower] for lower in slopes[:-1]]
+        return (slopes[-1], _coupling(first, slope) if many else None), ladder
 
-    def slopes(it: Certificate, v: list[tf.Tensor], weights: list[Arrays]) -> list[float]:
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
         answer, coupling = it.answer
         if coupling is not None:
             _uncoupled(answer, coupling, name_of(f))
-        slope = np.asarray(answer, np.float64)
-        return [float(np.sum(slope * np.asarray(v[0], np.float64) * weights[0][0]))]
+        higher = [*(lower for (lower,) in it.ladder[1:]), answer]
+        return [inner([h * v[0]], w) for h, w in zip(higher, weights, strict=True)]
 
     transformed = transform(
         f, body, argnums=argnums, jit=jit, slopes=slopes if verify else None

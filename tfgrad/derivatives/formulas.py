@@ -211,7 +211,10 @@ def _pow(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "Sqrt", "Rsqrt", "Reciprocal", "Inv",
+    "Sqrt",
+    "Rsqrt",
+    "Reciprocal",
+    "Inv",
     reason="XLA forgets the conjugate",
     applies=_is_complex,
 )
@@ -288,7 +291,8 @@ def _euclidean_norm(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "DynamicStitch", "ParallelDynamicStitch",
+    "DynamicStitch",
+    "ParallelDynamicStitch",
     reason="of two values for one place, the first one is overwritten: it has no slope",
 )
 def _dynamic_stitch(op: Any, grad: tf.Tensor) -> Any:
@@ -296,7 +300,9 @@ def _dynamic_stitch(op: Any, grad: tf.Tensor) -> Any:
     indices = list(op.inputs[:count])
     counts = [tf.size(part) for part in indices]
     numbers = tf.split(tf.range(1, tf.add_n(counts) + 1), counts)
-    numbers = [tf.reshape(n, tf.shape(i)) for n, i in zip(numbers, indices, strict=True)]
+    numbers = [
+        tf.reshape(n, tf.shape(i)) for n, i in zip(numbers, indices, strict=True)
+    ]
     stitch = getattr(tf.raw_ops, op.type)
     last = stitch(indices=indices, data=numbers)
     found = [
@@ -339,7 +345,9 @@ def _list_gather(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "TensorListScatter", "TensorListScatterV2", "TensorListScatterIntoExistingList",
+    "TensorListScatter",
+    "TensorListScatterV2",
+    "TensorListScatterIntoExistingList",
     reason="of two values for one place, the first one is overwritten: it has no slope",
 )
 def _list_scatter(op: Any, grad: tf.Tensor) -> Any:
@@ -362,7 +370,8 @@ def _list_scatter(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "ImageProjectiveTransformV2", "ImageProjectiveTransformV3",
+    "ImageProjectiveTransformV2",
+    "ImageProjectiveTransformV3",
     reason="TensorFlow transforms the slope backwards, which is not what the slope is",
 )
 def _projective_transform(op: Any, grad: tf.Tensor) -> Any:
@@ -377,7 +386,8 @@ def _projective_transform(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "RFFT", "RFFT2D",
+    "RFFT",
+    "RFFT2D",
     reason="TensorFlow's is wrong where fft_length cuts the input, or is 1",
     applies=lambda op: not _keeps_length(op),
 )
@@ -397,7 +407,8 @@ def _real_fourier(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "IRFFT", "IRFFT2D",
+    "IRFFT",
+    "IRFFT2D",
     reason="TensorFlow's is wrong where fft_length cuts the input",
     applies=lambda op: not _keeps_length(op),
 )
@@ -426,7 +437,9 @@ def _relu(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "ResizeBilinear", "ResizeBicubic", "ResizeNearestNeighbor",
+    "ResizeBilinear",
+    "ResizeBicubic",
+    "ResizeNearestNeighbor",
     reason="right by itself; the op that it is made of has no gradient",
     first=False,
 )
@@ -441,7 +454,9 @@ def _resize(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "ResizeBilinearGrad", "ResizeBicubicGrad", "ResizeNearestNeighborGrad",
+    "ResizeBilinearGrad",
+    "ResizeBicubicGrad",
+    "ResizeNearestNeighborGrad",
     reason="TensorFlow has no gradient for it: it is linear, and this is its adjoint",
 )
 def _resize_grad(op: Any, grad: tf.Tensor) -> Any:
@@ -452,7 +467,8 @@ def _resize_grad(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "MaxPool", "MaxPool3D",
+    "MaxPool",
+    "MaxPool3D",
     reason="right by itself; the ops of its gradient have to be marked",
     first=False,
 )
@@ -465,7 +481,8 @@ def _max_pool(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "MaxPoolGrad", "MaxPool3DGrad",
+    "MaxPoolGrad",
+    "MaxPool3DGrad",
     reason="its kernel may write its answer over an input that it has yet to read",
 )
 def _max_pool_grad(op: Any, grad: tf.Tensor) -> Any:

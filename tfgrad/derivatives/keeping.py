@@ -76,7 +76,9 @@ def _read(function: types.FunctionType) -> list[Any]:
     values += function.__defaults__ or ()
     values += (function.__kwdefaults__ or {}).values()
     names = _names(function.__code__)
-    return values + [function.__globals__[n] for n in names if n in function.__globals__]
+    return values + [
+        function.__globals__[n] for n in names if n in function.__globals__
+    ]
 
 
 def _names(code: types.CodeType) -> list[str]:

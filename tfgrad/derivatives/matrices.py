@@ -95,7 +95,9 @@ def jacobian(
         answer = tf.nest.pack_sequence_as(recording.output, packed)
         return ((answer, recording.aux) if has_aux else answer), [recording.outputs]
 
-    def slopes(it: Certificate, v: list[tf.Tensor], weights: list[Arrays]) -> list[float]:
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
         blocks = tf.nest.flatten(it.answer[0] if has_aux else it.answer)
         return [inner(times(blocks, v), weights[0])]
 
@@ -172,7 +174,9 @@ def hessian(
         ladder = [value, recording.outputs]
         return ((answer, aux) if has_aux else answer), ladder
 
-    def slopes(it: Certificate, v: list[tf.Tensor], weights: list[Arrays]) -> list[float]:
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
         blocks = tf.nest.flatten(it.answer[0] if has_aux else it.answer)
         first = weights[0][0] * inner(it.ladder[1], v)
         return [first, inner(times(blocks, v), weights[1])]
@@ -241,7 +245,9 @@ def hvp(
         ladder = [value, recording.outputs]
         return ((answer, aux) if has_aux else answer), ladder
 
-    def slopes(it: Certificate, v: list[tf.Tensor], weights: list[Arrays]) -> list[float]:
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
         found = it.along(v)
         products = tf.nest.flatten(found[0] if has_aux else found)
         first = weights[0][0] * inner(it.ladder[1], v)
@@ -342,9 +348,7 @@ def _is_tall(outputs: int | None, inputs: int | None, *, jit: bool) -> bool:
     return outputs >= inputs > 1 if jit else outputs > 2 * inputs
 
 
-def _require_room(
-    outputs: Sequence[Any], sources: Sequence[Any], instead: str
-) -> None:
+def _require_room(outputs: Sequence[Any], sources: Sequence[Any], instead: str) -> None:
     """Refuse a matrix that does not fit into the memory of this computer."""
     sizes = static_size(outputs), static_size(sources)
     if None in sizes or not sources:

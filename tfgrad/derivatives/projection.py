@@ -78,7 +78,9 @@ def _inside(place: tf.Tensor, length: tf.Tensor, mode: str) -> tf.Tensor:
         return place
     n = _float(length)
     if mode == "REFLECT":
-        before = tf.where(place < 2 * n, 2 * n * _whole(-place / (2 * n)) + place, place)
+        before = tf.where(
+            place < 2 * n, 2 * n * _whole(-place / (2 * n)) + place, place
+        )
         before = tf.where(before < -n, before + 2 * n, -before - 1)
         after = place - 2 * n * _whole(place / (2 * n))
         after = tf.where(after >= n, 2 * n - after - 1, after)

@@ -42,6 +42,11 @@ def repairing() -> Iterator[None]:
         _is_repairing.reset(token)
 
 
+def is_repairing() -> bool:
+    """Return whether what is traced is made of `repaired` functions."""
+    return _is_repairing.get()
+
+
 def repaired(f: Callable[..., Any]) -> Callable[..., Any]:
     """Return `f` with right gradients only; it has to be called in a trace."""
 

@@ -28,8 +28,7 @@ _HARMLESS = (
 def can_repeat(operations: Sequence[tf.Operation]) -> bool:
     """Return whether a graph may be run again and gives the same: no random numbers."""
     return all(
-        op.type.startswith(_HARMLESS) or not op.op_def.is_stateful
-        for op in operations
+        op.type.startswith(_HARMLESS) or not op.op_def.is_stateful for op in operations
     )
 
 
@@ -69,7 +68,9 @@ class Replica:
         before = self._concrete.captured_inputs
         self._concrete.set_external_captures(
             [
-                self._copies[id(handle)].handle if id(handle) in self._copies else handle
+                self._copies[id(handle)].handle
+                if id(handle) in self._copies
+                else handle
                 for handle in before
             ]
         )

@@ -25,6 +25,7 @@ from tfgrad.derivatives.tracing import as_written, is_compiling, not_converted
 from tfgrad.derivatives.verification import Arrays
 from tfgrad.nested import Nest, weak_dtype
 
+
 @not_converted
 def grad(
     f: Callable[..., Any],
@@ -88,7 +89,9 @@ def grad(
         ladder = [recording.outputs]
         return ((answer, recording.aux) if has_aux else answer), ladder
 
-    def slopes(it: Certificate, v: list[tf.Tensor], weights: list[Arrays]) -> list[float]:
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
         gradient = it.answer[0] if has_aux else it.answer
         return [weights[0][0] * inner(tf.nest.flatten(gradient), v)]
 
@@ -154,7 +157,9 @@ def value_and_grad(
         value = (recording.output, recording.aux) if has_aux else recording.output
         return (value, call.pack(recording.gradients())), [recording.outputs]
 
-    def slopes(it: Certificate, v: list[tf.Tensor], weights: list[Arrays]) -> list[float]:
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
         return [weights[0][0] * inner(tf.nest.flatten(it.answer[1]), v)]
 
     return transform(
@@ -246,7 +251,9 @@ def _forward(f: Callable[..., Any], has_aux: bool, jit: bool, verify: bool) -> C
             require_right_kernels(pulled, call.name, own=is_compiling())
         return (recording.output, recording.aux), [recording.outputs]
 
-    def slopes(it: Certificate, v: list[tf.Tensor], weights: list[Arrays]) -> list[float]:
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
         return [inner(it.pulled(weights[0]), v)]
 
     return Compiled(f, body, jit=jit, slopes=slopes if verify else None, opens=True)

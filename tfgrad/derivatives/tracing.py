@@ -23,7 +23,12 @@ from typing import Any, NamedTuple, TypeVar, cast
 import tensorflow as tf
 
 from tfgrad.derivatives.refusals import refusal_at_run_time, refusal_by_gradient
-from tfgrad.derivatives.repairs import RepairableGradientError, mark, repaired, repairing
+from tfgrad.derivatives.repairs import (
+    RepairableGradientError,
+    mark,
+    repaired,
+    repairing,
+)
 from tfgrad.derivatives.signatures import is_dynamic, opened, rank_signature, signature
 from tfgrad.derivatives.soundness import (
     UnverifiableGradientError,
