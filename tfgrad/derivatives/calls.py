@@ -144,6 +144,8 @@ class Compiled:
         slopes: The derivatives of what is in the ladder, which the answer holds; None
             leaves the answer unverified.
         opens: Leave open a dimension that varies, after the second shape.
+        lower: From a call to the ladder, where the body returns none: an answer that
+            costs nothing to compute alone would cost more with it at every call.
     """
 
     def __init__(
@@ -154,8 +156,11 @@ class Compiled:
         jit: bool = False,
         slopes: Slopes | None = None,
         opens: bool = False,
+        lower: Callable[[Call], Ladder] | None = None,
     ) -> None:
         """Compile nothing yet."""
+        self._lower = lower
+        self._jit = jit
         self._f, self._body, self._slopes = f, body, slopes
         self.name = name_of(f)
         self.parameters = parameter_names(f)
@@ -219,7 +224,16 @@ class Compiled:
         if getattr(self._f, _OURS, False):  # it verifies its answer if called by itself
             call.output()
         if certified(concrete):
-            Certificate(call, concrete, *found, self._slopes).require_right()
+            lower = self._traced_lower(*nests)
+            Certificate(call, concrete, *found, self._slopes, lower).require_right()
+
+    def _traced_lower(self, *nests: Any) -> Any:
+        """Return the concrete function for the ladder; None if the answer has it."""
+        if self._lower is None:
+            return None
+        lower = self._lower
+        traces = Traces(lambda f, *n: lower(self._call(f, *n)), self._f, jit=self._jit)
+        return traces.compiled(*nests)
 
 
 def transform(
@@ -232,6 +246,7 @@ def transform(
     direction: str = "",
     slopes: Slopes | None = None,
     opens: bool = False,
+    lower: Callable[[Call], Ladder] | None = None,
     require: Callable[[Call], None] = lambda call: None,
 ) -> Callable[..., Any]:
     """Return the function that answers each call of `f` with `body`, compiled.
@@ -246,11 +261,12 @@ def transform(
             `f` but the direction.
         slopes: See `Compiled`.
         opens: See `Compiled`.
+        lower: See `Compiled`.
         require: Called with each call before it is traced; it raises to refuse it.
     """
     argnums = _checked_argnums(f, argnums, wrt)
     require_bool(jit=jit)
-    compiled = Compiled(f, body, jit=jit, slopes=slopes, opens=opens)
+    compiled = Compiled(f, body, jit=jit, slopes=slopes, opens=opens, lower=lower)
     name, parameters = compiled.name, compiled.parameters
 
     @functools.cache

@@ -19,6 +19,7 @@ from tfgrad.derivatives.replicas import Replica, can_repeat
 from tfgrad.derivatives.signatures import is_dynamic
 from tfgrad.derivatives.soundness import every
 from tfgrad.derivatives.verification import (
+    MOST_MOVING,
     Array,
     Arrays,
     Disagreement,
@@ -66,10 +67,17 @@ class Certificate:
         answer: The answer.
         ladder: See `Ladder`.
         slopes: See `Slopes`.
+        lower: What computes the ladder, where the answer has none with it.
     """
 
     def __init__(
-        self, call: Call, concrete: Any, answer: Any, ladder: Ladder, slopes: Slopes
+        self,
+        call: Call,
+        concrete: Any,
+        answer: Any,
+        ladder: Ladder,
+        slopes: Slopes,
+        lower: Any = None,
     ) -> None:
         """Evaluate nothing yet."""
         self.call = call
@@ -79,6 +87,11 @@ class Certificate:
         self._operations = list(every(concrete.graph.get_operations()))
         moving = call.sources if call.variables is not None else ()
         self._replica = Replica(concrete, moving)
+        self._lower = lower and Replica(lower, moving)
+        if self._lower is not None:
+            self.ladder = self._lower(_dynamic(call))
+            if not self._lower.is_steady(_dynamic(call)):
+                self.ladder = []  # each evaluation is that of another function
 
     def along(self, direction: Sequence[tf.Tensor]) -> Any:
         """Return the answer for another direction."""
@@ -103,7 +116,7 @@ class Certificate:
         """Return what there is to verify."""
         tensors = [*self.call.sources, *(y for outputs in self.ladder for y in outputs)]
         return Functions(
-            point=_arrays(self.call.sources),
+            point=list(map(_view, self.call.sources)),
             values=[_arrays(outputs) for outputs in self.ladder],
             evaluate=self._evaluate,
             slopes=self._claimed,
@@ -117,19 +130,24 @@ class Certificate:
             WrongDerivativeError: If differences disagree with it.
         """
         functions = self.functions()
-        wrong = disagreement(functions)
+        wrong = disagreement(functions) if functions.values else None
         if wrong is None or any(map(redefines_slope, self._operations)):
             return
         index = self._source(functions, wrong)
         raise self._error(wrong, self.call.names[index])
 
-    def _evaluate(self, point: Arrays) -> list[Arrays]:
-        values = _tensors(point, self.call.sources)
-        if self.call.variables is None:
-            ladder = self._run(self.call.at(values))[1]
+    def _evaluate(self, direction: Arrays, t: float) -> list[Arrays]:
+        call, values = self.call, {}
+        moved = list(map(_moved_by, call.sources, direction, [t] * len(direction)))
+        if call.variables is None:
+            call = call.at(moved)
         else:
-            handles = [id(variable.handle) for variable in self.call.sources]
-            ladder = self._run(self.call, dict(zip(handles, values, strict=True)))[1]
+            handles = [id(variable.handle) for variable in call.sources]
+            values = dict(zip(handles, moved, strict=True))
+        if self._lower is not None:
+            ladder = self._lower(_dynamic(call), values)
+        else:
+            ladder = self._run(call, values)[1]
         return [_arrays(outputs) for outputs in ladder]
 
     def _run(self, call: Call, values: Any = None) -> Any:
@@ -190,10 +208,11 @@ def wrong_gradient(
     def slopes(direction: Arrays, scale: list[Arrays]) -> Array:
         return np.array([scale[0][0] * inner(gradients, direction)])
 
+    at = _arrays(call.sources)
     functions = Functions(
-        point=_arrays(call.sources),
+        point=at,
         values=weighted(call),
-        evaluate=lambda point: _moved(call, point, weighted),
+        evaluate=lambda v, t: _moved(call, [x + t * d for x, d in zip(at, v, strict=True)], weighted),
         slopes=slopes,
         dtype=coarsest([*call.sources, *evaluate(call)]),
     )
@@ -224,8 +243,13 @@ def times(blocks: Sequence[Any], direction: Sequence[Any]) -> Arrays:
 
 def inner(left: Sequence[Any], right: Sequence[Any]) -> float:
     """Return the sum of the products of all elements."""
-    pairs = zip(_arrays(left), _arrays(right), strict=True)
-    return sum(float(np.sum(a * b)) for a, b in pairs)
+    return sum(_product(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _product(a: Any, b: Any) -> float:
+    if np.size(a) > MOST_MOVING:  # in double precision it would cost more than the gradient
+        return float(tf.reduce_sum(tf.convert_to_tensor(a) * tf.convert_to_tensor(b)))
+    return float(np.sum(np.asarray(a, np.float64) * np.asarray(b, np.float64)))
 
 
 def redefines_slope(op: tf.Operation) -> bool:
@@ -249,6 +273,24 @@ def _is_in(op: tf.Operation, *functions: str) -> bool:
         frame.name.startswith(functions) and "tensorflow" in frame.filename
         for frame in op.traceback
     )
+
+
+def _view(source: Any) -> Array:
+    """Return the values of a source, without a copy if that can be."""
+    tensor = tf.convert_to_tensor(source)
+    try:
+        return np.asarray(memoryview(tensor))
+    except (TypeError, ValueError, BufferError):  # NumPy has no such dtype
+        return np.asarray(tensor)
+
+
+def _moved_by(source: Any, direction: Array, t: float) -> tf.Tensor:
+    """Return a source moved along a direction, in its own dtype."""
+    if direction.size > MOST_MOVING:
+        v = tf.convert_to_tensor(direction)
+        return tf.convert_to_tensor(source) + tf.cast(t, v.dtype) * v
+    dtype = source.dtype.as_numpy_dtype
+    return tf.constant((np.asarray(source) + t * direction).astype(dtype))
 
 
 def _moved(call: Call, point: Arrays, evaluate: Callable[[Call], Any]) -> Any:
@@ -277,6 +319,6 @@ def _arrays(tensors: Sequence[Any]) -> Arrays:
 
 def _tensors(arrays: Arrays, like: Sequence[Any]) -> list[tf.Tensor]:
     return [
-        tf.constant(x.astype(other.dtype.as_numpy_dtype))
+        tf.constant(x.astype(other.dtype.as_numpy_dtype, copy=False))
         for x, other in zip(arrays, like, strict=True)
     ]

@@ -170,9 +170,12 @@ def hessian(
         recording.require_sound(separately=False)
         blocks = _by_rows(recording, chunk_size)
         answer = call.pack([call.pack(row) for row in blocks])
-        value, aux = recording.aux
-        ladder = [value, recording.outputs]
-        return ((answer, aux) if has_aux else answer), ladder
+        _, aux = recording.aux
+        return ((answer, aux) if has_aux else answer), []
+
+    def lower(call: Call) -> Ladder:
+        gradient, (value, _) = _gradient(has_aux)(call)
+        return [value, gradient]
 
     def slopes(
         it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
@@ -188,6 +191,7 @@ def hessian(
         wrt=wrt,
         jit=jit,
         slopes=slopes if verify else None,
+        lower=lower,
         require=require,
     )
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfgrad.derivatives.calls import Call
 from tfgrad.derivatives.certificates import wrong_gradient
 from tfgrad.derivatives.refusals import refusal_by_gradient
-from tfgrad.derivatives.repairs import require_right
+from tfgrad.derivatives.repairs import require_right, unrepaired
 from tfgrad.derivatives.soundness import every, may_drop, require_whole
 from tfgrad.derivatives.tracing import (
     is_compiling,
@@ -63,10 +63,14 @@ class Recording:
             persistent=persistent, watch_accessed_variables=finds
         )
         self._before = len(traced_operations())
-        self._is_inner = _is_evaluating.get()
-        with self._tape, _evaluating():
+        around, inside = _evaluation.get(), _Evaluation()
+        self._is_inner = around is not None
+        if around is not None:
+            around.has_inner = True
+        with self._tape, _set(inside):
             self._tape.watch(call.sources)
             returned = function(call)
+        self._has_inner = inside.has_inner
         if finds:
             call = replace(call, variables=self._tape.watched_variables())
         self._function = function
@@ -205,8 +209,11 @@ class Recording:
             if any(output is other for other in outputs)
         ]
 
+        # To look for cuts, once differentiated, no gradient has to be right.
+        f = self._call.f if self._has_inner else unrepaired(self._call.f)
+
         def function(*inputs: tf.Tensor) -> tf.Tensor:
-            call = self._call.at(inputs) if inputs else self._call
+            call = replace(self._call.at(inputs) if inputs else self._call, f=f)
             returned = self._evaluate(call)
             if len(chosen) == 1:
                 return returned[chosen[0]]
@@ -243,17 +250,22 @@ class Recording:
         return [dense(g, s) for g, s in zip(found, self.sources, strict=True)]
 
 
-_is_evaluating: ContextVar[bool] = ContextVar("is_evaluating", default=False)
-"""Whether a tape of ours is recording."""
+class _Evaluation:
+    """What is known of the evaluation that a tape of ours records."""
+
+    has_inner = False  # whether a tape of ours was opened within it
+
+
+_evaluation: ContextVar[_Evaluation | None] = ContextVar("evaluation", default=None)
 
 
 @contextlib.contextmanager
-def _evaluating() -> Iterator[None]:
-    token = _is_evaluating.set(True)
+def _set(evaluation: _Evaluation) -> Iterator[None]:
+    token = _evaluation.set(evaluation)
     try:
         yield
     finally:
-        _is_evaluating.reset(token)
+        _evaluation.reset(token)
 
 
 @contextlib.contextmanager

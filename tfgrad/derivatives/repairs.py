@@ -23,6 +23,7 @@ from tfgrad.errors import WrongDerivativeError
 
 _PREFIX = "Tfgrad"
 _MARK = "_gradient_op_type"
+_UNREPAIRED = "_tfgrad_unrepaired"
 
 
 class RepairableGradientError(WrongDerivativeError):
@@ -58,7 +59,14 @@ def repaired(f: Callable[..., Any]) -> Callable[..., Any]:
 
         return called(inside)
 
+    vars(whole)[_UNREPAIRED] = f
     return whole
+
+
+def unrepaired(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that `f` is made of, if `repaired` made it."""
+    found: Callable[..., Any] = getattr(f, _UNREPAIRED, f)
+    return found
 
 
 def called(f: Callable[[], Any]) -> Any:

@@ -45,6 +45,7 @@ class Replica:
         self._concrete = concrete
         handles = {id(handle) for handle in concrete.captured_inputs}
         written = any(map(writes, every(concrete.graph.get_operations())))
+        self._writes = written
         read = concrete.graph.variables if written else ()
         known = {id(v.handle): v for v in (*read, *moving) if id(v.handle) in handles}
         self._originals: Mapping[int, tf.Variable] = known
@@ -65,12 +66,22 @@ class Replica:
         """
         for key, copy in self._copies.items():
             copy.assign(values.get(key, self._originals[key]))
+        return self._call(tensors)
+
+    def is_steady(self, tensors: Sequence[Any]) -> bool:
+        """Return whether what it writes does not change what it answers."""
+        if not self._writes:
+            return True
+        first = self(tensors)
+        second = self._call(tensors)
+        pairs = zip(*map(tf.nest.flatten, (first, second)), strict=True)
+        return all(bool(tf.reduce_all(tf.equal(a, b))) for a, b in pairs)
+
+    def _call(self, tensors: Sequence[Any]) -> Any:
         before = self._concrete.captured_inputs
         self._concrete.set_external_captures(
             [
-                self._copies[id(handle)].handle
-                if id(handle) in self._copies
-                else handle
+                self._copies[id(handle)].handle if id(handle) in self._copies else handle
                 for handle in before
             ]
         )

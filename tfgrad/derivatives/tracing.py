@@ -225,6 +225,12 @@ class Traces:
             self._compiled.move_to_end(key)
         return found[0](*filter(is_dynamic, tf.nest.flatten(nests)))
 
+    def compiled(self, *nests: Any) -> Any:
+        """Return the concrete function for `nests`, without an answer; None if eager."""
+        given = list(filter(is_dynamic, tf.nest.flatten(nests)))
+        specs = [tf.type_spec_from_value(leaf) for leaf in given]
+        return self._compile(self._body(nests), specs)[1]
+
     def concrete(self, *nests: Any) -> Any:
         """Return the concrete function of an earlier answer; None if it ran eagerly."""
         return self._compiled[signature(nests)][1]
@@ -260,14 +266,8 @@ class Traces:
         return [node.op for nodes in [definition.node, *bodies] for node in nodes]
 
     def _first_call(self, key: Any, nests: tuple[Any, ...]) -> Any:
-        flat = tf.nest.flatten(nests)
-        given = list(filter(is_dynamic, flat))
-
-        def body(f: Callable[..., Any], *dynamic: Any) -> Any:
-            left = iter(dynamic)
-            filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
-            return self._run(f, *tf.nest.pack_sequence_as(nests, filled))
-
+        given = list(filter(is_dynamic, tf.nest.flatten(nests)))
+        body = self._body(nests)
         compiled, concrete, reason = self._compile_open(key, body, given)
         graph = None if concrete is None else concrete.graph
         try:
@@ -287,6 +287,17 @@ class Traces:
                 raise
         self._checked.add(key)
         return answer
+
+    def _body(self, nests: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return `run` as a function of the tensors in `nests`."""
+        flat = tf.nest.flatten(nests)
+
+        def body(f: Callable[..., Any], *dynamic: Any) -> Any:
+            left = iter(dynamic)
+            filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
+            return self._run(f, *tf.nest.pack_sequence_as(nests, filled))
+
+        return body
 
     def _remember(self, key: Any, found: tuple[Callable[..., Any], Any]) -> None:
         self._compiled[key] = found

@@ -22,15 +22,15 @@ def rounded(array, dtype):
 def functions(f, slope, x, dtype=tf.float64):
     """Return a function that works element by element, with its claimed slope."""
 
-    def evaluate(point):
+    def evaluate(direction, t):
         with np.errstate(all="ignore"):
-            return [[f(point[0])]]
+            return [[f(x + t * direction[0])]]
 
     def slopes(direction, weights):
         with np.errstate(all="ignore"):
             return np.array([np.sum(weights[0][0] * slope * direction[0])])
 
-    return Functions([x], evaluate([x]), evaluate, slopes, dtype)
+    return Functions([x], [[f(x)]], evaluate, slopes, dtype)
 
 
 def cubes(dtype):
@@ -127,20 +127,20 @@ def test_many_kinks_nearby_are_no_disagreement():
     def slopes(direction, weights):
         return np.array([weights[0][0][0] * gradient @ direction[0]])
 
-    right = Functions([x], [[f(x)]], lambda p: [[f(p[0])]], slopes, tf.float32)
+    right = Functions([x], [[f(x)]], lambda v, t: [[f(x + t * v[0])]], slopes, tf.float32)
     assert disagreement(right) is None
 
 
 def test_only_what_moves_counts():
-    def evaluate(point):
-        return [[point[0] ** 2 * point[1]]]
-
     x, y = np.array([2.0]), np.array([3.0])
+
+    def evaluate(direction, t):
+        return [[(x + t * direction[0]) ** 2 * (y + t * direction[1])]]
 
     def slopes(direction, weights):  # the slope by y is missing
         return np.array([np.sum(weights[0][0] * 2 * x * y * direction[0])])
 
-    both = Functions([x, y], evaluate([x, y]), evaluate, slopes, tf.float64)
+    both = Functions([x, y], [[x**2 * y]], evaluate, slopes, tf.float64)
     assert disagreement(both, [0]) is None
     assert disagreement(both, [1]).claimed == 0
 
