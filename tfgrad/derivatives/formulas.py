@@ -436,6 +436,13 @@ def _relu(op: Any, grad: tf.Tensor) -> Any:
     return grad * tf.where(tf.equal(x, 0), tf.constant(0.5, x.dtype), slope)
 
 
+@_repairs("SoftsignGrad", reason="TensorFlow has no gradient for it")
+def _softsign_grad(op: Any, grad: tf.Tensor) -> Any:
+    slope, x = op.inputs
+    size = 1 + tf.abs(x)
+    return grad / size**2, -2 * grad * slope * tf.sign(x) / size**3
+
+
 @_repairs(
     "ResizeBilinear",
     "ResizeBicubic",
@@ -537,15 +544,12 @@ def _keeps_length(op: tf.Operation) -> bool:
     """Return whether a Fourier transform is known to keep the length of its input."""
     x, length = op.inputs
     fixed = tf.get_static_value(length)
-    if op.type.startswith("I"):
-        x = op.outputs[0]
-        needed = op.inputs[0].shape[-1]
-        if fixed is None or needed is None or needed != fixed[-1] // 2 + 1:
-            return False
-    shape = x.shape[-len(fixed) :] if fixed is not None else None
-    if shape is None or not shape.is_fully_defined():
+    if fixed is None or x.shape.rank is None:
         return False
-    return list(fixed) == shape.as_list() and min(fixed) > 1
+    needed = [int(n) for n in fixed]
+    if op.type.startswith("I"):
+        needed[-1] = needed[-1] // 2 + 1
+    return x.shape[-len(needed) :].as_list() == needed and min(fixed) > 1
 
 
 def _reduced_first(x: tf.Tensor, axes: tf.Tensor) -> tuple[Any, Any]:

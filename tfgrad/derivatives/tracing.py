@@ -433,6 +433,10 @@ def _repaired_if_needed(compiled: Callable[[Any], Any], f: Callable[..., Any]) -
         try:
             with repairing():
                 return trace(lambda f: compiled(repaired(f)), f)
+        except RepairableGradientError:
+            raise error from None
+        except TfgradError:
+            raise
         except Exception:  # what can be done about it is in the first message
             raise error from None
 

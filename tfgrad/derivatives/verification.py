@@ -35,6 +35,9 @@ RTOL = {tf.float64: 1e-4, tf.float32: 5e-2, tf.float16: 0.2, tf.bfloat16: 0.3}
 MOST_MOVING = 2**18
 """Elements of one source that move."""
 
+STEEPER = 30.0
+"""How many times as steep as the differences what is wrong may be."""
+
 SAME = 0.05
 """The part of the disagreement by which both sides may differ, which a kink exceeds."""
 
@@ -299,6 +302,9 @@ def _wrong(
         gaps = np.abs(claimed - slopes)
         size = np.maximum(np.abs(slopes), abs(claimed))
         clear = (gaps > rtol * size + floor) & (errors <= gaps / 4)
+        # What is far steeper at the point is something small that no step resolves, as
+        # an epsilon under a root.
+        clear &= abs(claimed) <= STEEPER * np.abs(slopes) + floor
         agree = apart <= SAME * gaps
     else:
         clear = errors <= SAME * np.maximum(np.abs(slopes), value)
