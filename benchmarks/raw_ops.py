@@ -33,9 +33,11 @@ ROADS: dict[str, Callable[[Any, Array, Array], Any]] = {
     "jvp": lambda f, x, v: tfgrad.jvp(f, (x,), (v,))[1],
     "vjp": lambda f, x, v: np.sum(tfgrad.vjp(f, x)[1](1.0)[0] * v),
     "hvp": lambda f, x, v: np.sum(tfgrad.hvp(f)(x, v) * v),
-    "hessian": lambda f, x, v: v.ravel()
-    @ tf.reshape(tfgrad.hessian(f)(x), [x.size, x.size]).numpy()
-    @ v.ravel(),
+    "hessian": lambda f, x, v: (
+        v.ravel()
+        @ tf.reshape(tfgrad.hessian(f)(x), [x.size, x.size]).numpy()
+        @ v.ravel()
+    ),
     "tape": lambda f, x, v: _by_tape(f, x, v),
     "graph": lambda f, x, v: tf.function(lambda: _by_tape(f, x, v))(),
 }
@@ -92,10 +94,14 @@ OTHERS: dict[str, list[Any]] = {
 """What to try for inputs and attributes by their names."""
 
 
-def calls(name: str, generator: np.random.Generator) -> Iterator[tuple[str, Any, Array]]:
+def calls(
+    name: str, generator: np.random.Generator
+) -> Iterator[tuple[str, Any, Array]]:
     """Yield (what, function of one array, point) for an op."""
     op = getattr(tf.raw_ops, name)
-    parameters = [p for p in inspect.signature(op).parameters.values() if p.name != "name"]
+    parameters = [
+        p for p in inspect.signature(op).parameters.values() if p.name != "name"
+    ]
     required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
     definition = _definition(name)
     floats = {
@@ -165,7 +171,9 @@ def difference(f: Any, x: Array, v: Array) -> tuple[float, float] | None:
     return slope, second
 
 
-def verdict(road: str, f: Any, x: Array, v: Array, expected: tuple[float, float]) -> str:
+def verdict(
+    road: str, f: Any, x: Array, v: Array, expected: tuple[float, float]
+) -> str:
     """Return "right", "refused", "wrong" or "foreign"."""
     try:
         found = float(ROADS[road](f, x, v))
@@ -177,7 +185,9 @@ def verdict(road: str, f: Any, x: Array, v: Array, expected: tuple[float, float]
     value, tolerance = (expected[0], 1e-3) if first else (expected[1], 1e-2)
     if np.isnan(found):
         return "nan"
-    return "right" if abs(found - value) <= tolerance * max(1.0, abs(value)) else "wrong"
+    return (
+        "right" if abs(found - value) <= tolerance * max(1.0, abs(value)) else "wrong"
+    )
 
 
 def sweep(name: str, roads: list[str]) -> collections.Counter[str]:

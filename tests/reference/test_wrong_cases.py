@@ -216,6 +216,9 @@ COMPLEX = {
 }
 
 
+NOT_FOR_XLA = {"det", "slogdet", "sqrtm", "inv"}
+
+
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", COMPLEX)
 def test_conjugates(name, jit):
@@ -227,12 +230,11 @@ def test_conjugates(name, jit):
     v, step = RNG.normal(size=(3, 3)), 1e-6
     expected = (f(REAL + step * v) - f(REAL - step * v)) / (2 * step)
 
-    try:
-        answer = grad(f, jit=jit)(REAL)
-    except TfgradError as error:
-        assert jit and "XLA" in str(error)
+    if jit and name in NOT_FOR_XLA:
+        with pytest.raises(TfgradError, match="XLA"):
+            grad(f, jit=jit)(REAL)
     else:
-        close(np.sum(answer * v), expected, rtol=1e-6)
+        close(np.sum(grad(f, jit=jit)(REAL) * v), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6])
@@ -262,7 +264,9 @@ REFUSED = {
         lambda a: tf.reduce_sum(tf.linalg.qr(a, full_matrices=True)[0] ** 3)
     )(MATRIX),
     "least squares": lambda: grad(
-        lambda a: tf.reduce_sum(tf.linalg.lstsq(a, tf.ones((3, 1), a.dtype), fast=False))
+        lambda a: tf.reduce_sum(
+            tf.linalg.lstsq(a, tf.ones((3, 1), a.dtype), fast=False)
+        )
     )(MATRIX),
     "a dilated convolution": lambda: grad(
         lambda x: tf.reduce_sum(

@@ -138,8 +138,8 @@ class Compiled:
 
     Args:
         f: The user's function.
-        body: Takes a `Call`, returns an answer and the ladder that it is verified by. It
-            runs inside the trace.
+        body: Takes a `Call`, returns an answer and the ladder that it is verified by.
+            It runs inside the trace.
         jit: Compile with XLA.
         slopes: The derivatives of what is in the ladder, which the answer holds; None
             leaves the answer unverified.

@@ -134,7 +134,7 @@ class Certificate:
         if wrong is None or any(map(redefines_slope, self._operations)):
             return
         index = self._source(functions, wrong)
-        raise self._error(wrong, self.call.names[index])
+        raise _withheld(wrong, self.call.name, self.call.names[index], self._operations)
 
     def _evaluate(self, direction: Arrays, t: float) -> list[Arrays]:
         call, values = self.call, {}
@@ -162,20 +162,82 @@ class Certificate:
         places = range(len(functions.point))
         return next((i for i in places if disagreement(functions, [i])), 0)
 
-    def _error(self, wrong: Disagreement, name: str) -> WrongDerivativeError:
-        known = (
-            f"; perhaps {kind} at {line_of(op)}: {reason}"
-            for kind, reason in SUSPICIOUS.items()
-            for op in self._operations
-            if op.type == kind
-        )
-        order = "second derivative" if wrong.level else "derivative"
-        return WrongDerivativeError(
-            f"TensorFlow's {order} of `{self.call.name}` is wrong, by `{name}`.",
-            got=f"along a random direction {wrong}{next(known, '')}",
-            hint="tfgrad.explain(f, x); tfgrad.finite_difference; another form of it; "
-            "verify=False for the numbers as they are",
-        )
+
+def verify(
+    concrete: Any,
+    tensors: Sequence[Any],
+    answer: Any,
+    *,
+    variables: Sequence[tf.Variable],
+    outputs: Callable[[Any], Sequence[tf.Tensor]],
+    slope: Callable[[Arrays, Arrays], float],
+    name: str,
+    names: Sequence[str],
+) -> None:
+    """Refuse the first answer of a compiled function if its derivative is wrong.
+
+    For functions that are compiled elsewhere, as by `minimize`; a transform verifies
+    its own. It costs one evaluation where all is right, writes to copies only, and says
+    nothing of functions that draw random numbers.
+
+    Args:
+        concrete: The function, which reads what is differentiated from variables.
+            Nobody else may call it meanwhile.
+        tensors: What it was called with.
+        answer: What it returned.
+        variables: What is differentiated.
+        outputs: From an answer to what has the derivative: a value, or residuals.
+        slope: From a direction (an array for each variable) and weights (one for each
+            output) to the slope that the answer claims for the weighted sum.
+        name: What the user calls the function.
+        names: What the user calls the variables.
+
+    Raises:
+        WrongDerivativeError: If differences disagree with the slope.
+    """
+    if not variables or not certified(concrete):
+        return
+    replica = Replica(concrete, variables)
+    operations = list(every(concrete.graph.get_operations()))
+    handles = [id(variable.handle) for variable in variables]
+
+    def evaluate(direction: Arrays, t: float) -> list[Arrays]:
+        moved = map(_moved_by, variables, direction, [t] * len(handles))
+        found = replica(tensors, dict(zip(handles, moved, strict=True)))
+        return [_arrays(outputs(found))]
+
+    values = outputs(answer)
+    functions = Functions(
+        point=list(map(_view, variables)),
+        values=[_arrays(values)],
+        evaluate=evaluate,
+        slopes=lambda v, weights: np.array([slope(v, weights[0])]),
+        dtype=coarsest([*variables, *values], operations),
+    )
+    wrong = disagreement(functions)
+    if wrong is None or any(map(redefines_slope, operations)):
+        return
+    places = range(len(variables))
+    index = next((i for i in places if disagreement(functions, [i])), 0)
+    raise _withheld(wrong, name, names[index], operations)
+
+
+def _withheld(
+    wrong: Disagreement, name: str, source: str, operations: Sequence[tf.Operation]
+) -> WrongDerivativeError:
+    known = (
+        f"; perhaps {kind} at {line_of(op)}: {reason}"
+        for kind, reason in SUSPICIOUS.items()
+        for op in operations
+        if op.type == kind
+    )
+    order = "second derivative" if wrong.level else "derivative"
+    return WrongDerivativeError(
+        f"TensorFlow's {order} of `{name}` is wrong, by `{source}`.",
+        got=f"along a random direction {wrong}{next(known, '')}",
+        hint="tfgrad.explain(f, x); tfgrad.finite_difference; another form of it; "
+        "verify=False for the numbers as they are",
+    )
 
 
 def certified(concrete: Any) -> bool:
@@ -212,7 +274,9 @@ def wrong_gradient(
     functions = Functions(
         point=at,
         values=weighted(call),
-        evaluate=lambda v, t: _moved(call, [x + t * d for x, d in zip(at, v, strict=True)], weighted),
+        evaluate=lambda v, t: _moved(
+            call, [x + t * d for x, d in zip(at, v, strict=True)], weighted
+        ),
         slopes=slopes,
         dtype=coarsest([*call.sources, *evaluate(call)]),
     )
@@ -247,7 +311,9 @@ def inner(left: Sequence[Any], right: Sequence[Any]) -> float:
 
 
 def _product(a: Any, b: Any) -> float:
-    if np.size(a) > MOST_MOVING:  # in double precision it would cost more than the gradient
+    if (
+        np.size(a) > MOST_MOVING
+    ):  # in double precision it would cost more than the gradient
         return float(tf.reduce_sum(tf.convert_to_tensor(a) * tf.convert_to_tensor(b)))
     return float(np.sum(np.asarray(a, np.float64) * np.asarray(b, np.float64)))
 

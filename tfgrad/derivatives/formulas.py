@@ -69,7 +69,7 @@ def _is_complex(op: tf.Operation) -> bool:
 
 @_repairs(
     "StopGradient",
-    reason="tf.nn.moments stops the gradient of the mean: wrong from the second order on",
+    reason="tf.nn.moments stops the gradient of the mean: wrong at the second order",
     first=False,
     applies=is_in_moments,
 )
@@ -121,7 +121,7 @@ def _cumprod(op: Any, grad: tf.Tensor) -> Any:
 
 @_repairs(
     "CumulativeLogsumexp",
-    reason="TensorFlow takes the logarithm of the cotangent: NaN if one differentiates it",
+    reason="TensorFlow takes the logarithm of the cotangent, which may be zero",
     first=False,
 )
 def _cumulative_logsumexp(op: Any, grad: tf.Tensor) -> Any:
@@ -381,7 +381,7 @@ def _projective_transform(op: Any, grad: tf.Tensor) -> Any:
     with tf.GradientTape() as tape:
         tape.watch([images, transforms])
         output = projected(images, transforms, size, **options)
-    found = tape.gradient(output, [images, transforms], grad)
+    found = tape.gradient(output, [images, transforms], [grad])
     return [*found, *(None for _ in op.inputs[2:])]
 
 
@@ -553,7 +553,7 @@ def _keeps_length(op: tf.Operation) -> bool:
 
 
 def _reduced_first(x: tf.Tensor, axes: tf.Tensor) -> tuple[Any, Any]:
-    """Return the axes of x in another order, and how many elements a reduction takes."""
+    """Return the axes of x, reduced ones first, and the number of their elements."""
     rank, known = x.shape.rank, tf.get_static_value(axes)
     shape = tf.shape(x)
     if rank is not None and known is not None:
@@ -631,7 +631,8 @@ def _moved(x: tf.Tensor, axis: tf.Tensor, by: Any = 1) -> tf.Tensor:
     if along is not None and rank is not None and x.shape.is_fully_defined():
         padding = [[0, 0] for _ in range(rank)]
         padding[int(along)] = [min(by, x.shape[int(along)]), 0]
-        return tf.slice(tf.pad(x, padding), [0] * rank, x.shape.as_list())
+        shape: Any = x.shape.as_list()
+        return tf.slice(tf.pad(x, padding), [0] * rank, shape)
     here = tf.one_hot(axis % tf.rank(x), tf.rank(x), dtype=tf.int32)
     start = tf.pad(x, tf.stack([here * by, tf.zeros_like(here)], axis=1))
     moved = tf.slice(start, tf.zeros_like(here), tf.shape(x))

@@ -181,7 +181,7 @@ def hessian(
         it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
     ) -> list[float]:
         blocks = tf.nest.flatten(it.answer[0] if has_aux else it.answer)
-        first = weights[0][0] * inner(it.ladder[1], v)
+        first = float(weights[0][0]) * inner(it.ladder[1], v)
         return [first, inner(times(blocks, v), weights[1])]
 
     return transform(
@@ -239,7 +239,6 @@ def hvp(
         Pearlmutter (1994), Fast exact multiplication by the Hessian; here in reverse
         mode twice, which no op of TensorFlow refuses.
     """
-
     require_bool(has_aux=has_aux, verify=verify)
 
     def body(call: Call) -> tuple[Any, Ladder]:
@@ -254,7 +253,7 @@ def hvp(
     ) -> list[float]:
         found = it.along(v)
         products = tf.nest.flatten(found[0] if has_aux else found)
-        first = weights[0][0] * inner(it.ladder[1], v)
+        first = float(weights[0][0]) * inner(it.ladder[1], v)
         return [first, inner(products, weights[1])]
 
     return transform(
@@ -354,15 +353,15 @@ def _is_tall(outputs: int | None, inputs: int | None, *, jit: bool) -> bool:
 
 def _require_room(outputs: Sequence[Any], sources: Sequence[Any], instead: str) -> None:
     """Refuse a matrix that does not fit into the memory of this computer."""
-    sizes = static_size(outputs), static_size(sources)
-    if None in sizes or not sources:
+    height, width = static_size(outputs), static_size(sources)
+    if height is None or width is None or not sources:
         return
-    width = max(source.dtype.size for source in sources)
-    needed, there = sizes[0] * sizes[1] * width, _memory()
+    itemsize = max(source.dtype.size for source in sources)
+    needed, there = height * width * itemsize, _memory()
     if needed > there:
         raise InvalidArgumentError(
             "The matrix of all partial derivatives must fit into memory.",
-            got=f"{sizes[0]:,} by {sizes[1]:,}: {needed / 2**30:,.0f} GiB of "
+            got=f"{height:,} by {width:,}: {needed / 2**30:,.0f} GiB of "
             f"{there / 2**30:,.0f}",
             hint=f"tfgrad.{instead}, which have it times a direction",
         )

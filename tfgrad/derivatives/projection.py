@@ -42,7 +42,7 @@ def projected(
         places = [tf.where(known, place, 0.0) for place in (row, column)]
         indices = tf.stack([tf.cast(place, tf.int32) for place in places], axis=-1)
         values = tf.gather_nd(images, indices, batch_dims=1)
-        return tf.where(known[..., tf.newaxis], values, fill)
+        return tf.where(tf.expand_dims(known, -1), values, fill)
 
     if interpolation == "NEAREST":
         answer = read(_rounded(y), _rounded(x))
@@ -52,7 +52,7 @@ def projected(
         above = (1 - right) * read(up, left) + right * read(up, left + 1)
         below = (1 - right) * read(up + 1, left) + right * read(up + 1, left + 1)
         answer = (1 - down) * above + down * below
-    return tf.where(is_finite[..., tf.newaxis], answer, fill)
+    return tf.where(tf.expand_dims(is_finite, -1), answer, fill)
 
 
 def _coordinates(
@@ -96,7 +96,7 @@ def _inside(place: tf.Tensor, length: tf.Tensor, mode: str) -> tf.Tensor:
 
 
 def _weight(part: tf.Tensor, images: tf.Tensor) -> tf.Tensor:
-    return tf.cast(part[..., tf.newaxis], images.dtype)
+    return tf.cast(tf.expand_dims(part, -1), images.dtype)
 
 
 def _float(x: tf.Tensor) -> tf.Tensor:

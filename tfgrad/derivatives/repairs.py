@@ -87,7 +87,7 @@ def mark(operations: Iterable[tf.Operation]) -> None:
         if is_repairable(op) and not is_marked(op):
             value = tf.compat.v1.AttrValue(s=f"{_PREFIX}{op.type}".encode())
             # There is no public way to mark an op that is in a branch or a loop.
-            op._set_attr(_MARK, value)  # noqa: SLF001
+            op._set_attr(_MARK, value)
         for body in bodies(op):
             mark(body.get_operations())
 

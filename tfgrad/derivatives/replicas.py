@@ -6,7 +6,7 @@ what it reads by itself is read from copies, and what it writes is written to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -81,7 +81,9 @@ class Replica:
         before = self._concrete.captured_inputs
         self._concrete.set_external_captures(
             [
-                self._copies[id(handle)].handle if id(handle) in self._copies else handle
+                self._copies[id(handle)].handle
+                if id(handle) in self._copies
+                else handle
                 for handle in before
             ]
         )

@@ -67,8 +67,8 @@ def grad(
             floats.
         ScalarObjectiveError: If `f` returns anything but one float number.
         NoGradientError: If a path from the argument to the value exists, but is cut.
-        WrongDerivativeError: If TensorFlow's derivative is wrong and tfgrad has no right
-            one: no such answer is returned.
+        WrongDerivativeError: If TensorFlow's derivative is wrong, and tfgrad has no
+            right one. No such answer is returned.
 
     Example:
         >>> float(grad(lambda x: x**2 + x - 1)(3.0))
@@ -80,7 +80,6 @@ def grad(
     References:
         Griewank and Walther (2008), Evaluating Derivatives, section 3.2.
     """
-
     require_bool(has_aux=has_aux, verify=verify)
 
     def body(call: Call) -> tuple[Any, Ladder]:
@@ -93,7 +92,7 @@ def grad(
         it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
     ) -> list[float]:
         gradient = it.answer[0] if has_aux else it.answer
-        return [weights[0][0] * inner(tf.nest.flatten(gradient), v)]
+        return [float(weights[0][0]) * inner(tf.nest.flatten(gradient), v)]
 
     return transform(
         f,
@@ -138,8 +137,8 @@ def value_and_grad(
             floats.
         ScalarObjectiveError: If `f` returns anything but one float number.
         NoGradientError: If a path from the argument to the value exists, but is cut.
-        WrongDerivativeError: If TensorFlow's derivative is wrong and tfgrad has no right
-            one: no such answer is returned.
+        WrongDerivativeError: If TensorFlow's derivative is wrong, and tfgrad has no
+            right one. No such answer is returned.
 
     Example:
         >>> value, gradient = value_and_grad(lambda x: x**2)(3.0)
@@ -149,7 +148,6 @@ def value_and_grad(
     References:
         Griewank and Walther (2008), Evaluating Derivatives, section 3.2.
     """
-
     require_bool(has_aux=has_aux, verify=verify)
 
     def body(call: Call) -> tuple[Any, Ladder]:
@@ -160,7 +158,7 @@ def value_and_grad(
     def slopes(
         it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
     ) -> list[float]:
-        return [weights[0][0] * inner(tf.nest.flatten(it.answer[1]), v)]
+        return [float(weights[0][0]) * inner(tf.nest.flatten(it.answer[1]), v)]
 
     return transform(
         f,

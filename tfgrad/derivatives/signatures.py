@@ -10,7 +10,7 @@ import tensorflow as tf
 _DYNAMIC = (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)
 
 _BY_VALUE = (bool, int, float, complex, str, bytes, tf.DType)
-"""Static values that are the same if they are equal; all others have to be identical."""
+"""Static values that are the same if equal; all others have to be identical."""
 
 
 class Shape(tuple[Any, ...]):
@@ -70,8 +70,8 @@ def opened(key: Any, other: Any) -> list[tuple[int, ...]]:
         other: One with the same `rank_signature`.
     """
     if type(key) is Shape:
-        pairs = enumerate(zip(key[1:], other[1:], strict=True))
-        return [tuple(axis for axis, (a, b) in pairs if a != b)]
+        sizes = zip(key[1:], other[1:], strict=True)
+        return [tuple(axis for axis, (a, b) in enumerate(sizes) if a != b)]
     if isinstance(key, tf.TypeSpec):
         return [()]
     if type(key) is not tuple:

@@ -226,7 +226,7 @@ class Traces:
         return found[0](*filter(is_dynamic, tf.nest.flatten(nests)))
 
     def compiled(self, *nests: Any) -> Any:
-        """Return the concrete function for `nests`, without an answer; None if eager."""
+        """Return the concrete function for `nests`, not run yet; None if eager."""
         given = list(filter(is_dynamic, tf.nest.flatten(nests)))
         specs = [tf.type_spec_from_value(leaf) for leaf in given]
         return self._compile(self._body(nests), specs)[1]

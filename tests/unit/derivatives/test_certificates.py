@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfgrad.derivatives.certificates import inner, verify
 from tfgrad.derivatives.forward import jvp
 from tfgrad.derivatives.matrices import hessian, hvp, jacobian
 from tfgrad.derivatives.reverse import grad, value_and_grad, vjp
@@ -14,7 +15,7 @@ from tfgrad.errors import WrongDerivativeError
 
 
 def by_eigenvectors(x):
-    """Return the sum of exp(x) of a symmetric matrix: smooth, by way of eigenvectors."""
+    """Return a weighted sum of exp(x) of a symmetric matrix, by eigenvectors."""
     values, vectors = tf.linalg.eigh((x + tf.transpose(x)) / 2)
     return tf.reduce_sum((vectors * tf.exp(values)) @ tf.transpose(vectors) * ROWS)
 
@@ -134,3 +135,41 @@ def test_the_gradient_that_a_user_wrote_has_to_fit():
 
     with pytest.raises(WrongDerivativeError, match=r"shape \(\)(.|\n)*shape \(2,\)"):
         grad(lambda x: wrong(x))([1.0, 2.0])
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_function_that_was_compiled_elsewhere(factor):
+    v, steps = tf.Variable([1.0, 2.0]), tf.Variable(0)
+
+    @tf.function(autograph=False)
+    def evaluate(scale):
+        steps.assign_add(1)
+        with tf.GradientTape() as tape:
+            value = tf.reduce_sum(scale * v**3)
+        return value, factor * tape.gradient(value, v)
+
+    concrete, scale = (
+        evaluate.get_concrete_function(tf.TensorSpec([])),
+        tf.constant(2.0),
+    )
+    value, gradient = concrete(scale)
+
+    def verified():
+        verify(
+            concrete,
+            [scale],
+            (value, gradient),
+            variables=[v],
+            outputs=lambda answer: [answer[0]],
+            slope=lambda direction, w: float(w[0]) * inner([gradient], direction),
+            name="f",
+            names=["x0"],
+        )
+
+    if factor == 1.0:
+        verified()
+    else:
+        with pytest.raises(WrongDerivativeError, match="by `x0`"):
+            verified()
+    assert v.numpy().tolist() == [1.0, 2.0]
+    assert int(steps) == 1

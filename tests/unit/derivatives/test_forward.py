@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfgrad.derivatives.calls import Call
 from tfgrad.derivatives.elementwise import derivative
 from tfgrad.derivatives.forward import jvp
 from tfgrad.derivatives.reverse import grad, vjp
-from tfgrad.errors import InvalidArgumentError, NoGradientError, WrongDerivativeError
+from tfgrad.errors import InvalidArgumentError, NoGradientError
 
 
 def looped(x):

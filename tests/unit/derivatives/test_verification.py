@@ -48,9 +48,9 @@ def test_a_right_derivative_passes(dtype, scale):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_one_that_lacks_a_term_is_found(dtype, scale):
-    x = scale * np.random.default_rng(0).uniform(1, 2, size=50)
+    x = scale * np.random.default_rng(0).uniform(1, 2, size=12)
     slope = 3 * x**2
-    slope[17] = 0.0
+    slope[7] = 0.0
 
     wrong = disagreement(functions(cubes(dtype), slope, x, dtype))
 
@@ -127,7 +127,9 @@ def test_many_kinks_nearby_are_no_disagreement():
     def slopes(direction, weights):
         return np.array([weights[0][0][0] * gradient @ direction[0]])
 
-    right = Functions([x], [[f(x)]], lambda v, t: [[f(x + t * v[0])]], slopes, tf.float32)
+    right = Functions(
+        [x], [[f(x)]], lambda v, t: [[f(x + t * v[0])]], slopes, tf.float32
+    )
     assert disagreement(right) is None
 
 
