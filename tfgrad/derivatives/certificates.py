@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.formulas import is_in_moments
-from tfgrad.derivatives.replicas import Replica, can_repeat
+from tfgrad.derivatives.replicas import Replica
 from tfgrad.derivatives.signatures import is_dynamic
 from tfgrad.derivatives.soundness import every
 from tfgrad.derivatives.verification import (
@@ -27,6 +27,7 @@ from tfgrad.derivatives.verification import (
     coarsest,
     disagreement,
 )
+from tfgrad.diagnosis.graphs import unrepeatable
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.errors import WrongDerivativeError
 
@@ -244,7 +245,7 @@ def certified(concrete: Any) -> bool:
     """Return whether the answers of a trace can be verified."""
     if tf.distribute.has_strategy():
         return False
-    return can_repeat(list(every(concrete.graph.get_operations())))
+    return unrepeatable(concrete.graph) is None
 
 
 def wrong_gradient(

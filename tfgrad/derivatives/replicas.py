@@ -14,23 +14,6 @@ import tensorflow as tf
 from tfgrad.derivatives.soundness import every
 from tfgrad.diagnosis.graphs import writes
 
-_HARMLESS = (
-    *("VarHandleOp", "ReadVariableOp", "VarIsInitializedOp", "ResourceGather"),
-    *("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply"),
-    *("ResourceStridedSliceAssign", "VariableShape", "DisableCopyOnRead"),
-    *("PartitionedCall", "StatefulPartitionedCall", "If", "Case", "While"),
-    *("Assert", "CheckNumerics", "LookupTableFind", "LookupTableSize"),
-    *("Placeholder", "NoOp", "Identity", "XlaLaunch"),
-)
-"""What stateful ops that may run once more, on copies, begin with."""
-
-
-def can_repeat(operations: Sequence[tf.Operation]) -> bool:
-    """Return whether a graph may be run again and gives the same: no random numbers."""
-    return all(
-        op.type.startswith(_HARMLESS) or not op.op_def.is_stateful for op in operations
-    )
-
 
 class Replica:
     """A concrete function on copies of the variables that it writes, and of others.

@@ -18,6 +18,16 @@ _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
            "StatefulStandardNormal", "StatefulUniform")  # fmt: skip
 """How the ops that write to a variable, their first input, are called."""
 
+_HARMLESS = (
+    *("VarHandleOp", "ReadVariableOp", "VarIsInitializedOp", "ResourceGather"),
+    *("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply"),
+    *("ResourceStridedSliceAssign", "VariableShape", "DisableCopyOnRead"),
+    *("PartitionedCall", "StatefulPartitionedCall", "If", "Case", "While"),
+    *("Assert", "CheckNumerics", "LookupTableFind", "LookupTableSize"),
+    *("Placeholder", "NoOp", "Identity", "XlaLaunch"),
+)
+"""What stateful ops that may run once more, on copies, begin with."""
+
 _NEEDS_AUTOGRAPH = tf.errors.OperatorNotAllowedInGraphError
 
 _BODIES = {
@@ -78,6 +88,20 @@ def writes(op: tf.Operation) -> bool:
     """Return whether `op` writes to a variable, whose handle is its first input."""
     to_handle = len(op.inputs) > 0 and op.inputs[0].dtype == tf.resource
     return to_handle and op.type.startswith(_WRITES)
+
+
+def unrepeatable(graph: Any) -> tf.Operation | None:
+    """Return the first op, at any depth, that may not be run once more, if any.
+
+    It draws random numbers, prints, or reads the next element of something.
+    """
+    for op in graph.get_operations():
+        if op.op_def.is_stateful and not op.type.startswith(_HARMLESS):
+            return op
+        found = next(filter(None, map(unrepeatable, bodies(op))), None)
+        if found is not None:
+            return found
+    return None
 
 
 def written_variables(traced: Any) -> list[tf.Variable]:
