@@ -119,7 +119,7 @@ class Checker:
         inputs, name = self._inputs(), nested.name_of(self._sources.f)
         cuts = missing_gradients(self._sources.call, *inputs)
         for argument, cut in zip(self._point.names, cuts, strict=True):
-            if cut is not None:
+            if cut is not None and cut.op:
                 raise no_gradient_error(name, argument, cut)
         if may_drop(self._traced.graph.get_operations()):
             with contextlib.suppress(UnverifiableGradientError):
