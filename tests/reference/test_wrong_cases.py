@@ -188,6 +188,15 @@ def test_smooth_functions_at_ties_and_at_zero():
     close(grad(lambda x: tf.reduce_sum(x ** [0.0, 1.0, 2.0]))(np.zeros(3)), [0, 1, 0])
 
 
+def test_bessel_functions_at_zero():
+    special = tf.math.special
+
+    close(grad(special.bessel_i1)(0.0), 0.5)
+    close(grad(special.bessel_j1)(0.0), 0.5)
+    close(hvp(special.bessel_i0)(np.float64(0.0), 1.0), 0.5)
+    close(hvp(special.bessel_j0)(np.float64(0.0), 1.0), -0.5)
+
+
 def test_entropy_at_zero_stays_what_it_was():
     assert float(grad(lambda p: -tf.math.xlogy(p, p))(0.0)) == 0.0
 

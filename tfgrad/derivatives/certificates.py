@@ -122,6 +122,7 @@ class Certificate:
             evaluate=self._evaluate,
             slopes=self._claimed,
             dtype=coarsest(tensors, self._operations),
+            symmetric=_reads_one_triangle(self._operations),
         )
 
     def require_right(self) -> None:
@@ -214,6 +215,7 @@ def verify(
         evaluate=evaluate,
         slopes=lambda v, weights: np.array([slope(v, weights[0])]),
         dtype=coarsest([*variables, *values], operations),
+        symmetric=_reads_one_triangle(operations),
     )
     wrong = disagreement(functions)
     if wrong is None or any(map(redefines_slope, operations)):
@@ -221,6 +223,10 @@ def verify(
     places = range(len(variables))
     index = next((i for i in places if disagreement(functions, [i])), 0)
     raise _withheld(wrong, name, names[index], operations)
+
+
+def _reads_one_triangle(operations: Sequence[tf.Operation]) -> bool:
+    return any(op.type in ("Cholesky", "SelfAdjointEigV2") for op in operations)
 
 
 def _withheld(

@@ -436,6 +436,16 @@ def _relu(op: Any, grad: tf.Tensor) -> Any:
     return grad * tf.where(tf.equal(x, 0), tf.constant(0.5, x.dtype), slope)
 
 
+@_repairs("BesselI1", "BesselJ1", reason="TensorFlow has 1 for its slope at 0, 1/2")
+def _bessel(op: Any, grad: tf.Tensor) -> Any:
+    x, y = op.inputs[0], op.outputs[0]
+    special = tf.math.special
+    lower = special.bessel_i0(x) if op.type == "BesselI1" else special.bessel_j0(x)
+    at_zero = tf.equal(x, 0)
+    inner = lower - y / tf.where(at_zero, tf.ones_like(x), x)
+    return grad * tf.where(at_zero, tf.constant(0.5, x.dtype), inner)
+
+
 @_repairs("SoftsignGrad", reason="TensorFlow has no gradient for it")
 def _softsign_grad(op: Any, grad: tf.Tensor) -> Any:
     slope, x = op.inputs

@@ -87,6 +87,8 @@ class Functions(NamedTuple):
         slopes: From a direction, and weights of the outputs of each function, to the
             claimed slopes of the weighted sums.
         dtype: The coarsest dtype that they are computed in.
+        symmetric: Whether matrices that are symmetric stay so: an op that reads one
+            triangle only has a gradient for both.
     """
 
     point: Arrays
@@ -94,6 +96,7 @@ class Functions(NamedTuple):
     evaluate: Callable[[Arrays, float], list[Arrays]]
     slopes: Callable[[Arrays, list[Arrays]], Array]
     dtype: tf.DType
+    symmetric: bool = False
 
 
 def disagreement(
@@ -202,7 +205,7 @@ def _disagreement(
     settled: list[Disagreement | None] = []
     suspects = np.ones(len(functions.values), bool)
     for trial in range(DIRECTIONS):
-        line = _Line(functions, _direction(functions.point, trial, moving))
+        line = _Line(functions, _direction(functions, trial, moving))
         center = line.summed(functions.values)
         claimed = line.claimed()
         step = epsilon ** (1 / 3)
@@ -348,8 +351,11 @@ def _noise(line: _Line, step: float) -> Array:
     return 3 * root_mean_square  # 70: (8 choose 4)
 
 
-def _direction(point: Arrays, trial: int, moving: Sequence[int] | None) -> Arrays:
+def _direction(
+    functions: Functions, trial: int, moving: Sequence[int] | None
+) -> Arrays:
     """Return a random direction: each element moves by its own size."""
+    point = functions.point
     generator = np.random.default_rng(trial)
     direction = [np.zeros(x.shape, x.dtype) for x in point]
     for i, (x, v) in enumerate(zip(point, direction, strict=True)):
@@ -359,7 +365,15 @@ def _direction(point: Arrays, trial: int, moving: Sequence[int] | None) -> Array
             part = slice(first, first + MOST_MOVING)
             flat = x.reshape(-1)[part]
             v.reshape(-1)[part] = _scale(flat) * generator.normal(size=flat.shape)
+            if functions.symmetric and _is_symmetric(x):
+                direction[i] = (v + np.swapaxes(v, -1, -2)) / 2
     return direction
+
+
+def _is_symmetric(x: Array) -> bool:
+    if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+        return False
+    return np.array_equal(x, np.swapaxes(x, -1, -2))
 
 
 def _scale(x: Array) -> Array:

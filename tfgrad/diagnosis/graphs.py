@@ -28,6 +28,8 @@ _HARMLESS = (
 )
 """What stateful ops that may run once more, on copies, begin with."""
 
+_STATEFUL: dict[str, bool] = {}
+
 _NEEDS_AUTOGRAPH = tf.errors.OperatorNotAllowedInGraphError
 
 _BODIES = {
@@ -96,12 +98,19 @@ def unrepeatable(graph: Any) -> tf.Operation | None:
     It draws random numbers, prints, or reads the next element of something.
     """
     for op in graph.get_operations():
-        if op.op_def.is_stateful and not op.type.startswith(_HARMLESS):
+        if _is_stateful(op) and not op.type.startswith(_HARMLESS):
             return op
         found = next(filter(None, map(unrepeatable, bodies(op))), None)
         if found is not None:
             return found
     return None
+
+
+def _is_stateful(op: tf.Operation) -> bool:
+    kind = op.type
+    if kind not in _STATEFUL:  # asking TensorFlow takes twenty times as long
+        _STATEFUL[kind] = bool(op.op_def.is_stateful)
+    return _STATEFUL[kind]
 
 
 def written_variables(traced: Any) -> list[tf.Variable]:

@@ -173,3 +173,14 @@ def test_a_function_that_was_compiled_elsewhere(factor):
             verified()
     assert v.numpy().tolist() == [1.0, 2.0]
     assert int(steps) == 1
+
+
+@pytest.mark.parametrize("road", ["grad", "hessian", "hvp", "jvp"])
+def test_ops_that_read_one_triangle_have_a_gradient_for_both(road):
+    def log_determinant(x):
+        return 2 * tf.reduce_sum(
+            tf.math.log(tf.linalg.diag_part(tf.linalg.cholesky(x)))
+        )
+
+    assert np.all(np.isfinite(ROADS[road](log_determinant, SINGLE)))
+    np.testing.assert_allclose(grad(log_determinant)(SINGLE), np.linalg.inv(SINGLE))
