@@ -121,6 +121,20 @@ def test_a_product_on_every_road():
     close(hessian(kinked)(ZERO.astype("float32")), PRODUCT)
 
 
+INSIDE = {
+    "a branch": lambda x: tf.cond(x[1] > 0, lambda: tf.reduce_prod(x), lambda: x[0]),
+    "a loop": lambda x: tf.reduce_sum(tf.map_fn(tf.reduce_prod, x[tf.newaxis])),
+    "a function": tf.function(lambda x: tf.reduce_prod(x)),
+    "a function for XLA": tf.function(lambda x: tf.reduce_prod(x), jit_compile=True),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_product_inside_of(name):
+    close(hessian(INSIDE[name])(ZERO), PRODUCT)
+    close(by_tape(INSIDE[name], ZERO, np.ones(3)), PRODUCT.sum(1))
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_cumulative_products_at_zeros(jit):
     f = lambda x: tf.reduce_sum(tf.math.cumprod(x))  # noqa: E731  one line

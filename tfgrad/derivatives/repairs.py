@@ -23,6 +23,7 @@ from tfgrad.errors import WrongDerivativeError
 
 _PREFIX = "Tfgrad"
 _MARK = "_gradient_op_type"
+_CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 _UNREPAIRED = "_tfgrad_unrepaired"
 
 
@@ -72,7 +73,7 @@ def unrepaired(f: Callable[..., Any]) -> Callable[..., Any]:
 def called(f: Callable[[], Any]) -> Any:
     """Return `f()`, called as a function of its own in the graph that is traced."""
     traced = tf.function(f, autograph=False).get_concrete_function()
-    mark(traced.graph.get_operations())
+    mark(traced.graph.get_operations(), calls=True)
     return traced()
 
 
@@ -81,15 +82,31 @@ def needs_marks(operations: Iterable[tf.Operation]) -> bool:
     return any(_wrong(op, twice=True) is not None for op in operations)
 
 
-def mark(operations: Iterable[tf.Operation]) -> None:
-    """Let the gradients of all ops in the table be right, at any depth."""
+def mark(operations: Iterable[tf.Operation], *, calls: bool = False) -> None:
+    """Let the gradients of all ops in the table be right, in loops and branches, too.
+
+    Args:
+        operations: The ops.
+        calls: Also those in functions that are called: they are none of the user's.
+    """
     for op in operations:
         if is_repairable(op) and not is_marked(op):
             value = tf.compat.v1.AttrValue(s=f"{_PREFIX}{op.type}".encode())
             # There is no public way to mark an op that is in a branch or a loop.
             op._set_attr(_MARK, value)
-        for body in bodies(op):
-            mark(body.get_operations())
+        if calls or op.type not in _CALLS:
+            for body in bodies(op):
+                mark(body.get_operations(), calls=calls)
+
+
+def calls_repairable(operations: Iterable[tf.Operation]) -> bool:
+    """Return whether a function is called that has ops in the table, without marks."""
+    return any(
+        _wrong(op, twice=True) is not None
+        if op.type in _CALLS
+        else any(calls_repairable(body.get_operations()) for body in bodies(op))
+        for op in operations
+    )
 
 
 def is_repairable(op: tf.Operation) -> bool:
@@ -125,7 +142,7 @@ def require_right(
     for op in operations:
         if _is_repairing.get():
             for body in bodies(op):
-                mark(body.get_operations())
+                mark(body.get_operations(), calls=True)
         found = _wrong(op, twice=twice)
         if found is not None:
             raise RepairableGradientError(
@@ -162,7 +179,7 @@ def _marking(gradient: Gradient) -> Gradient:
         graph = tf.compat.v1.get_default_graph()
         first = len(graph.get_operations())
         answer = gradient(op, *grads)
-        mark(graph.get_operations()[first:])
+        mark(graph.get_operations()[first:], calls=True)
         return answer
 
     return marked

@@ -25,6 +25,7 @@ import tensorflow as tf
 from tfgrad.derivatives.refusals import refusal_at_run_time, refusal_by_gradient
 from tfgrad.derivatives.repairs import (
     RepairableGradientError,
+    calls_repairable,
     mark,
     repaired,
     repairing,
@@ -356,7 +357,6 @@ class Traces:
         try:
             with _set(_is_compiling, True):
                 concrete = _repaired_if_needed(compiled, self._f)
-            mark(concrete.graph.get_operations())
         except UnverifiableGradientError as error:
             if self._jit:
                 raise
@@ -427,12 +427,26 @@ def _refused_by_xla(name: str, graph: Any, text: str) -> InvalidArgumentError:
 
 
 def _repaired_if_needed(compiled: Callable[[Any], Any], f: Callable[..., Any]) -> Any:
+    """Return the concrete function, marked for whoever differentiates it again."""
+
+    def of_repaired() -> Any:
+        with repairing():
+            concrete = trace(lambda f: compiled(repaired(f)), f)
+        mark(concrete.graph.get_operations(), calls=True)
+        return concrete
+
     try:
-        return trace(compiled, f)
+        concrete = trace(compiled, f)
+        if calls_repairable(concrete.graph.get_operations()):
+            # The user's own functions get no marks: they are taken apart instead. What
+            # cannot be is right by itself, and only then.
+            with contextlib.suppress(Exception):
+                return of_repaired()
+        mark(concrete.graph.get_operations())
+        return concrete
     except RepairableGradientError as error:
         try:
-            with repairing():
-                return trace(lambda f: compiled(repaired(f)), f)
+            return of_repaired()
         except RepairableGradientError:
             raise error from None
         except TfgradError:
