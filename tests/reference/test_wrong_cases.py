@@ -239,7 +239,7 @@ COMPLEX = {
 }
 
 
-NOT_FOR_XLA = {"det", "slogdet", "sqrtm", "inv"}
+NOT_FOR_XLA = {"det", "slogdet", "sqrtm", "inv", "cumprod", "reduce_prod"}
 
 
 @pytest.mark.parametrize("jit", [False, True])
