@@ -24,7 +24,7 @@ class Replica:
     """
 
     def __init__(self, concrete: Any, moving: Sequence[tf.Variable] = ()) -> None:
-        """Copy the variables."""
+        """Copy nothing yet."""
         self._concrete = concrete
         handles = {id(handle) for handle in concrete.captured_inputs}
         written = any(map(writes, every(concrete.graph.get_operations())))
@@ -32,10 +32,7 @@ class Replica:
         read = concrete.graph.variables if written else ()
         known = {id(v.handle): v for v in (*read, *moving) if id(v.handle) in handles}
         self._originals: Mapping[int, tf.Variable] = known
-        self._copies = {
-            key: tf.Variable(tf.identity(v), trainable=False, dtype=v.dtype)
-            for key, v in known.items()
-        }
+        self._copies: dict[int, tf.Variable] = {}
 
     def __call__(
         self, tensors: Sequence[Any], values: Mapping[int, tf.Tensor] = {}
@@ -47,8 +44,13 @@ class Replica:
             values: Those of variables, by the id of their handles; the others have the
                 values that they have now.
         """
-        for key, copy in self._copies.items():
-            copy.assign(values.get(key, self._originals[key]))
+        for key, original in self._originals.items():
+            value = values.get(key)
+            value = original.read_value() if value is None else value
+            if key in self._copies:
+                self._copies[key].assign(value)
+            else:
+                self._copies[key] = tf.Variable(value, trainable=False)
         return self._call(tensors)
 
     def is_steady(self, tensors: Sequence[Any]) -> bool:
