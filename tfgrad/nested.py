@@ -68,7 +68,7 @@ def named_leaves(nest: Nest, name: str) -> list[tuple[str, Any]]:
     if is_array_like(nest) or not tf.nest.is_nested(nest):
         return [(name, nest)]
     if isinstance(nest, Mapping):
-        children = [(f"{name}[{key!r}]", nest[key]) for key in sorted(nest)]
+        children = [(f"{name}[{key!r}]", nest[key]) for key in _keys(nest, name)]
     elif hasattr(nest, "_fields"):
         children = [(f"{name}.{field}", getattr(nest, field)) for field in nest._fields]
     elif isinstance(nest, list | tuple):
@@ -189,6 +189,34 @@ def unravel(vector: tf.Tensor, like: Iterable[tf.Tensor]) -> list[tf.Tensor]:
     parts = tf.split(vector, [tf.size(leaf) for leaf in like])
     pairs = zip(parts, like, strict=True)
     return [tf.reshape(part, tf.shape(leaf)) for part, leaf in pairs]
+
+
+def same_keys(a: Nest, b: Nest) -> bool:
+    """Return whether the dicts in two nests of one structure have the same keys."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return set(a) == set(b) and all(same_keys(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return all(same_keys(x, y) for x, y in zip(a, b, strict=False))
+    return isinstance(a, Mapping) == isinstance(b, Mapping)
+
+
+def _keys(nest: Mapping[Any, Any], name: str) -> list[Any]:
+    """Return the keys of a dict in the order of tf.nest, or refuse it."""
+    if not isinstance(nest, MutableMapping):
+        raise InvalidArgumentError(
+            "A mapping in a nest must be a dict, or another that can be copied.",
+            got=f"`{name}` is {_article(nest)}",
+            hint=f"dict({name})",
+        )
+    try:
+        return sorted(nest)
+    except TypeError:
+        kinds = sorted({type(key).__name__ for key in nest})
+        raise InvalidArgumentError(
+            "The keys of a dict must be of one kind, so that they have an order.",
+            got=f"`{name}` has keys of type {' and '.join(kinds)}",
+            hint="text for all keys",
+        ) from None
 
 
 def _dtype_name(value: Any) -> str:

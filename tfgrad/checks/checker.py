@@ -22,6 +22,11 @@ from tfgrad.checks.scalar import (
     weighted_gradient,
     weighted_output,
 )
+from tfgrad.derivatives.soundness import (
+    UnverifiableGradientError,
+    may_drop,
+    require_whole,
+)
 from tfgrad.diagnosis.graphs import following, handle_of, leading_to, trace
 from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.diagnosis.path import missing_gradients
@@ -102,6 +107,26 @@ class Checker:
         """The variables that the checks, or the function itself, assign to."""
         read = self._traced.variables if self._traced else ()
         return list({v.ref(): v for v in (*self._sources.variables, *read)}.values())
+
+    def require_connected(self) -> None:
+        """Refuse a function whose gradient is cut, as `tfgrad.grad` does.
+
+        Raises:
+            NoGradientError: If it is.
+        """
+        if self._traced is None:  # it runs eagerly only: differences will tell
+            return
+        inputs, name = self._inputs(), nested.name_of(self._sources.f)
+        cuts = missing_gradients(self._sources.call, *inputs)
+        for argument, cut in zip(self._point.names, cuts, strict=True):
+            if cut is not None and cut.op:
+                raise no_gradient_error(name, argument, cut)
+        if may_drop(self._traced.graph.get_operations()):
+            with contextlib.suppress(UnverifiableGradientError):
+                require_whole(self._sources.call, *inputs, name, self._point.names)
+
+    def _inputs(self) -> tuple[Sequence[tf.Tensor], Sequence[tf.Variable]]:
+        return self._sources.tensors, self._sources.variables
 
     def checks(self, order: int) -> Iterator[Check]:
         """Yield the checks up to `order`."""
@@ -238,8 +263,7 @@ class Checker:
             self._skip(order, "reverse", error)
             return
         if isinstance(error, LookupError):  # an op without a gradient
-            inputs = self._sources.tensors, self._sources.variables
-            cuts = missing_gradients(self._sources.call, *inputs)
+            cuts = missing_gradients(self._sources.call, *self._inputs())
             for name, cut in zip(self._point.names, cuts, strict=True):
                 if cut is not None:
                     raise no_gradient_error(

@@ -60,6 +60,7 @@ def check_grads(
 
     Raises:
         GradientMismatchError: If a check failed: which argument, which element.
+        NoGradientError: If a path from an argument to the output exists, but is cut.
         InvalidArgumentError: If `f` is random, not finite or no float tensor; if there
             is nothing to check; if an option is none of those allowed.
 
@@ -78,13 +79,14 @@ def check_grads(
         Press et al. (2007), Numerical Recipes, section 5.7 (steps and errors);
         Moré and Wild (2012), ACM TOMS 38 (rounding noise in differences).
     """
-    _require_options(order, modes, directions)
+    _require_options(order, modes, directions, rtol)
     sources = sources_of(f, args, wrt)
     name = nested.name_of(f)
     _require_finite_sources(sources, name)
     checker = Checker(
         sources, modes, directions=directions, rtol=rtol, full=full, seed=seed
     )
+    checker.require_connected()
     with restored(checker.variables):
         checks = tuple(checker.checks(order))
     result = GradCheck(name, checks, tuple(checker.notes))
@@ -93,7 +95,15 @@ def check_grads(
     return result
 
 
-def _require_options(order: int, modes: Sequence[str], directions: int) -> None:
+def _require_options(
+    order: int, modes: Sequence[str], directions: int, rtol: float | None
+) -> None:
+    if rtol is not None and not 0 <= rtol < 1:  # NaN, too, is not
+        raise InvalidArgumentError(
+            "`rtol` must be a number from 0 to 1, or None.",
+            got=f"rtol={rtol!r}",
+            hint="rtol=None, which goes by the dtype",
+        )
     for value, name in ((order, "order"), (directions, "directions")):
         if type(value) is not int or value < 1:
             raise InvalidArgumentError(

@@ -16,6 +16,7 @@ from tfgrad.nested import (
     describe,
     is_array_like,
     map_leaves,
+    same_keys,
     to_tensor,
     to_tensors,
 )
@@ -126,6 +127,8 @@ def direction_in_tensors(
         return tf.cast(tensor, other.dtype)
 
     converted = map_leaves(convert, direction, name)
+    if not same_keys(converted, like):
+        raise mismatch(f"other keys: {describe(direction)}")
     try:
         tf.nest.assert_same_structure(converted, like, check_types=False)
     except (TypeError, ValueError) as error:

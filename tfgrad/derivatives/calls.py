@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.arguments import (
@@ -16,14 +18,17 @@ from tfgrad.derivatives.arguments import (
     parameter_names,
     positions_of,
 )
-from tfgrad.derivatives.repairs import repaired
-from tfgrad.derivatives.signatures import is_dynamic, signature
-from tfgrad.derivatives.soundness import (
+from tfgrad.derivatives.certificates import Certificate, Ladder, Slopes, certified
+from tfgrad.derivatives.repairs import (
     RepairableGradientError,
-    every,
-    folds_wrongly,
-    require_right_kernels,
+    called,
+    is_repairing,
+    needs_marks,
+    repaired,
+    repairing,
 )
+from tfgrad.derivatives.signatures import is_dynamic, signature
+from tfgrad.derivatives.soundness import every, folds_wrongly, require_right_kernels
 from tfgrad.derivatives.tracing import (
     MOST_TRACES,
     Traces,
@@ -124,49 +129,72 @@ class Call:
         return tf.nest.pack_sequence_as(self.differentiated, list(flat))
 
 
+_OURS = "_tfgrad_verifies"
+"""The attribute by which transforms know each other."""
+
+
 class Compiled:
     """The function from a call of `f` to `body(call)`, compiled for each signature.
 
     Args:
         f: The user's function.
-        body: Takes a `Call`, returns a nest of tensors. It runs inside the trace.
+        body: Takes a `Call`, returns an answer and the ladder that it is verified by.
+            It runs inside the trace.
         jit: Compile with XLA.
-        check: `check(call, answer, compiled)`: called with the first answer of each
-            trace, in eager mode, and this object; it raises if the answer is wrong.
+        slopes: The derivatives of what is in the ladder, which the answer holds; None
+            leaves the answer unverified.
+        opens: Leave open a dimension that varies, after the second shape.
+        lower: From a call to the ladder, where the body returns none: an answer that
+            costs nothing to compute alone would cost more with it at every call.
     """
 
     def __init__(
         self,
         f: Callable[..., Any],
-        body: Callable[[Call], Any],
+        body: Callable[[Call], tuple[Any, Ladder]],
         *,
         jit: bool = False,
-        check: Callable[[Call, Any, Compiled], None] | None = None,
+        slopes: Slopes | None = None,
+        opens: bool = False,
+        lower: Callable[[Call], Ladder] | None = None,
     ) -> None:
         """Compile nothing yet."""
-        self._f, self._body, self._checks = f, body, check
+        self._lower = lower
+        self._jit = jit
+        self._f, self._body, self._slopes = f, body, slopes
         self.name = name_of(f)
         self.parameters = parameter_names(f)
-        self._traces = Traces(self._run, f, jit=jit, check=check and self._check)
+        check = self._check if slopes is not None else None
+        self._traces = Traces(self._run, f, jit=jit, check=check, opens=opens)
 
     def __call__(self, *nests: Any) -> Any:
         """Return the answer to the call that `Call.nests` are given of."""
         if tf.executing_eagerly():
-            return self._traces(*nests)
+            return self._traces(*nests)[0]
         # Inside another trace the ops go straight into it: no call, no second trace.
         f, before = converted(self._f), len(traced_operations())
+        if is_repairing():
+            f = repaired(f)
         try:
-            return self._run(f, *nests)
+            answer, _ = self._run(f, *nests)
         except RepairableGradientError:
             # The ops that failed stay behind, which does no harm unless they write to
             # variables. Then our own trace has to begin anew, and a user's is refused.
             if any(map(writes, every(traced_operations()[before:]))):
                 raise
-            return self._run(repaired(f), *nests)
+            with repairing():
+                answer, _ = self._run(repaired(f), *nests)
+        made = traced_operations()[before:]
+        if is_compiling() or not needs_marks(made) or any(map(writes, every(made))):
+            return answer
+        # A tape of the user's around it would see ops that have no marks yet.
+        with repairing():
+            return called(lambda: self._run(repaired(f), *nests)[0])
 
     def function(self, *nests: Any) -> Callable[..., Any]:
         """Return the function, of the tensors in `nests`, of an earlier answer."""
-        return self._traces.function(*nests)
+        run = self._traces.function(*nests)
+        return lambda *tensors: run(*tensors)[0]
 
     def graph(self, *nests: Any) -> Any:
         """Return the graph of an earlier answer; None if it was computed eagerly."""
@@ -177,32 +205,49 @@ class Compiled:
         graph = self.graph(*nests) if tf.executing_eagerly() else None
         return graph is not None and bool(folds_wrongly(graph.get_operations()))
 
-    def _run(self, f: Callable[..., Any], *nests: Any) -> Any:
-        answer = self._body(self._call(f, *nests))
+    def _run(self, f: Callable[..., Any], *nests: Any) -> tuple[Any, Ladder]:
+        answer, ladder = self._body(self._call(f, *nests))
         if not tf.executing_eagerly():
             outputs = list(filter(is_dynamic, tf.nest.flatten(answer)))
             require_right_kernels(outputs, self.name, own=is_compiling())
-        return answer
+        return answer, ladder
 
     def _call(self, f: Callable[..., Any], *nests: Any) -> Call:
         return Call(f, self.name, self.parameters(len(nests[0])), *nests)
 
-    def _check(self, answer: Any, *nests: Any) -> None:
-        assert self._checks is not None
-        call = self._call(self._f, *nests)
-        if call.sources:  # of an empty nest there is nothing to check
-            self._checks(call, answer, self)
+    def _check(self, found: tuple[Any, Ladder], *nests: Any) -> None:
+        assert self._slopes is not None
+        call, concrete = self._call(self._f, *nests), self._traces.concrete(*nests)
+        # What ran eagerly was verified as it was taken; a nest may be empty.
+        if concrete is None or not call.sources:
+            return
+        if getattr(self._f, _OURS, False):  # it verifies its answer if called by itself
+            call.output()
+        if certified(concrete):
+            lower = self._traced_lower(*nests)
+            Certificate(call, concrete, *found, self._slopes, lower).require_right()
+
+    def _traced_lower(self, *nests: Any) -> Any:
+        """Return the concrete function for the ladder; None if the answer has it."""
+        if self._lower is None:
+            return None
+        lower = self._lower
+        traces = Traces(lambda f, *n: lower(self._call(f, *n)), self._f, jit=self._jit)
+        return traces.compiled(*nests)
 
 
 def transform(
     f: Callable[..., Any],
-    body: Callable[[Call], Any],
+    body: Callable[[Call], tuple[Any, Ladder]],
     *,
     argnums: int | Sequence[int] = 0,
     wrt: Nest | None = None,
     jit: bool = False,
     direction: str = "",
-    check: Callable[[Call, Any, Compiled], None] | None = None,
+    slopes: Slopes | None = None,
+    opens: bool = False,
+    lower: Callable[[Call], Ladder] | None = None,
+    require: Callable[[Call], None] = lambda call: None,
 ) -> Callable[..., Any]:
     """Return the function that answers each call of `f` with `body`, compiled.
 
@@ -214,10 +259,14 @@ def transform(
         jit: Compile with XLA.
         direction: What to call the last positional argument, if that is no argument of
             `f` but the direction.
-        check: See `Compiled`.
+        slopes: See `Compiled`.
+        opens: See `Compiled`.
+        lower: See `Compiled`.
+        require: Called with each call before it is traced; it raises to refuse it.
     """
-    _check_transform(f, argnums, wrt)
-    compiled = Compiled(f, body, jit=jit, check=check)
+    argnums = _checked_argnums(f, argnums, wrt)
+    require_bool(jit=jit)
+    compiled = Compiled(f, body, jit=jit, slopes=slopes, opens=opens, lower=lower)
     name, parameters = compiled.name, compiled.parameters
 
     @functools.cache
@@ -232,9 +281,10 @@ def transform(
         chosen, names = chosen_of(len(args)), parameters(len(args))
         weak = weak_dtype(args, kwargs, variables)
         args, kwargs = arguments_in_tensors(args, kwargs, chosen, names, weak)
+        call = Call(f, name, names, args, kwargs, chosen, variables)
         if direction:
-            like = Call(f, name, (), args, kwargs, chosen, variables).differentiated
-            v = direction_in_tensors(v, like, direction)
+            v = direction_in_tensors(v, call.differentiated, direction)
+        require(call)
         return args, kwargs, chosen, variables, v
 
     # Calls with tensors only, the commonest in loops, find their way without all that.
@@ -259,6 +309,7 @@ def transform(
         functools.update_wrapper(transformed, f)
         if direction:  # its signature is not that of f
             vars(transformed).pop("__wrapped__")
+    setattr(transformed, _OURS, slopes is not None)
     return transformed
 
 
@@ -289,18 +340,35 @@ def require_function(f: Any) -> None:
         )
 
 
-def _check_transform(f: Any, argnums: Any, wrt: Any) -> None:
+def require_bool(**options: Any) -> None:
+    """Refuse options that are neither True nor False."""
+    for name, value in options.items():
+        if not isinstance(value, bool | np.bool_):
+            raise InvalidArgumentError(
+                f"`{name}` must be True or False.",
+                got=f"{name}={value!r}",
+                hint=f"{name}=True",
+            )
+
+
+def _checked_argnums(f: Any, argnums: Any, wrt: Any) -> Any:
+    """Return `argnums` as plain integers."""
     require_function(f)
-    if wrt is not None and argnums != 0:
+    numbers = argnums if isinstance(argnums, list | tuple) else (argnums,)
+    try:
+        if not numbers or any(isinstance(n, bool | np.bool_) for n in numbers):
+            raise TypeError
+        plain = tuple(map(operator.index, numbers))
+    except TypeError:
+        raise InvalidArgumentError(
+            "`argnums` must be a position, or a tuple of positions, of arguments.",
+            got=f"argnums={argnums!r}",
+            hint="argnums=0, or argnums=(0, 1)",
+        ) from None
+    if wrt is not None and plain != (0,):
         raise InvalidArgumentError(
             "Either `argnums` or `wrt` says what is differentiated.",
             got=f"argnums={argnums!r} together with wrt",
             hint="one transform for the arguments and one for the variables",
         )
-    numbers = argnums if isinstance(argnums, list | tuple) else [argnums]
-    if not numbers or any(type(number) is not int for number in numbers):
-        raise InvalidArgumentError(
-            "`argnums` must be a position, or a tuple of positions, of arguments.",
-            got=f"argnums={argnums!r}",
-            hint="argnums=0, or argnums=(0, 1)",
-        )
+    return plain if isinstance(argnums, list | tuple) else plain[0]

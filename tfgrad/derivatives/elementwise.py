@@ -8,13 +8,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfgrad.derivatives.calls import Call, Compiled, transform
-from tfgrad.derivatives.curvature import require_derivative
+from tfgrad.derivatives.calls import Call, require_bool, transform
+from tfgrad.derivatives.certificates import Certificate, Ladder, inner
 from tfgrad.derivatives.outputs import float_output
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.soundness import every
 from tfgrad.derivatives.tracing import not_converted
-from tfgrad.derivatives.verification import coarsest
+from tfgrad.derivatives.verification import Arrays, coarsest
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import describe, name_of
@@ -22,7 +22,12 @@ from tfgrad.nested import describe, name_of
 
 @not_converted
 def derivative(
-    f: Callable[..., Any], order: int = 1, *, jit: bool = False
+    f: Callable[..., Any],
+    order: int = 1,
+    *,
+    argnums: int = 0,
+    jit: bool = False,
+    verify: bool = True,
 ) -> Callable[..., Any]:
     """Return f'(x) for a function that works element by element.
 
@@ -34,7 +39,10 @@ def derivative(
             only.
         order: Which derivative: 1 for f', 2 for f''. Costs about twice as much per
             order.
+        argnums: The position of the argument to differentiate.
         jit: Compile with XLA.
+        verify: Compare the first answer for each shape and dtype with differences of
+            the derivative of one order less.
 
     Returns:
         A function with the arguments of `f` whose answer has the shape and dtype of the
@@ -60,7 +68,15 @@ def derivative(
             hint="order=1 for f', order=2 for f''",
         )
 
-    def body(call: Call) -> Any:
+    require_bool(verify=verify)
+    if isinstance(argnums, list | tuple):
+        raise InvalidArgumentError(
+            "`derivative` takes the position of one argument.",
+            got=f"argnums={argnums!r}",
+            hint="argnums=0, or one transform for each argument",
+        )
+
+    def body(call: Call) -> tuple[Any, Ladder]:
         if call.differentiated is not call.sources[0]:
             raise InvalidArgumentError(
                 "`derivative` works element by element on one array.",
@@ -70,17 +86,22 @@ def derivative(
         many = call.sources[0].shape.num_elements() != 1
         first = Recording(_same_shape, call, persistent=many)
         (slope,) = first.gradients()
-        answer = slope if order == 1 else _slope(order)(call)
-        return answer, _coupling(first, slope) if many else None
+        slopes = [first.output, slope, *(_slope(k)(call) for k in range(2, order + 1))]
+        ladder = [[lower] for lower in slopes[:-1]]
+        return (slopes[-1], _coupling(first, slope) if many else None), ladder
 
-    def check(call: Call, answer: Any, compiled: Compiled) -> None:
-        slope, _ = answer
-        lower = _slope(order - 1)
-        require_derivative(
-            call, lambda call: [lower(call)], lambda v: [slope * v[0]], compiled
-        )
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
+        answer, coupling = it.answer
+        if coupling is not None:
+            _uncoupled(answer, coupling, name_of(f))
+        higher = [*(lower for (lower,) in it.ladder[1:]), answer]
+        return [inner([h * v[0]], w) for h, w in zip(higher, weights, strict=True)]
 
-    transformed = transform(f, body, jit=jit, check=check if order > 1 else None)
+    transformed = transform(
+        f, body, argnums=argnums, jit=jit, slopes=slopes if verify else None
+    )
 
     @functools.wraps(transformed)
     @not_converted

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from tfgrad.derivatives.calls import Call, Compiled, transform
-from tfgrad.derivatives.curvature import gradient, require_derivative
-from tfgrad.derivatives.forward import push_forward, require_adjoint
-from tfgrad.derivatives.outputs import float_outputs, with_aux
+from tfgrad.derivatives.calls import Call, require_bool, transform
+from tfgrad.derivatives.certificates import Certificate, Ladder, inner, times
+from tfgrad.derivatives.forward import push_forward
+from tfgrad.derivatives.outputs import float_outputs, objective, with_aux
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import not_converted
 from tfgrad.derivatives.vectorized import is_straight, rows, static_size
-from tfgrad.derivatives.verification import random_like
+from tfgrad.derivatives.verification import Arrays
 from tfgrad.errors import InvalidArgumentError, NoGradientError
 from tfgrad.nested import Nest
 
@@ -31,6 +32,7 @@ def jacobian(
     chunk_size: int | None = None,
     has_aux: bool = False,
     jit: bool = False,
+    verify: bool = True,
 ) -> Callable[..., Any]:
     """Return the function that computes all partial derivatives of `f`.
 
@@ -50,6 +52,8 @@ def jacobian(
             memory. None chooses so that they need at most 256 MB.
         has_aux: `f` returns `(value, aux)`; the answer is then `(jacobian, aux)`.
         jit: Compile with XLA.
+        verify: Compare the first answer for each structure, shapes and dtypes with
+            differences along a random direction.
 
     Returns:
         A function with the arguments of `f`. Its answer has the structure of the
@@ -57,9 +61,11 @@ def jacobian(
         array has the shape `output.shape + input.shape` and the dtype of the input.
 
     Raises:
-        InvalidArgumentError: If an argument is no float array, or an option is unknown.
+        InvalidArgumentError: If an argument is no float array, an option is unknown, or
+            the answer does not fit into memory.
         ScalarObjectiveError: If `f` returns anything but float tensors.
         NoGradientError: If a path from the argument to an output exists, but is cut.
+        WrongDerivativeError: If TensorFlow's derivative is wrong, see `grad`.
 
     Example:
         >>> jacobian(lambda x: x**2)([1.0, 2.0]).numpy().tolist()
@@ -78,22 +84,22 @@ def jacobian(
             hint="mode='auto', which takes the cheaper one",
         )
     _check_chunk_size(chunk_size)
+    require_bool(has_aux=has_aux, verify=verify)
 
-    def body(call: Call) -> Any:
+    def body(call: Call) -> tuple[Any, Ladder]:
         function = with_aux(float_outputs, has_aux)
         recording = Recording(function, call, has_aux=has_aux, persistent=True)
+        _require_room(recording.outputs, recording.sources, "vjp or jvp")
         blocks = jacobian_blocks(recording, mode, chunk_size, jit=jit)
         packed = [call.pack(row) for row in blocks]
         answer = tf.nest.pack_sequence_as(recording.output, packed)
-        return (answer, recording.aux) if has_aux else answer
+        return ((answer, recording.aux) if has_aux else answer), [recording.outputs]
 
-    def check(call: Call, answer: Any, compiled: Compiled) -> None:
-        blocks = tf.nest.flatten(answer[0] if has_aux else answer)
-        inputs = sum(source.shape.num_elements() for source in call.sources)
-        outputs = sum(block.shape.num_elements() for block in blocks) // max(inputs, 1)
-        if mode == "forward" or _is_tall(outputs, inputs, jit=jit):
-            v = random_like(call.sources)
-            require_adjoint(call, v, _times(blocks, v), has_aux=has_aux)
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
+        blocks = tf.nest.flatten(it.answer[0] if has_aux else it.answer)
+        return [inner(times(blocks, v), weights[0])]
 
     return transform(
         f,
@@ -101,7 +107,7 @@ def jacobian(
         argnums=argnums,
         wrt=wrt,
         jit=jit,
-        check=None if mode == "reverse" else check,
+        slopes=slopes if verify else None,
     )
 
 
@@ -112,6 +118,7 @@ def hessian(
     *,
     wrt: Nest | None = None,
     chunk_size: int | None = None,
+    has_aux: bool = False,
     verify: bool = True,
     jit: bool = False,
 ) -> Callable[..., Any]:
@@ -125,8 +132,10 @@ def hessian(
         argnums: The position, or positions, of the arguments to differentiate.
         wrt: Variables that `f` reads, to differentiate instead of arguments.
         chunk_size: How many rows are computed together; None chooses, see `jacobian`.
+        has_aux: `f` returns `(value, aux)`; the answer is then `(hessian, aux)`.
         verify: Compare the first answer for each structure, shapes and dtypes with
-            differences of the gradient, along a random direction.
+            differences of the gradient, and that with differences of the value, along a
+            random direction.
         jit: Compile with XLA.
 
     Returns:
@@ -135,7 +144,8 @@ def hessian(
         blocks, as `hessian["a"]["b"]`. Unit: the value's per unit of x squared.
 
     Raises:
-        InvalidArgumentError: If an argument is no float array, or an option is unknown.
+        InvalidArgumentError: If an argument is no float array, an option is unknown, or
+            the answer does not fit into memory.
         ScalarObjectiveError: If `f` returns anything but one float number.
         NoGradientError: If a path from the argument to the gradient exists, but is cut.
         WrongDerivativeError: If TensorFlow's second derivative is wrong, as that of
@@ -149,19 +159,40 @@ def hessian(
         Griewank and Walther (2008), Evaluating Derivatives, chapter 3.
     """
     _check_chunk_size(chunk_size)
+    require_bool(has_aux=has_aux, verify=verify)
 
-    def body(call: Call) -> Any:
-        recording = Recording(gradient, call, persistent=True)
+    def require(call: Call) -> None:
+        _require_room(call.sources, call.sources, "hvp")
+
+    def body(call: Call) -> tuple[Any, Ladder]:
+        gradient = _gradient(has_aux)
+        recording = Recording(gradient, call, has_aux=True, persistent=True)
         recording.require_sound(separately=False)
         blocks = _by_rows(recording, chunk_size)
-        return call.pack([call.pack(row) for row in blocks])
+        answer = call.pack([call.pack(row) for row in blocks])
+        _, aux = recording.aux
+        return ((answer, aux) if has_aux else answer), []
 
-    def check(call: Call, answer: Any, compiled: Compiled) -> None:
-        blocks = tf.nest.flatten(answer)
-        require_derivative(call, gradient, lambda v: _times(blocks, v), compiled)
+    def lower(call: Call) -> Ladder:
+        gradient, (value, _) = _gradient(has_aux)(call)
+        return [value, gradient]
+
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
+        blocks = tf.nest.flatten(it.answer[0] if has_aux else it.answer)
+        first = float(weights[0][0]) * inner(it.ladder[1], v)
+        return [first, inner(times(blocks, v), weights[1])]
 
     return transform(
-        f, body, argnums=argnums, wrt=wrt, jit=jit, check=check if verify else None
+        f,
+        body,
+        argnums=argnums,
+        wrt=wrt,
+        jit=jit,
+        slopes=slopes if verify else None,
+        lower=lower,
+        require=require,
     )
 
 
@@ -171,7 +202,9 @@ def hvp(
     argnums: int | Sequence[int] = 0,
     *,
     wrt: Nest | None = None,
+    has_aux: bool = False,
     jit: bool = False,
+    verify: bool = True,
 ) -> Callable[..., Any]:
     """Return the function that computes the Hessian of `f` times a direction.
 
@@ -183,7 +216,9 @@ def hvp(
         f: Takes nests of tensors, returns one float number (shape `[]`).
         argnums: The position, or positions, of the arguments to differentiate.
         wrt: Variables that `f` reads, to differentiate instead of arguments.
+        has_aux: `f` returns `(value, aux)`; the answer is then `(product, aux)`.
         jit: Compile with XLA.
+        verify: As for `hessian`.
 
     Returns:
         A function `product(*args, v)` with the arguments of `f` and then the direction
@@ -204,23 +239,43 @@ def hvp(
         Pearlmutter (1994), Fast exact multiplication by the Hessian; here in reverse
         mode twice, which no op of TensorFlow refuses.
     """
+    require_bool(has_aux=has_aux, verify=verify)
 
-    def body(call: Call) -> Any:
-        recording = Recording(gradient, call)
-        return call.pack(recording.gradients(tf.nest.flatten(call.direction)))
+    def body(call: Call) -> tuple[Any, Ladder]:
+        recording = Recording(_gradient(has_aux), call, has_aux=True)
+        found = recording.gradients(tf.nest.flatten(call.direction))
+        answer, (value, aux) = call.pack(found), recording.aux
+        ladder = [value, recording.outputs]
+        return ((answer, aux) if has_aux else answer), ladder
 
-    def check(call: Call, answer: Any, compiled: Compiled) -> None:
-        def product(direction: list[tf.Tensor]) -> list[tf.Tensor]:
-            flat: list[tf.Tensor] = tf.nest.flatten(
-                compiled(*call.along(direction).nests)
-            )
-            return flat
-
-        require_derivative(call, gradient, product, compiled)
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
+        found = it.along(v)
+        products = tf.nest.flatten(found[0] if has_aux else found)
+        first = float(weights[0][0]) * inner(it.ladder[1], v)
+        return [first, inner(products, weights[1])]
 
     return transform(
-        f, body, argnums=argnums, wrt=wrt, jit=jit, direction="v", check=check
+        f,
+        body,
+        argnums=argnums,
+        wrt=wrt,
+        jit=jit,
+        direction="v",
+        slopes=slopes if verify else None,
+        opens=True,
     )
+
+
+def _gradient(has_aux: bool) -> Callable[[Call], Any]:
+    """Return the function from a call to its gradient, flat, and what comes with it."""
+
+    def gradient(call: Call) -> Any:
+        recording = Recording(objective(has_aux), call, has_aux=has_aux)
+        return recording.gradients(), (recording.outputs, recording.aux)
+
+    return gradient
 
 
 def jacobian_blocks(
@@ -296,24 +351,28 @@ def _is_tall(outputs: int | None, inputs: int | None, *, jit: bool) -> bool:
     return outputs >= inputs > 1 if jit else outputs > 2 * inputs
 
 
-def _times(
-    blocks: Sequence[tf.Tensor], direction: Sequence[tf.Tensor]
-) -> list[tf.Tensor]:
-    """Return a Jacobian, given as a flat list of its blocks, times a direction."""
-    count = len(direction)
-    return [
-        tf.add_n(
-            [
-                tf.tensordot(_double(block), _double(v), v.shape.rank)
-                for block, v in zip(blocks[i : i + count], direction, strict=True)
-            ]
+def _require_room(outputs: Sequence[Any], sources: Sequence[Any], instead: str) -> None:
+    """Refuse a matrix that does not fit into the memory of this computer."""
+    height, width = static_size(outputs), static_size(sources)
+    if height is None or width is None or not sources:
+        return
+    itemsize = max(source.dtype.size for source in sources)
+    needed, there = height * width * itemsize, _memory()
+    if needed > there:
+        raise InvalidArgumentError(
+            "The matrix of all partial derivatives must fit into memory.",
+            got=f"{height:,} by {width:,}: {needed / 2**30:,.0f} GiB of "
+            f"{there / 2**30:,.0f}",
+            hint=f"tfgrad.{instead}, which have it times a direction",
         )
-        for i in range(0, len(blocks), count)
-    ]
 
 
-def _double(x: tf.Tensor) -> tf.Tensor:
-    return tf.cast(x, tf.float64)
+def _memory() -> int:
+    """Return the bytes of memory of this computer; 64 GiB if it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 64 * 2**30
 
 
 def _check_chunk_size(chunk_size: Any) -> None:

@@ -5,26 +5,29 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call
-from tfgrad.derivatives.repairs import ADJOINT
-from tfgrad.derivatives.soundness import (
-    every,
-    may_drop,
-    needs_repair,
-    require_whole,
+from tfgrad.derivatives.certificates import wrong_gradient
+from tfgrad.derivatives.refusals import refusal_by_gradient
+from tfgrad.derivatives.repairs import require_right, unrepaired
+from tfgrad.derivatives.soundness import every, may_drop, require_whole
+from tfgrad.derivatives.tracing import (
+    is_compiling,
+    leaves_tensorflow,
+    traced_operations,
 )
-from tfgrad.derivatives.tracing import leaves_tensorflow, traced_operations
-from tfgrad.derivatives.verification import random_like, wrong_gradient
+from tfgrad.derivatives.verification import random_like
 from tfgrad.diagnosis.causes import cause_of_cut
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.diagnosis.path import Cut, may_hide_a_cut, missing_gradients
 from tfgrad.diagnosis.report import no_gradient_error
-from tfgrad.errors import NoGradientError, TfgradError
+from tfgrad.errors import NoGradientError, TfgradError, WrongDerivativeError
+from tfgrad.nested import describe
 
 
 class Recording:
@@ -60,9 +63,14 @@ class Recording:
             persistent=persistent, watch_accessed_variables=finds
         )
         self._before = len(traced_operations())
-        with self._tape:
+        around, inside = _evaluation.get(), _Evaluation()
+        self._is_inner = around is not None
+        if around is not None:
+            around.has_inner = True
+        with self._tape, _set(inside):
             self._tape.watch(call.sources)
             returned = function(call)
+        self._has_inner = inside.has_inner
         if finds:
             call = replace(call, variables=self._tape.watched_variables())
         self._function = function
@@ -73,6 +81,15 @@ class Recording:
         self.aux: Any
         self.output, self.aux = returned if has_aux else (returned, None)
         self.outputs: list[tf.Tensor] = tf.nest.flatten(self.output)
+        self.require_right(twice=self._is_inner)
+
+    def require_right(self, *, twice: bool) -> None:
+        """Refuse ops that TensorFlow differentiates wrongly, so that they are repaired.
+
+        Args:
+            twice: What is pulled back is differentiated again.
+        """
+        require_right(self.operations, self.name, twice=twice)
 
     @property
     def name(self) -> str:
@@ -167,8 +184,6 @@ class Recording:
         """Return the error for an op without gradient that other paths lead around."""
         kinds = {*re.findall(r"\w+", str(error))}
         for op in every(self.operations):
-            if op.type in ADJOINT and op.type in kinds:
-                return needs_repair(op, self.name)
             if op.type in kinds:
                 cut = Cut(op.type, line_of(op), *cause_of_cut(op))
                 return no_gradient_error(self.name, self._call.names[0], cut)
@@ -194,8 +209,11 @@ class Recording:
             if any(output is other for other in outputs)
         ]
 
+        # To look for cuts, once differentiated, no gradient has to be right.
+        f = self._call.f if self._has_inner else unrepaired(self._call.f)
+
         def function(*inputs: tf.Tensor) -> tf.Tensor:
-            call = self._call.at(inputs) if inputs else self._call
+            call = replace(self._call.at(inputs) if inputs else self._call, f=f)
             returned = self._evaluate(call)
             if len(chosen) == 1:
                 return returned[chosen[0]]
@@ -232,6 +250,29 @@ class Recording:
         return [dense(g, s) for g, s in zip(found, self.sources, strict=True)]
 
 
+class _Evaluation:
+    """What is known of the evaluation that a tape of ours records."""
+
+    has_inner = False  # whether a tape of ours was opened within it
+
+
+_evaluation: ContextVar[_Evaluation | None] = ContextVar("evaluation", default=None)
+
+
+def is_recording() -> bool:
+    """Return whether a transform differentiates what runs now."""
+    return _evaluation.get() is not None
+
+
+@contextlib.contextmanager
+def _set(evaluation: _Evaluation) -> Iterator[None]:
+    token = _evaluation.set(evaluation)
+    try:
+        yield
+    finally:
+        _evaluation.reset(token)
+
+
 @contextlib.contextmanager
 def refusals_explained(name: str) -> Iterator[None]:
     """Say what TensorFlow means where it refuses to differentiate twice."""
@@ -239,7 +280,7 @@ def refusals_explained(name: str) -> Iterator[None]:
         yield
     except tf.errors.UnknownError as error:
         if "pyfunc" not in str(error):
-            raise
+            _raise_in_words(error, name)
         raise NoGradientError(
             f"The tf.py_function in `{name}` can be differentiated once, in one pass.",
             got="a second pass, for another row, direction or order",
@@ -247,12 +288,23 @@ def refusals_explained(name: str) -> Iterator[None]:
         ) from None
     except NotImplementedError as error:
         if "recompute_grad" not in str(error):
-            raise
+            _raise_in_words(error, name)
         raise NoGradientError(
             f"The tf.recompute_grad in `{name}` has first derivatives only.",
             got="a gradient, or a direction, of its gradient",
             hint="the function itself, without tf.recompute_grad around it",
         ) from None
+    except (TfgradError, LookupError):
+        raise
+    except Exception as error:  # a gradient may raise anything
+        _raise_in_words(error, name)
+
+
+def _raise_in_words(error: Exception, name: str) -> NoReturn:
+    """Raise what a gradient of TensorFlow's raised, in words if that is the end."""
+    ends = tf.executing_eagerly() or not is_compiling()
+    refused = refusal_by_gradient(error, name) if ends else None
+    raise refused or error from None
 
 
 def _as_list(cotangents: Any) -> list[tf.Tensor] | None:
@@ -262,12 +314,23 @@ def _as_list(cotangents: Any) -> list[tf.Tensor] | None:
 
 
 def dense(gradient: Any, source: Any) -> tf.Tensor:
-    """Return a tensor of the shape of `source`; zeros for None."""
+    """Return a tensor of the shape and dtype of `source`; zeros for None.
+
+    Raises:
+        WrongDerivativeError: If the gradient has another shape or dtype.
+    """
     if gradient is None:
         return tf.zeros_like(source)
     if isinstance(gradient, tf.IndexedSlices):
         # Rows that stand there twice are added up, as the chain rule wants.
         return tf.math.unsorted_segment_sum(
             gradient.values, gradient.indices, tf.shape(source)[0]
+        )
+    fits = gradient.shape.is_compatible_with(source.shape)
+    if not fits or gradient.dtype != source.dtype:
+        raise WrongDerivativeError(
+            "A gradient must have the shape and the dtype of what it is taken by.",
+            got=f"{describe(gradient)} for {describe(source)}",
+            hint="tf.reduce_sum, tf.broadcast_to or tf.cast in your tf.custom_gradient",
         )
     return gradient

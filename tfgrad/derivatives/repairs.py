@@ -1,166 +1,188 @@
-"""Gradients that TensorFlow gets wrong or lacks, put right where they are needed.
+"""Gradients that TensorFlow gets wrong or lacks, put right wherever they are needed.
 
-The gradient of an op can be exchanged in one graph, by
-`tf.Graph.gradient_override_map`. A tape that records op by op does not look there, the
-gradient of a whole compiled function does. So the user's function is made into one, in
-which these gradients hold; nothing changes for any other function.
+The gradient of an op can be exchanged by a mark on the op, the one that
+`tf.Graph.gradient_override_map` makes. A tape that records op by op does not look at
+it, the gradient of a whole compiled function does. So all that is traced here is
+marked, for whoever differentiates it again; and where the marks are needed at once, the
+user's function is made into such a function. Nothing changes for any other function.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import tensorflow as tf
 
-from tfgrad.diagnosis.graphs import inlined
-
-Gradient = Callable[..., Any]
+from tfgrad.derivatives.formulas import TABLE, Gradient
+from tfgrad.diagnosis.graphs import bodies, inlined
+from tfgrad.diagnosis.lines import line_of, made_by_gradient
+from tfgrad.errors import WrongDerivativeError
 
 _PREFIX = "Tfgrad"
-_REPAIRED: dict[str, str] = {}
-"""From an op to the name that its gradient in this module is registered by."""
+_MARK = "_gradient_op_type"
+_CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+_UNREPAIRED = "_tfgrad_unrepaired"
 
-POOLING = {"MaxPoolGradGrad", "MaxPool3DGradGrad"}
-"""Ops whose kernel may write its answer over an input that it has yet to read."""
 
-ADJOINT = {"ResizeBilinearGrad", "ResizeBicubicGrad", "ResizeNearestNeighborGrad"}
-"""Linear ops without a gradient: it is the op that they are the gradient of."""
+class RepairableGradientError(WrongDerivativeError):
+    """A gradient of TensorFlow's is wrong, and tfgrad has a right one."""
 
-CROSS_ENTROPY = "SoftmaxCrossEntropyWithLogits"
+
+_is_repairing: ContextVar[bool] = ContextVar("is_repairing", default=False)
+
+
+@contextlib.contextmanager
+def repairing() -> Iterator[None]:
+    """Trace in the block what is made of `repaired` functions."""
+    token = _is_repairing.set(True)
+    try:
+        yield
+    finally:
+        _is_repairing.reset(token)
+
+
+def is_repairing() -> bool:
+    """Return whether what is traced is made of `repaired` functions."""
+    return _is_repairing.get()
 
 
 def repaired(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `f` with the gradients of this module; it has to be called in a trace."""
+    """Return `f` with right gradients only; it has to be called in a trace."""
 
     def whole(*args: Any, **kwargs: Any) -> Any:
         def inside() -> Any:
-            # A nested tf.function has a graph of its own, where nothing is overridden.
-            with inlined(), _overrides():
+            # A function nested in it would have a gradient of its own, made before.
+            with inlined():
                 return f(*args, **kwargs)
 
-        # A concrete function is called even where other functions run eagerly.
-        return tf.function(inside, autograph=False).get_concrete_function()()
+        return called(inside)
 
+    vars(whole)[_UNREPAIRED] = f
     return whole
 
 
-def is_repaired(op: tf.Operation) -> bool:
-    """Return whether the gradient of `op` is one of this module's."""
+def unrepaired(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function that `f` is made of, if `repaired` made it."""
+    found: Callable[..., Any] = getattr(f, _UNREPAIRED, f)
+    return found
+
+
+def called(f: Callable[[], Any]) -> Any:
+    """Return `f()`, called as a function of its own in the graph that is traced."""
+    traced = tf.function(f, autograph=False).get_concrete_function()
+    mark(traced.graph.get_operations(), calls=True)
+    return traced()
+
+
+def needs_marks(operations: Iterable[tf.Operation]) -> bool:
+    """Return whether whoever differentiates `operations` again gets it wrong."""
+    return any(_wrong(op, twice=True) is not None for op in operations)
+
+
+def mark(operations: Iterable[tf.Operation], *, calls: bool = False) -> None:
+    """Let the gradients of all ops in the table be right, in loops and branches, too.
+
+    Args:
+        operations: The ops.
+        calls: Also those in functions that are called: they are none of the user's.
+    """
+    for op in operations:
+        if is_repairable(op) and not is_marked(op):
+            value = tf.compat.v1.AttrValue(s=f"{_PREFIX}{op.type}".encode())
+            # There is no public way to mark an op that is in a branch or a loop.
+            op._set_attr(_MARK, value)
+        if calls or op.type not in _CALLS:
+            for body in bodies(op):
+                mark(body.get_operations(), calls=calls)
+
+
+def calls_repairable(operations: Iterable[tf.Operation]) -> bool:
+    """Return whether a function is called that has ops in the table, without marks."""
+    return any(
+        _wrong(op, twice=True) is not None
+        if op.type in _CALLS
+        else any(calls_repairable(body.get_operations()) for body in bodies(op))
+        for op in operations
+    )
+
+
+def is_repairable(op: tf.Operation) -> bool:
+    """Return whether TensorFlow's gradient of `op` is wrong, of any order."""
+    repair = TABLE.get(op.type)
+    return repair is not None and repair.applies(op)
+
+
+def is_marked(op: tf.Operation) -> bool:
+    """Return whether the gradient of `op` is one of ours."""
     try:
-        return str(op.get_attr("_gradient_op_type"), "utf-8").startswith(_PREFIX)
+        return bool(op.get_attr(_MARK).startswith(_PREFIX.encode()))
     except ValueError:
         return False
 
 
-def is_in_moments(op: tf.Operation) -> bool:
-    """Return whether `op` is the stop of the gradient in tf.nn.moments.
+def require_right(
+    operations: Iterable[tf.Operation], name: str, *, twice: bool
+) -> None:
+    """Refuse ops that a tape is about to differentiate wrongly.
 
-    The variance there is the mean of (x - stop_gradient(mean))**2. Its slope along the
-    mean is zero, so the first derivative is right. But the slope of that slope is not
-    zero.
+    What is in functions that were made here is marked instead: their gradients are yet
+    to be made.
+
+    Args:
+        operations: What the tape has seen.
+        name: What the user calls the function.
+        twice: They will be differentiated again.
+
+    Raises:
+        RepairableGradientError: If one of them is in the table, and has no mark.
     """
-    if op.type != "StopGradient":
-        return False
-    frames = [frame for frame in op.traceback if frame.filename.endswith("nn_impl.py")]
-    return any(frame.name.startswith("moments") for frame in frames)
+    for op in operations:
+        if _is_repairing.get():
+            for body in bodies(op):
+                mark(body.get_operations(), calls=True)
+        found = _wrong(op, twice=twice)
+        if found is not None:
+            raise RepairableGradientError(
+                f"TensorFlow's derivative of `{name}` is wrong.",
+                got=f"{found.type} at {line_of(found)}: {TABLE[found.type].reason}",
+                hint="the transform outside of your own tf.function",
+            )
 
 
-def _overrides() -> AbstractContextManager[None]:
-    return tf.compat.v1.get_default_graph().gradient_override_map(_REPAIRED)
+def _wrong(op: tf.Operation, *, twice: bool) -> tf.Operation | None:
+    """Return the op, it or one inside of it, whose gradient would be wrong."""
+    if is_repairable(op) and not is_marked(op):
+        again = twice or any(made_by_gradient(other) for other in _users(op))
+        return op if TABLE[op.type].first or again else None
+    inside = (inner for body in bodies(op) for inner in body.get_operations())
+    return next(filter(None, (_wrong(inner, twice=twice) for inner in inside)), None)
 
 
-def _repairs(*kinds: str) -> Callable[[Gradient], Gradient]:
-    """Register a gradient for some ops, to be used within `_overrides`."""
-
-    def register(gradient: Gradient) -> Gradient:
-        for kind in kinds:
-            _REPAIRED[kind] = _PREFIX + kind
-            with contextlib.suppress(KeyError):  # registered by an earlier import
-                tf.RegisterGradient(_PREFIX + kind)(gradient)
-        return gradient
-
-    return register
+def _users(op: tf.Operation) -> list[tf.Operation]:
+    return [user for tensor in op.outputs for user in tensor.consumers()]
 
 
-def _attributes(op: tf.Operation, *names: str) -> dict[str, Any]:
-    values = {name: op.get_attr(name) for name in names}
-    return {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+def _registered() -> None:
+    """Register the gradients of the table by the names that the marks say."""
+    for kind, repair in TABLE.items():
+        with contextlib.suppress(KeyError):  # registered by an earlier import
+            tf.RegisterGradient(_PREFIX + kind)(_marking(repair.gradient))
 
 
-@_repairs("StopGradient")
-def _stop_gradient(op: tf.Operation, grad: tf.Tensor) -> tf.Tensor | None:
-    return grad if is_in_moments(op) else None
+def _marking(gradient: Gradient) -> Gradient:
+    """Return `gradient`, the ops of which are marked, too."""
+
+    def marked(op: tf.Operation, *grads: Any) -> Any:
+        graph = tf.compat.v1.get_default_graph()
+        first = len(graph.get_operations())
+        answer = gradient(op, *grads)
+        mark(graph.get_operations()[first:], calls=True)
+        return answer
+
+    return marked
 
 
-@_repairs("ResizeBilinear", "ResizeBicubic", "ResizeNearestNeighbor")
-def _resize(op: tf.Operation, grad: tf.Tensor) -> Any:
-    image = op.inputs[0]
-    options = _attributes(op, "align_corners", "half_pixel_centers")
-    if op.type == "ResizeNearestNeighbor":
-        options["size"] = tf.shape(image)[1:3]
-    else:
-        options["original_image"] = image
-    with _overrides():
-        return getattr(tf.raw_ops, f"{op.type}Grad")(grads=grad, **options), None
-
-
-@_repairs(*ADJOINT)
-def _resize_grad(op: tf.Operation, grad: tf.Tensor) -> Any:
-    options = _attributes(op, "align_corners", "half_pixel_centers")
-    forward = getattr(tf.raw_ops, op.type.removesuffix("Grad"))
-    with _overrides():
-        return forward(images=grad, size=tf.shape(op.inputs[0])[1:3], **options), None
-
-
-@_repairs("MaxPool", "MaxPool3D")
-def _max_pool(op: tf.Operation, grad: tf.Tensor) -> Any:
-    options = _pooling_options(op)
-    if op.type == "MaxPool":
-        options |= _attributes(op, "explicit_paddings")
-    pooled = {"orig_input": op.inputs[0], "orig_output": op.outputs[0], "grad": grad}
-    with _overrides():
-        return getattr(tf.raw_ops, f"{op.type}Grad")(**pooled, **options)
-
-
-@_repairs("MaxPoolGrad", "MaxPool3DGrad")
-def _max_pool_grad(op: tf.Operation, grad: tf.Tensor) -> Any:
-    image, output = op.inputs[0], op.inputs[1]
-    pooled = {"orig_input": image, "orig_output": output, "grad": grad}
-    kernel = getattr(tf.raw_ops, f"{op.type}Grad")
-    with _overrides():
-        answer = kernel(**pooled, **_pooling_options(op))
-    # With stride 1 the kernel takes the buffer of `grad` for its answer while it reads
-    # it, unless someone else still needs that buffer. In eager mode someone always
-    # does.
-    answer = tf.where(tf.math.is_nan(grad), grad, answer)
-    return tf.zeros_like(image), tf.zeros_like(output), answer
-
-
-@_repairs(*POOLING)
-def _max_pool_grad_grad(op: tf.Operation, grad: tf.Tensor) -> Any:
-    image, output = op.inputs[0], op.inputs[1]
-    pooled = {"orig_input": image, "orig_output": output, "grad": grad}
-    kernel = getattr(tf.raw_ops, op.type.removesuffix("Grad"))
-    with _overrides():
-        answer = kernel(**pooled, **_pooling_options(op))
-    return tf.zeros_like(image), tf.zeros_like(output), answer
-
-
-def _pooling_options(op: tf.Operation) -> dict[str, Any]:
-    return _attributes(op, "ksize", "strides", "padding", "data_format")
-
-
-@_repairs(CROSS_ENTROPY)
-def _cross_entropy(op: tf.Operation, grad: tf.Tensor, slope_grad: tf.Tensor) -> Any:
-    # The op's second output is the slope, softmax(logits) - labels. TensorFlow's
-    # gradient of it forgets the labels.
-    logits, labels = op.inputs
-    probabilities, weights = tf.nn.softmax(logits), grad[:, tf.newaxis]
-    mean = tf.reduce_sum(slope_grad * probabilities, axis=-1, keepdims=True)
-    return (
-        weights * (probabilities - labels) + probabilities * (slope_grad - mean),
-        -weights * tf.nn.log_softmax(logits) - slope_grad,
-    )
+_registered()

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tfgrad.derivatives.arguments import arguments_in_tensors, direction_in_tensors
-from tfgrad.derivatives.calls import Call, Compiled, require_function, transform
+from tfgrad.derivatives.calls import (
+    Call,
+    Compiled,
+    require_bool,
+    require_function,
+    transform,
+)
+from tfgrad.derivatives.certificates import Certificate, Ladder, inner
+from tfgrad.derivatives.keeping import kept
 from tfgrad.derivatives.outputs import float_outputs, objective, with_aux
 from tfgrad.derivatives.recording import Recording, dense, refusals_explained
 from tfgrad.derivatives.soundness import require_right_kernels
 from tfgrad.derivatives.tracing import as_written, is_compiling, not_converted
+from tfgrad.derivatives.verification import Arrays
 from tfgrad.nested import Nest, weak_dtype
-
-MOST_FUNCTIONS = 16
-"""User functions that `vjp` keeps compiled; the least recently used goes first."""
 
 
 @not_converted
@@ -29,6 +34,7 @@ def grad(
     wrt: Nest | None = None,
     has_aux: bool = False,
     jit: bool = False,
+    verify: bool = True,
 ) -> Callable[..., Any]:
     """Return the function that computes the gradient of `f`.
 
@@ -44,7 +50,11 @@ def grad(
             `tf.Variable`, a `keras.Variable`, a nest of them, a `tf.Module` or a
             `keras.Model`.
         has_aux: `f` returns `(value, aux)`; the answer is then `(gradient, aux)`.
-        jit: Compile with XLA.
+        jit: Compile with XLA. For the same seed, `tf.random.stateless_*` draw other
+            numbers there.
+        verify: Compare the first answer for each structure, shapes and dtypes with
+            differences along a random direction. Inside a user's own tf.function, where
+            there are no numbers yet, nothing is compared.
 
     Returns:
         A function with the arguments of `f`. Its answer has the structure, shapes and
@@ -57,6 +67,8 @@ def grad(
             floats.
         ScalarObjectiveError: If `f` returns anything but one float number.
         NoGradientError: If a path from the argument to the value exists, but is cut.
+        WrongDerivativeError: If TensorFlow's derivative is wrong, and tfgrad has no
+            right one. No such answer is returned.
 
     Example:
         >>> float(grad(lambda x: x**2 + x - 1)(3.0))
@@ -68,13 +80,29 @@ def grad(
     References:
         Griewank and Walther (2008), Evaluating Derivatives, section 3.2.
     """
+    require_bool(has_aux=has_aux, verify=verify)
 
-    def body(call: Call) -> Any:
+    def body(call: Call) -> tuple[Any, Ladder]:
         recording = Recording(objective(has_aux), call, has_aux=has_aux)
         answer = call.pack(recording.gradients())
-        return (answer, recording.aux) if has_aux else answer
+        ladder = [recording.outputs]
+        return ((answer, recording.aux) if has_aux else answer), ladder
 
-    return transform(f, body, argnums=argnums, wrt=wrt, jit=jit)
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
+        gradient = it.answer[0] if has_aux else it.answer
+        return [float(weights[0][0]) * inner(tf.nest.flatten(gradient), v)]
+
+    return transform(
+        f,
+        body,
+        argnums=argnums,
+        wrt=wrt,
+        jit=jit,
+        slopes=slopes if verify else None,
+        opens=True,
+    )
 
 
 @not_converted
@@ -85,6 +113,7 @@ def value_and_grad(
     wrt: Nest | None = None,
     has_aux: bool = False,
     jit: bool = False,
+    verify: bool = True,
 ) -> Callable[..., Any]:
     """Return the function that computes `f` and its gradient in one pass.
 
@@ -97,6 +126,7 @@ def value_and_grad(
         has_aux: `f` returns `(value, aux)`; the answer is then `((value, aux),
             gradient)`.
         jit: Compile with XLA.
+        verify: As for `grad`.
 
     Returns:
         A function with the arguments of `f` that returns `(value, gradient)`, the
@@ -107,6 +137,8 @@ def value_and_grad(
             floats.
         ScalarObjectiveError: If `f` returns anything but one float number.
         NoGradientError: If a path from the argument to the value exists, but is cut.
+        WrongDerivativeError: If TensorFlow's derivative is wrong, and tfgrad has no
+            right one. No such answer is returned.
 
     Example:
         >>> value, gradient = value_and_grad(lambda x: x**2)(3.0)
@@ -116,26 +148,50 @@ def value_and_grad(
     References:
         Griewank and Walther (2008), Evaluating Derivatives, section 3.2.
     """
+    require_bool(has_aux=has_aux, verify=verify)
 
-    def body(call: Call) -> Any:
+    def body(call: Call) -> tuple[Any, Ladder]:
         recording = Recording(objective(has_aux), call, has_aux=has_aux)
         value = (recording.output, recording.aux) if has_aux else recording.output
-        return value, call.pack(recording.gradients())
+        return (value, call.pack(recording.gradients())), [recording.outputs]
 
-    return transform(f, body, argnums=argnums, wrt=wrt, jit=jit)
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
+        return [float(weights[0][0]) * inner(tf.nest.flatten(it.answer[1]), v)]
+
+    return transform(
+        f,
+        body,
+        argnums=argnums,
+        wrt=wrt,
+        jit=jit,
+        slopes=slopes if verify else None,
+        opens=True,
+    )
 
 
 @not_converted
-def vjp(f: Callable[..., Any], *primals: Nest) -> tuple[Nest, Callable[[Nest], Any]]:
+def vjp(
+    f: Callable[..., Any],
+    *primals: Nest,
+    has_aux: bool = False,
+    jit: bool = False,
+    verify: bool = True,
+) -> Any:
     """Return `f(*primals)` and its pull-back: from a cotangent to the gradients.
 
     Use it to weigh several outputs, or to pull back more than once: what `f` computes
-    on the way is kept until the pull-back is dropped. `f` is compiled at its first
-    call, and again for each new function object: so define it once, outside of loops.
+    on the way is kept until the pull-back is dropped. `f` is compiled once if it is a
+    `tf.function`, or a function that reads nothing that may change; else at each call.
 
     Args:
         f: Takes nests of float tensors, returns a nest of float tensors.
         *primals: The arguments.
+        has_aux: `f` returns `(y, aux)`; the answer is then `(y, pullback, aux)`.
+        jit: Compile with XLA.
+        verify: Compare the first answer for each structure, shapes and dtypes with
+            differences along a random direction.
 
     Returns:
         `(y, pullback)`. `pullback(u)` takes weights `u` with the structure and the
@@ -147,13 +203,16 @@ def vjp(f: Callable[..., Any], *primals: Nest) -> tuple[Nest, Callable[[Nest], A
             does not match.
         ScalarObjectiveError: If `f` returns anything but float tensors.
         NoGradientError: If a path from an argument to the output exists, but is cut.
+        WrongDerivativeError: If TensorFlow's derivative is wrong, see `grad`.
 
     Example:
         >>> y, pullback = vjp(lambda x, w: x * w, [1.0, 2.0], [3.0, 4.0])
         >>> [part.numpy().tolist() for part in pullback([1.0, 10.0])]
         [[3.0, 40.0], [1.0, 20.0]]
     """
-    compiled = (_cached_forward if isinstance(f, Hashable) else _forward)(f)
+    require_function(f)
+    require_bool(has_aux=has_aux, jit=jit, verify=verify)
+    compiled = kept(_forward, f, has_aux, jit, verify)
     argnums, names = tuple(range(len(primals))), compiled.parameters(len(primals))
     weak = weak_dtype(primals)
     args, kwargs = arguments_in_tensors(primals, {}, argnums, names, weak)
@@ -162,7 +221,7 @@ def vjp(f: Callable[..., Any], *primals: Nest) -> tuple[Nest, Callable[[Nest], A
     sources, nests = tf.nest.flatten(args), (args, kwargs, argnums, None, None)
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(sources)
-        y = compiled(*nests)
+        y, aux = compiled(*nests)
     outputs, runs_folded = tf.nest.flatten(y), compiled.folds_wrongly(*nests)
 
     @not_converted
@@ -174,23 +233,25 @@ def vjp(f: Callable[..., Any], *primals: Nest) -> tuple[Nest, Callable[[Nest], A
         pairs = zip(found, sources, strict=True)
         return tf.nest.pack_sequence_as(args, [dense(g, x) for g, x in pairs])
 
-    return y, pullback
+    return (y, pullback, aux) if has_aux else (y, pullback)
 
 
-def _forward(f: Callable[..., Any]) -> Compiled:
+def _forward(f: Callable[..., Any], has_aux: bool, jit: bool, verify: bool) -> Compiled:
     """Return `f`, compiled, and refused if it cannot be pulled back."""
-    require_function(f)
 
-    def body(call: Call) -> Any:
-        recording = Recording(with_aux(float_outputs, False), call, persistent=True)
+    def body(call: Call) -> tuple[Any, Ladder]:
+        function = with_aux(float_outputs, has_aux)
+        recording = Recording(function, call, has_aux=has_aux, persistent=True)
         recording.require_sound()
         if not tf.executing_eagerly():
             # The ops of the pull-back are not part of what is compiled here.
             pulled = recording.pull(list(map(tf.ones_like, recording.outputs)))
             require_right_kernels(pulled, call.name, own=is_compiling())
-        return recording.output
+        return (recording.output, recording.aux), [recording.outputs]
 
-    return Compiled(f, body)
+    def slopes(
+        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
+    ) -> list[float]:
+        return [inner(it.pulled(weights[0]), v)]
 
-
-_cached_forward = functools.lru_cache(MOST_FUNCTIONS)(_forward)
+    return Compiled(f, body, jit=jit, slopes=slopes if verify else None, opens=True)

@@ -9,6 +9,15 @@ import tensorflow as tf
 
 _DYNAMIC = (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)
 
+_BY_VALUE = (bool, int, float, complex, str, bytes, tf.DType)
+"""Static values that are the same if equal; all others have to be identical."""
+
+
+class Shape(tuple[Any, ...]):
+    """The dtype and the dimensions of a tensor."""
+
+    __slots__ = ()
+
 
 def is_dynamic(leaf: object) -> bool:
     """Return whether `leaf` is an input of a compiled function; the rest is static."""
@@ -22,7 +31,7 @@ def signature(nest: Any) -> Any:
         if not isinstance(nest, tf.Tensor) or shape.rank is None:
             return tf.type_spec_from_value(nest)
         # Plain numbers compare much faster than TensorFlow's own objects do.
-        return nest.dtype.as_datatype_enum, *shape.as_list()
+        return Shape((nest.dtype.as_datatype_enum, *shape.as_list()))
     if nest is None or type(nest) is int:
         return nest
     if isinstance(nest, list | tuple):
@@ -30,9 +39,42 @@ def signature(nest: Any) -> Any:
     if isinstance(nest, Mapping):
         if not nest:
             return type(nest)
-        return type(nest), *((key, signature(nest[key])) for key in sorted(nest))
+        return type(nest), *((key, signature(nest[key])) for key in _ordered(nest))
+    if type(nest) in _BY_VALUE:
+        return type(nest), nest
+    # What is equal may still differ in what it does. The trace keeps the object, so
+    # the number stays its own.
+    return type(nest), id(nest)
+
+
+def _ordered(nest: Mapping[Any, Any]) -> list[Any]:
+    """Return the keys in the order of tf.nest; as they come if they have none."""
     try:
-        hash(nest)
-    except TypeError:  # variables, too: the trace keeps them, so the id stays theirs
-        return type(nest), id(nest)
-    return type(nest), nest
+        return sorted(nest)
+    except TypeError:  # it will be refused where it is taken apart
+        return list(nest)
+
+
+def rank_signature(key: Any) -> Any:
+    """Return a signature without the sizes of dimensions."""
+    if type(key) is Shape:
+        return key[0], len(key)
+    return tuple(map(rank_signature, key)) if type(key) is tuple else key
+
+
+def opened(key: Any, other: Any) -> list[tuple[int, ...]]:
+    """Return for each tensor in a signature which dimensions differ from another's.
+
+    Args:
+        key: A signature.
+        other: One with the same `rank_signature`.
+    """
+    if type(key) is Shape:
+        sizes = zip(key[1:], other[1:], strict=True)
+        return [tuple(axis for axis, (a, b) in enumerate(sizes) if a != b)]
+    if isinstance(key, tf.TypeSpec):
+        return [()]
+    if type(key) is not tuple:
+        return []
+    pairs = zip(key, other, strict=True)
+    return [found for a, b in pairs for found in opened(a, b)]

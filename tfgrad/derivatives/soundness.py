@@ -13,13 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfgrad.derivatives.repairs import (
-    ADJOINT,
-    CROSS_ENTROPY,
-    POOLING,
-    is_in_moments,
-    is_repaired,
-)
+from tfgrad.derivatives.formulas import POOLING, is_in_moments
 from tfgrad.diagnosis.causes import cause_of_cut
 from tfgrad.diagnosis.graphs import (
     bodies,
@@ -28,11 +22,12 @@ from tfgrad.diagnosis.graphs import (
     counterparts,
     following,
     handle_of,
+    is_differentiable,
     results,
     trace,
     writes,
 )
-from tfgrad.diagnosis.lines import line_of, made_by_gradient
+from tfgrad.diagnosis.lines import line_of
 from tfgrad.diagnosis.path import Cut, blocks
 from tfgrad.diagnosis.report import no_gradient_error
 from tfgrad.errors import NoGradientError, WrongDerivativeError
@@ -40,10 +35,6 @@ from tfgrad.errors import NoGradientError, WrongDerivativeError
 
 class UnverifiableGradientError(NoGradientError):
     """A path runs through Python code: only an eager evaluation can be verified."""
-
-
-class RepairableGradientError(WrongDerivativeError):
-    """A gradient of TensorFlow's is wrong, and tfgrad has a right one."""
 
 
 # Read off tensorflow/python/ops/*_grad.py, TensorFlow 2.21: what returns None for a
@@ -93,8 +84,6 @@ def require_whole(
         NoGradientError: If a path from an input goes through an op that drops it.
         UnverifiableGradientError: If it goes through Python code that may or may not
             drop it.
-        RepairableGradientError: If it goes through a gradient that TensorFlow itself
-            has wrong.
     """
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in inputs]
     traced = trace(function, specs)
@@ -117,16 +106,20 @@ def require_right_kernels(
             be.
 
     Raises:
-        RepairableGradientError: If a max pooling writes over its own input.
+        NoGradientError: If the runtime cannot run one of the ops.
         WrongDerivativeError: If a partition may be folded.
     """
     symbolic = [tensor for tensor in outputs if not hasattr(tensor, "numpy")]
     if not symbolic:
         return
     operations, _ = _leading_to(symbolic[0].graph, symbolic)
-    pooling = next(filter(_overwrites_its_input, every(operations)), None)
-    if pooling is not None:
-        raise needs_repair(pooling, name)
+    unknown = next((op for op in every(operations) if op.type in _UNRUNNABLE), None)
+    if unknown is not None:
+        raise NoGradientError(
+            f"TensorFlow has no derivative of this order of `{name}`.",
+            got=f"{unknown.type} at {line_of(unknown)}, which its runtime cannot run",
+            hint="tfgrad.finite_difference of tfgrad.grad(f); another form of the op",
+        )
     partition = None if own else folds_wrongly(operations)
     if partition is not None:
         raise WrongDerivativeError(
@@ -137,16 +130,6 @@ def require_right_kernels(
         )
 
 
-def needs_repair(op: tf.Operation, name: str) -> RepairableGradientError:
-    """Return the error for an op whose gradient TensorFlow has wrong."""
-    label, reason, hint = _BROKEN[op.type]
-    return RepairableGradientError(
-        f"TensorFlow's second derivative of `{name}` is wrong.",
-        got=f"{label} at {line_of(op)}: {reason}",
-        hint=f"{hint}, or the call outside of loops, branches and your own tf.function",
-    )
-
-
 def folds_wrongly(operations: Iterable[tf.Operation]) -> tf.Operation | None:
     """Return the first op, at any depth, that constant folding gets wrong, if any."""
     return next((op for op in every(operations) if op.type == "DynamicPartition"), None)
@@ -155,22 +138,25 @@ def folds_wrongly(operations: Iterable[tf.Operation]) -> tf.Operation | None:
 def wrong_under_xla(operations: Iterable[tf.Operation]) -> bool:
     """Return whether one of the ops is one that XLA is known to get wrong.
 
-    Where two elements are equal, it does not pass on the one that it took before.
+    Where two elements are equal, a max pooling does not pass on the one that it took
+    before.
     """
-    return any(op.type in POOLING for op in every(operations))
+    return any(
+        op.type in POOLING or _is_padded_with_stride(op) for op in every(operations)
+    )
+
+
+def _is_padded_with_stride(op: tf.Operation) -> bool:
+    """Return whether XLA ends the process over a convolution's gradient."""
+    if not op.type.startswith("Conv2D"):
+        return False
+    is_padded = op.get_attr("padding") == b"EXPLICIT"
+    return is_padded and max(op.get_attr("strides")) > 1
 
 
 def may_drop(operations: Iterable[tf.Operation]) -> bool:
-    """Return whether one of the ops, at any depth, may drop a term of a gradient.
-
-    Repairs hold for the functions that are called. A tape that sees the ops themselves
-    passes them by.
-    """
-    return any(
-        _is_suspect(op)
-        or any(_is_suspect(o) and not is_repaired(o) for o in inside(op))
-        for op in operations
-    )
+    """Return whether one of the ops, at any depth, may drop a term of a gradient."""
+    return any(map(_is_suspect, every(operations)))
 
 
 def every(operations: Iterable[tf.Operation]) -> Iterator[tf.Operation]:
@@ -186,34 +172,14 @@ def inside(op: tf.Operation) -> Iterator[tf.Operation]:
         yield from every(body.get_operations())
 
 
-_MANUAL = (
-    "mean = tf.reduce_mean(x, axes, keepdims=True), variance = tf.reduce_mean((x - "
-)
-_MANUAL += "mean) ** 2, axes) in place of the layer"
-_POOL = (
-    "max pooling",
-    "its kernel writes over its input",
-    "stride 2, or tf.reduce_max",
-)
-_RESIZE = ("tf.image.resize", "its gradient has no gradient", "tf.matmul with weights")
-_BROKEN = {
-    "StopGradient": ("tf.nn.moments", "it stops the gradient of the mean", _MANUAL),
-    CROSS_ENTROPY: (
-        "tf.nn.softmax_cross_entropy_with_logits",
-        "it forgets that the labels move",
-        "-tf.reduce_sum(labels * tf.nn.log_softmax(logits), axis=-1)",
-    ),
-    **dict.fromkeys(POOLING, _POOL),
-    **dict.fromkeys(ADJOINT, _RESIZE),
-}
-"""Ops with a wrong gradient: their name to users, what is wrong, what to write."""
+_UNRUNNABLE = {"SymbolicGradient"}
+"""What TensorFlow writes into a graph for the gradient of a function it has lost."""
 
 
 def _dropping(
     graph: Any,
     outputs: Sequence[tf.Tensor],
     root: tf.Tensor,
-    differentiated: bool | None = None,
 ) -> tf.Operation | None:
     """Return the op that drops a term of the gradient of `outputs` to `root`, if any.
 
@@ -221,18 +187,14 @@ def _dropping(
         graph: The graph they are in.
         outputs: Where the gradient comes from.
         root: Where it goes to.
-        differentiated: For a body, whether gradients of it were taken.
     """
     leading, leads = _leading_to(graph, outputs)
     between = leads & following(graph, root, _blocks)
-    within = differentiated is not None
-    suspects = [op for op in leading if _takes(op, between, trust=within)]
+    suspects = [op for op in leading if _takes(op, between)]
     if not suspects:
         return None
-    passing = {op: _passing(op, differentiated) for op in suspects}
-    if any(map(bodies, suspects)):
-        differentiated = differentiated or any(map(made_by_gradient, leading))
-    floats = [tensor for tensor in outputs if tensor.dtype.is_floating]
+    passing = {op: results(op) for op in suspects}
+    floats = list(filter(is_differentiable, outputs))
     lists = [tensor for tensor in outputs if tensor.dtype == tf.variant]
     tensors = [t for found in passing.values() for t in found if carries(t)]
     # A gradient arrives at a tensor list only outside, where it is taken apart again.
@@ -241,20 +203,18 @@ def _dropping(
     for op, results_of_op in passing.items():
         if any(tensor.ref() in arrives for tensor in results_of_op):
             inside = bodies(op)
-            found = _dropping_inside(op, between, differentiated) if inside else op
+            found = _dropping_inside(op, between) if inside else op
             if found is not None:
                 return found
     return None
 
 
-def _dropping_inside(
-    op: tf.Operation, between: set[Any], differentiated: bool | None
-) -> tf.Operation | None:
+def _dropping_inside(op: tf.Operation, between: set[Any]) -> tf.Operation | None:
     for body in bodies(op):
         pairs = zip(op.outputs, body.outputs, strict=False)
         outputs = [inner for outer, inner in pairs if outer.ref() in between]
         for root in counterparts(op, body, between):
-            found = _dropping(body, outputs, root, differentiated)
+            found = _dropping(body, outputs, root)
             if found is not None:
                 return found
     return None
@@ -276,73 +236,31 @@ def _leading_to(
     return leading, found
 
 
-def _takes(op: tf.Operation, between: set[Any], *, trust: bool) -> bool:
-    """Return whether `op` takes a value on the path by an input that it may drop.
-
-    Args:
-        op: The op.
-        between: The refs of the tensors on the path.
-        trust: Whether it is in a function, where repairs hold.
-    """
+def _takes(op: tf.Operation, between: set[Any]) -> bool:
+    """Return whether `op` takes a value on the path by an input that it may drop."""
     if bodies(op):
         return may_drop([op]) and any(t.ref() in between for t in op.inputs)
-    if not _is_suspect(op) or (trust and is_repaired(op)):
+    if not _is_suspect(op):
         return False
     return any(t.ref() in between for t in _dropped(op) if carries(t))
 
 
 def _is_suspect(op: tf.Operation) -> bool:
-    kind = op.type
-    if kind == "StopGradient":
-        return is_in_moments(op)
-    if kind in IGNORED_INPUTS or kind in _PYTHON or kind == CROSS_ENTROPY:
-        return True
-    return kind in ADJOINT or writes(op)
+    return op.type in IGNORED_INPUTS or op.type in _PYTHON or writes(op)
 
 
 def _dropped(op: tf.Operation) -> list[tf.Tensor]:
     """Return the inputs of a suspect that its gradient leaves out."""
     positions: Sequence[int] = range(1 if writes(op) else 0, len(op.inputs))
-    if op.type == CROSS_ENTROPY:
-        positions = (1,)
     positions = IGNORED_INPUTS.get(op.type, positions)
     return [op.inputs[i] for i in positions if i < len(op.inputs)]
-
-
-def _passing(op: tf.Operation, differentiated: bool | None) -> list[tf.Tensor]:
-    """Return the results of `op` that have a term to drop."""
-    if (
-        op.type == CROSS_ENTROPY
-    ):  # its slope: what comes to its value goes to the labels
-        return [op.outputs[1]]
-    if op.type == "StopGradient":
-        if differentiated is None:
-            differentiated = any(map(made_by_gradient, op.outputs[0].consumers()))
-        return list(op.outputs) if differentiated else []
-    return results(op)
 
 
 def _blocks(op: tf.Operation) -> bool:
     return blocks(op) and not is_in_moments(op)
 
 
-def _overwrites_its_input(op: tf.Operation) -> bool:
-    """Return whether `op` may be given the buffer of its third input for its answer."""
-    if op.type not in POOLING:
-        return False
-    grad = op.inputs[2]
-    if not grad.shape.is_compatible_with(op.outputs[0].shape):
-        return False
-    aliases = [grad]  # the same buffer, by other names
-    while aliases[-1].op.type in ("Reshape", "Identity"):
-        aliases.append(aliases[-1].op.inputs[0])
-    consumers = (other for alias in aliases for other in alias.consumers())
-    return all(other.type != "IsNan" for other in consumers)
-
-
 def _error(op: tf.Operation, name: str, argument: str) -> Exception:
-    if op.type in _BROKEN:
-        return needs_repair(op, name)
     if op.type == "EagerPyFunc":
         return UnverifiableGradientError(
             f"The gradient of `{name}`, by `{argument}`, cannot be verified here.",

@@ -18,14 +18,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import tensorflow as tf
 
-from tfgrad.derivatives.repairs import repaired
-from tfgrad.derivatives.signatures import is_dynamic, signature
-from tfgrad.derivatives.soundness import (
+from tfgrad.derivatives.refusals import refusal_at_run_time, refusal_by_gradient
+from tfgrad.derivatives.repairs import (
     RepairableGradientError,
+    calls_repairable,
+    mark,
+    repaired,
+    repairing,
+)
+from tfgrad.derivatives.signatures import is_dynamic, opened, rank_signature, signature
+from tfgrad.derivatives.soundness import (
     UnverifiableGradientError,
     every,
     folds_wrongly,
@@ -159,6 +165,20 @@ def traced_operations() -> list[tf.Operation]:
     return operations
 
 
+class _Open(NamedTuple):
+    """A trace of which some dimensions are open.
+
+    Attributes:
+        key: The signature that it was made for.
+        axes: Which dimensions of each tensor are open.
+        found: The trace; None while only one shape was seen.
+    """
+
+    key: Any
+    axes: list[tuple[int, ...]]
+    found: tuple[Callable[..., Any], Any] | None
+
+
 class Traces:
     """A function of nests of tensors, compiled at its first call for each signature.
 
@@ -169,6 +189,7 @@ class Traces:
         jit: Compile with XLA.
         check: `check(answer, *nests)`: called with the first answer of each trace; it
             raises if that is wrong.
+        opens: Leave open a dimension that varies, after the second shape.
     """
 
     def __init__(
@@ -178,12 +199,15 @@ class Traces:
         *,
         jit: bool,
         check: Callable[..., None] | None = None,
+        opens: bool = False,
     ) -> None:
         """Compile nothing yet."""
         self._run = run
         self._f = f
         self._jit = jit
         self._check = check
+        self._opens = opens and not jit
+        self._open: dict[Any, _Open] = {}
         self._compiled: OrderedDict[Any, tuple[Callable[..., Any], Any]] = OrderedDict()
         self._checked: set[Any] = set()
         self._first = threading.RLock()
@@ -195,12 +219,22 @@ class Traces:
         found = self._compiled.get(key) if key in self._checked else None
         if found is None:
             with self._first:  # other threads wait until the answer is checked
-                found = self._compiled.get(key)
+                found = self._compiled.get(key) or self._from_open(key)
                 if found is None:
                     return self._first_call(key, nests)
         with contextlib.suppress(KeyError):  # another thread may have dropped it
             self._compiled.move_to_end(key)
         return found[0](*filter(is_dynamic, tf.nest.flatten(nests)))
+
+    def compiled(self, *nests: Any) -> Any:
+        """Return the concrete function for `nests`, not run yet; None if eager."""
+        given = list(filter(is_dynamic, tf.nest.flatten(nests)))
+        specs = [tf.type_spec_from_value(leaf) for leaf in given]
+        return self._compile(self._body(nests), specs)[1]
+
+    def concrete(self, *nests: Any) -> Any:
+        """Return the concrete function of an earlier answer; None if it ran eagerly."""
+        return self._compiled[signature(nests)][1]
 
     def function(self, *nests: Any) -> Callable[..., Any]:
         """Return the function from tensors that `nests` were answered by."""
@@ -208,13 +242,15 @@ class Traces:
 
     def graph(self, *nests: Any) -> Any:
         """Return the graph that `nests` were answered by; None if it runs eagerly."""
-        return self._compiled[signature(nests)][1]
+        concrete = self.concrete(*nests)
+        return None if concrete is None else concrete.graph
 
     def variables(self) -> list[tf.Variable]:
         """Return the variables that the traces read, each once, in reading order."""
         found: dict[int, tf.Variable] = {}
-        for _, graph in self._compiled.values():
-            if graph is not None:
+        for _, concrete in self._compiled.values():
+            if concrete is not None:
+                graph = concrete.graph
                 # `graph.variables` has an order of its own in every process.
                 read = {id(variable.handle): variable for variable in graph.variables}
                 handles = [id(x) for x in graph.external_captures if id(x) in read]
@@ -231,15 +267,10 @@ class Traces:
         return [node.op for nodes in [definition.node, *bodies] for node in nodes]
 
     def _first_call(self, key: Any, nests: tuple[Any, ...]) -> Any:
-        flat = tf.nest.flatten(nests)
-        given = list(filter(is_dynamic, flat))
-
-        def body(f: Callable[..., Any], *dynamic: Any) -> Any:
-            left = iter(dynamic)
-            filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
-            return self._run(f, *tf.nest.pack_sequence_as(nests, filled))
-
-        compiled, graph, reason = self._compile(body, given)
+        given = list(filter(is_dynamic, tf.nest.flatten(nests)))
+        body = self._body(nests)
+        compiled, concrete, reason = self._compile_open(key, body, given)
+        graph = None if concrete is None else concrete.graph
         try:
             answer = compiled(*given)
         except tf.errors.OpError as error:
@@ -248,9 +279,7 @@ class Traces:
             raise
         if reason:
             self._warn(reason)
-        self._compiled[key] = compiled, graph
-        if len(self._compiled) > MOST_TRACES:
-            self._checked.discard(self._compiled.popitem(last=False)[0])
+        self._remember(key, (compiled, concrete))
         if self._check is not None:
             try:
                 self._check(answer, *nests)
@@ -260,11 +289,62 @@ class Traces:
         self._checked.add(key)
         return answer
 
-    def _compile(
-        self, body: Callable[..., Any], given: list[Any]
+    def _body(self, nests: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return `run` as a function of the tensors in `nests`."""
+        flat = tf.nest.flatten(nests)
+
+        def body(f: Callable[..., Any], *dynamic: Any) -> Any:
+            left = iter(dynamic)
+            filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
+            return self._run(f, *tf.nest.pack_sequence_as(nests, filled))
+
+        return body
+
+    def _remember(self, key: Any, found: tuple[Callable[..., Any], Any]) -> None:
+        self._compiled[key] = found
+        if len(self._compiled) > MOST_TRACES:
+            self._checked.discard(self._compiled.popitem(last=False)[0])
+
+    def _from_open(self, key: Any) -> tuple[Callable[..., Any], Any] | None:
+        """Return the trace with open dimensions that fits, if there is one."""
+        known = self._open.get(rank_signature(key)) if self._opens else None
+        if known is None or known.found is None:
+            return None
+        axes = opened(key, known.key)
+        if any(not set(a) <= set(b) for a, b in zip(axes, known.axes, strict=True)):
+            return None
+        self._remember(key, known.found)
+        self._checked.add(key)
+        return known.found
+
+    def _compile_open(
+        self, key: Any, body: Callable[..., Any], given: list[Any]
     ) -> tuple[Callable[..., Any], Any, str]:
-        """Return `body` compiled and its graph; or as it is, None, and the reason."""
+        """Compile, from the second shape on with the dimensions open that vary."""
         specs = [tf.type_spec_from_value(leaf) for leaf in given]
+        if not self._opens:
+            return self._compile(body, specs)
+        kind = rank_signature(key)
+        known = self._open.get(kind)
+        if known is None:
+            self._open[kind] = _Open(key, [() for _ in given], None)
+            return self._compile(body, specs)
+        pairs = zip(opened(key, known.key), known.axes, strict=True)
+        axes = [tuple({*new, *old}) for new, old in pairs]
+        try:
+            open_specs = [_opened(spec, a) for spec, a in zip(specs, axes, strict=True)]
+            found = self._compile(body, open_specs)
+        except Exception:  # a function that has to know its shapes
+            return self._compile(body, specs)
+        if found[2]:
+            return self._compile(body, specs)
+        self._open[kind] = _Open(key, axes, found[:2])
+        return found
+
+    def _compile(
+        self, body: Callable[..., Any], specs: list[Any]
+    ) -> tuple[Callable[..., Any], Any, str]:
+        """Return `body` compiled, twice; or as it is, None, and the reason."""
 
         def compiled(f: Callable[..., Any], jit: bool = self._jit) -> Any:
             whole = functools.partial(body, f)
@@ -285,14 +365,15 @@ class Traces:
             raise
         except Exception as error:  # a user's function may raise anything
             if self._jit:
-                raise
+                refused = refusal_by_gradient(error, name_of(self._f))
+                raise refused or error from None
             what = str(error).strip().splitlines()[-1].strip()
             reason = f"it leaves TensorFlow at {line_of_error(error)} ({what})"
         else:
-            graph = concrete.graph
-            if folds_wrongly(graph.get_operations()) and not self._jit:
-                return as_written()(concrete), graph, ""
-            return concrete, graph, ""
+            run = _explained(concrete, name_of(self._f))
+            if folds_wrongly(concrete.graph.get_operations()) and not self._jit:
+                run = as_written()(run)
+            return run, concrete, ""
         # What fails in eager mode, too, is no matter of tracing: that error is clear,
         # and it is raised from there.
         return _leaving(functools.partial(body, self._f), reason), None, reason
@@ -309,6 +390,29 @@ class Traces:
         )
 
 
+def _opened(spec: Any, axes: tuple[int, ...]) -> Any:
+    """Return the spec of a tensor with some of its dimensions open."""
+    if not axes:
+        return spec
+    shape = [None if i in axes else n for i, n in enumerate(spec.shape)]
+    return tf.TensorSpec(shape, spec.dtype)
+
+
+def _explained(concrete: Any, name: str) -> Callable[..., Any]:
+    """Return `concrete`, whose gradient ops fail in words."""
+
+    def run(*given: Any) -> Any:
+        try:
+            return concrete(*given)
+        except tf.errors.OpError as error:
+            refused = refusal_at_run_time(error, concrete.graph, name)
+            if refused is None:
+                raise
+            raise refused from None
+
+    return run
+
+
 def _refused_by_xla(name: str, graph: Any, text: str) -> InvalidArgumentError:
     """Return the error for a function that XLA does not compile, by what it says."""
     got, hint = text.strip().splitlines()[0], "jit=False"
@@ -323,11 +427,30 @@ def _refused_by_xla(name: str, graph: Any, text: str) -> InvalidArgumentError:
 
 
 def _repaired_if_needed(compiled: Callable[[Any], Any], f: Callable[..., Any]) -> Any:
+    """Return the concrete function, marked for whoever differentiates it again."""
+
+    def of_repaired() -> Any:
+        with repairing():
+            concrete = trace(lambda f: compiled(repaired(f)), f)
+        mark(concrete.graph.get_operations(), calls=True)
+        return concrete
+
     try:
-        return trace(compiled, f)
+        concrete = trace(compiled, f)
+        if calls_repairable(concrete.graph.get_operations()):
+            # The user's own functions get no marks: they are taken apart instead. What
+            # cannot be is right by itself, and only then.
+            with contextlib.suppress(Exception):
+                return of_repaired()
+        mark(concrete.graph.get_operations())
+        return concrete
     except RepairableGradientError as error:
         try:
-            return trace(lambda f: compiled(repaired(f)), f)
+            return of_repaired()
+        except RepairableGradientError:
+            raise error from None
+        except TfgradError:
+            raise
         except Exception:  # what can be done about it is in the first message
             raise error from None
 

@@ -1,50 +1,70 @@
-"""A derivative against differences of what it is the derivative of: right, or refused.
+"""The one check of every derivative: it is right, or it is withheld.
 
-Unlike a gradient check, which a person asks for and reads, this runs unasked. So it
-must not cry wolf: three random directions all have to disagree, by ten error bars,
-where no kink explains it. What it is there to find, a term that is missing, does so
-with ease.
+It runs unasked, at the first call of a trace, so it must not cry wolf. Along a random
+direction, a derivative is compared with a central difference, which costs two
+evaluations. Only if the two are apart is it looked at more closely: a derivative is
+wrong if the differences to both sides of the point agree with each other, at one step
+and at a shorter one, along every direction tried, and not with the derivative. At a
+kink they do not, where rounding hides the slope nothing is said, and a function that
+draws random numbers has no differences.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tfgrad.derivatives.calls import Call
-from tfgrad.differences import EPSILONS, line_derivative, step_for
+from tfgrad.differences import EPSILONS
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
+Arrays = list[Array]
+
 DIRECTIONS = 3
-"""Random directions of which one has to agree."""
+"""Random directions along all of which a derivative has to be wrong."""
 
-ERROR_BARS = 10
-"""How far off a derivative may be. A jump within the first step is seen 7 bars off."""
+STEPS = 5
+"""Steps that are tried, each a quarter of the one before."""
 
-RTOL = {tf.float64: 1e-6, tf.float32: 1e-3}
-"""Relative disagreement, beyond error bars, that passes; 3e-2 in half precision."""
+RTOL = {tf.float64: 1e-4, tf.float32: 2e-2, tf.float16: 0.2, tf.bfloat16: 0.3}
+"""Relative disagreement that passes, by the coarsest dtype involved."""
 
+LARGE, LARGE_RTOL = 2**20, 0.1
+"""From how many elements on an evaluation costs too much for more than this part."""
 
-_ROUNDINGS = 32
-"""Rounding errors that the terms of a derivative may gather."""
+MOST_MOVING = 2**18
+"""Elements of one source that move."""
+
+STEEPER = 30.0
+"""How many times as steep as the differences what is wrong may be."""
+
+SAME = 0.05
+"""The part of the disagreement by which both sides may differ, which a kink exceeds."""
+
+_ROUNDINGS = 16
+"""Rounding errors that a value may gather."""
+
+_TERMS = 32
+"""Rounding errors that the terms of a derivative may leave where they cancel.
+
+The terms are not known. They are taken to be of the size of the functions.
+"""
 
 
 class Disagreement(NamedTuple):
-    """One element of a directional derivative that is wrong.
+    """A directional derivative that is wrong.
 
     Attributes:
-        element: Its place in the flattened function value.
+        level: Of which function, by its place.
         claimed: What was to be verified.
         difference: What the finite difference gives.
-        error: The error bar of the difference.
+        error: How far off that may be.
     """
 
-    element: int
+    level: int
     claimed: float
     difference: float
     error: float
@@ -56,68 +76,43 @@ class Disagreement(NamedTuple):
         )
 
 
+class Functions(NamedTuple):
+    """Some functions of one point, their values there, and their derivatives.
+
+    Attributes:
+        point: Where: one array for each source.
+        values: The outputs of each function there, flat.
+        evaluate: From a direction, and how far to go along it, to the outputs of each
+            function there.
+        slopes: From a direction, and weights of the outputs of each function, to the
+            claimed slopes of the weighted sums.
+        dtype: The coarsest dtype that they are computed in.
+        symmetric: Whether matrices that are symmetric stay so: an op that reads one
+            triangle only has a gradient for both.
+    """
+
+    point: Arrays
+    values: list[Arrays]
+    evaluate: Callable[[Arrays, float], list[Arrays]]
+    slopes: Callable[[Arrays, list[Arrays]], Array]
+    dtype: tf.DType
+    symmetric: bool = False
+
+
 def disagreement(
-    function: Callable[[list[Array]], Array],
-    product: Callable[[list[Array]], Array],
-    point: list[Array],
-    dtype: tf.DType,
-    first_step: float | None = None,
+    functions: Functions, moving: Sequence[int] | None = None
 ) -> Disagreement | None:
-    """Return where a derivative is wrong, None if it is right or cannot be told.
+    """Return where a derivative is wrong, None if all are right or it cannot be told.
 
     Args:
-        function: Takes a point, returns a vector (flattened).
-        product: Takes a direction, returns the claimed Jacobian of `function` at
-            `point` times it.
-        point: Where.
-        dtype: What `function` is computed in.
-        first_step: How far to move at first; None chooses what suits a smooth function.
+        functions: What to verify.
+        moving: The places of the sources that move; None means all.
     """
     try:
-        return _disagreement(function, product, point, dtype, first_step)
-    except _RefusedError:  # f is not defined on all sides of the point
+        with np.errstate(all="ignore"):  # what is not finite compares as False
+            return _disagreement(functions, moving)
+    except _RefusedError:  # not defined on all sides of the point
         return None
-
-
-def wrong_gradient(
-    call: Call,
-    evaluate: Callable[[Call], Sequence[tf.Tensor]],
-    weights: Sequence[tf.Tensor] | None,
-    gradients: Sequence[tf.Tensor],
-) -> tuple[int, Disagreement] | None:
-    """Return the first source whose gradient is wrong, by its place, and how wrong.
-
-    Args:
-        call: Where.
-        evaluate: What was differentiated.
-        weights: One cotangent for each output; None means ones.
-        gradients: What is to be verified, one for each source.
-    """
-
-    def weighted(call: Call) -> list[tf.Tensor]:
-        outputs = evaluate(call)
-        pairs = zip(outputs, weights or map(tf.ones_like, outputs), strict=True)
-        return [tf.reduce_sum(output * weight) for output, weight in pairs]
-
-    def function(point: list[Array]) -> Array:
-        return np.sum(evaluate_at(call, point, weighted), keepdims=True)
-
-    point, dtype = point_of(call), coarsest([*call.sources, *evaluate(call)])
-    slopes = [np.asarray(gradient, np.float64) for gradient in gradients]
-    everywhere = range(len(point))
-    if _disagreement_along(function, slopes, point, everywhere, dtype) is None:
-        return None
-    for index in everywhere:
-        wrong = _disagreement_along(function, slopes, point, [index], dtype)
-        if wrong is not None:
-            return index, wrong
-    return None
-
-
-def random_like(tensors: Iterable[Any], seed: int = 0) -> list[tf.Tensor]:
-    """Return normally distributed tensors of the shapes and dtypes of `tensors`."""
-    generator = np.random.default_rng(seed)
-    return [tf.constant(generator.normal(size=t.shape), t.dtype) for t in tensors]
 
 
 def coarsest(
@@ -129,170 +124,263 @@ def coarsest(
         tensors: What goes in and comes out.
         operations: What is computed with; some of them may round to another dtype.
     """
-    dtypes = {tensor.dtype for tensor in tensors}
+    dtypes = {tf.as_dtype(tensor.dtype) for tensor in tensors}
     casts = (op for op in operations if op.type == "Cast")
     dtypes |= {op.outputs[0].dtype for op in casts if op.inputs[0].dtype.is_floating}
     return max(dtypes & EPSILONS.keys(), key=EPSILONS.__getitem__)
 
 
-def rounding(epsilon: float, outputs: Iterable[Any]) -> float:
-    """Return what rounding may leave of a derivative whose terms cancel.
-
-    The terms are not known. They are taken to be of the size of the function, or 1.
-    """
-    sizes = (np.max(np.abs(np.asarray(y, np.float64)), initial=0.0) for y in outputs)
-    return _ROUNDINGS * epsilon * max(1.0, *map(float, sizes))
-
-
-def evaluate_at(
-    call: Call, point: Sequence[Array], evaluate: Callable[[Call], Sequence[tf.Tensor]]
-) -> Array:
-    """Return what `evaluate` gives for a call moved to `point`, as one vector."""
-    with _moved(call, point) as moved:
-        leaves = [np.asarray(leaf, np.float64) for leaf in evaluate(moved)]
-    return np.concatenate([leaf.ravel() for leaf in leaves])
-
-
-def point_of(call: Call) -> list[Array]:
-    """Return the values of what is differentiated."""
-    return [np.asarray(source, np.float64) for source in call.sources]
-
-
-@contextlib.contextmanager
-def _moved(call: Call, point: Sequence[Array]) -> Iterator[Call]:
-    dtypes = [source.dtype for source in call.sources]
-    values = [
-        tf.constant(x.astype(dtype.as_numpy_dtype))
-        for x, dtype in zip(point, dtypes, strict=True)
-    ]
-    if call.variables is None:
-        yield call.at(values)
-        return
-    before = [tf.identity(variable) for variable in call.sources]
-    try:
-        for variable, value in zip(call.sources, values, strict=True):
-            variable.assign(value)
-        yield call
-    finally:
-        for variable, value in zip(call.sources, before, strict=True):
-            variable.assign(value)
-
-
-def _disagreement_along(
-    function: Callable[[list[Array]], Array],
-    slopes: list[Array],
-    point: list[Array],
-    moving: Sequence[int],
-    dtype: tf.DType,
-) -> Disagreement | None:
-    """Return where a gradient is wrong along the sources `moving`, the others held."""
-
-    def held(moved: list[Array]) -> Array:
-        whole = dict(zip(moving, moved, strict=True))
-        return function([whole.get(i, leaf) for i, leaf in enumerate(point)])
-
-    def product(direction: list[Array]) -> Array:
-        pairs = zip(moving, direction, strict=True)
-        return np.array([sum(float(np.vdot(slopes[i], v)) for i, v in pairs)])
-
-    return disagreement(held, product, [point[i] for i in moving], dtype)
+def random_like(tensors: Iterable[Any], seed: int = 0) -> list[tf.Tensor]:
+    """Return normally distributed tensors of the shapes and dtypes of `tensors`."""
+    generator = np.random.default_rng(seed)
+    return [tf.constant(generator.normal(size=t.shape), t.dtype) for t in tensors]
 
 
 class _RefusedError(Exception):
     """A user's function raised at a point that only we asked for."""
 
 
-def _disagreement(
-    function: Callable[[list[Array]], Array],
-    product: Callable[[list[Array]], Array],
-    point: list[Array],
-    dtype: tf.DType,
-    first_step: float | None,
-) -> Disagreement | None:
-    center = function(point)
-    if not np.array_equal(center, function(point)):
-        return None  # a random function (or NaN) cannot be differenced
-    generator = np.random.default_rng(0)
-    worst = None
-    for _ in range(DIRECTIONS):
-        direction = [np.asarray(generator.normal(size=leaf.shape)) for leaf in point]
-        line = _line(function, point, direction)
-        step = first_step or step_for(point, float(EPSILONS[dtype]))
-        step /= _size(direction)
-        claimed = product(direction)
-        worst = _compare(line, center, claimed, step, _size(point), dtype)
-        if worst is None:
-            return None
-    return worst
+class _Line:
+    """Weighted sums of the outputs of some functions, along one direction."""
 
+    def __init__(self, functions: Functions, direction: Arrays) -> None:
+        generator = np.random.default_rng(1)
+        self._functions = functions
+        self._direction = direction
+        # Of both signs, none of which is close to zero.
+        self._weights = [
+            [_weights(generator, y.shape) for y in outputs]
+            for outputs in functions.values
+        ]
 
-def _line(
-    function: Callable[[list[Array]], Array], point: list[Array], direction: list[Array]
-) -> Callable[[float], Array]:
-    def line(t: float) -> Array:
+    def __call__(self, t: float) -> Array:
+        """Return the sum for each function at the point moved by `t`."""
         try:
-            return function([x + t * v for x, v in zip(point, direction, strict=True)])
+            outputs = self._functions.evaluate(self._direction, t)
         except Exception as error:  # a user's function may raise anything
             raise _RefusedError from error
+        return self.summed(outputs)
 
-    return line
+    def summed(self, outputs: list[Arrays]) -> Array:
+        """Return the weighted sum of the outputs of each function."""
+        return np.array(
+            [
+                sum(float(np.sum(w * y)) for w, y in zip(weights, leaves, strict=True))
+                for weights, leaves in zip(self._weights, outputs, strict=True)
+            ]
+        )
+
+    def sizes(self) -> Array:
+        """Return the size of the terms of each sum at the point."""
+        pairs = zip(self._weights, self._functions.values, strict=True)
+        return np.array(
+            [
+                sum(float(np.sum(np.abs(w * y))) for w, y in zip(ws, ys, strict=True))
+                for ws, ys in pairs
+            ]
+        )
+
+    @property
+    def dtype(self) -> tf.DType:
+        """What the functions are computed in."""
+        return self._functions.dtype
+
+    def underflow(self) -> float:
+        """Return what the smallest numbers of the dtype may add up to."""
+        counts = [y.size for outputs in self._functions.values for y in outputs]
+        smallest = 2.0**-24 if self._functions.dtype == tf.float16 else 0.0
+        return smallest * sum(counts)
+
+    def claimed(self) -> Array:
+        """Return the derivative of each sum, as it is to be verified."""
+        return self._functions.slopes(self._direction, self._weights)
 
 
-def _compare(
-    line: Callable[[float], Array],
-    center: Array,
-    claimed: Array,
-    step: float,
-    size: float,
-    dtype: tf.DType,
+def _disagreement(
+    functions: Functions, moving: Sequence[int] | None
 ) -> Disagreement | None:
-    """Return the worst element of `claimed` that is wrong along `line`, if any."""
-    with np.errstate(all="ignore"):  # what is not finite compares as False
-        value, error, excess = _difference(line, claimed, step, size, dtype)
-        if not np.any(excess > 0):
+    epsilon, rtol = float(EPSILONS[functions.dtype]), RTOL[functions.dtype]
+    if sum(x.size for x in functions.point) > LARGE:
+        rtol = max(rtol, LARGE_RTOL)
+    settled: list[Disagreement | None] = []
+    suspects = np.ones(len(functions.values), bool)
+    for trial in range(DIRECTIONS):
+        line = _Line(functions, _direction(functions, trial, moving))
+        center = line.summed(functions.values)
+        claimed = line.claimed()
+        step = epsilon ** (1 / 3)
+        rounding = epsilon * _ROUNDINGS * line.sizes() / step
+
+        def apart(
+            slope: Array, claimed: Array = claimed, noise: Array = rounding
+        ) -> Any:
+            size = np.maximum(np.abs(claimed), np.abs(slope))
+            allowed = (rtol + epsilon ** (2 / 3)) * size + noise
+            is_apart = ~(np.abs(claimed - slope) <= allowed)
+            return is_apart & np.isfinite(slope)
+
+        right = line(step)
+        if not np.any(apart((right - center) / step)):
             return None
-        # Steps of another length have to give the same: where f bends within a step,
-        # the two are off by their own amounts, and the error bars may be too short for
-        # both.
-        other, _, other_excess = _difference(line, claimed, 0.3 * step, size, dtype)
-        off = np.abs(claimed - value)
-        wrong = (excess > 0) & (other_excess > 0) & (np.abs(other - value) < off / 4)
-        # At a kink a derivative may be that of either side.
-        near = step / 32
-        right, left = (line(near) - center) / near, (center - line(-near)) / near
-        wrong &= off > np.abs(right - left)
-    if not np.any(wrong):
+        sides = _Sides(line, center, step, right)
+        suspects &= np.isfinite(center) & apart(sides.slopes[0])
+        while np.any(suspects) and len(sides.slopes) < STEPS:
+            sides.go_on()
+            suspects &= apart(sides.slopes[-1])
+        if not np.any(suspects):
+            return None
+        settled = _settled(line, center, claimed, sides, rtol)
+        suspects &= np.array([wrong is not None for wrong in settled])
+        if not np.any(suspects):
+            return None
+    return settled[int(np.flatnonzero(suspects)[0])]
+
+
+class _Sides:
+    """The slopes on both sides of a point, at ever smaller steps.
+
+    Args:
+        line: The functions.
+        center: Their values at the point.
+        step: The first step.
+        ahead: Their values there.
+    """
+
+    def __init__(self, line: _Line, center: Array, step: float, ahead: Array) -> None:
+        self._line = line
+        self._center = center
+        self.steps = [step]
+        self.right = [(ahead - center) / step]
+        self.left = [(center - line(-step)) / step]
+
+    @property
+    def slopes(self) -> Arrays:
+        """The central differences, one for each step."""
+        return [(a + b) / 2 for a, b in zip(self.right, self.left, strict=True)]
+
+    def go_on(self) -> None:
+        """Try a quarter of the last step."""
+        step = self.steps[-1] / 4
+        self.steps.append(step)
+        self.right.append((self._line(step) - self._center) / step)
+        self.left.append((self._center - self._line(-step)) / step)
+
+
+def _settled(
+    line: _Line, center: Array, claimed: Array, sides: _Sides, rtol: float
+) -> list[Disagreement | None]:
+    """Return for each function how it is wrong along the line; None if it is not."""
+    epsilon, sizes = float(EPSILONS[line.dtype]), line.sizes()
+    right, left, steps = map(np.array, (sides.right, sides.left, sides.steps))
+    floor = _TERMS * (epsilon * float(np.max(sizes)) + line.underflow())
+
+    def judged(noise: Array) -> list[Disagreement | None]:
+        errors = 4 * noise / steps[:, np.newaxis]
+        return [
+            _wrong(
+                i,
+                claimed[i],
+                right[:, i],
+                left[:, i],
+                errors[:, i],
+                sizes[i],
+                rtol,
+                floor,
+            )
+            for i in range(len(center))
+        ]
+
+    noise = epsilon * sizes
+    if not any(judged(noise)):
+        return [None for _ in center]
+    # Only now is the noise measured, and whether there is anything random.
+    is_random = ~(np.abs(line(0.0) - center) <= _ROUNDINGS * noise)
+    found = judged(np.maximum(noise, _noise(line, steps[-1])))
+    return [None if r else wrong for r, wrong in zip(is_random, found, strict=True)]
+
+
+def _wrong(
+    level: int,
+    claimed: float,
+    right: Array,
+    left: Array,
+    errors: Array,
+    value: float,
+    rtol: float,
+    floor: float,
+) -> Disagreement | None:
+    """Return the disagreement with slopes on which both sides and two steps agree."""
+    # Without what the curvature adds to the slopes of both sides (Richardson).
+    right, left = ((4 * side[1:] - side[:-1]) / 3 for side in (right, left))
+    slopes = (right + left) / 2
+    apart = np.maximum(np.abs(right - left)[1:], np.abs(np.diff(slopes)))
+    slopes, errors = slopes[1:], errors[2:]
+    if np.isfinite(claimed):
+        gaps = np.abs(claimed - slopes)
+        size = np.maximum(np.abs(slopes), abs(claimed))
+        clear = (gaps > rtol * size + floor) & (errors <= gaps / 4)
+        # What is far steeper at the point is something small that no step resolves, as
+        # an epsilon under a root.
+        clear &= abs(claimed) <= STEEPER * np.abs(slopes) + floor
+        agree = apart <= SAME * gaps
+    else:
+        clear = errors <= SAME * np.maximum(np.abs(slopes), value)
+        agree = apart <= SAME * np.abs(slopes) + errors
+    places = np.flatnonzero(clear & agree)
+    if not places.size:
         return None
-    index = int(np.argmax(np.where(wrong, excess, -np.inf)))
-    return Disagreement(index, claimed[index], value[index], error[index])
-
-
-def _difference(
-    line: Callable[[float], Array],
-    claimed: Array,
-    step: float,
-    size: float,
-    dtype: tf.DType,
-) -> tuple[Array, Array, Array]:
-    """Return the slope of `line`, its error, and how far off `claimed` is."""
-    value, error = line_derivative(
-        line,
-        step,
-        float(EPSILONS[dtype]),
-        lambda slope: np.max(np.abs(slope), initial=0.0) * size,
-    )
-    allowed = RTOL.get(dtype, 3e-2) * np.maximum(np.abs(claimed), np.abs(value))
-    allowed += ERROR_BARS * (error + _root_mean_square(error))
-    return value, error, np.abs(claimed - value) - allowed
-
-
-def _size(leaves: Sequence[Array]) -> float:
-    """Return the largest magnitude in `leaves`, 1 if it is 0."""
-    return (
-        max((float(np.max(np.abs(x), initial=0.0)) for x in leaves), default=0) or 1.0
+    best = places[np.argmin(errors[places] + apart[places])]
+    return Disagreement(
+        level,
+        float(claimed),
+        float(slopes[best]),
+        float(max(errors[best], apart[best])),
     )
 
 
-def _root_mean_square(errors: Array) -> float:
-    finite = errors[np.isfinite(errors)]
-    return float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
+def _noise(line: _Line, step: float) -> Array:
+    """Return three times the rounding error of the values.
+
+    Fourth differences wipe out what is smooth on the scale of their spacing, and leave
+    what changes from one value to the next (Moré and Wild 2011, SIAM J. Sci. Comput.
+    33, 4.1).
+    """
+    values = np.array([line(k * step / 8) for k in range(-4, 5)])
+    differences = np.diff(values, 4, axis=0)
+    root_mean_square: Array = np.sqrt(np.mean(differences**2, axis=0) / 70)
+    return 3 * root_mean_square  # 70: (8 choose 4)
+
+
+def _direction(
+    functions: Functions, trial: int, moving: Sequence[int] | None
+) -> Arrays:
+    """Return a random direction: each element moves by its own size."""
+    point = functions.point
+    generator = np.random.default_rng(trial)
+    direction = [np.zeros(x.shape, x.dtype) for x in point]
+    for i, (x, v) in enumerate(zip(point, direction, strict=True)):
+        if moving is None or i in moving:
+            # Of a large array, a part: moving all of it costs more than evaluating.
+            first = generator.integers(max(x.size - MOST_MOVING, 0) + 1)
+            part = slice(first, first + MOST_MOVING)
+            flat = x.reshape(-1)[part]
+            v.reshape(-1)[part] = _scale(flat) * generator.normal(size=flat.shape)
+            if functions.symmetric and _is_symmetric(x):
+                direction[i] = (v + np.swapaxes(v, -1, -2)) / 2
+    return direction
+
+
+def _is_symmetric(x: Array) -> bool:
+    if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+        return False
+    return np.array_equal(x, np.swapaxes(x, -1, -2))
+
+
+def _scale(x: Array) -> Array:
+    typical = float(np.sqrt(np.mean(x**2))) if x.size else 0.0
+    return np.where(x == 0, typical or 1.0, np.abs(x))
+
+
+def _weights(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    signs = generator.choice([-1.0, 1.0], size=shape)
+    return np.asarray(signs * generator.uniform(0.5, 1.5, size=shape))

@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from tfgrad import nested
 from tfgrad.diagnosis.causes import Culprit
-from tfgrad.diagnosis.graphs import handle_of, leading_to, trace
+from tfgrad.diagnosis.graphs import handle_of, leading_to, trace, unrepeatable
+from tfgrad.diagnosis.lines import line_of
 from tfgrad.diagnosis.numbers import Numbers
 from tfgrad.diagnosis.path import blocks, find_cuts, missing_gradients
 from tfgrad.diagnosis.report import VALUE, Explanation, Finding
@@ -67,16 +68,27 @@ def explain(f: Callable[..., Any], *args: Any, wrt: Any = None) -> Explanation:
     except TfgradError:
         raise
     except Exception:  # it leaves TensorFlow, and may do so in any way
-        findings = _without_graph(function, sources)
+        findings, note = _without_graph(function, sources), ""
     else:
-        findings = _with_graph(traced, sources)
+        findings, note = _with_graph(traced, sources), _note(traced)
     if not findings:
         raise InvalidArgumentError(
             "There must be something to differentiate with respect to.",
             got=f"no float argument, and `{name}` reads no trainable variable",
             hint="explain(f, x), or wrt= the variables that f should read",
         )
-    return Explanation(name, tuple(findings))
+    return Explanation(name, tuple(findings), note)
+
+
+def _note(traced: Any) -> str:
+    """Return why derivatives of the function are not verified; "" if they are."""
+    op = unrepeatable(traced.graph)
+    if op is None:
+        return ""
+    return (
+        f"its derivatives are not verified: {op.type} at {line_of(op)} gives something "
+        "else each time"
+    )
 
 
 def _with_graph(traced: Any, sources: Sources) -> list[Finding]:

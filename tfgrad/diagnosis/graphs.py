@@ -18,6 +18,18 @@ _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
            "StatefulStandardNormal", "StatefulUniform")  # fmt: skip
 """How the ops that write to a variable, their first input, are called."""
 
+_HARMLESS = (
+    *("VarHandleOp", "ReadVariableOp", "VarIsInitializedOp", "ResourceGather"),
+    *("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply"),
+    *("ResourceStridedSliceAssign", "VariableShape", "DisableCopyOnRead"),
+    *("PartitionedCall", "StatefulPartitionedCall", "If", "Case", "While"),
+    *("Assert", "CheckNumerics", "LookupTableFind", "LookupTableSize"),
+    *("Placeholder", "NoOp", "Identity", "XlaLaunch"),
+)
+"""What stateful ops that may run once more, on copies, begin with."""
+
+_STATEFUL: dict[str, bool] = {}
+
 _NEEDS_AUTOGRAPH = tf.errors.OperatorNotAllowedInGraphError
 
 _BODIES = {
@@ -80,6 +92,27 @@ def writes(op: tf.Operation) -> bool:
     return to_handle and op.type.startswith(_WRITES)
 
 
+def unrepeatable(graph: Any) -> tf.Operation | None:
+    """Return the first op, at any depth, that may not be run once more, if any.
+
+    It draws random numbers, prints, or reads the next element of something.
+    """
+    for op in graph.get_operations():
+        if _is_stateful(op) and not op.type.startswith(_HARMLESS):
+            return op
+        found = next(filter(None, map(unrepeatable, bodies(op))), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _is_stateful(op: tf.Operation) -> bool:
+    kind = op.type
+    if kind not in _STATEFUL:  # asking TensorFlow takes twenty times as long
+        _STATEFUL[kind] = bool(op.op_def.is_stateful)
+    return _STATEFUL[kind]
+
+
 def written_variables(traced: Any) -> list[tf.Variable]:
     """Return the variables that a `traced` function writes to."""
 
@@ -128,6 +161,11 @@ def carries(tensor: tf.Tensor) -> bool:
     return dtype.is_floating or dtype.is_complex or dtype in (tf.resource, tf.variant)
 
 
+def is_differentiable(tensor: tf.Tensor) -> bool:
+    """Return whether a tensor holds numbers that have slopes."""
+    return bool(tensor.dtype.is_floating or tensor.dtype.is_complex)
+
+
 def following(
     graph: tf.Graph,
     root: tf.Tensor,
@@ -167,7 +205,10 @@ def connected(
     graph: tf.Graph, outputs: Sequence[tf.Tensor], tensors: Sequence[tf.Tensor]
 ) -> set[Any]:
     """Return the refs of those `tensors` that a gradient of `outputs` arrives at."""
-    pairs = zip(tensors, gradients(graph, outputs, tensors), strict=True)
+    with graph.as_default():  # a complex output has to be told how it is weighed
+        weights = [tf.ones_like(y) if y.dtype.is_complex else None for y in outputs]
+    found = gradients(graph, outputs, tensors, weights)
+    pairs = zip(tensors, found, strict=True)
     return {tensor.ref() for tensor, gradient in pairs if gradient is not None}
 
 
@@ -175,7 +216,7 @@ def gradients(
     graph: tf.Graph,
     outputs: Sequence[tf.Tensor],
     tensors: Sequence[tf.Tensor],
-    cotangents: Sequence[tf.Tensor] | None = None,
+    cotangents: Sequence[tf.Tensor | None] | None = None,
 ) -> list[Any]:
     """Return the gradients of `outputs`; None, too, behind an op that has none."""
     dead_ends: list[tf.Tensor] = []

@@ -22,6 +22,7 @@ from tfgrad.diagnosis.graphs import (
     counterparts,
     following,
     handle_of,
+    is_differentiable,
     leading_to,
     results,
     trace,
@@ -121,8 +122,8 @@ def may_hide_a_cut(operations: Iterable[tf.Operation]) -> bool:
 
 
 def _leaves_floats(op: tf.Operation) -> bool:
-    by_value = any(tensor.dtype.is_floating for tensor in op.inputs)
-    on = any(tensor.dtype.is_floating for tensor in op.outputs)
+    by_value = any(map(is_differentiable, op.inputs))
+    on = any(map(is_differentiable, op.outputs))
     leaves = by_value and not on and len(op.outputs) > 0
     is_cut = op.type in _STEPS or (leaves and not blocks(op))
     return is_cut and not made_by_gradient(op)  # of masks and indices: see `_cut_at`
@@ -132,7 +133,7 @@ def _arriving(
     graph: Any, outputs: Sequence[tf.Tensor], leads: Container[Any]
 ) -> set[Any]:
     """Return the refs of the tensors that a gradient of `outputs` really arrives at."""
-    floats = [tensor for tensor in outputs if tensor.dtype.is_floating]
+    floats = list(filter(is_differentiable, outputs))
     operations = graph.get_operations()
     made = (tensor for op in operations for tensor in op.outputs)
     sources = [tensor for tensor in made if tensor.ref() in leads and carries(tensor)]

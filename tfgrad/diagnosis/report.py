@@ -83,10 +83,12 @@ class Explanation:
     Attributes:
         function: What the user calls the function.
         findings: One for each input, and one for the value if that is not finite.
+        note: Why derivatives of the function are not verified; empty if they are.
     """
 
     function: str
     findings: tuple[Finding, ...]
+    note: str = ""
 
     @property
     def title(self) -> str:
@@ -110,6 +112,7 @@ class Explanation:
         if rest:
             words = (f"{_names(group)}: {group[0].status}" for group in rest)
             lines.append("; ".join(words))
+        lines += [self.note] if self.note else []
         return "\n  ".join([self.title, *lines])
 
     __repr__ = __str__
@@ -123,7 +126,8 @@ class Explanation:
             for first in group[:1]
         ]
         table = _row("th", titles) + "".join(_row("td", row) for row in rows)
-        return f"<p>{html.escape(self.title)}</p><table>{table}</table>"
+        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
+        return f"<p>{html.escape(self.title)}</p><table>{table}</table>{note}"
 
     def _groups(self) -> list[list[Finding]]:
         """Return the findings that say the same together, the worst first."""

@@ -387,3 +387,16 @@ def test_a_value_that_is_not_finite_is_refused():
 def test_bad_arguments_are_refused_with_a_way_out(args, kwargs, message):
     with pytest.raises(InvalidArgumentError, match=message):
         check_grads(tf.identity, *args, **kwargs)
+
+
+def test_a_cut_gradient_is_refused_as_grad_refuses_it():
+    with pytest.raises(NoGradientError, match=r"tf.round"):
+        check_grads(lambda x: tf.reduce_sum(tf.round(x)), [1.2, 3.7])
+    with pytest.raises(NoGradientError, match=r"leaves this input out"):
+        check_grads(lambda x: x + tf.math.zeta(x, 2.0), 3.0)
+
+
+@pytest.mark.parametrize("rtol", [float("nan"), -1.0, 2.0])
+def test_a_tolerance_that_lets_everything_through_is_refused(rtol):
+    with pytest.raises(InvalidArgumentError, match="`rtol` must be a number"):
+        check_grads(tf.sin, 1.0, rtol=rtol)

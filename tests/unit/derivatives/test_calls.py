@@ -258,7 +258,7 @@ def test_a_call_names_what_is_differentiated():
 
 
 def test_a_body_inside_of_another_trace_adds_no_call():
-    slope = transform(lambda x: x**2, lambda call: call.output())
+    slope = transform(lambda x: x**2, lambda call: (call.output(), []))
 
     traced = tf.function(lambda x: slope(x)).get_concrete_function(tf.TensorSpec([]))
 

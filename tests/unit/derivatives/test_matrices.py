@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from tfgrad.derivatives import matrices
 from tfgrad.derivatives.matrices import hessian, hvp, jacobian
-from tfgrad.derivatives.reverse import grad
+from tfgrad.derivatives.replicas import Replica
+from tfgrad.derivatives.reverse import grad, value_and_grad
 from tfgrad.errors import (
     InvalidArgumentError,
     NoGradientError,
@@ -181,32 +182,75 @@ def test_verification_leaves_variables_as_one_call_does():
     assert float(counter) == 1.0
 
 
-def test_verification_happens_once_for_each_trace():
-    runs = []
+def evaluations(monkeypatch):
+    """Return a list that grows with each evaluation that a verification asks for."""
+    calls = []
+    run = Replica.__call__
 
-    def f(x):
-        tf.py_function(lambda: runs.append(1), [], [])
-        return tf.reduce_sum(x**3)
+    def counted(self, *args):
+        calls.append(args)
+        return run(self, *args)
 
-    second = hessian(f)
+    monkeypatch.setattr(Replica, "__call__", counted)
+    return calls
+
+
+def test_verification_happens_once_for_each_trace(monkeypatch):
+    calls = evaluations(monkeypatch)
+    second = hessian(lambda x: tf.reduce_sum(x**3))
+
     second([1.0, 2.0])
-    first_time = len(runs)
     second([3.0, 4.0])
 
-    assert first_time > 2
-    assert len(runs) == first_time + 1
+    assert len(calls) == 2
 
 
-def test_verification_can_be_left_out():
-    runs = []
+@pytest.mark.parametrize("transform", [grad, value_and_grad, jacobian, hessian])
+def test_verification_can_be_left_out(monkeypatch, transform):
+    calls = evaluations(monkeypatch)
 
+    transform(lambda x: tf.reduce_sum(x**3), verify=False)([1.0, 2.0])
+
+    assert not calls
+
+
+def test_what_a_function_does_besides_computing_is_not_done_twice(capfd):
     def f(x):
-        tf.py_function(lambda: runs.append(1), [], [])
+        tf.print("seen")
         return tf.reduce_sum(x**3)
 
-    hessian(f, verify=False)([1.0, 2.0])
+    hessian(f)([1.0, 2.0])
 
-    assert len(runs) == 1
+    assert "seen" in (seen := capfd.readouterr().err)
+    assert seen.count("seen") == 1
+
+
+@pytest.mark.parametrize("transform", [hessian, jacobian])
+def test_what_does_not_fit_into_memory_is_refused_at_once(transform):
+    def f(x):
+        return x * tf.reduce_sum(x) if transform is jacobian else tf.reduce_sum(x**2)
+
+    with pytest.raises(InvalidArgumentError, match=r"GiB(.|\n)*tfgrad\.(hvp|vjp)"):
+        transform(f)(np.ones(1_000_000, "float32"))
+
+
+def test_additional_output():
+    def f(x):
+        return tf.reduce_sum(x**3), {"largest": tf.reduce_max(x)}
+
+    matrix, first = hessian(f, has_aux=True)([1.0, 2.0])
+    product, second = hvp(f, has_aux=True)([1.0, 2.0], [1.0, 10.0])
+
+    np.testing.assert_allclose(matrix, np.diag([6.0, 12.0]))
+    np.testing.assert_allclose(product, [6.0, 120.0])
+    assert float(first["largest"]) == float(second["largest"]) == 2.0
+
+
+@pytest.mark.parametrize("option", ["has_aux", "verify", "jit"])
+@pytest.mark.parametrize("transform", [jacobian, hessian, hvp])
+def test_options_are_true_or_false(transform, option):
+    with pytest.raises(InvalidArgumentError, match=f"`{option}` must be True or False"):
+        transform(tf.sin, **{option: "yes"})
 
 
 def test_a_wrong_hessian_is_withheld_each_time():
@@ -215,9 +259,7 @@ def test_a_wrong_hessian_is_withheld_each_time():
     wrong = hessian(angle, jit=True)
 
     for _ in range(2):
-        with pytest.raises(
-            WrongDerivativeError, match=r"`x`(.|\n)*Angle(.|\n)*jit=False"
-        ):
+        with pytest.raises(WrongDerivativeError, match=r"`x`(.|\n)*Angle(.|\n)*XLA"):
             wrong([1.0, 2.0])
     right = hessian(angle)([1.0, 2.0])
     np.testing.assert_allclose(right, [[0.16, 0.12], [0.12, -0.16]], rtol=1e-6)

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from tfgrad.derivatives.forward import jvp
 from tfgrad.derivatives.matrices import hessian, hvp, jacobian
-from tfgrad.derivatives.repairs import is_repaired, repaired
+from tfgrad.derivatives.repairs import is_marked, repaired
 from tfgrad.derivatives.reverse import grad
 
 RNG = np.random.default_rng(0)
@@ -106,7 +106,7 @@ def test_ops_outside_of_a_repaired_function_are_left_alone():
         x = tf.compat.v1.placeholder(tf.float32, [3])
         outside = tf.stop_gradient(x)
 
-    assert not is_repaired(outside.op)
+    assert not is_marked(outside.op)
 
 
 @pytest.mark.parametrize("name", ["max pooling", "bilinear", "moments"])
@@ -127,3 +127,18 @@ def test_max_pooling_under_xla_takes_the_same_of_equal_elements():
     ties = tf.round(x)
 
     np.testing.assert_array_equal(hessian(f, jit=True)(ties), hessian(f)(ties))
+
+
+def test_the_users_own_functions_are_left_alone():
+    inner = tf.function(lambda x: tf.reduce_prod(x))
+    traced = inner.get_concrete_function(tf.TensorSpec([3], tf.float64))
+    x = tf.constant([0.0, 2.0, 3.0], tf.float64)
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        total = tf.reduce_sum(grad(inner)(x))
+    again = tape.gradient(total, x)
+
+    np.testing.assert_allclose(again, [5.0, 3.0, 2.0])
+    np.testing.assert_allclose(hessian(inner)(x)[0], [0.0, 3.0, 2.0])
+    assert not any(map(is_marked, traced.graph.get_operations()))

@@ -1,5 +1,7 @@
 """`grad`, `value_and_grad` and `vjp`."""
 
+import types
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -169,16 +171,71 @@ def test_a_cotangent_of_another_shape_is_refused():
 
 
 def test_a_function_is_compiled_once_for_all_its_pull_backs():
-    runs = []
-
-    def f(x):
-        runs.append(x)
-        return x**2
+    f = tf.function(lambda x: x**2)
 
     answers = [float(vjp(f, float(x))[1](1.0)[0]) for x in range(5)]
 
     assert answers == [0.0, 2.0, 4.0, 6.0, 8.0]
-    assert len(runs) == 1
+    assert f.experimental_get_tracing_count() == 1
+
+
+def test_additional_output_of_a_pull_back():
+    y, pullback, aux = vjp(lambda x: (x**2, {"twice": 2 * x}), 3.0, has_aux=True)
+
+    assert (float(y), float(pullback(1.0)[0]), float(aux["twice"])) == (9.0, 6.0, 6.0)
+
+
+def test_a_pull_back_under_xla():
+    y, pullback = vjp(tf.sin, 0.5, jit=True)
+
+    assert float(y) == pytest.approx(np.sin(0.5), rel=1e-6)
+    assert float(pullback(2.0)[0]) == pytest.approx(2 * np.cos(0.5), rel=1e-6)
+
+
+def test_the_first_argument_is_the_function():
+    with pytest.raises(InvalidArgumentError, match="first argument is the function"):
+        vjp(tf.constant(1.0), tf.sin)
+
+
+@pytest.mark.parametrize("transform", [grad, value_and_grad])
+@pytest.mark.parametrize("option", ["has_aux", "verify", "jit"])
+def test_options_are_true_or_false(transform, option):
+    with pytest.raises(InvalidArgumentError, match=f"`{option}` must be True or False"):
+        transform(tf.sin, **{option: "yes"})
+
+
+def test_a_position_is_anything_with_an_index():
+    assert float(grad(lambda x, y: x * y**2, argnums=np.int64(1))(1.0, 3.0)) == 6.0
+
+
+def test_keys_that_have_no_order_are_refused():
+    with pytest.raises(InvalidArgumentError, match="keys of type int and str"):
+        grad(lambda p: p[1] * p["a"])({1: 3.0, "a": 2.0})
+    with pytest.raises(InvalidArgumentError, match="mappingproxy"):
+        grad(lambda p: p["a"] ** 2)(types.MappingProxyType({"a": 2.0}))
+
+
+def test_a_dimension_that_varies_is_left_open_after_the_second_shape():
+    w, runs = tf.Variable([1.0, 2.0]), []
+
+    def loss(rows):
+        runs.append(rows.shape)
+        return tf.reduce_sum(rows * w)
+
+    both = value_and_grad(loss, wrt=w)
+    for count in (3, 5, 4, 7, 3):
+        value, slope = both(tf.ones((count, 2)))
+        assert float(value) == 3.0 * count
+        np.testing.assert_allclose(slope, [count, count])
+
+    assert runs == [(3, 2), (None, 2)]
+
+
+def test_a_function_that_has_to_know_its_shapes_is_traced_for_each():
+    mean = grad(lambda x: tf.reduce_sum(x) / x.shape[0])
+
+    for count in (2, 3, 4):
+        np.testing.assert_allclose(mean(np.ones(count)), np.full(count, 1 / count))
 
 
 def test_a_cut_output_is_refused_even_beside_one_that_is_not():

@@ -588,3 +588,12 @@ def test_many_explanations_are_made_without_a_word_on_retracing(caplog):
         explain(lambda x: tf.where(x > 0, x * tf.math.log(x), 0.0), 0.0)
 
     assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_what_is_not_verified_is_said():
+    random = explain(lambda x: tf.reduce_sum(x * tf.random.normal([2])), [1.0, 2.0])
+    fixed = explain(lambda x: tf.reduce_sum(x**2), [1.0, 2.0])
+
+    assert "not verified: RandomStandardNormal at test_explain.py" in str(random)
+    assert "RandomStandardNormal" in random._repr_html_()
+    assert fixed.note == ""

@@ -1,0 +1,249 @@
+"""Is every op of TensorFlow differentiated rightly, or refused by name?
+
+For each op of `tf.raw_ops` that has a gradient, inputs are made up: generic ones, and
+special points (zeros, ties, repeated rows). The derivatives of orders one and two, on
+several roads, are held against differences of values in double precision. Ops for which
+no inputs could be made up are listed. A line that is indented is to be looked at: a
+second derivative with a kink at the point counts as wrong here, and so does what a cast
+rounds. Run it by hand; `raw_ops.txt` is what it printed:
+
+    python benchmarks/raw_ops.py --grad --hvp [first letters of ops]
+"""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import itertools
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import tfgrad
+
+Array = np.ndarray
+
+ROADS: dict[str, Callable[[Any, Array, Array], Any]] = {
+    "grad": lambda f, x, v: np.sum(tfgrad.grad(f)(x) * v),
+    "xla": lambda f, x, v: np.sum(tfgrad.grad(f, jit=True)(x) * v),
+    "jvp": lambda f, x, v: tfgrad.jvp(f, (x,), (v,))[1],
+    "vjp": lambda f, x, v: np.sum(tfgrad.vjp(f, x)[1](1.0)[0] * v),
+    "hvp": lambda f, x, v: np.sum(tfgrad.hvp(f)(x, v) * v),
+    "hessian": lambda f, x, v: (
+        v.ravel()
+        @ tf.reshape(tfgrad.hessian(f)(x), [x.size, x.size]).numpy()
+        @ v.ravel()
+    ),
+    "tape": lambda f, x, v: _by_tape(f, x, v),
+    "graph": lambda f, x, v: tf.function(lambda: _by_tape(f, x, v))(),
+}
+"""From a function, a point and a direction to a derivative along it."""
+
+MOST = 16
+"""Points that are tried for one op."""
+
+FIRST = ("grad", "xla", "jvp", "vjp")
+
+
+def _by_tape(f: Any, x: Array, v: Array) -> tf.Tensor:
+    point = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(point)
+        slope = tf.reduce_sum(tfgrad.grad(f)(point) * v)
+    found = tape.gradient(slope, point)
+    return tf.zeros([], tf.float64) if found is None else tf.reduce_sum(found * v)
+
+
+def points(generator: np.random.Generator) -> dict[str, Array]:
+    """Return arrays to try, by name."""
+    generic = generator.normal(size=(3, 3))
+    zeros = generic.copy()
+    zeros[0, 1] = zeros[2, 2] = 0.0
+    return {
+        "generic": generic,
+        "positive": np.abs(generic) + 0.3,
+        "in the unit interval": generator.uniform(0.2, 0.8, size=(3, 3)),
+        "with zeros": zeros,
+        "ones": np.ones((3, 3)),
+        "symmetric": generic + generic.T + 4 * np.eye(3),
+        "whole numbers": np.array([[1.0, 2, 2], [3, 1, 2], [2, 2, 4]]),
+    }
+
+
+OTHERS: dict[str, list[Any]] = {
+    "axis": [0, 1],
+    "reduction_indices": [[1]],
+    "dim": [0],
+    "indices": [[0, 2, 0]],
+    "segment_ids": [[0, 0, 1]],
+    "num_segments": [2],
+    "shape": [[9]],
+    "size": [[2, 2]],
+    "begin": [[0, 1]],
+    "perm": [[1, 0]],
+    "multiples": [[1, 2]],
+    "paddings": [[[1, 0], [0, 1]], [[0, 0], [1, 1], [1, 1], [0, 0]]],
+    "k": [2],
+    "fft_length": [[3], [2], [3, 3]],
+    "num_lower": [1],
+    "num_upper": [1],
+    "diagonal": [np.array([1.0, 2.0, 3.0])],
+    "T": [None],
+}
+"""What to try for inputs and attributes by their names."""
+
+
+def calls(
+    name: str, generator: np.random.Generator
+) -> Iterator[tuple[str, Any, Array]]:
+    """Yield (what, function of one array, point) for an op."""
+    op = getattr(tf.raw_ops, name)
+    parameters = [
+        p for p in inspect.signature(op).parameters.values() if p.name != "name"
+    ]
+    required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
+    definition = _definition(name)
+    floats = {
+        argument.name
+        for argument in definition.input_arg
+        if argument.type_attr in ("T", "dtype", "SrcT", "") or argument.number_attr
+    }
+    for moving in required:
+        if moving not in floats:
+            continue
+        others = [other for other in required if other != moving]
+        options = [OTHERS.get(other, [np.full((3, 3), 0.7), 1]) for other in others]
+        for label, point in points(generator).items():
+            for chosen in itertools.islice(itertools.product(*options), 4):
+                arguments = dict(zip(others, chosen, strict=True))
+                for shape in ((3, 3), (1, 3, 3, 1)):
+
+                    def f(x, arguments=arguments, shape=shape, moving=moving):
+                        given = tf.reshape(x, shape)
+                        given = [given] if _is_list(definition, moving) else given
+                        output = op(**arguments, **{moving: given})
+                        return _number(output)
+
+                    yield f"{moving}, {label}", f, point
+
+
+def _definition(name: str) -> Any:
+    from tensorflow.python.framework import op_def_registry
+
+    return op_def_registry.get(name)
+
+
+def _is_list(definition: Any, argument: str) -> bool:
+    return any(a.name == argument and a.number_attr for a in definition.input_arg)
+
+
+def _number(output: Any) -> tf.Tensor:
+    """Return a weighted sum of all float outputs."""
+    terms = []
+    for leaf in tf.nest.flatten(output):
+        if not isinstance(leaf, tf.Tensor):
+            continue
+        if leaf.dtype.is_complex:
+            leaf = tf.math.real(leaf) + 2 * tf.math.imag(leaf)
+        if leaf.dtype.is_floating:
+            flat = tf.cast(tf.reshape(leaf, [-1]), tf.float64)
+            weights = tf.cast(tf.range(tf.size(flat)), tf.float64)
+            terms.append(tf.reduce_sum(flat * tf.cos(weights) + 0.1 * flat**2))
+    if not terms:
+        raise TypeError("no float output")
+    return tf.add_n(terms)
+
+
+def difference(f: Any, x: Array, v: Array) -> tuple[float, float] | None:
+    """Return the slope along v if both sides agree, and twice that of the slope."""
+    h = 1e-6
+    values = [float(f(tf.constant(x + t * h * v))) for t in (-1, 0, 1)]
+    left, right = (values[1] - values[0]) / h, (values[2] - values[1]) / h
+    if not np.isfinite([left, right]).all():
+        return None
+    slope = (left + right) / 2
+    if abs(left - right) > 1e-3 * max(1.0, abs(slope)):
+        return None
+    h = 1e-3  # fourth order: the second derivative of the values themselves
+    far = [float(f(tf.constant(x + t * h * v))) for t in (-2, -1, 0, 1, 2)]
+    second = (-far[0] + 16 * far[1] - 30 * far[2] + 16 * far[3] - far[4]) / (12 * h * h)
+    return slope, second
+
+
+def verdict(
+    road: str, f: Any, x: Array, v: Array, expected: tuple[float, float]
+) -> str:
+    """Return "right", "refused", "wrong" or "foreign"."""
+    try:
+        found = float(ROADS[road](f, x, v))
+    except tfgrad.errors.TfgradError:
+        return "refused"
+    except Exception as error:  # anything else is what a user should not see
+        return f"foreign {type(error).__name__}"
+    first = road in FIRST
+    value, tolerance = (expected[0], 1e-3) if first else (expected[1], 1e-2)
+    if np.isnan(found):
+        return "nan"
+    return (
+        "right" if abs(found - value) <= tolerance * max(1.0, abs(value)) else "wrong"
+    )
+
+
+def sweep(name: str, roads: list[str]) -> collections.Counter[str]:
+    """Return how often each verdict was reached for an op; print what is wrong."""
+    generator = np.random.default_rng(0)
+    counts: collections.Counter[str] = collections.Counter()
+    for what, f, x in calls(name, generator):
+        v = generator.normal(size=x.shape)
+        try:
+            expected = difference(f, x, v)
+        except Exception:  # these inputs are none for this op
+            continue
+        if expected is None:
+            continue
+        for road in roads:
+            found = verdict(road, f, x, v, expected)
+            counts[found] += 1
+            if found not in ("right", "refused"):
+                print(f"  {name}({what}) by {road}: {found}, {expected}", flush=True)
+        if sum(counts.values()) > MOST * len(roads):
+            break
+    return counts
+
+
+def names(prefixes: list[str]) -> list[str]:
+    """Return the ops that have a gradient, which is meant to be the slope."""
+    from tensorflow.python.framework import ops
+
+    registered = [str(name) for name in ops.gradient_registry.list()]
+    found = [n for n in registered if hasattr(tf.raw_ops, n)]
+    found = [n for n in found if ops.gradient_registry.lookup(n) is not None]
+    found = [n for n in found if not n.startswith("QuantizeAndDequantize")]
+    return sorted(n for n in found if not prefixes or n.startswith(tuple(prefixes)))
+
+
+def main(arguments: list[str]) -> None:
+    """Print a table of ops and verdicts."""
+    warnings.simplefilter("ignore")
+    roads = [a[2:] for a in arguments if a.startswith("--")] or ["grad", "hvp", "tape"]
+    totals: collections.Counter[str] = collections.Counter()
+    untried = []
+    start = time.perf_counter()
+    for name in names([a for a in arguments if not a.startswith("--")]):
+        counts = sweep(name, roads)
+        totals += counts
+        if not counts:
+            untried.append(name)
+            continue
+        print(f"{name}: {dict(counts)}", flush=True)
+    print(f"no inputs for {len(untried)}: {', '.join(untried)}")
+    print(dict(totals), f"{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,397 @@
+"""From a call and its answer to the functions that `verification` looks at.
+
+A trace returns, beside its answer, what the answer is the derivative of: the outputs of
+the user's function, their gradient for a second derivative. So the same compiled
+function, at other points, gives the differences that the answer is held against; two
+calls of it do where all is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.derivatives.formulas import is_in_moments
+from tfgrad.derivatives.replicas import Replica
+from tfgrad.derivatives.signatures import is_dynamic
+from tfgrad.derivatives.soundness import every
+from tfgrad.derivatives.verification import (
+    MOST_MOVING,
+    Array,
+    Arrays,
+    Disagreement,
+    Functions,
+    coarsest,
+    disagreement,
+)
+from tfgrad.diagnosis.graphs import unrepeatable
+from tfgrad.diagnosis.lines import line_of
+from tfgrad.errors import WrongDerivativeError
+
+if TYPE_CHECKING:
+    from tfgrad.derivatives.calls import Call
+
+Ladder = list[list[tf.Tensor]]
+"""The functions that an answer has derivatives of: the outputs of each, flat."""
+
+Slopes = Callable[["Certificate", list[tf.Tensor], list[Arrays]], Sequence[float]]
+"""From a direction, and weights of all outputs, to the slope of each weighted sum."""
+
+SUSPICIOUS = {
+    "Cholesky": "it reads one triangle only; f of (x + transpose of x) / 2 does not",
+    "Angle": "under XLA its second derivative has the wrong sign",
+    "SelfAdjointEigV2": "where eigenvalues repeat, the slopes of eigenvectors are lost",
+    "Svd": "where singular values repeat, the slopes of the vectors are lost",
+    "AsString": "text has no slope, so this path is left out",
+    "Sqrt": "its slope at 0 is infinite, and infinite times 0 is NaN",
+    "Relu": "at 0 its slope is taken to be 0, whatever stands beside it",
+    "Abs": "at 0 its slope is taken to be 0, whatever stands beside it",
+    "Sign": "its slope is taken to be 0",
+    "Maximum": "where both are equal, each gets half of the slope or one gets all",
+    "Minimum": "where both are equal, each gets half of the slope or one gets all",
+}
+"""Ops whose derivatives are known to come out wrong at some points, and why."""
+
+_BY_DESIGN = ("FakeQuant", "QuantizeAndDequantize", "PreventGradient")
+"""Ops whose gradient is not meant to be the slope, by how their names begin."""
+
+
+class Certificate:
+    """One call of a transform, ready to be verified.
+
+    Args:
+        call: The call.
+        concrete: What answered it.
+        answer: The answer.
+        ladder: See `Ladder`.
+        slopes: See `Slopes`.
+        lower: What computes the ladder, where the answer has none with it.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        concrete: Any,
+        answer: Any,
+        ladder: Ladder,
+        slopes: Slopes,
+        lower: Any = None,
+    ) -> None:
+        """Evaluate nothing yet."""
+        self.call = call
+        self.answer = answer
+        self.ladder = ladder
+        self._slopes = slopes
+        self._operations = list(every(concrete.graph.get_operations()))
+        moving = call.sources if call.variables is not None else ()
+        self._replica = Replica(concrete, moving)
+        self._lower = lower and Replica(lower, moving)
+        if self._lower is not None:
+            self.ladder = self._lower(_dynamic(call))
+            if not self._lower.is_steady(_dynamic(call)):
+                self.ladder = []  # each evaluation is that of another function
+
+    def along(self, direction: Sequence[tf.Tensor]) -> Any:
+        """Return the answer for another direction."""
+        return self._run(self.call.along(direction))[0]
+
+    def pulled(self, weights: Sequence[Any]) -> list[Any]:
+        """Return the gradient of the first function's outputs, weighted and summed."""
+        call = self.call.at([tf.identity(source) for source in self.call.sources])
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(call.sources)
+            outputs = self._run(call)[1][0]
+        cotangents = _tensors(list(weights), outputs)
+        found: list[Any] = tape.gradient(
+            outputs,
+            call.sources,
+            cotangents,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        return [tf.convert_to_tensor(gradient) for gradient in found]
+
+    def functions(self) -> Functions:
+        """Return what there is to verify."""
+        tensors = [*self.call.sources, *(y for outputs in self.ladder for y in outputs)]
+        return Functions(
+            point=list(map(_view, self.call.sources)),
+            values=[_arrays(outputs) for outputs in self.ladder],
+            evaluate=self._evaluate,
+            slopes=self._claimed,
+            dtype=coarsest(tensors, self._operations),
+            symmetric=_reads_one_triangle(self._operations),
+        )
+
+    def require_right(self) -> None:
+        """Refuse an answer that is no derivative.
+
+        Raises:
+            WrongDerivativeError: If differences disagree with it.
+        """
+        functions = self.functions()
+        wrong = disagreement(functions) if functions.values else None
+        if wrong is None or any(map(redefines_slope, self._operations)):
+            return
+        index = self._source(functions, wrong)
+        raise _withheld(wrong, self.call.name, self.call.names[index], self._operations)
+
+    def _evaluate(self, direction: Arrays, t: float) -> list[Arrays]:
+        call, values = self.call, {}
+        moved = list(map(_moved_by, call.sources, direction, [t] * len(direction)))
+        if call.variables is None:
+            call = call.at(moved)
+        else:
+            handles = [id(variable.handle) for variable in call.sources]
+            values = dict(zip(handles, moved, strict=True))
+        if self._lower is not None:
+            ladder = self._lower(_dynamic(call), values)
+        else:
+            ladder = self._run(call, values)[1]
+        return [_arrays(outputs) for outputs in ladder]
+
+    def _run(self, call: Call, values: Any = None) -> Any:
+        return self._replica(_dynamic(call), values or {})
+
+    def _claimed(self, direction: Arrays, weights: list[Arrays]) -> Array:
+        vectors = _tensors(direction, self.call.sources)
+        return np.array(self._slopes(self, vectors, weights), np.float64)
+
+    def _source(self, functions: Functions, wrong: Disagreement) -> int:
+        """Return the place of the first source by which it is wrong."""
+        places = range(len(functions.point))
+        return next((i for i in places if disagreement(functions, [i])), 0)
+
+
+def verify(
+    concrete: Any,
+    tensors: Sequence[Any],
+    answer: Any,
+    *,
+    variables: Sequence[tf.Variable],
+    outputs: Callable[[Any], Sequence[tf.Tensor]],
+    slope: Callable[[Arrays, Arrays], float],
+    name: str,
+    names: Sequence[str],
+) -> None:
+    """Refuse the first answer of a compiled function if its derivative is wrong.
+
+    For functions that are compiled elsewhere, as by `minimize`; a transform verifies
+    its own. It costs one evaluation where all is right, writes to copies only, and says
+    nothing of functions that draw random numbers.
+
+    Args:
+        concrete: The function, which reads what is differentiated from variables.
+            Nobody else may call it meanwhile.
+        tensors: What it was called with.
+        answer: What it returned.
+        variables: What is differentiated.
+        outputs: From an answer to what has the derivative: a value, or residuals.
+        slope: From a direction (an array for each variable) and weights (one for each
+            output) to the slope that the answer claims for the weighted sum.
+        name: What the user calls the function.
+        names: What the user calls the variables.
+
+    Raises:
+        WrongDerivativeError: If differences disagree with the slope.
+    """
+    if not variables or not certified(concrete):
+        return
+    replica = Replica(concrete, variables)
+    operations = list(every(concrete.graph.get_operations()))
+    handles = [id(variable.handle) for variable in variables]
+
+    def evaluate(direction: Arrays, t: float) -> list[Arrays]:
+        moved = map(_moved_by, variables, direction, [t] * len(handles))
+        found = replica(tensors, dict(zip(handles, moved, strict=True)))
+        return [_arrays(outputs(found))]
+
+    values = outputs(answer)
+    functions = Functions(
+        point=list(map(_view, variables)),
+        values=[_arrays(values)],
+        evaluate=evaluate,
+        slopes=lambda v, weights: np.array([slope(v, weights[0])]),
+        dtype=coarsest([*variables, *values], operations),
+        symmetric=_reads_one_triangle(operations),
+    )
+    wrong = disagreement(functions)
+    if wrong is None or any(map(redefines_slope, operations)):
+        return
+    places = range(len(variables))
+    index = next((i for i in places if disagreement(functions, [i])), 0)
+    raise _withheld(wrong, name, names[index], operations)
+
+
+def _reads_one_triangle(operations: Sequence[tf.Operation]) -> bool:
+    return any(op.type in ("Cholesky", "SelfAdjointEigV2") for op in operations)
+
+
+def _withheld(
+    wrong: Disagreement, name: str, source: str, operations: Sequence[tf.Operation]
+) -> WrongDerivativeError:
+    known = (
+        f"; perhaps {kind} at {line_of(op)}: {reason}"
+        for kind, reason in SUSPICIOUS.items()
+        for op in operations
+        if op.type == kind
+    )
+    order = "second derivative" if wrong.level else "derivative"
+    return WrongDerivativeError(
+        f"TensorFlow's {order} of `{name}` is wrong, by `{source}`.",
+        got=f"along a random direction {wrong}{next(known, '')}",
+        hint="tfgrad.explain(f, x); tfgrad.finite_difference; another form of it; "
+        "verify=False for the numbers as they are",
+    )
+
+
+def certified(concrete: Any) -> bool:
+    """Return whether the answers of a trace can be verified."""
+    if tf.distribute.has_strategy():
+        return False
+    return unrepeatable(concrete.graph) is None
+
+
+def wrong_gradient(
+    call: Call,
+    evaluate: Callable[[Call], Sequence[tf.Tensor]],
+    weights: Sequence[tf.Tensor] | None,
+    gradients: Sequence[tf.Tensor],
+) -> tuple[int, Disagreement] | None:
+    """Return the first source whose gradient, taken eagerly, is wrong, and how wrong.
+
+    Args:
+        call: Where.
+        evaluate: What was differentiated.
+        weights: One cotangent for each output; None means ones.
+        gradients: What is to be verified, one for each source.
+    """
+
+    def weighted(call: Call) -> list[Arrays]:
+        outputs = evaluate(call)
+        pairs = zip(outputs, weights or map(tf.ones_like, outputs), strict=True)
+        return [[np.asarray(sum(inner([u], [y]) for u, y in pairs))]]
+
+    def slopes(direction: Arrays, scale: list[Arrays]) -> Array:
+        return np.array([scale[0][0] * inner(gradients, direction)])
+
+    at = _arrays(call.sources)
+    functions = Functions(
+        point=at,
+        values=weighted(call),
+        evaluate=lambda v, t: _moved(
+            call, [x + t * d for x, d in zip(at, v, strict=True)], weighted
+        ),
+        slopes=slopes,
+        dtype=coarsest([*call.sources, *evaluate(call)]),
+    )
+    for index in range(len(functions.point)):
+        wrong = disagreement(functions, [index])
+        if wrong is not None:
+            return index, wrong
+    return None
+
+
+def times(blocks: Sequence[Any], direction: Sequence[Any]) -> Arrays:
+    """Return a Jacobian, given as a flat list of its blocks, times a direction."""
+    count = len(direction)
+    vectors = _arrays(direction)
+    return [
+        np.sum(
+            [
+                np.tensordot(block, v, v.ndim)
+                for block, v in zip(
+                    _arrays(blocks[i : i + count]), vectors, strict=True
+                )
+            ],
+            axis=0,
+        )
+        for i in range(0, len(blocks), count)
+    ]
+
+
+def inner(left: Sequence[Any], right: Sequence[Any]) -> float:
+    """Return the sum of the products of all elements."""
+    return sum(_product(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _product(a: Any, b: Any) -> float:
+    if (
+        np.size(a) > MOST_MOVING
+    ):  # in double precision it would cost more than the gradient
+        return float(tf.reduce_sum(tf.convert_to_tensor(a) * tf.convert_to_tensor(b)))
+    return float(np.sum(np.asarray(a, np.float64) * np.asarray(b, np.float64)))
+
+
+def redefines_slope(op: tf.Operation) -> bool:
+    """Return whether `op` says that the derivative is not the slope."""
+    if op.type.startswith(_BY_DESIGN):
+        return True
+    if op.type == "StopGradient":
+        return not is_in_moments(op) and not _is_in(op, "reduce_logsumexp")
+    if op.type != "IdentityN":
+        return False
+    try:
+        kind = op.get_attr("_gradient_op_type")
+    except ValueError:
+        return False
+    return b"CustomGradient" in kind and not _is_in(op, "ctc_loss", "swish", "silu")
+
+
+def _is_in(op: tf.Operation, *functions: str) -> bool:
+    """Return whether one of TensorFlow's own functions made `op`."""
+    return any(
+        frame.name.startswith(functions) and "tensorflow" in frame.filename
+        for frame in op.traceback
+    )
+
+
+def _view(source: Any) -> Array:
+    """Return the values of a source, without a copy if that can be."""
+    tensor = tf.convert_to_tensor(source)
+    try:
+        return np.asarray(memoryview(tensor))
+    except (TypeError, ValueError, BufferError):  # NumPy has no such dtype
+        return np.asarray(tensor)
+
+
+def _moved_by(source: Any, direction: Array, t: float) -> tf.Tensor:
+    """Return a source moved along a direction, in its own dtype."""
+    if direction.size > MOST_MOVING:
+        v = tf.convert_to_tensor(direction)
+        return tf.convert_to_tensor(source) + tf.cast(t, v.dtype) * v
+    dtype = source.dtype.as_numpy_dtype
+    return tf.constant((np.asarray(source) + t * direction).astype(dtype))
+
+
+def _moved(call: Call, point: Arrays, evaluate: Callable[[Call], Any]) -> Any:
+    """Return what `evaluate` gives, eagerly, for a call moved to `point`."""
+    values = _tensors(point, call.sources)
+    if call.variables is None:
+        return evaluate(call.at(values))
+    before = [tf.identity(variable) for variable in call.sources]
+    try:
+        # A function that leaves TensorFlow reads the variables themselves.
+        for variable, value in zip(call.sources, values, strict=True):
+            variable.assign(value)
+        return evaluate(call)
+    finally:
+        for variable, value in zip(call.sources, before, strict=True):
+            variable.assign(value)
+
+
+def _dynamic(call: Call) -> list[Any]:
+    return list(filter(is_dynamic, tf.nest.flatten(call.nests)))
+
+
+def _arrays(tensors: Sequence[Any]) -> Arrays:
+    return [np.asarray(tensor, np.float64) for tensor in tensors]
+
+
+def _tensors(arrays: Arrays, like: Sequence[Any]) -> list[tf.Tensor]:
+    return [
+        tf.constant(x.astype(other.dtype.as_numpy_dtype, copy=False))
+        for x, other in zip(arrays, like, strict=True)
+    ]

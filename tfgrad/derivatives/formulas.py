@@ -1,0 +1,672 @@
+"""The table of gradients that TensorFlow 2.21 has wrong or lacks, each put right.
+
+The formulas consist of ops whose own gradients are right, so derivatives of every order
+are. A complex gradient is the conjugate of the derivative times what arrives, as
+everywhere in TensorFlow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfgrad.derivatives.projection import projected
+
+Gradient = Callable[..., Any]
+
+
+class Repair(NamedTuple):
+    """One entry of the table.
+
+    Attributes:
+        gradient: The right one: takes the op and the gradients of its outputs.
+        reason: What is wrong with TensorFlow's.
+        first: Whether it is wrong at the first order, or only where differentiated.
+        applies: Takes an op, returns whether TensorFlow's is wrong for it.
+    """
+
+    gradient: Gradient
+    reason: str
+    first: bool
+    applies: Callable[[tf.Operation], bool]
+
+
+TABLE: dict[str, Repair] = {}
+"""From the type of an op to its repair."""
+
+
+def _repairs(
+    *kinds: str,
+    reason: str,
+    first: bool = True,
+    applies: Callable[[tf.Operation], bool] = lambda op: True,
+) -> Callable[[Gradient], Gradient]:
+    """Put a gradient into the table, see `Repair`."""
+
+    def register(gradient: Gradient) -> Gradient:
+        TABLE.update(dict.fromkeys(kinds, Repair(gradient, reason, first, applies)))
+        return gradient
+
+    return register
+
+
+def is_in_moments(op: tf.Operation) -> bool:
+    """Return whether `op` is the stop of the gradient in tf.nn.moments.
+
+    The variance there is the mean of (x - stop_gradient(mean))**2. Its slope along the
+    mean is zero, so the first derivative is right. But the slope of that slope is not
+    zero.
+    """
+    return op.type == "StopGradient" and _is_made_by(op, "nn_impl.py", "moments")
+
+
+def _is_complex(op: tf.Operation) -> bool:
+    return bool(op.outputs[-1].dtype.is_complex)
+
+
+@_repairs(
+    "StopGradient",
+    reason="tf.nn.moments stops the gradient of the mean: wrong at the second order",
+    first=False,
+    applies=is_in_moments,
+)
+def _stop_gradient(op: Any, grad: tf.Tensor) -> Any:
+    return grad
+
+
+@_repairs(
+    "Prod",
+    reason="its second derivative is lost where an element is 0",
+    first=False,
+)
+def _prod(op: Any, grad: tf.Tensor) -> Any:
+    x, axes = op.inputs
+    shape = tf.shape(x)
+    if not op.get_attr("keep_dims"):
+        grad = tf.reshape(grad, _kept(shape, axes))
+    # The reduced axes first, taken together: the product of all elements but one.
+    order, count = _reduced_first(x, axes)
+    moved = tf.transpose(x, order)
+    flat = tf.reshape(moved, [count, -1])
+    before = tf.math.cumprod(flat, 0, exclusive=True)
+    after = tf.math.cumprod(flat, 0, exclusive=True, reverse=True)
+    others = tf.reshape(before * after, tf.shape(moved))
+    others = tf.transpose(others, tf.math.invert_permutation(order))
+    answer = grad * tf.math.conj(others)
+    answer.set_shape(x.shape)
+    return answer, None
+
+
+@_repairs(
+    "Cumprod",
+    reason="TensorFlow divides by x, and puts 0 where that is 0",
+)
+def _cumprod(op: Any, grad: tf.Tensor) -> Any:
+    x, axis = op.inputs
+    exclusive, reverse = op.get_attr("exclusive"), op.get_attr("reverse")
+    before = tf.math.cumprod(x, axis, exclusive=True, reverse=reverse)
+    factors, terms = tf.math.conj(x), grad
+    if not reverse:
+        factors, terms = (tf.reverse(t, [axis]) for t in (factors, terms))
+    # The sum over the products that x is a factor of, without x itself.
+    terms = _moved(terms, axis) if exclusive else terms
+    sums = _recurrence(_moved(factors, axis), terms, axis)
+    if not reverse:
+        sums = tf.reverse(sums, [axis])
+    return tf.math.conj(before) * sums, None
+
+
+@_repairs(
+    "CumulativeLogsumexp",
+    reason="TensorFlow takes the logarithm of the cotangent, which may be zero",
+    first=False,
+)
+def _cumulative_logsumexp(op: Any, grad: tf.Tensor) -> Any:
+    x, axis = op.inputs
+    exclusive, reverse = op.get_attr("exclusive"), op.get_attr("reverse")
+    y = op.outputs[0]
+    if exclusive:
+        y = tf.math.cumulative_logsumexp(x, axis, reverse=reverse)
+    if not reverse:
+        x, y, grad = (tf.reverse(t, [axis]) for t in (x, y, grad))
+    grad = _moved(grad, axis) if exclusive else grad
+    # y falls along the axis now, by what the terms left behind were worth.
+    is_later = tf.cast(_moved(tf.ones_like(y), axis), tf.bool)
+    falls = tf.where(is_later & tf.math.is_finite(y), y - _moved(y, axis), 0.0)
+    factors = tf.where(is_later, tf.exp(falls), 0.0)
+    sums = _recurrence(factors, grad, axis)
+    answer = tf.exp(tf.where(tf.math.is_finite(x), x - y, x)) * sums
+    return (answer if reverse else tf.reverse(answer, [axis])), None
+
+
+@_repairs(
+    "SoftmaxCrossEntropyWithLogits",
+    reason="TensorFlow takes labels to sum to one, and the slope not to depend on them",
+)
+def _cross_entropy(op: Any, grad: tf.Tensor, slope_grad: tf.Tensor) -> Any:
+    logits, labels = op.inputs
+    probabilities, weights = op.outputs[1] + labels, grad[:, tf.newaxis]
+    total = tf.reduce_sum(labels + tf.zeros_like(logits), axis=-1, keepdims=True)
+    by_logits = weights * (probabilities * total - labels)
+    by_labels = -weights * tf.nn.log_softmax(logits)
+    if slope_grad is not None:
+        mean = tf.reduce_sum(slope_grad * probabilities, axis=-1, keepdims=True)
+        by_logits += probabilities * (slope_grad - mean)
+        by_labels -= slope_grad
+    return _summed_to(by_logits, logits), _summed_to(by_labels, labels)
+
+
+@_repairs(
+    "Xlogy",
+    reason="TensorFlow puts 0 where x is 0, and forgets the conjugate",
+)
+def _xlogy(op: Any, grad: tf.Tensor) -> Any:
+    x, y = (tf.math.conj(tensor) for tensor in op.inputs)
+    usable = _usable(x, y)
+    log = tf.where(usable, tf.math.log(tf.where(usable, y, 1)), 0)
+    return _both(op, grad * log, grad * tf.math.xdivy(x, y))
+
+
+@_repairs(
+    "Xlog1py",
+    reason="TensorFlow puts 0 where x is 0, and forgets the conjugate",
+)
+def _xlog1py(op: Any, grad: tf.Tensor) -> Any:
+    x, y = (tf.math.conj(tensor) for tensor in op.inputs)
+    usable = _usable(x, y + 1)
+    log = tf.where(usable, tf.math.log1p(tf.where(usable, y, 0)), 0)
+    return _both(op, grad * log, grad * tf.math.xdivy(x, y + 1))
+
+
+@_repairs(
+    "Xdivy",
+    reason="TensorFlow puts 0 where x is 0, and forgets the conjugate",
+)
+def _xdivy(op: Any, grad: tf.Tensor) -> Any:
+    x, y = (tf.math.conj(tensor) for tensor in op.inputs)
+    usable = tf.not_equal(y, 0)
+    inverse = tf.where(usable, 1 / tf.where(usable, y, 1), 0)
+    inverse = tf.where(usable | tf.equal(x, 0), inverse, 1 / y)
+    return _both(op, grad * inverse, grad * tf.math.xdivy(-x, y**2))
+
+
+@_repairs(
+    "Pow",
+    reason="TensorFlow has 0 * infinity for the slope of x**0 at 0",
+    applies=lambda op: _may_be_zero(op.inputs[1]),
+)
+def _pow(op: Any, grad: tf.Tensor) -> Any:
+    x, y = op.inputs
+    constant = tf.equal(y, 0)
+    conjugate = tf.math.conj(tf.where(constant, tf.ones_like(y), y))
+    by_x = grad * conjugate * tf.pow(tf.math.conj(x), conjugate - 1)
+    by_x = tf.where(constant, tf.zeros_like(by_x), by_x)
+    base = tf.math.conj(x)
+    usable = tf.not_equal(base, 0) if x.dtype.is_complex else base > 0
+    log = tf.where(usable, tf.math.log(tf.where(usable, base, 1)), 0)
+    return _both(op, by_x, grad * tf.math.conj(op.outputs[0]) * log)
+
+
+@_repairs(
+    "Sqrt",
+    "Rsqrt",
+    "Reciprocal",
+    "Inv",
+    reason="XLA forgets the conjugate",
+    applies=_is_complex,
+)
+def _complex_root(op: Any, grad: tf.Tensor) -> Any:
+    y = tf.math.conj(op.outputs[0])
+    if op.type == "Sqrt":
+        return grad * (0.5 / y)
+    return grad * (-0.5 * y * y * y if op.type == "Rsqrt" else -y * y)
+
+
+@_repairs(
+    "MatrixDeterminant",
+    reason="TensorFlow forgets the conjugate",
+    applies=_is_complex,
+)
+def _determinant(op: Any, grad: tf.Tensor) -> Any:
+    weights = grad * tf.math.conj(op.outputs[0])
+    return weights[..., tf.newaxis, tf.newaxis] * _inverse_adjoint(op.inputs[0])
+
+
+@_repairs(
+    "LogMatrixDeterminant",
+    reason="TensorFlow takes the sign of a complex determinant to be constant",
+    applies=_is_complex,
+)
+def _log_determinant(op: Any, by_sign: tf.Tensor, by_log: tf.Tensor) -> Any:
+    turn = -tf.math.imag(tf.math.conj(by_sign) * op.outputs[0])
+    weights = tf.complex(tf.math.real(by_log), turn)
+    return weights[..., tf.newaxis, tf.newaxis] * _inverse_adjoint(op.inputs[0])
+
+
+@_repairs(
+    "MulNoNan",
+    reason="TensorFlow forgets the conjugate",
+    applies=_is_complex,
+)
+def _mul_no_nan(op: Any, grad: tf.Tensor) -> Any:
+    x, y = (tf.math.conj(tensor) for tensor in op.inputs)
+    multiply = tf.math.multiply_no_nan
+    return _both(op, multiply(grad, y), multiply(x, grad))
+
+
+@_repairs(
+    "MatrixSquareRoot",
+    reason="TensorFlow forgets the conjugate",
+    applies=_is_complex,
+)
+def _matrix_square_root(op: Any, grad: tf.Tensor) -> Any:
+    # The slope S of A = Y Y solves adjoint(Y) S + S adjoint(Y) = grad, which is linear
+    # in the elements of S, taken row by row.
+    adjoint = tf.linalg.adjoint(op.outputs[0])
+    n = tf.shape(adjoint)[-1]
+    identity = tf.eye(n, dtype=adjoint.dtype)
+    left = tf.einsum("...ik,jl->...ijkl", adjoint, identity)
+    right = tf.einsum("ik,...lj->...ijkl", identity, adjoint)
+    batch = tf.shape(grad)[:-2]
+    matrix = tf.reshape(left + right, tf.concat([batch, [n * n, n * n]], axis=0))
+    flat = tf.reshape(grad, tf.concat([batch, [n * n, 1]], axis=0))
+    return tf.reshape(tf.linalg.solve(matrix, flat), tf.shape(grad))
+
+
+@_repairs(
+    "EuclideanNorm",
+    reason="TensorFlow divides by the cotangent",
+    first=False,
+)
+def _euclidean_norm(op: Any, grad: tf.Tensor) -> Any:
+    x, axes = op.inputs
+    y = op.outputs[0]
+    if not op.get_attr("keep_dims"):
+        shape = _kept(tf.shape(x), axes)
+        y, grad = tf.reshape(y, shape), tf.reshape(grad, shape)
+    return x * (grad / y), None
+
+
+@_repairs(
+    "DynamicStitch",
+    "ParallelDynamicStitch",
+    reason="of two values for one place, the first one is overwritten: it has no slope",
+)
+def _dynamic_stitch(op: Any, grad: tf.Tensor) -> Any:
+    count = len(op.inputs) // 2
+    indices = list(op.inputs[:count])
+    counts = [tf.size(part) for part in indices]
+    numbers = tf.split(tf.range(1, tf.add_n(counts) + 1), counts)
+    numbers = [
+        tf.reshape(n, tf.shape(i)) for n, i in zip(numbers, indices, strict=True)
+    ]
+    stitch = getattr(tf.raw_ops, op.type)
+    last = stitch(indices=indices, data=numbers)
+    found = [
+        _where_rows(tf.equal(tf.gather(last, i), n), tf.gather(grad, i))
+        for i, n in zip(indices, numbers, strict=True)
+    ]
+    return [None] * count + found
+
+
+@_repairs(
+    "TensorScatterUpdate",
+    reason="of two values for one place, the first one is overwritten: it has no slope",
+    applies=lambda op: op.inputs[1].shape[-1] is not None,
+)
+def _tensor_scatter_update(op: Any, grad: tf.Tensor) -> Any:
+    x, indices, updates = op.inputs
+    depth = indices.shape[-1]
+    shape = tf.shape(indices)[:-1]
+    numbers = tf.reshape(tf.range(1, tf.reduce_prod(shape) + 1), shape)
+    places = tf.zeros(tf.shape(x)[:depth], tf.int32)
+    last = tf.tensor_scatter_nd_update(places, indices, numbers)
+    is_last = tf.equal(tf.gather_nd(last, indices), numbers)
+    by_updates = _where_rows(is_last, tf.gather_nd(grad, indices))
+    by_x = tf.tensor_scatter_nd_update(grad, indices, tf.zeros_like(updates))
+    return by_x, None, by_updates
+
+
+@_repairs(
+    "TensorListGather",
+    reason="TensorFlow keeps one of the slopes of an element that is taken twice",
+)
+def _list_gather(op: Any, grad: tf.Tensor) -> Any:
+    elements, indices, _ = op.inputs
+    length = tf.raw_ops.TensorListLength(input_handle=elements)
+    summed = tf.math.unsorted_segment_sum(grad, indices, length)
+    answer = tf.raw_ops.TensorListFromTensor(
+        tensor=summed, element_shape=tf.shape(grad)[1:]
+    )
+    return answer, None, None
+
+
+@_repairs(
+    "TensorListScatter",
+    "TensorListScatterV2",
+    "TensorListScatterIntoExistingList",
+    reason="of two values for one place, the first one is overwritten: it has no slope",
+)
+def _list_scatter(op: Any, grad: tf.Tensor) -> Any:
+    at = 1 if op.type == "TensorListScatterIntoExistingList" else 0
+    indices = op.inputs[at + 1]
+    numbers = tf.range(1, tf.size(indices) + 1)
+    places = tf.zeros([tf.reduce_max(tf.pad(indices, [[0, 1]])) + 1], tf.int32)
+    last = tf.tensor_scatter_nd_update(places, indices[:, tf.newaxis], numbers)
+    is_last = tf.equal(tf.gather(last, indices), numbers)
+    tensor = op.inputs[at]
+    options = {"element_shape": tf.shape(tensor)[1:], "element_dtype": tensor.dtype}
+    taken = tf.raw_ops.TensorListGather(input_handle=grad, indices=indices, **options)
+    found: list[Any] = [None for _ in op.inputs]
+    found[at] = _where_rows(is_last, taken)
+    if at:
+        found[0] = tf.raw_ops.TensorListScatterIntoExistingList(
+            input_handle=grad, tensor=tf.zeros_like(tensor), indices=indices
+        )
+    return found
+
+
+@_repairs(
+    "ImageProjectiveTransformV2",
+    "ImageProjectiveTransformV3",
+    reason="TensorFlow transforms the slope backwards, which is not what the slope is",
+)
+def _projective_transform(op: Any, grad: tf.Tensor) -> Any:
+    images, transforms, size, *fill = op.inputs
+    options = _attributes(op, "interpolation", "fill_mode")
+    options["fill_value"] = fill[0] if fill else 0.0
+    with tf.GradientTape() as tape:
+        tape.watch([images, transforms])
+        output = projected(images, transforms, size, **options)
+    found = tape.gradient(output, [images, transforms], [grad])
+    return [*found, *(None for _ in op.inputs[2:])]
+
+
+@_repairs(
+    "RFFT",
+    "RFFT2D",
+    reason="TensorFlow's is wrong where fft_length cuts the input, or is 1",
+    applies=lambda op: not _keeps_length(op),
+)
+def _real_fourier(op: Any, grad: tf.Tensor) -> Any:
+    x, length = op.inputs
+    rank = 1 if op.type == "RFFT" else 2
+    # Half of the spectrum of a complex input: the adjoint pads it and goes back.
+    padding = tf.scatter_nd(
+        [[tf.rank(grad) - 1, 1]],
+        [length[-1] - tf.shape(grad)[-1]],
+        tf.stack([tf.rank(grad), 2]),
+    )
+    backward = tf.signal.ifft if rank == 1 else tf.signal.ifft2d
+    scale = tf.cast(tf.reduce_prod(length), x.dtype)
+    slope = tf.math.real(backward(tf.pad(grad, padding))) * scale
+    return _fitted(slope, tf.shape(x)), None
+
+
+@_repairs(
+    "IRFFT",
+    "IRFFT2D",
+    reason="TensorFlow's is wrong where fft_length cuts the input",
+    applies=lambda op: not _keeps_length(op),
+)
+def _inverse_real_fourier(op: Any, grad: tf.Tensor) -> Any:
+    x, length = op.inputs
+    rank = 1 if op.type == "IRFFT" else 2
+    forward = tf.signal.rfft if rank == 1 else tf.signal.rfft2d
+    spectrum = forward(grad)
+    columns = tf.range(tf.shape(spectrum)[-1])
+    # All but the first frequency and the last of an even length stand for two.
+    alone = tf.equal(columns, 0) | tf.equal(2 * columns, length[-1])
+    weights = tf.cast(tf.where(alone, 1, 2), spectrum.dtype)
+    weights /= tf.cast(tf.reduce_prod(length), spectrum.dtype)
+    return _fitted(spectrum * weights, tf.shape(x)), None
+
+
+@_repairs(
+    "Relu",
+    reason="in tf.nn.weighted_cross_entropy_with_logits, 0 is taken for 1/2 at the tie",
+    applies=lambda op: _is_in_weighted_loss(op),
+)
+def _relu(op: Any, grad: tf.Tensor) -> Any:
+    x = op.inputs[0]
+    slope = tf.where(x > 0, tf.ones_like(x), tf.zeros_like(x))
+    return grad * tf.where(tf.equal(x, 0), tf.constant(0.5, x.dtype), slope)
+
+
+@_repairs("BesselI1", "BesselJ1", reason="TensorFlow has 1 for its slope at 0, 1/2")
+def _bessel(op: Any, grad: tf.Tensor) -> Any:
+    x, y = op.inputs[0], op.outputs[0]
+    special = tf.math.special
+    lower = special.bessel_i0(x) if op.type == "BesselI1" else special.bessel_j0(x)
+    at_zero = tf.equal(x, 0)
+    inner = lower - y / tf.where(at_zero, tf.ones_like(x), x)
+    return grad * tf.where(at_zero, tf.constant(0.5, x.dtype), inner)
+
+
+@_repairs("SoftsignGrad", reason="TensorFlow has no gradient for it")
+def _softsign_grad(op: Any, grad: tf.Tensor) -> Any:
+    slope, x = op.inputs
+    size = 1 + tf.abs(x)
+    return grad / size**2, -2 * grad * slope * tf.sign(x) / size**3
+
+
+@_repairs(
+    "ResizeBilinear",
+    "ResizeBicubic",
+    "ResizeNearestNeighbor",
+    reason="right by itself; the op that it is made of has no gradient",
+    first=False,
+)
+def _resize(op: Any, grad: tf.Tensor) -> Any:
+    image = op.inputs[0]
+    options = _attributes(op, "align_corners", "half_pixel_centers")
+    if op.type == "ResizeNearestNeighbor":
+        options["size"] = tf.shape(image)[1:3]
+    else:
+        options["original_image"] = image
+    return getattr(tf.raw_ops, f"{op.type}Grad")(grads=grad, **options), None
+
+
+@_repairs(
+    "ResizeBilinearGrad",
+    "ResizeBicubicGrad",
+    "ResizeNearestNeighborGrad",
+    reason="TensorFlow has no gradient for it: it is linear, and this is its adjoint",
+)
+def _resize_grad(op: Any, grad: tf.Tensor) -> Any:
+    options = _attributes(op, "align_corners", "half_pixel_centers")
+    forward = getattr(tf.raw_ops, op.type.removesuffix("Grad"))
+    size = tf.shape(op.inputs[0])[1:3]
+    return forward(images=grad, size=size, **options), None
+
+
+@_repairs(
+    "MaxPool",
+    "MaxPool3D",
+    reason="right by itself; the ops of its gradient have to be marked",
+    first=False,
+)
+def _max_pool(op: Any, grad: tf.Tensor) -> Any:
+    options = _pooling_options(op)
+    if op.type == "MaxPool":
+        options |= _attributes(op, "explicit_paddings")
+    pooled = {"orig_input": op.inputs[0], "orig_output": op.outputs[0], "grad": grad}
+    return getattr(tf.raw_ops, f"{op.type}Grad")(**pooled, **options)
+
+
+@_repairs(
+    "MaxPoolGrad",
+    "MaxPool3DGrad",
+    reason="its kernel may write its answer over an input that it has yet to read",
+)
+def _max_pool_grad(op: Any, grad: tf.Tensor) -> Any:
+    image, output = op.inputs[0], op.inputs[1]
+    pooled = {"orig_input": image, "orig_output": output, "grad": grad}
+    kernel = getattr(tf.raw_ops, f"{op.type}Grad")
+    answer = kernel(**pooled, **_pooling_options(op))
+    # With stride 1 the kernel takes the buffer of `grad` for its answer while it reads
+    # it, unless someone else still needs that buffer. In eager mode someone always
+    # does.
+    if grad.shape.is_compatible_with(output.shape):
+        answer = tf.where(tf.math.is_nan(grad), grad, answer)
+    return tf.zeros_like(image), tf.zeros_like(output), answer
+
+
+POOLING = {"MaxPoolGradGrad", "MaxPool3DGradGrad"}
+"""Ops whose kernel may write its answer over an input that it has yet to read."""
+
+
+@_repairs(
+    *POOLING,
+    reason="right by itself; the ops of its gradient have to be marked",
+)
+def _max_pool_grad_grad(op: Any, grad: tf.Tensor) -> Any:
+    image, output = op.inputs[0], op.inputs[1]
+    pooled = {"orig_input": image, "orig_output": output, "grad": grad}
+    kernel = getattr(tf.raw_ops, op.type.removesuffix("Grad"))
+    answer = kernel(**pooled, **_pooling_options(op))
+    return tf.zeros_like(image), tf.zeros_like(output), answer
+
+
+def _pooling_options(op: tf.Operation) -> dict[str, Any]:
+    return _attributes(op, "ksize", "strides", "padding", "data_format")
+
+
+def _attributes(op: Any, *names: str) -> dict[str, Any]:
+    values = {name: op.get_attr(name) for name in names}
+    return {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+
+
+def _is_made_by(op: tf.Operation, file: str, function: str) -> bool:
+    frames = (frame for frame in op.traceback if frame.filename.endswith(file))
+    return any(frame.name.startswith(function) for frame in frames)
+
+
+def _is_in_weighted_loss(op: tf.Operation) -> bool:
+    function = "weighted_cross_entropy_with_logits"
+    return "logistic_loss" in op.name and _is_made_by(op, "nn_impl.py", function)
+
+
+def _keeps_length(op: tf.Operation) -> bool:
+    """Return whether a Fourier transform is known to keep the length of its input."""
+    x, length = op.inputs
+    fixed = tf.get_static_value(length)
+    if fixed is None or x.shape.rank is None:
+        return False
+    needed = [int(n) for n in fixed]
+    if op.type.startswith("I"):
+        needed[-1] = needed[-1] // 2 + 1
+    return x.shape[-len(needed) :].as_list() == needed and min(fixed) > 1
+
+
+def _reduced_first(x: tf.Tensor, axes: tf.Tensor) -> tuple[Any, Any]:
+    """Return the axes of x, reduced ones first, and the number of their elements."""
+    rank, known = x.shape.rank, tf.get_static_value(axes)
+    shape = tf.shape(x)
+    if rank is not None and known is not None:
+        reduced = sorted({int(axis) % rank for axis in known.reshape(-1)})
+        order = reduced + [axis for axis in range(rank) if axis not in reduced]
+        if x.shape.is_fully_defined():
+            return order, math.prod(x.shape[axis] for axis in reduced)
+        return order, tf.reduce_prod(tf.gather(shape, tf.constant(reduced, tf.int32)))
+    places = tf.range(tf.rank(x))[:, tf.newaxis]
+    along = tf.cast(tf.reshape(axes, [-1]), tf.int32) % tf.rank(x)
+    is_reduced = tf.reduce_any(tf.equal(places, along), axis=1)
+    order = tf.argsort(tf.cast(~is_reduced, tf.int32), stable=True)
+    return order, tf.reduce_prod(tf.where(is_reduced, shape, 1))
+
+
+def _kept(shape: tf.Tensor, axes: tf.Tensor) -> tf.Tensor:
+    """Return `shape` with 1 for each of the axes."""
+    axes = tf.cast(tf.reshape(axes, [-1]), tf.int32) % tf.size(shape)
+    return tf.tensor_scatter_nd_update(shape, axes[:, tf.newaxis], tf.ones_like(axes))
+
+
+def _may_be_zero(x: tf.Tensor) -> bool:
+    fixed = _static_value(x)
+    return fixed is None or not (fixed != 0).all()
+
+
+def _static_value(x: tf.Tensor) -> Any:
+    """Return the value of a constant, or of a difference of such; None if unknown."""
+    if x.op.type != "Sub":
+        return tf.get_static_value(x)
+    left, right = map(_static_value, x.op.inputs)
+    return None if left is None or right is None else left - right
+
+
+def _fitted(x: tf.Tensor, shape: tf.Tensor) -> tf.Tensor:
+    """Return x cut, or filled with zeros, to a shape."""
+    kept = tf.minimum(tf.shape(x), shape)
+    cut = tf.slice(x, tf.zeros_like(kept), kept)
+    return tf.pad(cut, tf.stack([tf.zeros_like(kept), shape - kept], axis=1))
+
+
+def _summed_to(gradient: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Return `gradient` summed over the axes along which `like` was broadcast."""
+    if gradient.shape.is_fully_defined() and gradient.shape == like.shape:
+        return gradient
+    shape = tf.shape(like)
+    _, axes = tf.raw_ops.BroadcastGradientArgs(s0=tf.shape(gradient), s1=shape)
+    return tf.reshape(tf.reduce_sum(gradient, axes), shape)
+
+
+def _both(op: Any, by_x: tf.Tensor, by_y: tf.Tensor) -> list[tf.Tensor]:
+    return [_summed_to(by_x, op.inputs[0]), _summed_to(by_y, op.inputs[1])]
+
+
+def _usable(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    """Return where the logarithm of y counts: not where 0 times it is put to 0."""
+    has_log = tf.not_equal(y, 0) if y.dtype.is_complex else y > 0
+    return has_log | tf.not_equal(x, 0)
+
+
+def _inverse_adjoint(x: tf.Tensor) -> tf.Tensor:
+    return tf.linalg.inv(x, adjoint=True)
+
+
+def _where_rows(condition: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """Return rows where the condition holds, of a shape that theirs begins with."""
+    extra = tf.ones([tf.rank(rows) - tf.rank(condition)], tf.int32)
+    shape = tf.concat([tf.shape(condition), extra], axis=0)
+    return tf.where(tf.reshape(condition, shape), rows, tf.zeros_like(rows))
+
+
+def _moved(x: tf.Tensor, axis: tf.Tensor, by: Any = 1) -> tf.Tensor:
+    """Return x moved up by some places along an axis, zeros moving in at the start."""
+    along, rank = tf.get_static_value(axis), x.shape.rank
+    if along is not None and rank is not None and x.shape.is_fully_defined():
+        padding = [[0, 0] for _ in range(rank)]
+        padding[int(along)] = [min(by, x.shape[int(along)]), 0]
+        shape: Any = x.shape.as_list()
+        return tf.slice(tf.pad(x, padding), [0] * rank, shape)
+    here = tf.one_hot(axis % tf.rank(x), tf.rank(x), dtype=tf.int32)
+    start = tf.pad(x, tf.stack([here * by, tf.zeros_like(here)], axis=1))
+    moved = tf.slice(start, tf.zeros_like(here), tf.shape(x))
+    moved.set_shape(x.shape)
+    return moved
+
+
+def _recurrence(factors: tf.Tensor, terms: tf.Tensor, axis: tf.Tensor) -> tf.Tensor:
+    """Return s[i] = terms[i] + factors[i] s[i - 1] along an axis, s[-1] being 0.
+
+    In log2(n) steps of all elements at once, without a division (Blelloch 1990, Prefix
+    Sums and Their Applications).
+    """
+    length, along = tf.shape(terms)[axis], tf.get_static_value(axis)
+    known = None
+    if along is not None and terms.shape.rank is not None:
+        known = terms.shape[int(along)]
+    steps = (_LONGEST if known is None else max(known - 1, 0)).bit_length()
+    for step in range(steps):
+        by: Any = 2**step if known is not None else tf.minimum(2**step, length)
+        terms += factors * _moved(terms, axis, by)
+        factors *= _moved(factors, axis, by)
+    return terms
+
+
+_LONGEST = 2**20
+"""The length that is provided for where it is not known while tracing."""

@@ -1,0 +1,76 @@
+"""What TensorFlow raises where it cannot differentiate, in words: which op, which line.
+
+What a user's own op raises is none of this: it goes through as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from typing import Any
+
+import tensorflow as tf
+
+from tfgrad.derivatives.soundness import every
+from tfgrad.diagnosis.lines import line_of, made_by_gradient
+from tfgrad.errors import NoGradientError
+
+_NODE = re.compile(r"(?:Detected at node|\{\{node) (?P<name>[^\s}]+)")
+
+_HINT = "another form of the same function; float32 on a CPU; a tf.custom_gradient"
+
+
+def refusal_at_run_time(
+    error: Exception, graph: Any, name: str
+) -> NoGradientError | None:
+    """Return the error for a gradient op that failed when it ran, if one did.
+
+    Args:
+        error: What TensorFlow raised.
+        graph: What ran.
+        name: What the user calls the function.
+    """
+    if re.search("XLA|tf2xla", str(error)):
+        return None
+    nodes = {match["name"].split("/")[-1] for match in _NODE.finditer(str(error))}
+    for op in every(graph.get_operations()):
+        if op.name.split("/")[-1] in nodes and made_by_gradient(op):
+            return NoGradientError(
+                f"TensorFlow cannot compute the derivative of `{name}` here.",
+                got=f"{op.type} at {line_of(op)}: {_reason(error)}",
+                hint=_HINT,
+            )
+    return None
+
+
+def refusal_by_gradient(error: Exception, name: str) -> NoGradientError | None:
+    """Return the error for an op whose gradient raised while it was built, if one did.
+
+    Args:
+        error: What TensorFlow raised.
+        name: What the user calls the function.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.endswith("_grad.py"):
+            values = frame.f_locals.values()
+            op = next((value for value in values if hasattr(value, "get_attr")), None)
+            kind = frame.f_code.co_name.strip("_") if op is None else op.type
+            return NoGradientError(
+                f"TensorFlow has no derivative of this order of `{name}`.",
+                got=f"{kind}: {_reason(error)}",
+                hint=_HINT,
+            )
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of a message that says what is the matter."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    places = ("Graph execution error", "Detected at node", "File ", "<", "^")
+    telling = [
+        line
+        for line in lines
+        if line and not line.startswith(places) and "[[{{node" not in line
+    ]
+    text = telling[-1] if isinstance(error, tf.errors.OpError) else telling[0]
+    return text if len(text) <= 200 else f"{text[:197]}..."
