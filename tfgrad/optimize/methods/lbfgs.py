@@ -25,17 +25,14 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either
-from tfgrad.optimize.methods.convergence import VANISHING
+from tfgrad.optimize.methods import bounded, expectation
+from tfgrad.optimize.methods.expectation import Progress
 from tfgrad.optimize.methods.protocol import Move, Point
 
 MEMORY, MEMORY_OF_FEW, FEW = 10, 40, 64
 """Pairs of steps and gradient changes kept: 3 to 20 in Nocedal and Wright, 7.2; and 40
 of up to 64 parameters, where they cost next to nothing and save a sixth of the steps
 on the standard problems (benchmarks/README.md)."""
-
-FIRST = 0.1
-"""The first step, as a part of |x|, or of |f| / |g| if that is less: neither knows the
-units of x, and a search that started too far away may end in another valley."""
 
 SUFFICIENT_DECREASE = 1e-4
 CURVATURE = 0.9
@@ -50,15 +47,6 @@ SAFEGUARD = 0.1
 
 MOST_TRIALS = 30
 """Trials along one direction; a bracket is then some 1e-9 of what it was."""
-
-MOST_IDLE = 8
-"""Steps in a row that change nothing before the search gives up: at a saddle in
-float32, some drift along until they find the way down."""
-
-FALLEN, KINK = 1e-2, 1e6
-"""At a kink slopes promise ever less, too, but the gradient does not fall to a 100th of
-the largest one: where f has fallen by a million times of what is expected, which is as
-the square of the gradient elsewhere, it is one."""
 
 LEVEL, DULL = 100, 6
 """Rounding errors of f that hide a fall, for sums of hundreds of terms; and how many
@@ -150,43 +138,6 @@ class Memory(NamedTuple):
     kept: tf.Tensor
 
 
-class Progress(NamedTuple):
-    """How the last steps went; all of shape `[]`.
-
-    Attributes:
-        grad_norm: The max-norm of the gradient.
-        length: Its Euclidean norm.
-        least_grad: The smallest max-norm of the gradient so far.
-        most_grad: The largest one.
-        idle: How many steps in a row changed nothing. A step is idle if it neither
-            lowers f by more than rounding, nor halves the smallest gradient so far; or
-            if the search had to end at a point that is not flatter.
-        expected: The fall of f that the last direction promises; the largest number of
-            the dtype while no pair is known.
-        first_fun: The value of f at the start.
-    """
-
-    grad_norm: tf.Tensor
-    length: tf.Tensor
-    least_grad: tf.Tensor
-    most_grad: tf.Tensor
-    idle: tf.Tensor
-    expected: tf.Tensor
-    first_fun: tf.Tensor
-
-
-class Descent(NamedTuple):
-    """A step down the gradient.
-
-    Attributes:
-        step: Of shape `[n]`.
-        slope: Of f along it, shape `[]`.
-    """
-
-    step: tf.Tensor
-    slope: tf.Tensor
-
-
 class State(NamedTuple):
     """What the method remembers.
 
@@ -214,14 +165,17 @@ class LBFGS:
     Args:
         memory: How many pairs to keep; each takes two vectors of the size of x. None
             takes `MEMORY`, or `MEMORY_OF_FEW` of at most `FEW` parameters.
+        bounds: The lower and the upper bounds of x, shape `[n]` each, infinite where
+            there is none; None: no bounds at all. Every point is within them (see
+            `methods.bounded`); the start has to be.
 
     Raises:
-        InvalidArgumentError: If that is no whole number from 1 up.
+        InvalidArgumentError: If `memory` is no whole number from 1 up.
     """
 
     name = "lbfgs"
 
-    def __init__(self, memory: int | None = None) -> None:
+    def __init__(self, memory: int | None = None, bounds: Any = None) -> None:
         """Remember how much to remember."""
         if memory is not None and (not isinstance(memory, int) or memory < 1):
             raise InvalidArgumentError(
@@ -230,30 +184,33 @@ class LBFGS:
                 hint=f"memory={MEMORY}",
             )
         self._memory = memory
+        self._bounds = bounds
+
+    def _box(self, like: tf.Tensor) -> bounded.Bounds:
+        return bounded.Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
 
     def init(self, start: Point) -> Move:
         """Return a step down the gradient, a tenth of x or of |f| / |g|."""
         n: Any = start.x.shape[0]
-        m = (self._memory or (MEMORY_OF_FEW if n <= FEW else MEMORY)) + 1
+        memory = self._memory or (MEMORY_OF_FEW if n <= FEW else MEMORY)
+        if self._bounds is not None:
+            return bounded.init(start, self._box(start.x), memory)
+        m = memory + 1
         dtype, zero = start.x.dtype, tf.zeros_like(start.fun)
         square = tf.zeros([m, m], dtype)
-        memory = Memory(
+        empty = Memory(
             tf.zeros([m, 2, n], dtype), tf.zeros([m, 2], dtype), square,
             tf.zeros([m], dtype), square, zero, tf.constant(0),
         )  # fmt: skip
-        norm, length = start.grad_norm, _length(start.grad)
-        expected = tf.where(length > 0, tf.constant(dtype.max, dtype), zero)
-        progress = Progress(
-            norm, length, norm, norm, tf.constant(0), expected, start.fun
-        )
-        step = _first_length(start, length)
-        direction = -tf.math.divide_no_nan(step, length) * start.grad
-        search = _search(start.fun, -step * length)
-        state = State(direction, search, memory, progress)
-        return Move(start.x + direction, state, expected=expected)
+        progress, first = expectation.start_of(start)
+        search = _search(start.fun, first.slope)
+        state = State(first.step, search, empty, progress)
+        return Move(start.x + first.step, state, expected=progress.expected)
 
-    def update(self, new: Point, old: Point, state: State) -> Move:
+    def update(self, new: Point, old: Point, state: Any) -> Move:
         """Accept the trial and search along a new direction, or narrow the bracket."""
+        if self._bounds is not None:
+            return bounded.update(new, old, state, self._box(new.x))
         search, before = state.search, state.progress
         pair = _pair(new, old, state)
         trial = Trial(search.t, new.fun, pair.slope)
@@ -262,13 +219,14 @@ class LBFGS:
         is_taken = is_finite & (search.is_last | _is_wolfe(trial, search.start))
         narrowed, is_over = _narrow(trial, search, is_finite)
         here: Point = either(is_taken, new, old)
-        progress = either(is_taken, _progress(new, old, state, pair), before)
+        progress = expectation.after_step(new, old, before, pair.length, search.is_last)
+        progress = either(is_taken, progress, before)
 
         memory, newton = _remember(state.memory, pair, new.grad, is_taken)
         newton_slope = _dot(newton, new.grad)
         # It leads down in exact arithmetic; if rounding has spoilt it, start afresh.
         leads = is_taken & (memory.kept > 0) & (newton_slope < 0)
-        sized = _sized(here, before.first_fun)
+        sized = expectation.sized(here, before.first_fun)
         # If no trial will do, try once down the gradient before giving up: in the sizes
         # of the variables if that promises more than rounding, which the last direction
         # need not (then two trials are enough of it).
@@ -277,9 +235,9 @@ class LBFGS:
         is_hidden: Any = (before.expected <= noise) & (memory.kept > 0)
         is_over |= is_hidden & (search.trials >= 2)
         idle = tf.where(is_taken, progress.idle, 0)
-        fails = tf.where(is_taken, idle >= MOST_IDLE, is_over)
+        fails = tf.where(is_taken, idle >= expectation.MOST_IDLE, is_over)
         retries = fails & (memory.kept > 0) & (is_promising | ~is_hidden)
-        retries &= idle <= MOST_IDLE
+        retries &= idle <= expectation.MOST_IDLE
         failed = fails & ~retries
         is_afresh = retries | (is_taken & ~leads)
         memory = _write(memory, state.memory.kept, pair, leads)
@@ -289,15 +247,17 @@ class LBFGS:
         # A fresh start knows no better than the direction before it.
         expected = tf.where(leads, -newton_slope / 2, before.expected)
         expected = tf.where(progress.length > 0, expected, tf.zeros_like(expected))
-        told = _told(expected, before.expected, here.fun, sized)
+        told = expectation.told(expected, before.expected, here.fun, sized)
         hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * narrowed.noise
         last = tf.where(hidden, tf.zeros_like(expected), expected)
         told = tf.where(failed, last, told)
-        told = tf.where(_is_kink(here, progress, expected), told.dtype.max, told)
+        is_kink = expectation.is_kink(here, progress, expected)
+        told = tf.where(is_kink, told.dtype.max, told)
 
-        by_size = retries & is_promising
         steepest, steepest_slope = either(
-            by_size, sized, _steepest(here.grad, progress.length, memory.scale)
+            retries & is_promising,
+            sized,
+            expectation.steepest(here.grad, progress.length, memory.scale),
         )
         direction = tf.where(is_taken, newton, state.direction)
         direction = tf.where(is_afresh, steepest, direction)
@@ -311,66 +271,6 @@ class LBFGS:
             failed=failed,
             expected=told,
         )
-
-
-def _first_length(start: Point, length: tf.Tensor) -> tf.Tensor:
-    """Return how long the first step is: 1 if x and f are zero."""
-    of_x = _length(start.x)
-    of_f = tf.math.divide_no_nan(tf.abs(start.fun), length)
-    either_one = tf.maximum(of_x, of_f)
-    either_one = tf.where(either_one > 0, either_one, tf.ones_like(of_x))
-    least = tf.minimum(of_x, of_f)
-    return FIRST * tf.where(least > 0, least, either_one)
-
-
-def _sized(here: Point, first_fun: tf.Tensor) -> Descent:
-    """Return a step in variables that are counted in their own sizes.
-
-    With u = x g / F, where F is what f has fallen by, or |f| if that is more, it is
-    -x u, element by element. If f curves by F over a step of the size of x, it is least
-    there, by F |u|^2 / 2. That knows no units of any variable.
-    """
-    fall = tf.maximum(first_fun - here.fun, tf.abs(here.fun))
-    part = tf.math.divide_no_nan(here.x * here.grad, fall)
-    return Descent(-here.x * part, -fall * _dot(part, part))
-
-
-def _steepest(grad: tf.Tensor, length: tf.Tensor, scale: tf.Tensor) -> Descent:
-    """Return a step as long as the last pair says, or no longer than 1."""
-    scale = tf.where(scale > 0, scale, 1 / tf.maximum(length, 1))
-    return Descent(-scale * grad, -(scale * length) * length)
-
-
-def _is_kink(here: Point, progress: Progress, expected: tf.Tensor) -> tf.Tensor:
-    has_fallen = (progress.first_fun - here.fun) / KINK > expected
-    return has_fallen & (progress.grad_norm > FALLEN * progress.most_grad)
-
-
-def _told(
-    expected: tf.Tensor, before: tf.Tensor, fun: tf.Tensor, sized: Descent
-) -> tf.Tensor:
-    """Return the fall that is still to be expected, on doubt a larger one.
-
-    Where most of f is to vanish, the model is as good as the digits of f are many.
-    """
-    grows = expected / 2 > before
-    careful = tf.where(grows, expected.dtype.max, tf.maximum(expected, before))
-    careful = tf.maximum(careful, -sized.slope / 2)
-    return tf.where(expected >= VANISHING * tf.abs(fun), expected, careful)
-
-
-def _progress(new: Point, old: Point, state: State, pair: Pair) -> Progress:
-    """Return how it goes if `new` is taken."""
-    norm, before = new.grad_norm, state.progress
-    stands = old.fun - new.fun <= EPSILONS[new.fun.dtype] * tf.abs(old.fun)
-    is_idle = stands & (norm > before.least_grad / 2) | state.search.is_last
-    return before._replace(
-        grad_norm=norm,
-        length=pair.length,
-        least_grad=tf.minimum(norm, before.least_grad),
-        most_grad=tf.maximum(norm, before.most_grad),
-        idle=tf.where(is_idle, before.idle + 1, 0),
-    )
 
 
 def _search(fun: tf.Tensor, slope: tf.Tensor) -> Search:
@@ -558,12 +458,6 @@ def _write(memory: Memory, kept: tf.Tensor, pair: Pair, leads: tf.Tensor) -> Mem
     row = tf.where(leads, tf.stack([pair.s, pair.y]), tf.zeros([], pair.s.dtype))
     pairs = tf.tensor_scatter_nd_update(memory.pairs, [[slot]], row[None])
     return memory._replace(pairs=pairs)
-
-
-def _length(x: tf.Tensor) -> tf.Tensor:
-    """Return the Euclidean norm; its square may be more than the dtype holds."""
-    largest = tf.reduce_max(tf.abs(x))
-    return largest * tf.norm(tf.math.divide_no_nan(x, largest))
 
 
 def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
