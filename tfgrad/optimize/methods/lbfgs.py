@@ -31,8 +31,8 @@ from tfgrad.optimize.methods.protocol import Move, Point
 
 MEMORY, MEMORY_OF_FEW, FEW = 10, 40, 64
 """Pairs of steps and gradient changes kept: 3 to 20 in Nocedal and Wright, 7.2; and 40
-of up to 64 parameters, where they cost next to nothing and save a sixth of the steps
-on the standard problems (benchmarks/README.md)."""
+of up to 64 parameters, where they cost next to nothing and save a sixth of the
+evaluations on the standard problems."""
 
 SUFFICIENT_DECREASE = 1e-4
 CURVATURE = 0.9
