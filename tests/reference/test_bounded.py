@@ -10,6 +10,7 @@ import tensorflow as tf
 from tests.reference.bounded import PROBLEMS
 from tests.reference.harness import Objective, run
 from tfgrad.optimize.methods.lbfgs import LBFGS
+from tfgrad.optimize.methods.protocol import Point
 
 UNITS = [(1, 1), (1e-12, 1), (1e12, 1)]  # of f; bounds are in units of x
 
@@ -140,3 +141,25 @@ def test_a_kink_within_bounds_is_not_claimed():
     end = run(LBFGS(bounds=box), f, [9.0, 3.0], most=500)
 
     assert not end.success
+
+
+@pytest.mark.parametrize("bounds", [None, (np.full(3, -1.0), np.full(3, 0.8))])
+def test_updates_of_many_problems_at_once_are_those_of_each(bounds):
+    method = LBFGS(memory=5, bounds=bounds)
+    x = tf.constant(np.random.default_rng(1).uniform(-1, 0.8, (4, 3)))
+
+    def point(x):
+        return Point(x, tf.reduce_sum((x - 2) ** 4), 4 * (x - 2) ** 3)
+
+    def two_moves(x):
+        start = point(x)
+        first = method.init(start)
+        return method.update(point(first.x), start, first.state)
+
+    together = tf.vectorized_map(two_moves, x, fallback_to_while_loop=False)
+
+    for i in range(4):
+        one = two_moves(x[i])
+        np.testing.assert_allclose(together.x[i], one.x, rtol=1e-12)
+        np.testing.assert_allclose(together.expected[i], one.expected, rtol=1e-9)
+        assert bool(together.accepted[i]) == bool(one.accepted)

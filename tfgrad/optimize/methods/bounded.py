@@ -179,7 +179,7 @@ def _keep(
     """Return the pairs with a new one in place of the oldest."""
     m: Any = state.pairs.shape[0]
     slot = state.kept % m
-    row = tf.where(keeps, tf.stack([s, y]), state.pairs[slot])
+    row = tf.where(keeps, tf.stack([s, y]), tf.gather(state.pairs, slot))
     pairs = tf.tensor_scatter_nd_update(state.pairs, [[slot]], row[None])
     return pairs, state.kept + tf.cast(keeps, tf.int32)
 
@@ -209,7 +209,7 @@ def _direction(
     triangle += tf.linalg.diag(tf.where(is_good, zero, zero + 1))
     yy = tf.where(both, yy, zero)
     last = tf.reduce_max(tf.where(is_good, tf.range(m), 0))
-    scale = tf.math.divide_no_nan(curvature[last], squares[last])
+    scale = tf.math.divide_no_nan(*(tf.gather(a, last) for a in (curvature, squares)))
 
     def products(rows: tf.Tensor) -> tf.Tensor:
         return tf.where(is_good, tf.linalg.matvec(rows, grad), zero)
