@@ -73,7 +73,7 @@ def test_it_does_not_matter_where_a_run_is_cut_for_xla(method, cuts, monkeypatch
         options = {"method": method, "steps": steps, "gtol": 0.0}
         return tfgrad.minimize(rosenbrock, start, **options)
 
-    start = np.linspace(-2, 2, 30)
+    start = np.linspace(-2, 2, 100)
     whole = run(start, 170)
 
     assert whole.nit == 170

@@ -25,10 +25,14 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either
+from tfgrad.optimize.methods import bounded, expectation
+from tfgrad.optimize.methods.expectation import Progress
 from tfgrad.optimize.methods.protocol import Move, Point
 
-MEMORY = 10
-"""Pairs of steps and gradient changes kept: 3 to 20 in Nocedal and Wright, 7.2."""
+MEMORY, MEMORY_OF_FEW, FEW = 10, 40, 64
+"""Pairs of steps and gradient changes kept: 3 to 20 in Nocedal and Wright, 7.2; and 40
+of up to 64 parameters, where they cost next to nothing and save a sixth of the
+evaluations on the standard problems."""
 
 SUFFICIENT_DECREASE = 1e-4
 CURVATURE = 0.9
@@ -44,12 +48,9 @@ SAFEGUARD = 0.1
 MOST_TRIALS = 30
 """Trials along one direction; a bracket is then some 1e-9 of what it was."""
 
-MOST_IDLE = 8
-"""Steps in a row that change nothing before the search gives up: at a saddle in
-float32, some drift along until they find the way down."""
-
-FALLEN = 1e-2
-"""What a gradient has to fall to, of the largest one, to speak of a minimum."""
+LEVEL, DULL = 100, 6
+"""Rounding errors of f that hide a fall, for sums of hundreds of terms; and how many
+trials one counts for whose value tells nothing."""
 
 
 class Trial(NamedTuple):
@@ -66,11 +67,13 @@ class Search(NamedTuple):
     Attributes:
         start: The trial at distance 0.
         low: The best trial so far that decreases f sufficiently.
-        high: The other end of the bracket; its value is infinite while there is none.
+        high: The other end of the bracket; its value is the largest of the dtype where
+            f has none.
         is_bracketed: Whether there is one.
         t: The distance that is being tried.
         trials: How many were, along this direction.
         is_last: Whether the trial is `low` again, to be taken whatever it is.
+        noise: The largest change of f of those that told nothing.
     """
 
     start: Trial
@@ -80,6 +83,7 @@ class Search(NamedTuple):
     t: tf.Tensor
     trials: tf.Tensor
     is_last: tf.Tensor
+    noise: tf.Tensor
 
 
 class Pair(NamedTuple):
@@ -134,29 +138,6 @@ class Memory(NamedTuple):
     kept: tf.Tensor
 
 
-class Progress(NamedTuple):
-    """How the last steps went; all of shape `[]`.
-
-    Attributes:
-        grad_norm: The max-norm of the gradient.
-        length: Its Euclidean norm.
-        least_grad: The smallest max-norm of the gradient so far.
-        most_grad: The largest one.
-        idle: How many steps in a row changed nothing. A step is idle if it neither
-            lowers f by more than rounding, nor halves the smallest gradient so far; or
-            if the search had to end at a point that is not flatter.
-        expected: The fall of f that the last direction promises; infinite if that is
-            not to be trusted.
-    """
-
-    grad_norm: tf.Tensor
-    length: tf.Tensor
-    least_grad: tf.Tensor
-    most_grad: tf.Tensor
-    idle: tf.Tensor
-    expected: tf.Tensor
-
-
 class State(NamedTuple):
     """What the method remembers.
 
@@ -176,42 +157,60 @@ class State(NamedTuple):
 class LBFGS:
     """Limited-memory BFGS: for smooth functions of two to millions of parameters.
 
+    What it expects of a step (`Move.expected`) is half of -g'd along its next
+    direction d; but where it does not expect to lose most of f, it believes itself only
+    if it has expected as little before, does not expect more each time (a valley that
+    it has just turned into), and if a step of the size of x would not be better.
+
     Args:
-        memory: How many pairs to keep; each takes two vectors of the size of x.
+        memory: How many pairs to keep; each takes two vectors of the size of x. None
+            takes `MEMORY`, or `MEMORY_OF_FEW` of at most `FEW` parameters.
+        bounds: The lower and the upper bounds of x, shape `[n]` each, infinite where
+            there is none; None: no bounds at all. Every point is within them (see
+            `methods.bounded`); the start has to be.
 
     Raises:
-        InvalidArgumentError: If that is no whole number from 1 up.
+        InvalidArgumentError: If `memory` is no whole number from 1 up.
     """
 
     name = "lbfgs"
 
-    def __init__(self, memory: int = MEMORY) -> None:
+    def __init__(self, memory: int | None = None, bounds: Any = None) -> None:
         """Remember how much to remember."""
-        if not isinstance(memory, int) or memory < 1:
+        if memory is not None and (not isinstance(memory, int) or memory < 1):
             raise InvalidArgumentError(
                 "`memory` must be a whole number of at least 1.",
                 got=f"memory={memory!r}",
                 hint=f"memory={MEMORY}",
             )
         self._memory = memory
+        self._bounds = bounds
+
+    def _box(self, like: tf.Tensor) -> bounded.Bounds:
+        return bounded.Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
 
     def init(self, start: Point) -> Move:
-        """Return a step down the gradient, no longer than 1."""
-        n, m, dtype = start.x.shape[0], self._memory + 1, start.x.dtype
-        zero, unknown = tf.zeros([], dtype), tf.constant(float("inf"), dtype)
+        """Return a step down the gradient, a tenth of x or of |f| / |g|."""
+        n: Any = start.x.shape[0]
+        memory = self._memory or (MEMORY_OF_FEW if n <= FEW else MEMORY)
+        if self._bounds is not None:
+            return bounded.init(start, self._box(start.x), memory)
+        m = memory + 1
+        dtype, zero = start.x.dtype, tf.zeros_like(start.fun)
         square = tf.zeros([m, m], dtype)
-        memory = Memory(
+        empty = Memory(
             tf.zeros([m, 2, n], dtype), tf.zeros([m, 2], dtype), square,
             tf.zeros([m], dtype), square, zero, tf.constant(0),
         )  # fmt: skip
-        norm, length = start.grad_norm, _length(start.grad)
-        progress = Progress(norm, length, norm, norm, tf.constant(0), unknown)
-        direction = -start.grad / tf.maximum(length, 1)
-        search = _search(start.fun, _steepest_slope(length))
-        return Move(start.x + direction, State(direction, search, memory, progress))
+        progress, first = expectation.start_of(start)
+        search = _search(start.fun, first.slope)
+        state = State(first.step, search, empty, progress)
+        return Move(start.x + first.step, state, expected=progress.expected)
 
-    def update(self, new: Point, old: Point, state: State) -> Move:
+    def update(self, new: Point, old: Point, state: Any) -> Move:
         """Accept the trial and search along a new direction, or narrow the bracket."""
+        if self._bounds is not None:
+            return bounded.update(new, old, state, self._box(new.x))
         search, before = state.search, state.progress
         pair = _pair(new, old, state)
         trial = Trial(search.t, new.fun, pair.slope)
@@ -219,65 +218,67 @@ class LBFGS:
         is_finite = tf.math.is_finite(new.fun) & tf.math.is_finite(pair.slope)
         is_taken = is_finite & (search.is_last | _is_wolfe(trial, search.start))
         narrowed, is_over = _narrow(trial, search, is_finite)
+        here: Point = either(is_taken, new, old)
+        progress = expectation.after_step(new, old, before, pair.length, search.is_last)
+        progress = either(is_taken, progress, before)
 
         memory, newton = _remember(state.memory, pair, new.grad, is_taken)
         newton_slope = _dot(newton, new.grad)
         # It leads down in exact arithmetic; if rounding has spoilt it, start afresh.
         leads = is_taken & (memory.kept > 0) & (newton_slope < 0)
-        # If no trial will do, try once along the gradient before giving up.
-        retries = ~is_taken & is_over & (memory.kept > 0)
+        sized = expectation.sized(here, before.first_fun)
+        # If no trial will do, try once down the gradient before giving up: in the sizes
+        # of the variables if that promises more than rounding, which the last direction
+        # need not (then two trials are enough of it).
+        noise = 4 * EPSILONS[new.fun.dtype] * tf.abs(here.fun)
+        is_promising = -sized.slope > noise
+        is_hidden: Any = (before.expected <= noise) & (memory.kept > 0)
+        is_over |= is_hidden & (search.trials >= 2)
+        idle = tf.where(is_taken, progress.idle, 0)
+        fails = tf.where(is_taken, idle >= expectation.MOST_IDLE, is_over)
+        retries = fails & (memory.kept > 0) & (is_promising | ~is_hidden)
+        retries &= idle <= expectation.MOST_IDLE
+        failed = fails & ~retries
         is_afresh = retries | (is_taken & ~leads)
         memory = _write(memory, state.memory.kept, pair, leads)
         memory = memory._replace(kept=tf.where(is_afresh, 0, memory.kept))
 
-        progress = either(is_taken, _progress(new, old, state, pair), before)
-        # At a kink slopes promise ever less, too, but there the gradient does not fall.
-        has_fallen = progress.grad_norm <= FALLEN * progress.most_grad
         # Along a Newton direction f falls by half of what its slope promises.
         # A fresh start knows no better than the direction before it.
-        promised = tf.where(leads, -newton_slope / 2, before.expected)
-        promised = tf.where(has_fallen, promised, float("inf"))
-        expected = tf.where(is_taken, promised, before.expected)
-        failed = tf.where(is_taken, progress.idle >= MOST_IDLE, is_over & ~retries)
+        expected = tf.where(leads, -newton_slope / 2, before.expected)
+        expected = tf.where(progress.length > 0, expected, tf.zeros_like(expected))
+        told = expectation.told(expected, before.expected, here.fun, sized)
+        hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * narrowed.noise
+        last = tf.where(hidden, tf.zeros_like(expected), expected)
+        told = tf.where(failed, last, told)
+        is_kink = expectation.is_kink(here, progress, expected)
+        told = tf.where(is_kink, told.dtype.max, told)
 
-        here: Point = either(is_taken, new, old)
-        steepest = -here.grad / tf.maximum(progress.length, 1)
+        steepest, steepest_slope = either(
+            retries & is_promising,
+            sized,
+            expectation.steepest(here.grad, progress.length, memory.scale),
+        )
         direction = tf.where(is_taken, newton, state.direction)
         direction = tf.where(is_afresh, steepest, direction)
-        slope = tf.where(is_afresh, _steepest_slope(progress.length), newton_slope)
-        turns = is_taken | retries
-        search = either(turns, _search(here.fun, slope), narrowed)
+        slope = tf.where(is_afresh, steepest_slope, newton_slope)
+        search = either(is_taken | retries, _search(here.fun, slope), narrowed)
         progress = progress._replace(expected=expected)
         return Move(
             here.x + search.t * direction,
             State(direction, search, memory, progress),
             accepted=is_taken,
             failed=failed,
-            expected=expected,
+            expected=told,
         )
-
-
-def _progress(new: Point, old: Point, state: State, pair: Pair) -> Progress:
-    """Return how it goes if `new` is taken."""
-    norm, before = new.grad_norm, state.progress
-    stands = old.fun - new.fun <= EPSILONS[new.fun.dtype] * tf.abs(old.fun)
-    is_idle = stands & (norm > before.least_grad / 2) | state.search.is_last
-    return Progress(
-        norm,
-        pair.length,
-        tf.minimum(norm, before.least_grad),
-        tf.maximum(norm, before.most_grad),
-        tf.where(is_idle, before.idle + 1, 0),
-        before.expected,
-    )
 
 
 def _search(fun: tf.Tensor, slope: tf.Tensor) -> Search:
     """Return the start of a search: the first trial is all of the direction."""
     zero, one = tf.zeros_like(fun), tf.ones_like(fun)
-    start, none = Trial(zero, fun, slope), Trial(zero, zero + float("inf"), zero)
+    start, none = Trial(zero, fun, slope), Trial(zero, zero + fun.dtype.max, zero)
     no = tf.constant(False)
-    return Search(start, start, none, no, one, tf.constant(0), no)
+    return Search(start, start, none, no, one, tf.constant(0), no, zero)
 
 
 def _is_wolfe(trial: Trial, start: Trial) -> tf.Tensor:
@@ -288,7 +289,7 @@ def _is_wolfe(trial: Trial, start: Trial) -> tf.Tensor:
     """
     decreases = trial.fun <= start.fun + SUFFICIENT_DECREASE * trial.t * start.slope
     flattens = tf.abs(trial.slope) <= CURVATURE * tf.abs(start.slope)
-    noise = 2 * EPSILONS[trial.fun.dtype] * tf.abs(start.fun)
+    noise = LEVEL * EPSILONS[trial.fun.dtype] * tf.abs(start.fun)
     is_level = trial.fun <= start.fun + noise
     approximately = trial.slope <= (2 * SUFFICIENT_DECREASE - 1) * start.slope
     return flattens & (decreases | (is_level & approximately))
@@ -303,7 +304,9 @@ def _narrow(trial: Trial, search: Search, is_finite: Any) -> tuple[Search, tf.Te
     ahead = _beyond(low, trial)
     limit = start.fun + SUFFICIENT_DECREASE * trial.t * start.slope
     is_worse = ~is_finite | (trial.fun > limit) | (trial.fun >= low.fun) & (low.t > 0)
-    trial = trial._replace(fun=tf.where(is_finite, trial.fun, float("inf")))
+    change, is_dull = tf.abs(trial.fun - start.fun), _is_dull(trial, start)
+    noise = tf.where(is_dull, tf.maximum(change, search.noise), search.noise)
+    trial = trial._replace(fun=tf.where(is_finite, trial.fun, trial.fun.dtype.max))
     turns_back = trial.slope * (high.t - low.t) >= 0
     rises = tf.where(search.is_bracketed, turns_back, trial.slope >= 0)
     # Either end of the bracket may be the one that the trial replaces.
@@ -311,20 +314,32 @@ def _narrow(trial: Trial, search: Search, is_finite: Any) -> tuple[Search, tf.Te
     low = either(is_worse, low, trial)
     is_bracketed = search.is_bracketed | is_worse | rises
     t = tf.where(is_bracketed, _between(low, high), ahead)
-    trials = search.trials + 1
+    trials = search.trials + tf.where(is_dull, DULL, 1)
     width = tf.abs(high.t - low.t)
     closed = is_bracketed & (width <= 2 * EPSILONS[t.dtype] * tf.abs(low.t))
     is_over = (trials >= MOST_TRIALS) | closed
     is_last = is_over & (low.t > 0)
     t = tf.where(is_last, low.t, t)
-    narrowed = Search(start, low, high, is_bracketed, t, trials, is_last)
+    narrowed = Search(start, low, high, is_bracketed, t, trials, is_last, noise)
     return narrowed, is_over & ~is_last
+
+
+def _is_dull(trial: Trial, start: Trial) -> tf.Tensor:
+    """Return whether the value of a trial is that of the start, but for rounding.
+
+    Or the rounding is larger than that: where the slopes at both ends are the same, f
+    changes as they say.
+    """
+    change, slope = tf.abs(trial.fun - start.fun), tf.abs(start.slope)
+    is_level = change <= LEVEL * EPSILONS[change.dtype] * tf.abs(start.fun)
+    is_straight = tf.abs(trial.slope - start.slope) <= slope / 2
+    return is_level | (is_straight & (change > 4 * trial.t * slope))
 
 
 def _beyond(low: Trial, trial: Trial) -> tf.Tensor:
     """Return where the slope vanishes beyond both, if it changes as between them."""
     step = trial.t - low.t
-    root = step * trial.slope / (low.slope - trial.slope)
+    root = tf.math.divide_no_nan(step * trial.slope, low.slope - trial.slope)
     # The slope does not rise from one to the other, or is not finite.
     root = tf.where(root > 0, root, EXPANSION * step)
     return trial.t + tf.clip_by_value(root, step, EXPANSION * step)
@@ -336,23 +351,28 @@ def _between(low: Trial, high: Trial) -> tf.Tensor:
     If the higher end lies well above the lower one, the parabola through its value is
     nearer the truth farther out: then half-way between the two minimisers.
     """
-    width = high.t - low.t
-    d1 = low.slope + high.slope - 3 * (low.fun - high.fun) / (low.t - high.t)
-    d2 = tf.sign(width) * tf.sqrt(d1 * d1 - low.slope * high.slope)
-    cubic = 1 - (high.slope + d2 - d1) / (high.slope - low.slope + 2 * d2)
-    parabola = low.slope / ((low.fun - high.fun) / width + low.slope) / 2
+    width, divide = high.t - low.t, tf.math.divide_no_nan
+    is_known = high.fun < high.fun.dtype.max
+    secant = divide(tf.where(is_known, high.fun - low.fun, low.fun * 0), width)
+    d1 = low.slope + high.slope - 3 * secant
+    square = d1 * d1 - low.slope * high.slope
+    d2 = tf.sign(width) * tf.sqrt(tf.maximum(square, 0))
+    below = high.slope - low.slope + 2 * d2
+    is_known &= (square >= 0) & (below != 0)
+    cubic = 1 - divide(high.slope + d2 - d1, below)
+    parabola = divide(low.slope, low.slope - secant) / 2
     is_nearer = tf.abs(cubic) < tf.abs(parabola)
     mixed = tf.where(is_nearer, cubic, (cubic + parabola) / 2)
-    part = tf.where(high.fun > low.fun, mixed, cubic)
+    part = tf.where(secant * width > 0, mixed, cubic)
     part = tf.clip_by_value(part, SAFEGUARD, 1 - SAFEGUARD)
-    unknown = ~tf.math.is_finite(part) | ~tf.math.is_finite(high.fun)
-    return low.t + width * tf.where(unknown, tf.constant(0.25, part.dtype), part)
+    is_known &= tf.math.is_finite(part)
+    return low.t + width * tf.where(is_known, part, tf.constant(0.25, part.dtype))
 
 
 def _pair(new: Point, old: Point, state: State) -> Pair:
     """Return what the step from `old` to `new` says."""
     t, norm = state.search.t, state.progress.grad_norm
-    unit = 1 / tf.where(norm > 0, norm, tf.ones_like(norm))
+    unit = 1 / tf.where(norm > 4 / norm.dtype.max, norm, tf.ones_like(norm))
     g, y = unit * new.grad, unit * (new.grad - old.grad)
     # One sum of many is faster than many.
     terms = tf.stack([y * y, y * g, g * g, state.direction * g])
@@ -378,13 +398,13 @@ def _remember(
     m: Any = memory.pairs.shape[0]
     slot = memory.kept % m
     is_new, is_oldest = (tf.range(m) == k % m for k in (slot, slot + 1))
-    none, ratio = tf.zeros([], gradient.dtype), pair.sy / pair.yy
+    none, ratio = tf.zeros([], gradient.dtype), tf.math.divide_no_nan(pair.sy, pair.yy)
     # Else the curvature is not positive, or lost in the rounding of slopes whose
     # difference sy is, in whatever units f and x are; or 1 / sy may overflow; or of the
     # new gradient nothing is left in y, which tells only how steep f was.
     epsilon, slope = EPSILONS[gradient.dtype], tf.abs(pair.unit * pair.sg)
     is_kept = (pair.sy > epsilon * slope) & (pair.sy > 4 / gradient.dtype.max)
-    is_kept &= is_taken & (pair.unit * pair.length > epsilon)
+    is_kept &= is_taken & (pair.unit * pair.length > epsilon) & (ratio > 0)
 
     rows = tf.reshape(memory.pairs, [2 * m, -1])
     products = tf.reshape(tf.linalg.matvec(rows, gradient), [m, 2])
@@ -394,7 +414,7 @@ def _remember(
     is_known = (memory.kept > 0) & ~(is_oldest | is_new)
     inverse = tf.where(is_known & is_known[:, None], memory.inverse, none)
     column = tf.where(is_new, none - 1, tf.linalg.matvec(inverse, with_y[:, 0]))
-    column /= -pair.sy
+    column = tf.math.divide_no_nan(column, -pair.sy)
     inverse = tf.where(is_new, column[:, None], inverse)
     with_y = tf.where(is_new, pair.yy, with_y[:, 1])
     gram = tf.where(is_new[:, None], with_y, memory.gram)
@@ -438,17 +458,6 @@ def _write(memory: Memory, kept: tf.Tensor, pair: Pair, leads: tf.Tensor) -> Mem
     row = tf.where(leads, tf.stack([pair.s, pair.y]), tf.zeros([], pair.s.dtype))
     pairs = tf.tensor_scatter_nd_update(memory.pairs, [[slot]], row[None])
     return memory._replace(pairs=pairs)
-
-
-def _steepest_slope(length: tf.Tensor) -> tf.Tensor:
-    """Return the slope along a step down the gradient that is no longer than 1."""
-    return -length * tf.minimum(length, 1)
-
-
-def _length(x: tf.Tensor) -> tf.Tensor:
-    """Return the Euclidean norm; its square may be more than the dtype holds."""
-    largest = tf.reduce_max(tf.abs(x))
-    return largest * tf.norm(tf.math.divide_no_nan(x, largest))
 
 
 def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:

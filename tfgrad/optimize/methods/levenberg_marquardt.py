@@ -27,6 +27,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import either
+from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.newton import Newton
 from tfgrad.optimize.methods.protocol import Method, Move, Point
 
@@ -140,17 +141,25 @@ class LevenbergMarquardt:
     Args:
         is_open: Leave it to others to say what a solution is.
         residuals: What is squared; None waits for `bind`.
+        bounds: Lower and upper bounds of x, shape `[n]` each, infinite where there is
+            none. Every trial is within them; the start has to be. A parameter at a
+            bound that the gradient points beyond is held there.
     """
 
     name = "levenberg-marquardt"
     failure = "trustregion"
 
     def __init__(
-        self, *, is_open: bool = False, residuals: Linearizable | None = None
+        self,
+        *,
+        is_open: bool = False,
+        residuals: Linearizable | None = None,
+        bounds: Any = None,
     ) -> None:
-        """Remember both."""
+        """Remember them."""
         self._is_open = is_open
         self._residuals = residuals
+        self._bounds = bounds
 
     def get_config(self) -> dict[str, Any]:
         """Return what the run hangs on: nothing; rules may change as it goes on."""
@@ -160,7 +169,12 @@ class LevenbergMarquardt:
         """Return the method for these residuals, with or without matrices."""
         if not objective.fits_in_memory():
             return Newton(_GaussNewton(objective))
-        return LevenbergMarquardt(is_open=self._is_open, residuals=objective)
+        return LevenbergMarquardt(
+            is_open=self._is_open, residuals=objective, bounds=self._bounds
+        )
+
+    def _box(self, like: tf.Tensor) -> Bounds:
+        return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
 
     def init(self, start: Point) -> Move:
         """Return a step that is no longer than x, in scaled parameters.
@@ -186,6 +200,8 @@ class LevenbergMarquardt:
         """Take the trial if f fell as promised; trust the model more, or less."""
         is_level, is_flatter = _compare(new, old, state)
         ratio = (old.fun - new.fun) / state.step.promised
+        if self._bounds is not None:  # which may cut a step until it leads upwards
+            ratio = tf.where(state.step.promised > 0, ratio, -tf.ones_like(ratio))
         # Where f cannot tell, the gradient can: take it, or not, and keep the radius.
         ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
         ratio = tf.where(new.is_finite, ratio, -tf.ones_like(ratio))
@@ -238,6 +254,10 @@ class LevenbergMarquardt:
         residuals, jacobian = self._residuals.linearize(x)
         is_known = tf.reduce_all(tf.math.is_finite(jacobian))
         jacobian = tf.where(is_known, jacobian, tf.zeros_like(jacobian))
+        if self._bounds is not None:
+            gradient = tf.linalg.matvec(jacobian, residuals, transpose_a=True)
+            is_free = self._box(x).free(Point(x, residuals[0], gradient))
+            jacobian = tf.where(is_free, jacobian, tf.zeros_like(jacobian))
         norms = tf.norm(jacobian, axis=0)
         scale = tf.maximum(scale, norms)
         scale = tf.where(scale > 0, scale, tf.ones_like(scale))
@@ -251,6 +271,9 @@ class LevenbergMarquardt:
         linear = state.linear
         z, step = _minimiser(linear, state.radius, state.step.damping)
         x = here.x + tf.linalg.matvec(linear.v, z) / linear.scale
+        if self._bounds is not None:
+            x = self._box(x).clip(x)
+            step = _along(linear, x - here.x, step.damping)
         state = state._replace(step=step)
         verdict = self._verdict(here, state, stands=tf.reduce_all(x == here.x))
         is_over = verdict != RUNS
@@ -294,6 +317,15 @@ class _GaussNewton:
     def hvp(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
         """Return J'J at `x` times `v`."""
         return self._residuals.gauss_newton(x, v)
+
+
+def _along(linear: Linear, step: tf.Tensor, damping: tf.Tensor) -> Step:
+    """Return what the model says of a step that bounds have cut short."""
+    scaled = linear.scale * step
+    change = linear.s * tf.linalg.matvec(linear.v, scaled, transpose_a=True)
+    slope = tf.reduce_sum(linear.c * change)
+    promised = -slope - tf.reduce_sum(change * change) / 2
+    return Step(tf.norm(scaled), slope, promised, damping)
 
 
 def _by_triangle(a: tf.Tensor, r: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

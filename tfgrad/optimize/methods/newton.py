@@ -58,7 +58,9 @@ class State(NamedTuple):
     Attributes:
         step: To the trial, shape `[n]`.
         predicted: By how much the model says that f falls.
-        promised: The same of the first trial from the current point.
+        expected: The same without the radius, as far as conjugate gradients had come
+            before they met it from the current point for the first time; the largest
+            number of the dtype where the model has no minimum.
         radius: The length that a step may have.
         trials: How many were tried from the current point.
         first_grad: The length of the gradient at the start.
@@ -68,12 +70,28 @@ class State(NamedTuple):
 
     step: tf.Tensor
     predicted: tf.Tensor
-    promised: tf.Tensor
+    expected: tf.Tensor
     radius: tf.Tensor
     trials: tf.Tensor
     first_grad: tf.Tensor
     least_grad: tf.Tensor
     idle: tf.Tensor
+
+
+class Model(NamedTuple):
+    """The minimum of the quadratic model; all but `step` of shape `[]`.
+
+    Attributes:
+        step: From the current point to it, shape `[n]`.
+        predicted: By how much f falls there.
+        expected: By how much it would without the radius.
+        is_inside: Whether the radius did not matter.
+    """
+
+    step: tf.Tensor
+    predicted: tf.Tensor
+    expected: tf.Tensor
+    is_inside: tf.Tensor
 
 
 class Newton:
@@ -95,13 +113,17 @@ class Newton:
         return Newton(objective)
 
     def init(self, start: Point) -> Move:
-        """Return a step that is no longer than x, or than 1."""
+        """Return a step that is no longer than x, or |f| / |g| if x is zero."""
         zero, none = tf.zeros_like(start.fun), tf.constant(0)
+        divide, size = tf.math.divide_no_nan, tf.norm(start.x)
+        radius = tf.where(
+            size > 0, size, divide(tf.abs(start.fun), tf.norm(start.grad))
+        )
         state = State(
             step=tf.zeros_like(start.x),
             predicted=zero,
-            promised=zero,
-            radius=tf.maximum(tf.norm(start.x), 1),
+            expected=zero,
+            radius=tf.where(radius > 0, radius, tf.ones_like(radius)),
             trials=none,
             first_grad=tf.norm(start.grad),
             least_grad=start.grad_norm,
@@ -123,46 +145,54 @@ class Newton:
             idle=tf.where(is_taken, _idle(new, old, state), state.idle),
         )
         stuck = (state.trials >= MOST_TRIALS) | (state.idle >= MOST_IDLE)
-        move = self._search(here, state)
-        return move._replace(accepted=is_taken, failed=move.failed | stuck)
+        return self._search(here, state, stuck)._replace(accepted=is_taken)
 
-    def _search(self, here: Point, state: State) -> Move:
-        step, predicted = self._minimiser(here, state)
-        x = here.x + step
-        stands = tf.reduce_all(x == here.x)
-        promised = tf.where(state.trials == 0, predicted, state.promised)
-        state = state._replace(step=step, predicted=predicted, promised=promised)
-        return Move(x, state, failed=stands, expected=promised)
+    def _search(self, here: Point, state: State, stuck: Any = False) -> Move:
+        model = self._minimiser(here, state)
+        x = here.x + model.step
+        failed = tf.reduce_all(x == here.x) | stuck
+        expected = tf.where(state.trials == 0, model.expected, state.expected)
+        state = state._replace(
+            step=model.step, predicted=model.predicted, expected=expected
+        )
+        # The last that the method has to say; before, more may lie beyond the radius.
+        is_known = model.is_inside | failed
+        told = tf.where(is_known, expected, expected.dtype.max)
+        return Move(x, state, failed=failed, expected=told)
 
-    def _minimiser(self, here: Point, state: State) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return where the model is least, about, and how much it falls (7.2)."""
+    def _minimiser(self, here: Point, state: State) -> Model:
+        """Return where the model is least, about (7.2)."""
         assert self._objective is not None
         hvp, radius, size = self._objective.hvp, state.radius, tf.norm(here.grad)
         n: Any = here.x.shape[0]
         most = 2 * n + 10  # n would do in exact arithmetic
-        part = tf.minimum(tf.sqrt(size / state.first_grad), FORCING)
+        part = tf.sqrt(tf.math.divide_no_nan(size, state.first_grad))
+        part = tf.minimum(part, FORCING)
 
-        def goes_on(i: Any, is_over: Any, z: Any, r: Any, d: Any) -> tf.Tensor:
+        def goes_on(i: Any, is_over: Any, z: Any, r: Any, d: Any, _: Any) -> tf.Tensor:
             on: tf.Tensor = ~is_over & (i < most)
             return on & (tf.norm(r) > part * size)
 
-        def body(i: Any, _: Any, z: Any, r: Any, d: Any) -> Any:
+        def body(i: Any, _: Any, z: Any, r: Any, d: Any, fall: Any) -> Any:
             product = hvp(here.x, d)
             # Where the Hessian is not finite, only the gradient is left of the model.
             is_known = tf.reduce_all(tf.math.is_finite(product))
             product = tf.where(is_known, product, tf.zeros_like(product))
             curvature, square = _dot(d, product), _dot(r, r)
-            length = square / curvature
+            length = tf.math.divide_no_nan(square, curvature)
+            more = tf.where(curvature > 0, square * length / 2, square.dtype.max / 4)
             leaves = (curvature <= 0) | ~(tf.norm(z + length * d) < radius)
             length = tf.where(leaves, _to_boundary(z, d, radius), length)
             z, r = z + length * d, r + length * product
-            return i + 1, leaves, z, r, _dot(r, r) / square * d - r
+            return i + 1, leaves, z, r, _dot(r, r) / square * d - r, fall + more
 
-        zero = tf.zeros_like(here.x)
-        start = (0, size == 0, zero, here.grad, -here.grad)
-        *_, z, r, _ = tf.while_loop(goes_on, body, start, parallel_iterations=1)
+        zero, none = tf.zeros_like(here.x), tf.zeros_like(here.fun)
+        start = (0, size == 0, zero, here.grad, -here.grad, none)
+        end = tf.while_loop(goes_on, body, start, parallel_iterations=1)
+        _, leaves, z, r, _, fall = end
         # As r = g + H z, the model at z is (g + r).z / 2.
-        return z, -_dot(z, here.grad + r) / 2
+        predicted = -_dot(z, here.grad + r) / 2
+        return Model(z, predicted, fall, ~leaves | (size == 0))
 
 
 def _radius(state: State, ratio: tf.Tensor) -> tf.Tensor:

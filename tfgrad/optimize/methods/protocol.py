@@ -69,9 +69,13 @@ class Move(NamedTuple):
         accepted: Whether the point just evaluated becomes the current one and so
             completes a step; a line search says False while it looks further.
         failed: Whether the method cannot do better than the current point.
-        expected: If it failed, by how much it had expected f to fall yet, shape `[]`. A
-            fall that rounding hides means that the point is as good as the dtype
-            allows: status "precision" instead of "linesearch".
+        expected: The fall of f that the method still expects from the point that is
+            now the current one, in the unit of f, shape `[]`; told at every accepted
+            step, and when it failed. Minuit's EDM, the estimated vertical distance to
+            the minimum (James and Roos 1975, Computer Physics Communications 10), is
+            such a number. Infinity, or the largest number of the dtype, says that it
+            does not know; 0 that the point is stationary. `methods.convergence` reads
+            it.
     """
 
     x: tf.Tensor

@@ -1,0 +1,165 @@
+"""L-BFGS within bounds on problems whose bounds are active, beside SciPy's L-BFGS-B."""
+
+import functools
+
+import numpy as np
+import pytest
+import scipy.optimize
+import tensorflow as tf
+
+from tests.reference.bounded import PROBLEMS
+from tests.reference.harness import Objective, run
+from tfgrad.optimize.methods.lbfgs import LBFGS
+from tfgrad.optimize.methods.protocol import Point
+
+UNITS = [(1, 1), (1e-12, 1), (1e12, 1)]  # of f; bounds are in units of x
+
+
+class Watched(Objective):
+    """An objective that remembers how far from the box it was evaluated."""
+
+    def __init__(self, problem, dtype=tf.float64):
+        super().__init__(problem.objective, len(problem.start), dtype)
+        self.box = [bound.astype(dtype.as_numpy_dtype) for bound in problem.bounds]
+        self.outside = 0
+        traced = self.evaluate
+
+        def evaluate(x):
+            lower, upper = self.box
+            self.outside += bool(np.any((x.numpy() < lower) | (x.numpy() > upper)))
+            return traced(x)
+
+        self.evaluate = evaluate
+
+
+@functools.cache
+def objective(name):
+    return Watched(PROBLEMS[name])
+
+
+def start(problem):
+    return np.clip(np.array(problem.start, float), *problem.bounds)
+
+
+@functools.cache
+def solved(name, units=(1, 1)):
+    problem = PROBLEMS[name]
+    method = LBFGS(bounds=problem.bounds)
+    return run(method, objective(name), start(problem), units=units, most=2000)
+
+
+def scipy_counts(name):
+    """Return what SciPy needs with its defaults, and to all digits."""
+    problem, f = PROBLEMS[name], objective(name)
+    f.units.assign((1, 1))
+    bounds = scipy.optimize.Bounds(*problem.bounds)
+
+    def value_and_grad(x):
+        value, gradient = f.evaluate(tf.constant(x))
+        return np.nan_to_num(value.numpy(), nan=1e100), gradient.numpy()
+
+    return [
+        scipy.optimize.minimize(
+            value_and_grad, start(problem), jac=True, method="L-BFGS-B",
+            bounds=bounds, options=options,
+        ).nfev
+        for options in ({}, {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 5000})
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_best_known_minimum_within_the_bounds_is_found_and_claimed(name):
+    (best,) = PROBLEMS[name].minima
+
+    for units in UNITS:
+        end = solved(name, units)
+
+        assert end.success, units
+        # PROBPENL, 1e9 times as steep one way as others, ends 1e-14 of its fall above.
+        digits = 2e-3 if name == "PROBPENL" else 1e-7
+        assert end.fun / units[0] == pytest.approx(best, rel=digits, abs=1e-10)
+    assert objective(name).outside == 0
+
+
+def test_fewer_evaluations_than_scipy_takes_to_the_same_accuracy():
+    counts = [scipy_counts(name)[1] for name in PROBLEMS]
+
+    ours = [solved(name).evaluations for name in PROBLEMS]
+
+    assert np.median(ours) <= np.median(counts)
+
+
+@pytest.mark.parametrize("name", ["HS2", "HS5", "EXPLIN", "MCCORMCK", "HATFLDB"])
+def test_float32_stays_within_the_bounds_and_gets_there(name):
+    problem = PROBLEMS[name]
+    f = Watched(problem, tf.float32)
+
+    end = run(LBFGS(bounds=problem.bounds), f, start(problem), most=500)
+
+    assert end.fun == pytest.approx(problem.minima[0], rel=1e-4)
+    assert f.outside == 0
+
+
+def test_no_value_outside_is_asked_for_where_there_is_none():
+    def f(x):  # NaN below 0, and steeply down towards it
+        return tf.reduce_sum(tf.sqrt(x) + 0.1 * (x - 4) ** 2)
+
+    box = np.zeros(2), np.full(2, 9.0)
+    end = run(LBFGS(bounds=box), Objective(f, 2), [5.0, 3.0])
+
+    assert end.success
+    slope = 0.5 / np.sqrt(end.x) + 0.2 * (end.x - 4)
+    np.testing.assert_allclose(slope, 0, atol=1e-6)
+
+
+def test_a_start_in_a_corner_that_is_the_solution_is_one():
+    f = Objective(lambda x: tf.reduce_sum((x + 1) ** 2), 3)
+    box = np.zeros(3), np.full(3, np.inf)
+
+    end = run(LBFGS(bounds=box), f, [0.0, 0.0, 0.0])
+
+    assert end.success
+    assert end.fun == 3
+    np.testing.assert_array_equal(end.x, 0)
+
+
+def test_a_degenerate_corner_is_a_solution():
+    # At (0, 0) both bounds hold, and the gradient of the second one vanishes.
+    f = Objective(lambda x: x[0] + x[0] * x[1] + x[1] ** 2 + 5, 2)
+    box = np.zeros(2), np.ones(2)
+
+    end = run(LBFGS(bounds=box), f, [0.9, 0.7])
+
+    assert end.success
+    np.testing.assert_allclose(end.x, 0, atol=1e-7)
+
+
+def test_a_kink_within_bounds_is_not_claimed():
+    f = Objective(lambda x: tf.abs(x[0] - 1) + 0.3 * x[0] + x[1], 2)
+    box = np.zeros(2), np.full(2, 20.0)
+
+    end = run(LBFGS(bounds=box), f, [9.0, 3.0], most=500)
+
+    assert not end.success
+
+
+@pytest.mark.parametrize("bounds", [None, (np.full(3, -1.0), np.full(3, 0.8))])
+def test_updates_of_many_problems_at_once_are_those_of_each(bounds):
+    method = LBFGS(memory=5, bounds=bounds)
+    x = tf.constant(np.random.default_rng(1).uniform(-1, 0.8, (4, 3)))
+
+    def point(x):
+        return Point(x, tf.reduce_sum((x - 2) ** 4), 4 * (x - 2) ** 3)
+
+    def two_moves(x):
+        start = point(x)
+        first = method.init(start)
+        return method.update(point(first.x), start, first.state)
+
+    together = tf.vectorized_map(two_moves, x, fallback_to_while_loop=False)
+
+    for i in range(4):
+        one = two_moves(x[i])
+        np.testing.assert_allclose(together.x[i], one.x, rtol=1e-12)
+        np.testing.assert_allclose(together.expected[i], one.expected, rtol=1e-9)
+        assert bool(together.accepted[i]) == bool(one.accepted)

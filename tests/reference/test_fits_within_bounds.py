@@ -1,0 +1,126 @@
+"""Levenberg-Marquardt within bounds and with robust losses, beside SciPy's."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import tensorflow as tf
+
+from tests.reference import cutest_like
+from tests.reference.harness import Objective, run
+from tfgrad.optimize.methods import losses
+from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
+
+LOSSES = ["linear", "soft_l1", "huber", "cauchy", "arctan"]
+
+
+class Fit(Objective):
+    """Residuals with a loss: what `least_squares` hands to the method."""
+
+    def __init__(self, residuals, n, loss="linear", f_scale=1.0):
+        self.residuals, self.loss = residuals, (loss, f_scale)
+        super().__init__(lambda x: losses.cost(residuals(x), *self.loss), n)
+
+    def fits_in_memory(self):
+        return True
+
+    def linearize(self, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            r = self.residuals(x)
+        return losses.weighted(r, tape.jacobian(r, x), *self.loss)
+
+    def scipys(self, x0, bounds):
+        (loss, f_scale), tight = self.loss, 1e-14
+
+        def jacobian(x):
+            with tf.GradientTape() as tape:
+                x = tf.constant(x)
+                tape.watch(x)
+                r = self.residuals(x)
+            return tape.jacobian(r, x).numpy()
+
+        return scipy.optimize.least_squares(
+            lambda x: self.residuals(tf.constant(x)).numpy(), x0, jacobian, bounds,
+            loss=loss, f_scale=f_scale, ftol=tight, xtol=tight, gtol=tight,
+        )  # fmt: skip
+
+
+def rosenbrock(x):
+    return tf.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+def decay_with_outliers():
+    generator = np.random.default_rng(0)
+    t = np.linspace(0, 10, 30)
+    y = 0.5 + 2 * np.exp(-t) + 0.05 * generator.normal(size=30)
+    y[[3, 11, 20]] += [1.5, -2, 1]
+    return lambda x: x[0] + x[1] * tf.exp(x[2] * t) - y
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_costs_and_weights_are_scipys(loss):
+    r, jacobian = np.array([0.01, -0.4, 2.0, -30.0]), np.arange(8.0).reshape(4, 2) - 3
+
+    with tf.GradientTape() as tape:
+        x = tf.zeros(2, tf.float64)
+        tape.watch(x)
+        f = losses.cost(r + tf.linalg.matvec(jacobian, x), loss, 0.7)
+    weighted, weighted_jacobian = losses.weighted(
+        tf.constant(r), tf.constant(jacobian), loss, 0.7
+    )
+
+    scipys = scipy.optimize.least_squares(
+        lambda x: r + jacobian @ x, np.zeros(2), loss=loss, f_scale=0.7, max_nfev=1
+    )
+    assert float(f) == pytest.approx(scipys.cost, rel=1e-12)
+    gradient = weighted_jacobian.numpy().T @ weighted.numpy()
+    np.testing.assert_allclose(gradient, tape.gradient(f, x), rtol=1e-10)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_fits_with_outliers_end_where_scipys_do(loss):
+    fit = Fit(decay_with_outliers(), 3, loss, 0.1)
+
+    end = run(LevenbergMarquardt(is_open=True), fit, [1.0, 1.0, 0.0], most=200)
+
+    scipys = fit.scipys([1.0, 1.0, 0.0], (-np.inf, np.inf))
+    assert end.fun <= scipys.cost * (1 + 1e-9)
+    np.testing.assert_allclose(end.x, scipys.x, rtol=1e-5)
+
+
+BOUNDED = {
+    # The documented example of SciPy's least_squares.
+    "Rosenbrock": (rosenbrock, [2.0, 2.0], [-np.inf, 1.5], [np.inf, np.inf]),
+    "decay": (decay_with_outliers(), [0.6, 1.0, -0.5], [0.55, 0, -0.8], [1, 1.5, 0]),
+    "decay, all held": (
+        decay_with_outliers(), [0.8, 0.5, -0.1], [0.7, 0, -0.3], [1, 1, 0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("loss", ["linear", "soft_l1"])
+def test_fits_within_bounds_end_where_scipys_do(name, loss):
+    residuals, x0, lower, upper = BOUNDED[name]
+    fit = Fit(residuals, len(x0), loss)
+    method = LevenbergMarquardt(is_open=True, bounds=(np.array(lower), np.array(upper)))
+
+    end = run(method, fit, x0, most=200)
+
+    scipys = fit.scipys(x0, (lower, upper))
+    assert end.fun <= scipys.cost * (1 + 1e-7)
+    np.testing.assert_allclose(end.x, scipys.x, rtol=1e-4)
+    assert np.all((end.x >= lower) & (end.x <= upper))
+
+
+@pytest.mark.parametrize("name", ["MGH09", "Misra1a", "Kirby2"])
+def test_bounds_that_never_matter_change_nothing(name):
+    truth = cutest_like.nist["read"](name)
+    residuals = cutest_like.nist["residuals"](name, tf)
+    n = len(truth.certified)
+    bounds = np.full(n, -1e9), np.full(n, 1e9)
+
+    end = run(LevenbergMarquardt(is_open=True, bounds=bounds), Fit(residuals, n),
+              truth.starts[1], most=300)  # fmt: skip
+
+    np.testing.assert_allclose(end.x, truth.certified, rtol=1e-6)

@@ -1,0 +1,232 @@
+"""L-BFGS within bounds: projected steps along the variables that are free to move.
+
+A variable at a bound is held there while its gradient points beyond it; in the others,
+the *free* ones, the step is that of L-BFGS by the pairs as they are seen there. It is
+followed along its projection onto the box, so no point is ever outside of it, and many
+variables may reach their bounds in one step. A step is taken where f falls by a part of
+what the slope promises (Bertsekas's rule).
+
+References:
+    Bertsekas (1982), Projected Newton methods for optimization problems with simple
+    constraints, SIAM Journal on Control and Optimization 20: the projected search.
+    Byrd, Lu, Nocedal and Zhu (1995), A limited memory algorithm for bound constrained
+    optimization, SIAM Journal on Scientific Computing 16: the free variables' subspace.
+    Byrd, Nocedal and Schnabel (1994), Mathematical Programming 63, equation 3.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfgrad.differences import EPSILONS
+from tfgrad.nested import either
+from tfgrad.optimize.methods import expectation
+from tfgrad.optimize.methods.expectation import Progress
+from tfgrad.optimize.methods.protocol import Move, Point
+
+SUFFICIENT_DECREASE = 1e-4
+"""The part of the promised fall for which a trial is taken (Bertsekas)."""
+
+LEAST, MOST = 0.1, 0.5
+"""How far a search goes back from a trial, at least and at most."""
+
+MOST_TRIALS, DULL = 30, 6
+"""Trials along one direction, and how many one counts for that tells nothing."""
+
+EXPANSION = 10.0
+"""How many times as long the next step is if f does not curve."""
+
+LEVEL = 100
+"""Rounding errors of f that hide a fall."""
+
+
+class Bounds(NamedTuple):
+    """The box, of shape `[n]` each; infinite where there is no bound."""
+
+    lower: tf.Tensor
+    upper: tf.Tensor
+
+    def clip(self, x: tf.Tensor) -> tf.Tensor:
+        """Return the nearest point in the box."""
+        return tf.minimum(tf.maximum(x, self.lower), self.upper)
+
+    def free(self, point: Point) -> tf.Tensor:
+        """Return what may move to lower f, shape `[n]`."""
+        below: Any = (point.x <= self.lower) & (point.grad >= 0)
+        above = (point.x >= self.upper) & (point.grad <= 0)
+        return ~(below | above)
+
+    def reduced(self, point: Point) -> Point:
+        """Return the point with the gradient of the free variables, zero elsewhere."""
+        zero = tf.zeros_like(point.grad)
+        return point._replace(grad=tf.where(self.free(point), point.grad, zero))
+
+
+class BoundedState(NamedTuple):
+    """What the method remembers; but for the first two of shape `[]`.
+
+    Attributes:
+        direction: Of the search, shape `[n]`: its path is the projection.
+        pairs: The last steps and changes of the gradient, shape `[m, 2, n]`.
+        kept: How many pairs were since the last one was forgotten.
+        t: How far along the direction the trial is.
+        trials: How many were, along this direction.
+        noise: The largest change of f of those that told nothing.
+        progress: How the last steps went, by the gradient of the free variables.
+    """
+
+    direction: tf.Tensor
+    pairs: tf.Tensor
+    kept: tf.Tensor
+    t: tf.Tensor
+    trials: tf.Tensor
+    noise: tf.Tensor
+    progress: Progress
+
+
+def init(start: Point, bounds: Bounds, memory: int) -> Move:
+    """Return the first move, from a start in the box."""
+    n: Any = start.x.shape[0]
+    start = bounds.reduced(start)
+    progress, first = expectation.start_of(start)
+    zero, one = tf.zeros_like(start.fun), tf.ones_like(start.fun)
+    pairs, none = tf.zeros([memory, 2, n], start.x.dtype), tf.constant(0)
+    state = BoundedState(first.step, pairs, none, one, none, zero, progress)
+    x = bounds.clip(start.x + first.step)
+    return Move(x, state, expected=progress.expected)
+
+
+def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
+    """Take the trial and search along a new direction, or go back along the old one."""
+    before, epsilon = state.progress, EPSILONS[new.fun.dtype]
+    s, y = new.x - old.x, new.grad - old.grad
+    slope, end_slope = _dot(old.grad, s), _dot(new.grad, s)
+    is_finite = tf.math.is_finite(new.fun) & tf.math.is_finite(end_slope)
+    change = tf.where(is_finite, new.fun - old.fun, new.fun.dtype.max / 4)
+    is_level = is_finite & (tf.abs(change) <= LEVEL * epsilon * tf.abs(old.fun))
+    decreases = change <= SUFFICIENT_DECREASE * slope
+    flattens = tf.abs(end_slope) <= tf.abs(slope) * (1 - SUFFICIENT_DECREASE)
+    is_taken = is_finite & (slope < 0) & (decreases | (is_level & flattens))
+
+    # In reduced gradients, values of the free variables, all is as without bounds.
+    here = either(is_taken, new, old)
+    is_free, here = bounds.free(here), bounds.reduced(here)
+    progress = expectation.after_step(
+        here, old, before, expectation.length_of(here.grad), tf.constant(False)
+    )
+    progress = either(is_taken, progress, before)
+    keeps = is_taken & (_dot(s, y) > epsilon * tf.maximum(-slope, tf.abs(end_slope)))
+    pairs, kept = _keep(state, s, y, keeps)
+    newton, is_known = _direction(pairs, kept, here.grad, is_free)
+    path = bounds.clip(here.x + newton) - here.x
+    leads = is_taken & is_known & (_dot(here.grad, path) < 0)
+    expected = tf.where(leads, -_dot(here.grad, newton) / 2, before.expected)
+    expected = tf.where(progress.length > 0, expected, tf.zeros_like(expected))
+
+    sized = expectation.sized(here, before.first_fun)
+    trials = state.trials + tf.where(is_level, DULL, 1)
+    fails = tf.where(
+        is_taken, progress.idle >= expectation.MOST_IDLE, trials >= MOST_TRIALS
+    )
+    retries = fails & (kept > 0) & (progress.idle <= expectation.MOST_IDLE)
+    failed = fails & ~retries
+    is_afresh = retries | (is_taken & ~leads)
+    noise = tf.where(is_level, tf.maximum(tf.abs(change), state.noise), state.noise)
+    told = expectation.told(expected, before.expected, here.fun, sized)
+    hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * noise
+    told = tf.where(failed, tf.where(hidden, 0 * expected, expected), told)
+    is_kink = expectation.is_kink(here, progress, expected)
+    told = tf.where(is_kink, told.dtype.max, told)
+
+    # Without curvature, a step ten times as long comes next.
+    known = tf.math.divide_no_nan(_dot(s, y), _dot(y, y))
+    grown = EXPANSION * tf.math.divide_no_nan(tf.norm(s), before.length)
+    scale = tf.where(keeps, known, grown)
+    steepest = either(
+        retries & (-sized.slope > LEVEL * epsilon * tf.abs(here.fun)),
+        sized,
+        expectation.steepest(here.grad, progress.length, scale),
+    )
+    direction = tf.where(is_taken, newton, state.direction)
+    direction = tf.where(is_afresh, steepest.step, direction)
+    turns = is_taken | retries
+    t = tf.where(turns, tf.ones_like(state.t), state.t * _part(change, slope))
+    none = tf.constant(0)
+    state = BoundedState(
+        direction,
+        pairs,
+        tf.where(is_afresh, none, kept),
+        t,
+        tf.where(turns, none, trials),
+        tf.where(turns, tf.zeros_like(noise), noise),
+        progress._replace(expected=expected),
+    )
+    x = bounds.clip(here.x + t * direction)
+    return Move(x, state, accepted=is_taken, failed=failed, expected=told)
+
+
+def _part(change: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
+    """Return how far back the minimum of the parabola through a trial lies."""
+    part = tf.math.divide_no_nan(slope, 2 * (slope - change))
+    return tf.clip_by_value(part, LEAST, MOST)
+
+
+def _keep(
+    state: BoundedState, s: tf.Tensor, y: tf.Tensor, keeps: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the pairs with a new one in place of the oldest."""
+    m: Any = state.pairs.shape[0]
+    slot = state.kept % m
+    row = tf.where(keeps, tf.stack([s, y]), tf.gather(state.pairs, slot))
+    pairs = tf.tensor_scatter_nd_update(state.pairs, [[slot]], row[None])
+    return pairs, state.kept + tf.cast(keeps, tf.int32)
+
+
+def _direction(
+    pairs: tf.Tensor, kept: tf.Tensor, grad: tf.Tensor, is_free: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return minus the inverse Hessian of the free variables times their gradient g.
+
+    And whether any pair is known there. With S and Y what is left of the pairs in them,
+    R the upper triangle of S'Y, D its diagonal and c the scale, it is (equation 3.1)
+
+        H g = c g + S a - c Y b,  b = R^-1 S'g,  a = R^-T (D b + c (Y'Y b - Y'g)).
+    """
+    m: Any = pairs.shape[0]
+    order = (kept + tf.range(m)) % m  # from the oldest on
+    s, y = tf.unstack(tf.gather(pairs, order) * tf.cast(is_free, grad.dtype), axis=1)
+    sy, yy = (tf.matmul(a, y, transpose_b=True) for a in (s, y))
+    ss = tf.reduce_sum(s * s, 1)
+    curvature, squares = tf.linalg.diag_part(sy), tf.linalg.diag_part(yy)
+    # Some pairs see no curvature in the free variables alone.
+    least = EPSILONS[grad.dtype] * tf.sqrt(ss) * tf.sqrt(squares)
+    is_good = (curvature > least) & (order < kept)
+    both = is_good[:, None] & is_good
+    zero = tf.zeros([], grad.dtype)
+    triangle = tf.linalg.band_part(tf.where(both, sy, zero), 0, -1)
+    triangle += tf.linalg.diag(tf.where(is_good, zero, zero + 1))
+    yy = tf.where(both, yy, zero)
+    last = tf.reduce_max(tf.where(is_good, tf.range(m), 0))
+    scale = tf.math.divide_no_nan(*(tf.gather(a, last) for a in (curvature, squares)))
+
+    def products(rows: tf.Tensor) -> tf.Tensor:
+        return tf.where(is_good, tf.linalg.matvec(rows, grad), zero)
+
+    def solve(right: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+        answer = tf.linalg.triangular_solve(
+            triangle, right[:, None], lower=False, adjoint=adjoint
+        )
+        return answer[:, 0]
+
+    b = solve(products(s), adjoint=False)
+    rest = tf.linalg.matvec(yy, b) - products(y)
+    a = solve(tf.where(is_good, curvature, zero) * b + scale * rest, adjoint=True)
+    step = scale * grad + tf.linalg.matvec(s, a, transpose_a=True)
+    step -= scale * tf.linalg.matvec(y, b, transpose_a=True)
+    return -step, tf.reduce_any(is_good)
+
+
+def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(a * b)
