@@ -31,7 +31,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 import tfgrad
-from tfgrad.runs.pictures import Picture  # a matplotlib figure that shows itself
+from tfgrad.runs.plots import Picture  # a matplotlib figure that shows itself
 
 logs = Path("../logs/gan")
 shutil.rmtree(logs, ignore_errors=True)

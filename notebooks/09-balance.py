@@ -30,7 +30,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.runs.pictures import Picture  # a matplotlib figure that shows itself
+from tfgrad.runs.plots import Picture  # a matplotlib figure that shows itself
 
 logs = Path("../logs/pole")
 shutil.rmtree(logs, ignore_errors=True)

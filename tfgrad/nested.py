@@ -181,14 +181,29 @@ def ravel(leaves: Iterable[tf.Tensor]) -> tf.Tensor:
     return flat[0] if len(flat) == 1 else tf.concat(flat, axis=0)
 
 
-def unravel(vector: tf.Tensor, like: Iterable[tf.Tensor]) -> list[tf.Tensor]:
-    """Return the vector's elements in the shapes of `like`: the inverse of `ravel`."""
-    like = list(like)
-    if len(like) == 1:
-        return [tf.reshape(vector, tf.shape(like[0]))]
-    parts = tf.split(vector, [tf.size(leaf) for leaf in like])
-    pairs = zip(parts, like, strict=True)
-    return [tf.reshape(part, tf.shape(leaf)) for part, leaf in pairs]
+def unravel(vector: tf.Tensor, like: Iterable[Any]) -> list[tf.Tensor]:
+    """Return the vector's elements in the shapes of `like`: the inverse of `ravel`.
+
+    Args:
+        vector: Of shape `[n]`.
+        like: Tensors, variables or specs.
+    """
+    shapes = [_shape_of(leaf) for leaf in like]
+    if len(shapes) == 1:
+        return [tf.reshape(vector, shapes[0])]
+    parts = tf.split(vector, [_size_of(shape) for shape in shapes])
+    return [tf.reshape(part, s) for part, s in zip(parts, shapes, strict=True)]
+
+
+def _shape_of(leaf: Any) -> Any:
+    """Return the shape of a tensor, or of a spec; static if it can be."""
+    is_known = leaf.shape.is_fully_defined()
+    return np.array(leaf.shape, np.int32) if is_known else tf.shape(leaf)
+
+
+def _size_of(shape: Any) -> Any:
+    is_known = isinstance(shape, np.ndarray)
+    return int(np.prod(shape)) if is_known else tf.reduce_prod(shape)
 
 
 def same_keys(a: Nest, b: Nest) -> bool:

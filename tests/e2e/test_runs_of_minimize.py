@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.optimize import log as log_module
+from tfgrad.optimize import tensorboard as log_module
 from tfgrad.runs.directory import event_files
 from tfgrad.runs.reader import load_run, load_runs, read_run
 from tfgrad.runs.run import Run
@@ -63,10 +63,10 @@ def test_curves_are_those_of_the_history(tmp_path):
     np.testing.assert_array_equal(frame["step"], history["step"])
     np.testing.assert_array_equal(frame["loss"], np.float32(history["fun"]))
     np.testing.assert_array_equal(
-        frame["gradient/max_norm"], np.float32(history["grad_norm"])
+        frame["gradient/max_norm"], np.float32(history["grad_max"])
     )
     np.testing.assert_allclose(
-        frame["gradient/log10_max_norm"], np.log10(history["grad_norm"]), rtol=1e-6
+        frame["gradient/log10_max_norm"], np.log10(history["grad_max"]), rtol=1e-6
     )
     np.testing.assert_array_equal(frame["x/0"], np.float32(history["x"][:, 0]))
     np.testing.assert_array_equal(frame["x/1"], np.float32(history["x"][:, 1]))

@@ -96,6 +96,21 @@ def test_fitted() -> None:
     assert round(float(fit.x["rise"]), 9) == 2.0
 
 
+def test_a_step_of_training_and_the_watch_over_a_fit() -> None:
+    model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
+    x, y = tf.ones([8, 2]), tf.zeros([8, 1])
+
+    def loss(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_mean((model(x) - y) ** 2)
+
+    step = tfgrad.train_step(loss, wrt=model, optimizer="adam", learning_rate=0.01)
+    before, after = float(step(x, y)), float(step(x, y))
+    model.compile("sgd", "mse")
+    model.fit(x, y, verbose=0, callbacks=[tfgrad.ExplainNaN()])
+
+    assert after < before
+
+
 def test_every_public_name_is_used_above() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
 

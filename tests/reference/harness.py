@@ -76,7 +76,7 @@ class Compiled:
             is_solution = converged(here.fun, expected, before, first)
             is_precise = at_precision(here.fun, expected, first)
             flags = [move.accepted, move.failed, is_solution, is_precise]
-            row = [here.fun, expected, here.grad_norm]
+            row = [here.fun, expected, here.grad_max]
             flags = [tf.cast(flag, dtype) for flag in flags]
             return move.x, here, move.state, tf.stack(flags + row)
 
@@ -105,8 +105,8 @@ def run(method, objective, x0, *, units=(1, 1), most=5000, stops=True):
         compiled = _compiled(method, x.shape[0], dtype)
     here = Point(x, *objective.evaluate(x))
     first, before = here.fun, tf.constant(dtype.max, dtype)
-    rows = [(float(first), float(before), float(here.grad_norm))]
-    flat = compiled.init(*here)
+    rows = [(float(first), float(before), float(here.grad_max))]
+    flat = compiled.init(*here[:3])
     return _go_on(compiled, objective, here, flat, first, before, rows, most, stops)
 
 

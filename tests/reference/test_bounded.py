@@ -7,10 +7,13 @@ import pytest
 import scipy.optimize
 import tensorflow as tf
 
+import tfgrad
 from tests.reference.bounded import PROBLEMS
 from tests.reference.harness import Objective, run
 from tfgrad.optimize.methods.lbfgs import LBFGS
 from tfgrad.optimize.methods.protocol import Point
+
+Y = np.array([1.1, 0.2, 0.7, 1.9, 1.4])
 
 UNITS = [(1, 1), (1e-12, 1), (1e12, 1)]  # of f; bounds are in units of x
 
@@ -163,3 +166,48 @@ def test_updates_of_many_problems_at_once_are_those_of_each(bounds):
         np.testing.assert_allclose(together.x[i], one.x, rtol=1e-12)
         np.testing.assert_allclose(together.expected[i], one.expected, rtol=1e-9)
         assert bool(together.accepted[i]) == bool(one.accepted)
+
+
+def test_minimize_stays_within_the_bounds_of_a_nest_and_says_so():
+    seen = []
+
+    def likelihood(p):  # of a normal distribution; below 0, sigma has no logarithm
+        z = (Y - p["mean"]) / p["sigma"]
+        return tf.reduce_mean(z**2) / 2 + tf.math.log(p["sigma"])
+
+    result = tfgrad.minimize(
+        likelihood,
+        {"mean": np.float64(30.0), "sigma": np.float64(0.05)},
+        bounds=({"mean": None, "sigma": 1e-9}, {"mean": 0.9, "sigma": None}),
+        callback=lambda state: seen.append(float(state.x["mean"])),
+    )
+
+    assert (result.status, result.success) == ("converged", True)
+    assert float(result.x["mean"]) == 0.9
+    assert float(result.x["sigma"]) == pytest.approx(np.sqrt(np.mean((Y - 0.9) ** 2)))
+    assert max(seen) <= 0.9
+
+
+def test_variables_are_minimised_within_bounds_under_xla_as_in_calls():
+    results = []
+    for jit in (True, False):
+        x = tf.Variable([2.0, 2.0], dtype=tf.float64)
+        result = tfgrad.minimize(
+            lambda x=x: 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2, wrt=x, jit=jit,
+            bounds=([-2.0, -2.0], [0.5, 2.0]),
+        )  # fmt: skip
+        results.append(result)
+        np.testing.assert_array_equal(x, result.x)
+
+    for result in results:
+        assert result.success
+        np.testing.assert_allclose(result.x, [0.5, 0.25], rtol=1e-6)
+
+
+def test_gtol_asks_for_the_slope_that_no_bound_holds():
+    result = tfgrad.minimize(
+        lambda x: tf.reduce_sum((x + 1) ** 2), [3.0, 2.0], bounds=(0.0, None), gtol=1e-6
+    )
+
+    assert result.status == "gtol"
+    np.testing.assert_array_equal(result.x, [0.0, 0.0])

@@ -5,29 +5,26 @@ import pytest
 import scipy.optimize
 import tensorflow as tf
 
+import tfgrad
 from tests.reference import cutest_like
-from tests.reference.harness import Objective, run
+from tfgrad.errors import InvalidArgumentError
 from tfgrad.optimize.methods import losses
-from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 
 LOSSES = ["linear", "soft_l1", "huber", "cauchy", "arctan"]
 
 
-class Fit(Objective):
-    """Residuals with a loss: what `least_squares` hands to the method."""
+class Fit:
+    """Residuals with a loss, fitted by ours and by SciPy's `least_squares`."""
 
-    def __init__(self, residuals, n, loss="linear", f_scale=1.0):
+    def __init__(self, residuals, loss="linear", f_scale=1.0):
         self.residuals, self.loss = residuals, (loss, f_scale)
-        super().__init__(lambda x: losses.cost(residuals(x), *self.loss), n)
 
-    def fits_in_memory(self):
-        return True
-
-    def linearize(self, x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            r = self.residuals(x)
-        return losses.weighted(r, tape.jacobian(r, x), *self.loss)
+    def ours(self, x0, bounds=None):
+        loss, f_scale = self.loss
+        return tfgrad.least_squares(
+            self.residuals, np.array(x0, float), bounds=bounds, loss=loss,
+            f_scale=f_scale,
+        )  # fmt: skip
 
     def scipys(self, x0, bounds):
         (loss, f_scale), tight = self.loss, 1e-14
@@ -79,9 +76,9 @@ def test_costs_and_weights_are_scipys(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_fits_with_outliers_end_where_scipys_do(loss):
-    fit = Fit(decay_with_outliers(), 3, loss, 0.1)
+    fit = Fit(decay_with_outliers(), loss, 0.1)
 
-    end = run(LevenbergMarquardt(is_open=True), fit, [1.0, 1.0, 0.0], most=200)
+    end = fit.ours([1.0, 1.0, 0.0])
 
     scipys = fit.scipys([1.0, 1.0, 0.0], (-np.inf, np.inf))
     assert end.fun <= scipys.cost * (1 + 1e-9)
@@ -102,15 +99,17 @@ BOUNDED = {
 @pytest.mark.parametrize("loss", ["linear", "soft_l1"])
 def test_fits_within_bounds_end_where_scipys_do(name, loss):
     residuals, x0, lower, upper = BOUNDED[name]
-    fit = Fit(residuals, len(x0), loss)
-    method = LevenbergMarquardt(is_open=True, bounds=(np.array(lower), np.array(upper)))
+    fit = Fit(residuals, loss)
 
-    end = run(method, fit, x0, most=200)
+    end = fit.ours(x0, (np.array(lower), np.array(upper)))
 
     scipys = fit.scipys(x0, (lower, upper))
     assert end.fun <= scipys.cost * (1 + 1e-7)
     np.testing.assert_allclose(end.x, scipys.x, rtol=1e-4)
-    assert np.all((end.x >= lower) & (end.x <= upper))
+    path = end.history["x"]
+    assert np.all((path >= lower) & (path <= upper))
+    held = (end.x.numpy() == lower) | (end.x.numpy() == upper)
+    np.testing.assert_array_equal(np.isnan(end.stderr), held)
 
 
 @pytest.mark.parametrize("name", ["MGH09", "Misra1a", "Kirby2"])
@@ -120,7 +119,50 @@ def test_bounds_that_never_matter_change_nothing(name):
     n = len(truth.certified)
     bounds = np.full(n, -1e9), np.full(n, 1e9)
 
-    end = run(LevenbergMarquardt(is_open=True, bounds=bounds), Fit(residuals, n),
-              truth.starts[1], most=300)  # fmt: skip
+    end = Fit(residuals).ours(truth.starts[1], bounds)
 
     np.testing.assert_allclose(end.x, truth.certified, rtol=1e-6)
+
+
+def test_errors_with_a_loss_are_those_of_curve_fit():
+    residuals = decay_with_outliers()
+    fit = Fit(residuals, "soft_l1", 0.1)
+
+    end = fit.ours([1.0, 1.0, 0.0])
+
+    _, covariance = scipy.optimize.curve_fit(
+        lambda t, *p: residuals(tf.constant(p, tf.float64)).numpy(), np.arange(30.0),
+        np.zeros(30), p0=end.x.numpy(), method="trf", loss="soft_l1", f_scale=0.1,
+        ftol=1e-14, xtol=1e-14, gtol=1e-14,
+    )  # fmt: skip
+    np.testing.assert_allclose(end.covariance, covariance, rtol=2e-3, atol=1e-9)
+
+
+def test_errors_beside_a_bound_are_those_of_a_fit_with_the_others_fixed():
+    residuals = decay_with_outliers()
+    bounded = tfgrad.least_squares(
+        residuals, np.array([0.6, 1.0, -0.5]), bounds=([None, None, -0.8], None)
+    )
+    fixed = tfgrad.least_squares(
+        lambda p: residuals(tf.concat([p, [-0.8]], 0)), np.array([0.6, 1.0])
+    )
+
+    assert float(bounded.x[2]) == -0.8
+    assert np.isnan(bounded.stderr[2])
+    # The degrees of freedom differ by the parameter that is held.
+    ratio = bounded.residual_std / fixed.residual_std
+    np.testing.assert_allclose(bounded.stderr[:2], ratio * fixed.stderr, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"loss": "l1"}, "'soft_l1', 'huber'"),
+        ({"f_scale": 0.0}, "positive number"),
+        ({"bounds": (1.0, 0.0)}, "above its upper"),
+        ({"bounds": (np.nan, None)}, "must not be NaN"),
+    ],
+)
+def test_a_loss_and_bounds_that_cannot_be_are_refused(options, match):
+    with pytest.raises(InvalidArgumentError, match=match):
+        tfgrad.least_squares(lambda p: p - 1.0, [0.0, 0.0], **options)

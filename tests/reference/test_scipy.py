@@ -28,15 +28,16 @@ def bowl(x):
 
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_every_method_finds_the_minimum_by_our_rule(name, dtype):
+def test_every_method_finds_the_minimum_by_its_own_rule(name, dtype):
     result = tfgrad.minimize(rosenbrock, START.astype(dtype), method=name)
 
-    assert result.status == "gtol"
-    assert result.success
+    assert result.status == "scipy"
+    assert result.message.startswith("SciPy ended: ")
+    # SciPy's tolerances are for float64; in float32 it says what it could not reach.
+    assert result.success or dtype == "float32"
     assert result.x.dtype == dtype
-    gtol = 1e-3 if dtype == "float32" else 1e-6
-    assert result.history["grad_norm"][-1] <= gtol
-    np.testing.assert_allclose(result.x, [1, 1], atol=2 * gtol)
+    atol = 2e-2 if dtype == "float32" else 5e-4  # what SciPy's defaults leave
+    np.testing.assert_allclose(result.x, [1, 1], atol=atol)
     assert list(result.history["step"]) == list(range(result.nit + 1))
     np.testing.assert_array_equal(result.history["x"][0], START.astype(dtype))
 
@@ -46,7 +47,6 @@ def test_every_method_finds_the_minimum_by_our_rule(name, dtype):
 )
 def test_the_iterates_are_those_of_scipy_called_directly(name):
     visited = [START]
-    options = {"gtol": 1e-6} if SCIPY[f"scipy:{name}"].gradient else {}
     method = SCIPY[f"scipy:{name}"]
     hess = {"hess": scipy.optimize.rosen_hess} if method.second else {}
     direct = scipy.optimize.minimize(
@@ -55,7 +55,6 @@ def test_the_iterates_are_those_of_scipy_called_directly(name):
         method=name,
         jac=scipy.optimize.rosen_der if method.gradient else None,
         callback=lambda x: visited.append(np.array(x)),
-        options=options,
         **hess,
     )
 
@@ -73,10 +72,9 @@ def test_a_bound_that_is_active_at_the_solution(name):
 
     result = tfgrad.minimize(bowl, start, method=name, bounds=(0.0, None))
 
-    assert result.status == "gtol"
-    assert "projected gradient" in result.message
-    np.testing.assert_allclose(result.x, [3, 0], atol=2e-6)
-    np.testing.assert_allclose(result.grad[1], 7, atol=1e-5)
+    assert (result.status, result.success) == ("scipy", True)
+    np.testing.assert_allclose(result.x, [3, 0], atol=2e-4)
+    np.testing.assert_allclose(result.grad[1], 7, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", CONSTRAINED)
@@ -92,16 +90,14 @@ def test_hs71(name):
         ],
     )
 
-    assert result.status == "gtol", result
-    assert "Lagrangian" in result.message
+    assert result.success, result
     assert result.fun == pytest.approx(17.0140173, abs=2e-5)
     np.testing.assert_allclose(
-        result.x, [1, 4.7429994, 3.8211503, 1.3794082], atol=1e-5
+        result.x, [1, 4.7429994, 3.8211503, 1.3794082], atol=1e-4
     )
 
 
-# COBYQA ends where its radius does, at a slope of 4e-5, and says so.
-@pytest.mark.parametrize("name", sorted(set(CONSTRAINED) - {"scipy:cobyqa"}))
+@pytest.mark.parametrize("name", CONSTRAINED)
 def test_rosenbrock_in_a_disk(name):
     disk = scipy.optimize.NonlinearConstraint(
         lambda x: x[0] ** 2 + x[1] ** 2, -np.inf, 1.0
@@ -109,8 +105,8 @@ def test_rosenbrock_in_a_disk(name):
 
     result = tfgrad.minimize(rosenbrock, np.zeros(2), method=name, constraints=disk)
 
-    assert result.status == "gtol", result
-    np.testing.assert_allclose(result.x, [0.7864151542, 0.6176983125], atol=1e-5)
+    assert result.success, result
+    np.testing.assert_allclose(result.x, [0.7864151542, 0.6176983125], atol=1e-4)
 
 
 def test_nests_variables_and_numpy_constraints_agree():
@@ -174,14 +170,33 @@ def test_a_constraint_that_cannot_be_kept_is_no_success():
         assert result.nit <= 75
 
 
-def test_what_scipy_calls_success_is_not_believed():
-    # Nelder and Mead's method ends at the kink, where the slope is not zero.
+def test_a_kink_is_a_minimum_for_a_method_without_gradients():
     result = tfgrad.minimize(
         lambda x: tf.abs(x[0] - 1) + 0.3 * x[0], np.array([9.0]),
         method="scipy:nelder-mead",
     )  # fmt: skip
 
-    assert result.status == "scipy"
-    assert not result.success
-    assert "terminated successfully. The largest element" in result.message
+    assert (result.status, result.success) == ("scipy", True)
+    assert "terminated successfully" in result.message
     assert float(result.x[0]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_method_backs_off_where_f_has_no_value_and_arrives(bad):
+    y = np.array([1.1, 0.2, 0.7, 1.9, 1.4])
+
+    def likelihood(p):  # of a normal distribution, NaN at sigma = 0
+        z = (y - p["mean"]) / p["sigma"]
+        value = tf.reduce_mean(z**2) / 2 + tf.math.log(p["sigma"])
+        return tf.where(tf.math.is_finite(value), value, bad)
+
+    result = tfgrad.minimize(
+        likelihood,
+        {"mean": np.float64(30.0), "sigma": np.float64(0.05)},
+        method="scipy:l-bfgs-b",
+        bounds=({"mean": None, "sigma": 0.0}, None),
+    )
+
+    assert result.success
+    assert float(result.x["mean"]) == pytest.approx(np.mean(y), abs=1e-4)
+    assert float(result.x["sigma"]) == pytest.approx(np.std(y), abs=1e-4)

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.optimize.result import History
+from tfgrad.optimize.history import History
 
 STEPS_BY_HAND = 200
 COMPILED_STEPS = 100_000

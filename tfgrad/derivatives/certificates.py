@@ -183,44 +183,48 @@ def verify(
     nothing of functions that draw random numbers.
 
     Args:
-        concrete: The function, which reads what is differentiated from variables.
-            Nobody else may call it meanwhile.
+        concrete: The function, which reads what is differentiated from variables, or
+            takes it first. Nobody else may call it meanwhile.
         tensors: What it was called with.
         answer: What it returned.
-        variables: What is differentiated.
+        variables: What is differentiated; none if it is the first ones of `tensors`.
         outputs: From an answer to what has the derivative: a value, or residuals.
         slope: From a direction (an array for each variable) and weights (one for each
             output) to the slope that the answer claims for the weighted sum.
         name: What the user calls the function.
-        names: What the user calls the variables.
+        names: What the user calls what is differentiated.
 
     Raises:
         WrongDerivativeError: If differences disagree with the slope.
     """
-    if not variables or not certified(concrete):
+    if not certified(concrete):
         return
     replica = Replica(concrete, variables)
     operations = list(every(concrete.graph.get_operations()))
     handles = [id(variable.handle) for variable in variables]
+    sources: Sequence[Any] = variables or tensors[: len(names)]
 
     def evaluate(direction: Arrays, t: float) -> list[Arrays]:
-        moved = map(_moved_by, variables, direction, [t] * len(handles))
-        found = replica(tensors, dict(zip(handles, moved, strict=True)))
+        moved = list(map(_moved_by, sources, direction, [t] * len(sources)))
+        if handles:
+            found = replica(tensors, dict(zip(handles, moved, strict=True)))
+        else:
+            found = replica([*moved, *tensors[len(moved) :]])
         return [_arrays(outputs(found))]
 
     values = outputs(answer)
     functions = Functions(
-        point=list(map(_view, variables)),
+        point=list(map(_view, sources)),
         values=[_arrays(values)],
         evaluate=evaluate,
         slopes=lambda v, weights: np.array([slope(v, weights[0])]),
-        dtype=coarsest([*variables, *values], operations),
+        dtype=coarsest([*sources, *values], operations),
         symmetric=_reads_one_triangle(operations),
     )
     wrong = disagreement(functions)
     if wrong is None or any(map(redefines_slope, operations)):
         return
-    places = range(len(variables))
+    places = range(len(sources))
     index = next((i for i in places if disagreement(functions, [i])), 0)
     raise _withheld(wrong, name, names[index], operations)
 
@@ -243,7 +247,7 @@ def _withheld(
         f"TensorFlow's {order} of `{name}` is wrong, by `{source}`.",
         got=f"along a random direction {wrong}{next(known, '')}",
         hint="tfgrad.explain(f, x); tfgrad.finite_difference; another form of it; "
-        "verify=False for the numbers as they are",
+        "jit=False, if XLA compiles it; verify=False for the numbers as they are",
     )
 
 

@@ -23,6 +23,7 @@ from tfgrad.derivatives.tracing import (
 )
 from tfgrad.derivatives.verification import random_like
 from tfgrad.diagnosis.causes import cause_of_cut
+from tfgrad.diagnosis.graphs import results
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.diagnosis.path import Cut, may_hide_a_cut, missing_gradients
 from tfgrad.diagnosis.report import no_gradient_error
@@ -89,7 +90,10 @@ class Recording:
         Args:
             twice: What is pulled back is differentiated again.
         """
-        require_right(self.operations, self.name, twice=twice)
+        operations = self.operations
+        if not twice and self._call.variables is None:
+            operations = _depending(operations, self.sources)
+        require_right(operations, self.name, twice=twice)
 
     @property
     def name(self) -> str:
@@ -102,19 +106,27 @@ class Recording:
         return traced_operations()[self._before :]
 
     def gradients(
-        self, cotangents: tf.Tensor | Sequence[tf.Tensor] | None = None
-    ) -> list[tf.Tensor]:
+        self,
+        cotangents: tf.Tensor | Sequence[tf.Tensor] | None = None,
+        *,
+        sparse: bool = False,
+    ) -> list[Any]:
         """Return the gradient of each source: dense, zeros where there is no path.
 
         Args:
             cotangents: Weights of the output's elements, one tensor for each output, of
                 its shape; None means ones.
+            sparse: Leave a `tf.IndexedSlices` one, its rows distinct: those that stand
+                there twice are added up.
 
         Raises:
             NoGradientError: If a path exists, but is cut.
         """
         weights = _as_list(cotangents)
         found = self._require_sound(self.outputs, weights)
+        if sparse:
+            pairs = zip(found, self.sources, strict=True)
+            return [_distinct(g) if _is_sparse(g) else dense(g, s) for g, s in pairs]
         return self._dense(found)
 
     def pull(self, cotangents: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -307,10 +319,34 @@ def _raise_in_words(error: Exception, name: str) -> NoReturn:
     raise refused or error from None
 
 
+def _depending(
+    operations: Sequence[tf.Operation], sources: Sequence[tf.Tensor]
+) -> list[tf.Operation]:
+    """Return the operations that depend on `sources`; they are in creation order."""
+    found = {source.ref() for source in sources}
+    reached = []
+    for op in operations:
+        if any(tensor.ref() in found for tensor in op.inputs):
+            reached.append(op)
+            found.update(tensor.ref() for tensor in results(op))
+    return reached
+
+
 def _as_list(cotangents: Any) -> list[tf.Tensor] | None:
     if cotangents is None:
         return None
     return list(cotangents) if isinstance(cotangents, list | tuple) else [cotangents]
+
+
+def _is_sparse(gradient: Any) -> bool:
+    return isinstance(gradient, tf.IndexedSlices)
+
+
+def _distinct(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
+    """Return the slices with each row once: the sum of all that stood there for it."""
+    rows, index = tf.unique(gradient.indices)
+    values = tf.math.unsorted_segment_sum(gradient.values, index, tf.size(rows))
+    return tf.IndexedSlices(values, rows, gradient.dense_shape)
 
 
 def dense(gradient: Any, source: Any) -> tf.Tensor:

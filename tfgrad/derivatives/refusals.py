@@ -17,6 +17,8 @@ from tfgrad.errors import NoGradientError
 
 _NODE = re.compile(r"(?:Detected at node|\{\{node) (?P<name>[^\s}]+)")
 
+_SAYING = ("CheckNumerics", "Assert")
+
 _HINT = "another form of the same function; float32 on a CPU; a tf.custom_gradient"
 
 
@@ -34,6 +36,8 @@ def refusal_at_run_time(
         return None
     nodes = {match["name"].split("/")[-1] for match in _NODE.finditer(str(error))}
     for op in every(graph.get_operations()):
+        if op.type in _SAYING:  # what the user asks is said by the user's op
+            continue
         if op.name.split("/")[-1] in nodes and made_by_gradient(op):
             return NoGradientError(
                 f"TensorFlow cannot compute the derivative of `{name}` here.",

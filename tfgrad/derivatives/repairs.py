@@ -112,7 +112,12 @@ def calls_repairable(operations: Iterable[tf.Operation]) -> bool:
 def is_repairable(op: tf.Operation) -> bool:
     """Return whether TensorFlow's gradient of `op` is wrong, of any order."""
     repair = TABLE.get(op.type)
-    return repair is not None and repair.applies(op)
+    # What has integers alone, as the product of a shape has, is not differentiated.
+    return repair is not None and _has_slope(op) and repair.applies(op)
+
+
+def _has_slope(op: tf.Operation) -> bool:
+    return any(not out.dtype.is_integer for out in op.outputs)
 
 
 def is_marked(op: tf.Operation) -> bool:

@@ -12,15 +12,23 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfgrad.errors import RunError, TfgradError
-from tfgrad.optimize.saved import Outcome, Saved
-from tfgrad.optimize.snapshot import Snapshot
+from tfgrad.optimize import resume
+from tfgrad.optimize.chain import Chain
+from tfgrad.optimize.history import Rows
+from tfgrad.optimize.hooks import Hook
+from tfgrad.optimize.problem import Evaluation
+from tfgrad.optimize.resume import Identity, Outcome, Saved
+from tfgrad.optimize.solvers import State
 from tfgrad.runs.directory import Claim, check, claim
+
+if TYPE_CHECKING:
+    from tfgrad.optimize.driver import Driver
 
 KEPT = 3
 """Checkpoints kept: if the newest cannot be read, there are others."""
@@ -32,11 +40,10 @@ LEAST_RATIO = 20
 """... which is also at least so many times what the last one took to write."""
 
 NAME = "tfgrad"
-TENSORS = ("variables", "memory", "lower", "told", "outcome")
-FORMAT = 1
+FORMAT = 2
 
 
-class Checkpoints:
+class Checkpoints(Hook):
     """The checkpoints of one run, in a directory of their own.
 
     Args:
@@ -87,7 +94,29 @@ class Checkpoints:
             )
         return None
 
-    def open(self) -> None:
+    def begin(self, run: Driver, rows: Rows) -> None:
+        """Save where the run begins: from now on the checkpoint knows of the log."""
+        self._save(resume.snapshot(run))
+
+    def rows(self, run: Driver, rows: Rows) -> None:
+        """Save where the run is, if it is time."""
+        is_due = time.monotonic() >= self._due
+        if is_due and run.status is None:
+            for hook in run.hooks:
+                hook.flush()
+            self._save(resume.snapshot(run))
+
+    def end(self, run: Driver, error: BaseException | None) -> None:
+        """Save the end; let other writers in."""
+        try:
+            if self._claim is not None and run.saved is not None:
+                self._save(run.saved)
+        finally:
+            if self._claim is not None:
+                self._claim.release()
+                self._claim = None
+
+    def open(self, run: Driver) -> None:
         """Make the directory, keep other writers out, and sweep what a crash left.
 
         Raises:
@@ -98,7 +127,8 @@ class Checkpoints:
             self._claim = claim(self.path, resume=True)
         numbers = self._numbers()
         if (self.path / "checkpoint").exists() and not numbers:
-            self.close()
+            self._claim.release()
+            self._claim = None
             raise RunError(
                 "A directory of checkpoints is for one run.",
                 got=f"{self.path}, which holds checkpoints of something else",
@@ -109,23 +139,8 @@ class Checkpoints:
             if path.name.split(".")[0] not in complete:
                 _delete(path)
 
-    def close(self) -> None:
-        """Let other writers in."""
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
-
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time for the next one."""
-        return time.monotonic() >= self._due
-
-    def save(self, saved: Saved) -> None:
+    def _save(self, saved: Saved) -> None:
         """Write a checkpoint; a disk that refuses is told once, and the run goes on."""
-        if not saved.loop.is_whole:
-            self._warn("The last checkpoint stays: the next would be too large.")
-            self._due = float("inf")
-            return
         began = time.monotonic()
         number = max(self._numbers(), default=0) + 1
         try:
@@ -145,21 +160,15 @@ class Checkpoints:
             )
 
     def _write(self, saved: Saved, number: int) -> None:
-        facts = {
-            **saved.facts,
-            "format": FORMAT,
-            "loop": dict(saved.loop.facts),
-            "columns": [list(saved.history), list(saved.epochs)],
-        }
+        outcome = saved.outcome
+        flat = [] if outcome is None else [outcome.fun, *outcome.x, *outcome.grad]
         parts: dict[str, Sequence[Any]] = {
-            "facts": [json.dumps(facts)],
-            "variables": saved.loop.variables,
-            "memory": saved.loop.memory,
-            "lower": saved.loop.lower,
-            "told": saved.loop.told,
+            "facts": [_facts(saved)],
+            "variables": saved.variables,
+            "state": tf.nest.flatten(saved.state),
             "history": list(saved.history.values()),
             "epochs": list(saved.epochs.values()),
-            "outcome": _flat(saved.outcome),
+            "outcome": flat,
         }
         checkpoint = tf.train.Checkpoint(
             **{name: [tf.Variable(x) for x in part] for name, part in parts.items()}
@@ -171,7 +180,10 @@ class Checkpoints:
 
     def _numbers(self) -> list[int]:
         """Return the numbers of the complete checkpoints, the newest last."""
-        listed = tf.train.get_checkpoint_state(str(self.path))
+        try:
+            listed = tf.train.get_checkpoint_state(str(self.path))
+        except UnicodeDecodeError:  # it is no text
+            listed = None
         if listed is not None:
             names = [Path(path).name for path in listed.all_model_checkpoint_paths]
         else:  # the list itself is damaged, or was deleted
@@ -196,25 +208,57 @@ def _about_checkpoints() -> Iterator[None]:
         raise RunError(rule, got=str(error), hint=hint) from error
 
 
+def _facts(saved: Saved) -> str:
+    """Return what JSON can hold of a run."""
+    chain = saved.chain
+    progress = [chain.index, chain.first, chain.used, chain.taken]
+    columns = [list(saved.history), list(saved.epochs)]
+    is_vector = tf.is_tensor(saved.state.x)
+    names = "identity limits position seconds status message success nit nfev directory"
+    facts = {name: getattr(saved, name) for name in names.split()}
+    facts |= {"chain": progress, "columns": columns, "is_vector": is_vector}
+    return json.dumps({**facts, "format": FORMAT})
+
+
 def _read(prefix: str) -> Saved:
     """Return what a checkpoint holds; TensorFlow compares the sums of its contents."""
     reader = tf.train.load_checkpoint(prefix)
     (text,) = _part(reader, "facts")
     facts = json.loads(text.item())
+    if facts.pop("format") != FORMAT:
+        raise ValueError("it was written by another version")
     columns = facts.pop("columns")
-    loop = facts.pop("loop")
     history, epochs = (
         dict(zip(names, _part(reader, part), strict=True))
         for names, part in zip(columns, ("history", "epochs"), strict=True)
     )
-    parts = ([*map(tf.constant, _part(reader, name))] for name in TENSORS)
-    variables, memory, lower, told, outcome = parts
-    snapshot = Snapshot(loop, variables, memory, lower, told)
-    return Saved(facts, snapshot, history, epochs, _outcome(outcome))
+    state, variables, outcome = (
+        [*map(tf.constant, _part(reader, name))]
+        for name in ("state", "variables", "outcome")
+    )
+    index, first, used, taken = facts.pop("chain")
+    x, has_aux, methods = facts.pop("identity")
+    is_vector = facts.pop("is_vector")
+    return Saved(
+        identity=Identity(tuple(x), has_aux, tuple(methods)),
+        state=_state(state, is_vector),
+        variables=variables,
+        chain=Chain([], 0, index, first, used, [(n, c) for n, c in taken]),
+        history=history,
+        epochs=epochs,
+        outcome=_outcome(outcome),
+        **{**facts, "position": tuple(facts["position"])},
+    )
 
 
-def _flat(outcome: Outcome | None) -> list[tf.Tensor]:
-    return [] if outcome is None else [outcome.fun, *outcome.x, *outcome.grad]
+def _state(leaves: list[tf.Tensor], is_vector: bool) -> State:
+    """Return the state of its leaves; what the solver remembers stays flat."""
+    count = 1 if is_vector else 0
+    x, rest = (leaves[0] if is_vector else ()), leaves[count:]
+    gradient = rest[1] if is_vector else ()
+    evaluation = Evaluation(rest[0], gradient, rest[1 + count], {})
+    memory, tail = rest[2 + count : -6], rest[-6:]
+    return State(x, evaluation, memory, *tail)
 
 
 def _outcome(flat: list[tf.Tensor]) -> Outcome | None:

@@ -44,12 +44,15 @@ class Source(Protocol):
         spec: The nest of specs of what its iterators yield.
         batches: How many there are in an epoch; None if nobody knows.
         is_repeatable: Whether there is a second epoch.
+        is_python: Whether a batch is made by Python code of the user's, which may read
+            the variables.
         error: What the user's code raised instead of yielding a batch.
     """
 
     spec: Any
     batches: int | None
     is_repeatable: bool
+    is_python: bool
     error: Exception | None
 
     def open(self, epoch: int, batch: int = 0) -> Any:
@@ -105,7 +108,7 @@ def source_of(
 class Arrays:
     """Rows of arrays, in another order in each epoch; the last batch may be smaller."""
 
-    is_repeatable = True
+    is_repeatable, is_python = True, False
     batches: int | None
     error: Exception | None = None
 
@@ -149,7 +152,7 @@ class Arrays:
 class Dataset:
     """A `tf.data.Dataset`: one iterator for each epoch, as a Python loop makes them."""
 
-    is_repeatable = True
+    is_repeatable, is_python = True, False
     error: Exception | None = None
 
     def __init__(self, dataset: tf.data.Dataset[Any]) -> None:
@@ -192,12 +195,21 @@ class Batches:
     for the first dimension.
     """
 
+    is_python = True
+
     def __init__(self, data: Any, dtype: tf.DType | None) -> None:
         """Draw the first batch."""
         self._data = data
         self._dtype = dtype
         self._epoch = 0
-        iterator = self._iterator()
+        try:
+            iterator = self._iterator()
+        except TypeError:
+            raise InvalidArgumentError(
+                "A function given as `data` must return something to iterate over.",
+                got=f"data={describe(data)}",
+                hint="data=make, where make() returns an iterator over batches",
+            ) from None
         self.is_repeatable = iterator is not data
         first = next(iterator, None)
         if first is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ import numpy as np
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe
 from tfgrad.optimize.data import Source, can_take, source_of
-from tfgrad.optimize.data_loop import DataLoop
-from tfgrad.optimize.objective import Objective
-from tfgrad.optimize.options import Options
+from tfgrad.optimize.history import Rows
+from tfgrad.optimize.options import ENDLESS, Options
+from tfgrad.optimize.problem import Problem
+from tfgrad.optimize.solvers.optimizer import SIZE
 
-ENDLESS = 2**62
-"""Steps of a run that something else ends."""
+NOT_AVERAGED = ("step", "seconds", "grad_max", "learning_rate", SIZE)
+"""Columns of which an epoch has no mean."""
 
 STEPS = 1000
 """Steps where nothing is said, for functions without data and for endless data."""
@@ -61,23 +63,30 @@ class Training:
         """Return what the log says about it."""
         return {"data": str(self.source), "epochs": self.epochs}
 
-    def end_epoch(self, loop: DataLoop, point: tuple[Nest, ...]) -> dict[str, Any]:
-        """Return the row of an epoch that is over, in the order of time."""
-        means = loop.next_epoch()
-        values = {} if self.validation is None else _named(self.validation(*point))
-        return {"epoch": loop.epoch, "step": loop.step, **means, **values}
+    def means(self, rows: Rows) -> dict[str, Any]:
+        """Return the means over an epoch, weighted by the sizes of its batches."""
+        weights = rows.columns[SIZE].astype(np.float64)
+        kept = (n for n in rows.columns if n not in NOT_AVERAGED and not _is_point(n))
+        return {
+            name: np.tensordot(weights, rows.columns[name].astype(np.float64), 1)
+            / np.sum(weights)
+            for name in kept
+        }
 
-    def status(self, loop: DataLoop, row: Mapping[str, Any]) -> str | None:
+    def validated(self, point: tuple[Nest, ...]) -> dict[str, float]:
+        """Return what the validation says at the end of an epoch."""
+        return {} if self.validation is None else _named(self.validation(*point))
+
+    def status(self, row: Mapping[str, Any], target: float | None) -> str | None:
         """Return why the run is over after an epoch, if it is."""
-        target = loop.stopping.target
         if target is not None and row["fun"] <= target:
             return "target"
-        if self.epochs is not None and loop.epoch >= self.epochs:
+        if self.epochs is not None and row["epoch"] >= self.epochs:
             return "epochs"
         return None if self.source.is_repeatable else "data"
 
 
-def training(options: Options, objective: Objective) -> tuple[Training | None, int]:
+def training(options: Options, problem: Problem) -> tuple[Training | None, int]:
     """Return what to train on, if there is data, and for how many steps.
 
     With data and no budget at all, it is gone through once.
@@ -91,8 +100,8 @@ def training(options: Options, objective: Objective) -> tuple[Training | None, i
         _require_no(options, "batch_size", "epochs", "validation")
         return None, STEPS if steps is None else int(steps)
     if options.validation is not None:
-        _check_validation(options.validation, objective.takes_values)
-    source = source_of(options.data, options.batch_size, objective.dtype)
+        _check_validation(options.validation, problem.takes_values)
+    source = source_of(options.data, options.batch_size, problem.dtype)
     is_endless = getattr(source, "is_endless", False)
     if is_endless and epochs is not None:
         raise InvalidArgumentError(
@@ -104,6 +113,10 @@ def training(options: Options, objective: Objective) -> tuple[Training | None, i
         epochs, steps = (None, STEPS) if is_endless else (1, None)
     budget = ENDLESS if steps is None else int(steps)
     return Training(source, epochs, options.validation), budget
+
+
+def _is_point(name: str) -> bool:
+    return re.match(r"x\b", name) is not None
 
 
 def _require_no(options: Options, *names: str) -> None:

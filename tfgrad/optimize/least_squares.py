@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -10,14 +12,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, named_leaves, unravel
-from tfgrad.optimize.descent import Descent, State
+from tfgrad.optimize.constraints import Limits
+from tfgrad.optimize.driver import Driver
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
+from tfgrad.optimize.methods.losses import LOSSES
 from tfgrad.optimize.minimize import run
-from tfgrad.optimize.options import Options
+from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.residuals import Residuals
-from tfgrad.optimize.result import OptimizeResult
-from tfgrad.runs.writer import Run
+from tfgrad.optimize.result import OptimizeResult, State
+from tfgrad.runs.run import Run
 
 Array = np.ndarray[Any, Any]
 
@@ -78,11 +83,16 @@ def least_squares(
     xtol: float | None = None,
     target: float | None = None,
     seconds: float | None = None,
+    bounds: Any = None,
+    loss: str = "linear",
+    f_scale: float = 1.0,
     has_aux: bool = False,
     jit: bool | str = False,
+    verify: bool = True,
     callback: Callable[[State], Any] | None = None,
     log: Run | str | PathLike[str] | None = None,
     checkpoint: str | PathLike[str] | None = None,
+    **unknown: Any,
 ) -> LeastSquaresResult:
     """Minimise half the sum of squares of residuals, by Levenberg-Marquardt.
 
@@ -114,12 +124,23 @@ def least_squares(
         xtol: Stop after a step no longer than this, relative to max(1, ||x||).
         target: Stop where f is no larger.
         seconds: Stop after this time, in seconds.
+        bounds: What the parameters lie between, as for `minimize`; no point is outside.
+            The standard error of a parameter that ends at a bound is not known: NaN.
+        loss: What is least is half of `f_scale**2 * sum(rho((r / f_scale)**2))` of the
+            residuals r, with rho by name as in SciPy: "linear" (the sum of squares),
+            "soft_l1", "huber", "cauchy" or "arctan", by which outliers count less.
+        f_scale: The residual from which on one is an outlier, in their unit.
         has_aux: `residuals` returns `(residuals, aux)`.
         jit: Compile with XLA, as for `minimize`; where it computes singular values of
             more than some ten parameters, that is slower.
+        verify: Compare the first gradient of `f` with a difference along a random
+            direction, and raise `WrongDerivativeError` if they disagree; costs one
+            evaluation or two. An optimizer's first gradient is part of a compiled step
+            and is not compared.
         callback: Called with a `State` after each chunk of steps; True ends the run.
         log: A directory, or an open `Run`, as for `minimize`.
         checkpoint: A directory to go on from after a crash, as for `minimize`.
+        **unknown: Refused with a TypeError that says what to write instead.
 
     Returns:
         A `LeastSquaresResult`: `x`, `stderr`, `covariance`, `residual_std` and more.
@@ -152,32 +173,55 @@ def least_squares(
         Moré (1978), The Levenberg-Marquardt algorithm: implementation and theory.
         Bates and Watts (1988), Nonlinear Regression Analysis, section 2.3.
     """
+    require_no("least_squares", unknown, ("loss", "f_scale"))
+    _check_loss(loss, f_scale)
     own_rules = (gtol, ftol, xtol) == (None, None, None)
     options = Options(
         wrt=wrt,
-        method=LevenbergMarquardt(is_open=not own_rules),
+        # Its own rules are about sums of squares.
+        method=LevenbergMarquardt(is_open=not own_rules or loss != "linear"),
         steps=steps,
         gtol=gtol,
         ftol=ftol,
         xtol=xtol,
         target=target,
         seconds=seconds,
+        bounds=bounds,
         has_aux=has_aux,
         jit=jit,
+        verify=verify,
         log=log,
         checkpoint=checkpoint,
     )
-    descent = Descent(residuals, x0, options, Residuals)
-    result = run(descent, callback)
-    assert isinstance(descent.objective, Residuals)
-    return _with_statistics(result, descent.objective)
+    kind = functools.partial(Residuals, loss=loss, f_scale=float(f_scale))
+    driver = Driver(residuals, x0, options, kind, callback)
+    result = run(driver)
+    assert isinstance(driver.problem, Residuals)
+    return _with_statistics(result, driver.problem, driver.options.bounds)
 
 
-def _with_statistics(result: OptimizeResult, fit: Residuals) -> LeastSquaresResult:
+def _check_loss(loss: Any, f_scale: Any) -> None:
+    if loss not in LOSSES:
+        raise InvalidArgumentError(
+            "`loss` must be the name of a loss.",
+            got=f"loss={loss!r}",
+            hint=", ".join(map(repr, LOSSES)),
+        )
+    is_number = isinstance(f_scale, numbers.Real) and not isinstance(f_scale, bool)
+    if not is_number or not 0 < f_scale < np.inf:
+        raise InvalidArgumentError(
+            "`f_scale` must be a positive number.",
+            got=f"f_scale={f_scale!r}",
+            hint="the size of a residual that is no outlier yet",
+        )
+
+
+def _with_statistics(
+    result: OptimizeResult, fit: Residuals, bounds: Any
+) -> LeastSquaresResult:
     """Return the result with what residuals and Jacobian at its point say."""
     leaves = tf.nest.flatten(result.x)
-    fit.assign(leaves)
-    residuals = fit.residuals()
+    residuals = fit.evaluate(leaves).linear.residuals
     count = sum(np.size(leaf) for leaf in tf.nest.flatten(residuals))
     freedom = count - sum(np.size(leaf) for leaf in leaves)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -185,9 +229,12 @@ def _with_statistics(result: OptimizeResult, fit: Residuals) -> LeastSquaresResu
             2 * result.fun / freedom if freedom > 0 else result.fun.dtype.type("nan")
         )
     covariance = stderr = None
-    if fit.fits_in_memory():
-        jacobian = fit.linearize()[1].numpy()
-        covariance = _covariance(jacobian, float(variance))
+    if fit.fits_in_memory:
+        factor, count = fit.factor(leaves)
+        limits = Limits(fit, bounds, ())
+        x = np.concatenate([np.ravel(leaf) for leaf in leaves])
+        is_held = (x <= limits.lower) | (x >= limits.upper)
+        covariance = _covariance(factor.numpy(), count, float(variance), is_held)
         errors = tf.constant(np.sqrt(np.diag(covariance)))
         stderr = fit.pack(unravel(errors, leaves))
     return LeastSquaresResult(
@@ -200,25 +247,39 @@ def _with_statistics(result: OptimizeResult, fit: Residuals) -> LeastSquaresResu
     )
 
 
-def _covariance(jacobian: Array, variance: float) -> Array:
+def _covariance(factor: Array, count: int, variance: float, is_held: Array) -> Array:
     """Return variance * inv(J'J), infinite in the rows that the data do not determine.
 
-    By singular values of J in scaled parameters: J'J itself knows half of the digits.
+    By singular values in scaled parameters: J'J itself knows half of the digits.
+
+    Args:
+        factor: The Jacobian J of `count` residuals, or the triangle that QR leaves.
+        count: How many residuals there are.
+        variance: Of a residual.
+        is_held: Which parameters are at a bound: nothing is known of their errors, and
+            the others are those of a fit in which they are fixed.
     """
-    count, n = jacobian.shape
-    j = jacobian.astype(np.float64)
+    if np.any(is_held):
+        whole = np.full([len(is_held)] * 2, np.nan, factor.dtype)
+        free = np.ix_(~is_held, ~is_held)
+        none = np.zeros(np.sum(~is_held), bool)
+        if none.size:
+            whole[free] = _covariance(factor[:, ~is_held], count, variance, none)
+        return whole
+    n = factor.shape[1]
+    j = factor.astype(np.float64)
     if not variance >= 0 or not np.all(np.isfinite(j)):
-        return np.full([n, n], np.inf, jacobian.dtype)
+        return np.full([n, n], np.inf, factor.dtype)
     scale = np.linalg.norm(j, axis=0)
     scale[scale == 0] = 1.0
     _, s, vt = np.linalg.svd(np.linalg.qr(j / scale, mode="r"))
-    epsilon = np.finfo(jacobian.dtype).eps
+    epsilon = np.finfo(factor.dtype).eps
     is_known = s > max(count, n) * epsilon * s[0]
     v = vt[is_known].T / s[is_known]
     covariance = variance * (v @ v.T) / np.outer(scale, scale)
     is_loose = np.linalg.norm(vt[~is_known], axis=0) > epsilon**0.5
     covariance[is_loose, :] = covariance[:, is_loose] = np.inf
-    return covariance.astype(jacobian.dtype)
+    return covariance.astype(factor.dtype)
 
 
 def _with_errors(x: Nest, stderr: Nest) -> list[tuple[str, str]]:

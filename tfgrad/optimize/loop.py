@@ -1,41 +1,33 @@
-"""THE loop: update, evaluate, record, ask the stopping rules; compiled in chunks.
+"""THE loop: a solver's steps, by single calls or compiled in chunks; rows out.
 
-Steps run in chunks. The first is one step, so that errors surface at once; then the
-loop is compiled, and chunks grow until one takes `CHUNK_SECONDS`. A chunk returns what
-happened at each of its steps as arrays: every step is recorded, and none costs a call
-from Python. Progress, logs, callbacks and interrupts live between chunks.
+The loop knows no method, no data and no log. A step evaluates, lets the solver accept,
+asks the rules and lets the solver move; what happened comes back as rows, one for each
+accepted point. In the form "calls", a step is two calls: of the function, and of the
+rest, which is compiled once for all functions where it does not depend on them. In the
+forms "graph" and "xla" a chunk of many steps is one call.
 
-Which compiled form a step runs in depends on the function and on the number of steps
-alone, never on the clock, so that a run repeats to the last bit. Only XLA rounds
-otherwise than the rest: a pure method goes over to it at a step of a certain number, an
-optimizer of Keras begins with it where enough steps are planned, and keeps to it.
+Which form a step runs in depends on counts alone, never on the clock, so that a run
+repeats to the last bit. Only XLA rounds otherwise than the rest.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
-from tfgrad.optimize.objective import Evaluation, Objective
-from tfgrad.optimize.packing import Packing
-from tfgrad.optimize.snapshot import Snapshot
-from tfgrad.optimize.stopping import (
-    GIVEN_UP,
-    NONFINITE,
-    PRECISION,
-    RUNNING,
-    STATIONARY,
-    Step,
-    Stopping,
-    code_of_failure,
-)
-from tfgrad.optimize.turns import PureTurns, Turns
+from tfgrad.nested import Nest
+from tfgrad.optimize import stopping
+from tfgrad.optimize.history import Rows
+from tfgrad.optimize.problem import Evaluation
+from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
+from tfgrad.optimize.stopping import RUNNING, Step, Tolerances, code_of, judge
 
 CHUNK_SECONDS = 0.075
 """What a chunk should take: short enough for Ctrl-C, long enough to hide a Python
@@ -47,520 +39,487 @@ GROWTH = 64
 ROW_BYTES = 2**20
 """Memory for the rows of one chunk; XLA sets it aside whatever the chunk's length."""
 
-LOOP_STEPS = 100
-"""Compiling the loop pays from about here, measured on functions of 30 to 140 ops."""
-
-XLA_STEPS = 3000
-"""Compiling it with XLA pays from about here, measured likewise, ..."""
-
-XLA_STEPS_PER_OP = 20
-"""... and for larger functions, which take longer to compile, from this many per op."""
-
-PURE_XLA_FROM = 300
-"""The step from which a pure method runs under XLA: most runs end long before."""
-
-LEAST_LOOK, MOST_LOOK = 8, 60
-"""Gradients that a look around a stationary point may cost, between these bounds."""
-
-NEVER = -1
-
 TURNS = 8
-"""Evaluations that a chunk may take per step; a line search takes one to three."""
+"""Evaluations that a compiled chunk may take per step; a line search takes one to
+three."""
 
-GTOL = {tf.float64: 1e-6, tf.float32: 1e-4}
-"""Where a pure method stops unless told otherwise: about half of the dtype's digits."""
+GROUP = 8
+"""Scalars in one vector: of more operands, XLA makes a kernel each (measured with
+TensorFlow 2.21)."""
 
-NOT_FOR_XLA = ("Random", "Multinomial", "PyFunc", "Conv", "Pool")
-"""Parts of op names: what XLA draws otherwise, cannot compile, or runs slower on a
-CPU."""
+SMALL_TENSOR = 4096
+"""Elements up to which a tensor is copied rather than handed over by itself."""
+
+MOST_KEPT = 64
+"""Compiled steps that are kept; the least recently used goes first."""
+
+KEPT: OrderedDict[Any, Any] = OrderedDict()
+"""The steps that know nothing of the function, compiled once for all of them."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """What happened at consecutive steps: arrays with one row per step.
+class Packing:
+    """A nest as few tensors: what a compiled loop carries from turn to turn.
 
-    Attributes:
-        columns: By name, arrays of shape `[rows, ...]`; `step` and `seconds` among
-            them.
+    A scalar costs a loop as much as a small vector: a buffer to carry, and a kernel to
+    compute it. So the scalars of a nest travel together. A call from Python costs some
+    microseconds for each tensor; there all that is small travels together.
+
+    Args:
+        like: A nest of the structure, shapes and dtypes.
+        is_for_calls: Whether it is handed to a function from Python at each step.
+
+    >>> packing = Packing({"a": tf.constant(1.0), "b": [tf.constant(2.0), tf.ones(3)]})
+    >>> packed = packing.pack({"a": 1.0, "b": [2.0, tf.ones(3)]})
+    >>> [tensor.numpy().tolist() for tensor in packed]
+    [[1.0, 2.0], [1.0, 1.0, 1.0]]
     """
 
-    columns: dict[str, np.ndarray[Any, Any]]
+    def __init__(self, like: Nest, *, is_for_calls: bool = False) -> None:
+        """Group what is small by dtype."""
+        leaves = [_spec(leaf) for leaf in tf.nest.flatten(like)]
+        self._structure = tf.nest.pack_sequence_as(like, leaves)
+        most = SMALL_TENSOR if is_for_calls else 1
+        small: dict[tf.DType, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            is_tensor = isinstance(leaf, tf.TensorSpec)
+            if is_tensor and (is_for_calls or leaf.shape.rank == 0):
+                count = leaf.shape.num_elements()
+                if count is not None and count <= most:
+                    small.setdefault(leaf.dtype, []).append(i)
+        size = len(leaves) if is_for_calls else GROUP
+        self._groups = [
+            [(i, leaves[i].shape) for i in indices[k : k + size]]
+            for indices in small.values()
+            for k in range(0, len(indices), size)
+        ]
+        grouped = {i for group in self._groups for i, _ in group}
+        self._others = [i for i in range(len(leaves)) if i not in grouped]
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.columns["step"])
+    def pack(self, nest: Nest) -> list[Any]:
+        """Return the tensors that hold the leaves of a nest."""
+        leaves = tf.nest.flatten(nest)
+        vectors = [
+            tf.concat([tf.reshape(leaves[i], [-1]) for i, _ in group], 0)
+            if any(shape.rank for _, shape in group)
+            else tf.stack([leaves[i] for i, _ in group])
+            for group in self._groups
+        ]
+        return vectors + [leaves[i] for i in self._others]
 
-    def first(self, count: int) -> Rows:
-        """Return the first `count` rows."""
-        return Rows({name: column[:count] for name, column in self.columns.items()})
+    def unpack(self, tensors: Sequence[Any]) -> Any:
+        """Return the nest whose leaves they hold: the inverse of `pack`."""
+        leaves = dict(zip(self._others, tensors[len(self._groups) :], strict=True))
+        for group, vector in zip(self._groups, tensors, strict=False):
+            if any(shape.rank for _, shape in group):
+                parts = tf.split(vector, [shape.num_elements() for _, shape in group])
+                pairs = zip(group, parts, strict=True)
+                leaves |= {i: tf.reshape(part, shape) for (i, shape), part in pairs}
+            else:
+                pairs = zip(group, tf.unstack(vector), strict=True)
+                leaves |= {i: scalar for (i, _), scalar in pairs}
+        ordered = [leaf for _, leaf in sorted(leaves.items())]
+        return tf.nest.pack_sequence_as(self._structure, ordered)
 
 
-class Carried(NamedTuple):
-    """What the compiled loop carries from turn to turn.
+class Turn(NamedTuple):
+    """A compiled step after its evaluation.
 
     Attributes:
-        taken: Steps taken in this chunk.
-        turns: Evaluations made in this chunk.
-        code: What stopped it.
-        before: The point before the last step, leaf by leaf.
-        at: The evaluation of the current point.
-        state: What the method needs.
+        packing: Of the state.
+        run: Takes the packed state and the leaves of an evaluation without aux values;
+            returns `[code, accepted, step]`, the expected fall, the leaves of the next
+            query, and the packed state.
     """
 
-    taken: Any
-    turns: Any
-    code: Any
-    before: list[tf.Tensor]
-    at: Evaluation
-    state: Any
+    packing: Packing
+    run: Callable[..., Any]
 
 
-class Since(NamedTuple):
-    """What was done before a loop takes over.
+class Chunk(NamedTuple):
+    """A compiled loop of steps.
 
     Attributes:
-        step: How many steps were taken.
-        evaluations: How often the objective was evaluated.
-        seconds: How long that took.
+        packing: Of the state.
+        capacity: How many steps it can take at most.
+        run: Takes the limit and the packed state; returns how many rows there are, the
+            packed state and the columns.
+        evaluate: Takes the packed state; returns the next evaluation.
     """
 
-    step: int = 0
-    evaluations: int = 0
-    seconds: float = 0.0
-
-
-NOTHING = Since()
+    packing: Packing
+    capacity: int
+    run: Callable[..., Any]
+    evaluate: Callable[..., Any]
 
 
 class Loop:
-    """A run of a method on an objective, from chunk to chunk.
+    """A solver's steps, from chunk to chunk.
 
     Args:
-        objective: What to minimise.
-        make_turns: Returns the method at work on the objective.
-        stopping: The rules to ask after every step.
-        steps: How many steps are planned.
-        jit: True compiles with XLA, False does not, "auto" where it pays and agrees.
-        since: What was done before, by another method.
+        solver: What takes a step.
+        tolerances: The rules that were asked for.
+        planned: How many steps there will be in all, at most.
+        jit: As for `minimize`.
+        clock: Returns the seconds since the run began.
 
     Attributes:
-        stopping: The rules that are asked.
-        step: How many steps were taken to get there.
-        evaluations: How often the objective was evaluated.
-        code: What stopped the loop: a position in `STATUSES`; RUNNING if nothing did.
-        turns: The method at work.
-        nonfinite: With code NONFINITE, rows of which the last is not finite.
-        blame: With code NONFINITE, which op and line made it so, if that was found.
+        solver: As above.
+        bad: A row that is not finite, where that ended the run.
+        blame: Which op and line made it so, if that was found.
+        succeeded: Whether the method says so, whatever the rules say.
     """
+
+    succeeded = False
 
     def __init__(
         self,
-        objective: Objective,
-        make_turns: Callable[[Objective], Turns],
-        stopping: Stopping,
+        solver: Solver,
+        tolerances: Tolerances,
         *,
-        steps: int,
+        planned: int,
         jit: bool | str,
-        since: Since = NOTHING,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Evaluate the start, which is row 0."""
-        self._objective = objective
-        self._began = time.perf_counter() - since.seconds
-        self.evaluations = since.evaluations
-        self._packed: list[tf.Tensor] = []
-        self._unpacked: tuple[Evaluation, Any] | None = None
-        if not objective.variables:  # this first evaluation is what finds them
-            objective.evaluate()
-            self.evaluations += 1
-        self.turns = make_turns(objective)
-        self.step = since.step
-        self.evaluate()
-        self.stopping = self._rules(stopping)
-        start = self.here()
-        self.code = self._code_of_start() if is_finite(start) else NONFINITE
-        self.nonfinite = start
-        self.blame = objective.blame() if self.code == NONFINITE else ""
-        self._planned = self._form, self._xla_from = self._plan(steps, jit)
-        self._is_fallible = jit == "auto"
-        self._chunk: Callable[..., Any] | None = None
+        """Compile nothing yet."""
+        self.solver = solver
+        self.bad: Rows | None = None
+        self.blame = ""
+        self._tolerances = tolerances
+        self._planned, self._jit, self._clock = planned, jit, clock
         self._length = 1
-        self._capacity = ROW_BYTES // sum(c.nbytes for c in start.columns.values())
-        self._lower: list[tf.Tensor] | None = None
-        self._look_around()
+        self._chunks: dict[str, Chunk] = {}
 
-    @property
-    def at(self) -> Evaluation:
-        """The evaluation of the current point."""
-        return self._place()[0]
+    def start(self) -> tuple[State, Rows]:
+        """Return where the run begins, and its row if it was evaluated."""
+        state, evaluation = self.solver.init()
+        if evaluation is None:
+            return state, Rows({})
+        return self._judged(state, evaluation)
 
-    @property
-    def _state(self) -> Any:
-        """What the method needs for the next turn."""
-        return self._place()[1]
+    def _judged(self, state: State, evaluation: Evaluation) -> tuple[State, Rows]:
+        """Return a state just begun, with the code of the rules, and its row."""
+        code = int(state.code) or int(
+            judge(self._step(state, state, is_start=tf.constant(True)))
+        )
+        state = state._replace(code=tf.constant(code))
+        row = self.row(state, evaluation)
+        if code == code_of("nonfinite"):
+            self.bad = row
+            state, self.blame = self.solver.recover(state)
+        return state, row
 
-    def _place(self) -> tuple[Evaluation, Any]:
-        """Return both; what a chunk returned is unpacked when somebody asks."""
-        if self._unpacked is None:
-            self._unpacked = self._packing.unpack(self._packed)
-        place: tuple[Evaluation, Any] = self._unpacked
-        return place
-
-    def _go_to(self, at: Evaluation, state: Any) -> None:
-        """Be there; the variables are."""
-        self._unpacked, self._packed = (at, state), []
-
-    @property
-    def seconds(self) -> float:
-        """The time since the start."""
-        return time.perf_counter() - self._began
-
-    def so_far(self) -> Since:
-        """Return what was done until now, for a loop that takes over."""
-        return Since(self.step, self.evaluations, self.seconds)
-
-    def why(self) -> tuple[str, str] | None:
-        """Return the method's own status and sentence, if it gave up and has one."""
-        has_failed = self.code in (PRECISION, GIVEN_UP)
-        return self.turns.why(self._state) if has_failed else None
-
-    def snapshot(self) -> Snapshot:
-        """Return all that a loop of the same kind needs to go on from here."""
-        facts = {
-            **self.so_far()._asdict(),
-            "code": self.code,
-            "rules": dict(vars(self.stopping)),
-            "planned": list(self._planned),
-            "form": [self._form, self._xla_from, self._is_fallible],
-            "has_others": bool(self._objective.others()),
-        }
-        values = [variable.value() for variable in self._variables()]
-        memory = tf.nest.flatten((self.at, self._state))
-        memory = [tf.convert_to_tensor(leaf) for leaf in memory]
-        return Snapshot(facts, values, memory, self._lower or [])
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go to where a loop of the same kind was, to the last bit.
-
-        Steps then run in the compiled form in which that loop would have run them.
-
-        Raises:
-            InvalidArgumentError: If it was of another kind; nothing was changed.
-        """
-        here, facts = self.snapshot(), snapshot.facts
-        snapshot.check_like(here)
-        is_underway = facts["step"] > self.step
-        for variable, value in zip(self._variables(), snapshot.variables, strict=True):
-            variable.assign(value)
-        memory = tf.nest.pack_sequence_as((self.at, self._state), snapshot.memory)
-        self._go_to(*memory)
-        self.step, self.evaluations = facts["step"], facts["evaluations"]
-        self._began = time.perf_counter() - facts["seconds"]
-        was_xla = facts["form"][0] == "xla" and self._is_fallible
-        if was_xla or facts["planned"] == here.facts["planned"]:
-            self._form, self._xla_from, self._is_fallible = facts["form"]
-        self._lower = list(snapshot.lower) or None
-        self._chunk, self.code = None, RUNNING
-        if self._lower is None:
-            self.code = self._code_of_start() or self._standing_code(facts)
-        if is_underway:
-            self.turns.prepare(self.at)
-
-    @property
-    def repeats(self) -> bool:
-        """Whether f is known to have one value at one point: no seeds, no averages."""
-        operations = self.turns.operations()
-        is_drawn = any("Random" in operation for operation in operations)
-        return bool(operations) and not is_drawn and not self._objective.others()
-
-    def _variables(self) -> list[tf.Variable]:
-        """Return the variables whose values are part of where the loop is."""
-        moved, others = self._objective.variables, self._objective.others()
-        return [*moved, *others, *self.turns.variables()]
-
-    def here(self) -> Rows:
+    def row(self, state: State, evaluation: Evaluation) -> Rows:
         """Return the one row of the current point."""
-        return rows_to(self.step, row_of(self.at), self.seconds, self.seconds)
+        x = state.x if isinstance(state.x, tf.Tensor) else None
+        row = self.solver.row(x, evaluation)
+        if self.solver.lag:
+            row["expected"] = state.expected
+        columns = {name: _array([value]) for name, value in row.items()}
+        columns = self.solver.named(columns)
+        now = self._clock()
+        return Rows({"step": np.array([int(state.step)]), **columns}).timed(now, now)
 
-    def point(self) -> list[tf.Tensor]:
-        """Return the current point, leaf by leaf."""
-        return self.turns.point(self._state)
+    def advance(self, state: State, limit: int) -> tuple[State, Rows]:
+        """Take up to `limit` steps, at least one unless the run ends.
 
-    def advance(self, most: int) -> Rows:
-        """Take up to `most` steps, at least one unless the method gives up."""
-        rows = self._leave() if self._lower else self._advance(most)
-        self._look_around()
-        return rows
-
-    def _advance(self, most: int) -> Rows:
-        began = self.seconds
-        if self._form == "single" or not self.turns.is_compiled:
-            return self._take_one()
-        if self.step == self._xla_from:
-            self._form, self._chunk = "xla", None
-        if self._chunk is None:
-            return self._take_first_chunk()
-        if self.step < self._xla_from:
-            most = min(most, self._xla_from - self.step)
-        length = min(most, self._length, self._capacity)
-        rows = self._take_chunk(length)
-        growth = CHUNK_SECONDS / (self.seconds - began)
-        self._length = max(1, int(length * min(GROWTH, growth)))
-        return rows
-
-    def start(self) -> Rows:
-        """Return the first row."""
-        return self.here()
-
-    def finish(self) -> Rows:
-        """Let the method finish; return the rows that are still to be kept: none."""
-        if self.turns.finish():
-            self.evaluate()
-        return self.here().first(0)
-
-    def evaluate(self) -> None:
-        """Evaluate the objective again: its variables have been moved."""
-        at = self._evaluate()
-        self._go_to(at, self.turns.start(at))
-
-    def _look_around(self) -> None:
-        """Do not stop at a maximum or a saddle, if it can be told from a minimum.
-
-        Steps that keep to a ridge end at one. To tell costs products with the Hessian.
-        Where a method had no need of them, gradients make up for them, as many as come
-        to a quarter of what the run has cost.
+        Returns:
+            Where it is then, and the rows of the points that were accepted.
         """
-        turns = self.turns
-        if not isinstance(turns, PureTurns) or self.code not in STATIONARY:
-            return
-        gradients = None
-        if self.step and not turns.knows_curvature:
-            gradients = min(max(self.evaluations // 4, LEAST_LOOK), MOST_LOOK)
-        self._lower = turns.lower_point(self.at, self._state, self._evaluate, gradients)
-        self.code = self.code if self._lower is None else RUNNING
+        began, first = self._clock(), int(state.step) + self.solver.lag
+        form = self.solver.form(state, self._planned, self._jit)
+        state = self.solver.prepare(state)
+        if not self.solver.has_next(state):
+            return state, Rows({})
+        state, columns = self._by(form, state, limit)
+        columns = self.solver.named(columns)
+        rows = Rows(columns)
+        if len(rows):
+            steps = {"step": np.arange(first, first + len(rows))}
+            rows = Rows({**steps, **columns}).timed(began, self._clock())
+        self.solver.settle(state)
+        if int(state.code) == code_of("nonfinite"):
+            self.bad = rows.part(slice(-1, None))
+            is_start = first == 0 and len(rows) == 1
+            state, self.blame = self.solver.recover(state)
+            rows = rows if is_start else rows.part(slice(-1))
+        return state, rows
 
-    def _leave(self) -> Rows:
-        """Step to the lower point that was found, and let the method start afresh."""
-        assert self._lower is not None
-        self._objective.assign(self._lower)
-        self._lower = None
-        self.evaluate()
-        self.step += 1
-        return self.here()
+    def _by(self, form: Form, state: State, limit: int) -> tuple[State, dict[str, Any]]:
+        take = self._call if form.name == "calls" else self._take
+        return take(form, state, limit)
 
-    def _evaluate(self) -> Evaluation:
-        self.evaluations += 1
-        return self.turns.evaluate()
+    def escape(self, state: State) -> tuple[State, Rows]:
+        """Leave a maximum or a saddle; return the row of the point beside it."""
+        state, evaluation = self.solver.escape(state)
+        if evaluation is None:
+            return state, Rows({})
+        return self._judged(state, evaluation)
 
-    def _take_one(self) -> Rows:
-        before, x = self.at, self.point()
-        accepted = failed = False
-        while not accepted and not failed:
-            turn = self.turns.turn(self.at, self._state)
-            at, state, accepted, failed, expected = turn
-            self._go_to(at, state)
-            self.evaluations += 1
-        self.turns.settle(self._state)
-        self.step += int(accepted)
-        rows = self.here() if accepted else self.here().first(0)
-        if accepted and self.stopping.is_empty:
-            self.code = RUNNING if is_finite(rows) else NONFINITE
-        elif accepted:
-            step = self._between(x, before, self._state, self.at)
-            self.code = int(self.stopping.code(step))
-        if failed and self.code == RUNNING:
-            self.code = int(self._code_of_failure(self.at, expected))
-        return self._without_last(rows, x) if self.code == NONFINITE else rows
+    def finish(self, state: State) -> tuple[State, Rows]:
+        """Let the solver finish; return also the row that is still to be kept."""
+        state, evaluation = self.solver.finish(state)
+        return state, Rows({}) if evaluation is None else self.row(state, evaluation)
 
-    def _take_chunk(self, length: int) -> Rows:
-        assert self._chunk is not None
-        began = self.seconds
-        packed = self._packed or self._packing.pack(self._place())
-        counts, before, self._packed, columns = self._chunk(length, packed)
-        self._unpacked = None
-        count, turns, self.code = counts.numpy().tolist()
-        self.step += count
-        self.evaluations += turns
-        kept = {name: column.numpy()[:count] for name, column in columns.items()}
-        rows = rows_to(self.step, kept, began, self.seconds)
-        if self.code == NONFINITE:
-            return self._without_last(rows, before)
-        return rows
+    def why(self, state: State) -> tuple[str, str] | None:
+        """Return the method's own status and sentence, if it gave up and has some."""
+        return self.solver.why(state)
 
-    def _take_first_chunk(self) -> Rows:
-        """Compile the loop and take one step; under "auto", XLA has to agree."""
-        self._packing = Packing(self._place())
-        self._chunk = self._compile()
-        if self._form == "graph" or not self._is_fallible:
-            return self._take_chunk(1)
+    def close(self) -> None:
+        """Give back what the run has borrowed."""
+        self.solver.close()
+
+    # --- by single calls ---
+
+    def _call(
+        self, form: Form, state: State, limit: int
+    ) -> tuple[State, dict[str, Any]]:
+        """Take steps one by one, for as long as a chunk may take."""
+        if self.solver.is_eager:
+            return self._take_eagerly(state)
+        began, taken = time.perf_counter(), 0
+        rows: list[dict[str, Any]] = []
+        query, evaluations = self.solver.query(state), int(state.evaluations)
+        inputs = self.solver.inputs(state, limit)
+        packed: Any = None
+        while True:
+            evaluation = self.solver.evaluate(query)
+            row = self.solver.row(query if self.solver.lag else None, evaluation)
+            known = tf.nest.flatten(evaluation._replace(aux={}))
+            if packed is None:
+                turn = self._turn(state, evaluation)
+                packed = turn.packing.pack(state)
+            counts, expected, *rest = turn.run(*packed, *known, *inputs)
+            leaves = len(rest) - len(packed)
+            queried, packed = rest[:leaves], rest[leaves:]
+            query = queried[0] if queried else ()
+            code, accepted, _ = counts.numpy().tolist()
+            evaluations += 1
+            if accepted:
+                taken += 1
+                rows.append({**row, "expected": expected} if self.solver.lag else row)
+            is_late = time.perf_counter() - began > CHUNK_SECONDS
+            if code or taken >= limit or evaluations >= form.evaluations or is_late:
+                break
+        names = rows[0] if rows else ()
+        columns = {name: _array([each[name] for each in rows]) for name in names}
+        return turn.packing.unpack(packed), columns
+
+    def _take_eagerly(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Take one step that no trace can hold."""
+        evaluation = self.solver.evaluate(self.solver.query(state))
+        row = self.solver.row(None, evaluation)
+        columns = {name: _array([value]) for name, value in row.items()}
+        return self._decide(state, evaluation, *self.solver.inputs(state, 1)), columns
+
+    def _turn(self, state: State, evaluation: Evaluation) -> Turn:
+        """Return the compiled rest of a step, a new one if none is kept."""
+        kept, key = self.solver.kept()
+        kept = KEPT if kept is None else kept
+        known = evaluation._replace(aux={})
+        leaves = tf.nest.flatten((state, known))
+        specs = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        key = "turn", key, self._tolerances, stopping.RULES, specs
+        if key not in kept:
+            kept[key] = self._compile_turn(state, known)
+            if len(kept) > MOST_KEPT and kept is KEPT:
+                KEPT.popitem(last=False)
+        if kept is KEPT:
+            KEPT.move_to_end(key)
+        turn: Turn = kept[key]
+        return turn
+
+    def _compile_turn(self, state: State, evaluation: Evaluation) -> Turn:
+        packing = Packing(state, is_for_calls=True)
+        packed = packing.pack(state)
+
+        def run(*tensors: tf.Tensor) -> Any:
+            state = packing.unpack(tensors[: len(packed)])
+            known = tf.nest.pack_sequence_as(evaluation, tensors[len(packed) :])
+            state = self._decide(state, known)
+            counts = tf.stack(
+                [state.code, tf.cast(state.accepted, tf.int32), state.step]
+            )
+            query = tf.nest.flatten(self.solver.query(state))
+            return [counts, state.expected, *query, *packing.pack(state)]
+
+        specs = map(tf.TensorSpec.from_tensor, [*packed, *tf.nest.flatten(evaluation)])
+        return Turn(
+            packing, tf.function(run, autograph=False).get_concrete_function(*specs)
+        )
+
+    # --- in compiled chunks ---
+
+    def _take(
+        self, form: Form, state: State, limit: int
+    ) -> tuple[State, dict[str, Any]]:
+        """Take a chunk of steps in one call."""
+        is_new = form.name not in self._chunks
+        if is_new and not self._prepare(form, state):
+            form = self.solver.form(state, self._planned, self._jit)
+            return self._by(form, state, limit)
+        chunk = self._chunks[form.name]
+        began, length = time.perf_counter(), min(limit, self._length, chunk.capacity)
+        inputs = self.solver.inputs(state, length)
+        counts, packed, columns = chunk.run(
+            tf.constant(length), chunk.packing.pack(state), *inputs
+        )
+        taken = int(counts)
+        growth = CHUNK_SECONDS / (time.perf_counter() - began)
+        self._length = max(1, int(max(taken, 1) * min(GROWTH, growth)))
+        rows = {name: column.numpy()[:taken] for name, column in columns.items()}
+        state = chunk.packing.unpack(packed)
+        if is_new and form.name == "xla" and not self._agrees(chunk, state):
+            self.solver.kept_with_f()[0][NO_XLA] = True
+            del self._chunks[form.name]
+        return state, rows
+
+    def _prepare(self, form: Form, state: State) -> bool:
+        """Compile the chunk; return False if XLA cannot, or rounds otherwise."""
+        self._length = 1
+        is_xla = form.name == "xla"
+        solver = self.solver.for_xla() if is_xla else self.solver
+        kept, key = self.solver.kept_with_f()
+        if solver is None and self._jit is True:
+            solver = self.solver  # compiled anew at each call, but as it is asked
+        if solver is None:
+            kept[NO_XLA] = True
+            return False
+        specs = tuple(map(_key, tf.nest.flatten(state)))
+        key = form.name, key, self._tolerances, stopping.RULES, specs
+        if key not in kept:
+            chunk = self._compile_chunk(solver, state, is_xla=is_xla)
+            if is_xla and not self._agrees(chunk, state):
+                kept[NO_XLA] = True
+                return False
+            kept[key] = chunk
+        self._chunks[form.name] = kept[key]
+        return True
+
+    def _agrees(self, chunk: Chunk, state: State) -> bool:
+        """Return whether XLA computes what the graph does, but for rounding.
+
+        It is asked with `jit="auto"` only.
+        """
+        if self._jit is True:
+            return True
         try:
-            rows = self._take_chunk(1)
-        except tf.errors.OpError:
-            # XLA has no kernel for something in it, and nothing was run.
-            return self._without_xla()._take_first_chunk()
-        if self.code == NONFINITE or _agree(self.at, again := self._evaluate()):
-            self._is_fallible = False
-            return rows
-        self._go_to(again, self._state)
-        self.code = RUNNING
-        self._without_xla()._chunk = self._compile()
-        return self.here()
+            ours = chunk.evaluate(chunk.packing.pack(state))
+        except tf.errors.OpError:  # XLA has no kernel for something in it
+            return False
+        return _agree(ours, self.solver.evaluate(self.solver.query(state)))
 
-    def _without_xla(self) -> Self:
-        self._form, self._xla_from = "graph", -1
-        return self
+    def _compile_chunk(self, solver: Solver, state: State, *, is_xla: bool) -> Chunk:
+        packing, carried = Packing(state), Packing((0, 0, state))
+        jit = is_xla or None
 
-    def _between(
-        self, x: list[tf.Tensor], before: Evaluation, state: Any, at: Evaluation
-    ) -> Step:
-        """Return the step from `x` to where `state` is."""
-        fun, norm, previous = at.row["fun"], at.row["grad_norm"], before.row["fun"]
-        now = [] if self.stopping.xtol is None else self.turns.point(state)
-        return Step(fun, norm, now, previous, x)
+        def evaluate(packed: list[tf.Tensor]) -> Evaluation:
+            return solver.evaluate(solver.query(packing.unpack(packed)))
 
-    def _without_last(self, rows: Rows, x: list[tf.Tensor]) -> Rows:
-        """Go back from a point that is not finite to the one before it."""
-        self.nonfinite = rows
-        self.blame = self._objective.blame()  # the variables are still there
-        self.step -= 1
-        self._objective.assign(x)
-        self.evaluate()
-        return rows.first(len(rows) - 1)
+        def look(packed: list[tf.Tensor]) -> Any:
+            query = solver.query(packing.unpack(packed))
+            row = solver.row(query if solver.lag else None, solver.evaluate(query))
+            return {**row, "expected": state.expected} if solver.lag else row
 
-    def _compile(self) -> Callable[..., Any]:
-        """Return the function that takes up to `limit` steps."""
-        is_xla = self._form == "xla"
+        specs = [_spec(tensor) for tensor in packing.pack(state)]
+        looked = tf.function(look, autograph=False).get_concrete_function(specs)
+        rows: dict[str, tf.TensorSpec] = looked.structured_outputs
+        width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
+        capacity = max(1, ROW_BYTES // width)
 
-        carried = Packing(Carried(0, 0, RUNNING, self.point(), self.at, self._state))
-
-        def chunk(limit: tf.Tensor, *packed: tf.Tensor) -> Any:
-            at, state = self._packing.unpack(packed)
-            size = self._capacity if is_xla else limit  # XLA needs to know it
+        def run(limit: tf.Tensor, packed: list[tf.Tensor], *inputs: Any) -> Any:
+            size = capacity if is_xla else limit  # XLA needs to know it
             arrays = {
-                name: tf.TensorArray(value.dtype, size, element_shape=value.shape)
-                for name, value in at.row.items()
+                name: tf.TensorArray(spec.dtype, size, element_shape=spec.shape)
+                for name, spec in rows.items()
             }
 
             def goes_on(tensors: list[tf.Tensor], _: Any) -> tf.Tensor:
-                here: Carried = carried.unpack(tensors)
+                taken, turns, here = carried.unpack(tensors)
                 # A chunk of steps that are never accepted must end, too.
-                is_within = (here.taken < limit) & (here.turns < TURNS * limit)
+                is_within = (taken < limit) & (turns < TURNS * limit)
                 on: tf.Tensor = is_within & (here.code == RUNNING)
-                return on
+                return on & solver.has_next(here)
 
             def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
-                here: Carried = carried.unpack(tensors)
-                after = self._turn(here)
+                taken, turns, here = carried.unpack(tensors)
+                query = solver.query(here)
+                evaluation = solver.evaluate(query)
+                row = solver.row(query if solver.lag else None, evaluation)
+                after = self._decide(here, evaluation, *inputs, solver=solver)
+                if solver.lag:
+                    row["expected"] = after.expected
                 # A row of a point that was not accepted is written over by the next.
-                written = {
-                    name: array.write(here.taken, after.at.row[name])
-                    for name, array in arrays.items()
-                }
-                return carried.pack(after), written
+                written = {n: array.write(taken, row[n]) for n, array in arrays.items()}
+                taken += tf.cast(after.accepted, tf.int32)
+                return carried.pack((taken, turns + 1, after)), written
 
-            start = Carried(0, 0, RUNNING, self.turns.point(state), at, state)
+            start = carried.pack((0, 0, packing.unpack(packed)))
             tensors, arrays = tf.while_loop(
-                goes_on, body, (carried.pack(start), arrays), parallel_iterations=1
+                goes_on, body, (start, arrays), parallel_iterations=1
             )
-            last: Carried = carried.unpack(tensors)
-            self.turns.settle(last.state)
-            counts = tf.stack([last.taken, last.turns, last.code])
-            place = self._packing.pack((last.at, last.state))
-            columns = {name: array.stack() for name, array in arrays.items()}
-            return counts, last.before, place, columns
+            taken, _, last = carried.unpack(tensors)
+            # Of many more places than there are steps, stacking all would take long.
+            columns = {
+                name: array.stack() if is_xla else array.gather(tf.range(taken))
+                for name, array in arrays.items()
+            }
+            return taken, packing.pack(last), columns
 
-        # A concrete function takes half the time to be called.
-        compiled = tf.function(chunk, autograph=False, jit_compile=is_xla or None)
-        specs = map(tf.TensorSpec.from_tensor, self._packing.pack(self._place()))
-        concrete = compiled.get_concrete_function(tf.TensorSpec([], tf.int32), *specs)
-        return lambda length, packed: concrete(tf.constant(length), *packed)
+        # Functions of their own: TensorFlow counts the traces of each name.
+        own = functools.partial
+        compiled = tf.function(own(run), autograph=False, jit_compile=jit)
+        evaluated = tf.function(own(evaluate), autograph=False, jit_compile=jit)
+        return Chunk(packing, capacity, compiled, evaluated)
 
-    def _turn(self, carried: Carried) -> Carried:
-        """Take one turn and judge it, inside the compiled loop."""
-        x = self.turns.point(carried.state)
-        turn = self.turns.turn(carried.at, carried.state)
-        at, state, accepted, failed, expected = turn
-        code = self.stopping.code(self._between(x, carried.at, state, at))
-        taken, before = carried.taken + 1, x
-        if accepted is not True:
-            code = tf.where(accepted, code, RUNNING)
-            taken = carried.taken + tf.cast(accepted, tf.int32)
-            pairs = zip(x, carried.before, strict=True)
-            before = [tf.where(accepted, new, old) for new, old in pairs]
-        if failed is not False:
-            why = self._code_of_failure(at, expected)
-            code = tf.where(failed & (code == RUNNING), why, code)
-        return Carried(taken, carried.turns + 1, code, before, at, state)
+    def _decide(
+        self, state: State, evaluation: Evaluation, *inputs: Any, solver: Any = None
+    ) -> State:
+        """Return the state after a step, given the evaluation of it."""
+        solver = solver or self.solver
+        new = solver.accept(state, evaluation)
+        judged = judge(self._step(state, new, is_start=new.step == 0))
+        is_asked = (
+            new.accepted & (new.code != code_of("nonfinite")) & (judged != RUNNING)
+        )
+        code = tf.where(is_asked, judged, new.code)
+        after: State = solver.move(state, new._replace(code=code), evaluation, *inputs)
+        return after
 
-    def _code_of_failure(self, at: Evaluation, expected: Any) -> tf.Tensor:
-        return code_of_failure(at.row["fun"], at.row["grad_norm"], expected)
-
-    def _code_of_start(self) -> int:
-        """Return the code of the rules that need no step."""
-        if self.stopping.is_empty:
-            return RUNNING
-        row, rules = self.at.row, replace(self.stopping, ftol=None, xtol=None)
-        return int(rules.code(Step(row["fun"], row["grad_norm"], [], row["fun"], [])))
-
-    def _standing_code(self, facts: Mapping[str, Any]) -> int:
-        """Return what ended that loop, if it ends this one, too, where it begins."""
-        code = int(facts["code"])
-        is_asked = facts["rules"] == vars(self.stopping) and code in STATIONARY
-        return code if is_asked or code in (PRECISION, GIVEN_UP) else RUNNING
-
-    def _rules(self, asked: Stopping) -> Stopping:
-        """Return the rules that were asked for; a pure method stops at a solution."""
-        if asked.gtol is not None or not isinstance(self.turns, PureTurns):
-            return asked
-        if self.turns.knows_solutions:
-            return asked
-        return replace(asked, gtol=GTOL.get(self.at.row["fun"].dtype, 0.1))
-
-    def _plan(self, steps: int, jit: bool | str) -> tuple[str, int]:
-        """Return "single", "graph" or "xla", and from which step on it is XLA."""
-        operations = self.turns.operations()
-        if not operations:  # it runs eagerly
-            return "single", NEVER
-        if jit is True:
-            return "xla", NEVER
-        is_pure = isinstance(self.turns, PureTurns)
-        if steps < LOOP_STEPS and not is_pure:
-            return "single", NEVER
-        if jit is False or any(part in op for op in operations for part in NOT_FOR_XLA):
-            return "graph", NEVER
-        if is_pure:  # which may end long before `steps`
-            return "graph", self.step + PURE_XLA_FROM
-        is_long = steps >= max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations))
-        return "xla" if is_long else "graph", NEVER
+    def _step(self, old: State, new: State, *, is_start: Any) -> Step:
+        """Return what the rules look at."""
+        expected = new.expected
+        if self.solver.knows_solutions:
+            expected = tf.constant(expected.dtype.max, expected.dtype)
+        x: tuple[list[Any], list[Any]] = ([], [])
+        if self._tolerances.xtol is not None:
+            x = self.solver.way(old, new)
+        return Step(
+            fun=new.evaluation.value,
+            grad_max=new.evaluation.grad_max,
+            x=x[0],
+            expected=expected,
+            first=new.first,
+            before_fun=old.evaluation.value,
+            before_x=x[1],
+            before_expected=old.expected,
+            is_start=is_start,
+            tolerances=self._tolerances,
+        )
 
 
-def row_of(at: Evaluation) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the columns of the one row of an evaluation."""
+def _array(values: list[Any]) -> np.ndarray[Any, Any]:
     # NumPy does not know the dtype of a single bfloat16 by itself.
-    return {
-        name: np.array(value.numpy(), value.dtype.as_numpy_dtype)[None]
-        for name, value in at.row.items()
-    }
+    dtype = values[0].dtype.as_numpy_dtype
+    return np.array([value.numpy() for value in values], dtype)
 
 
-def rows_to(last: int, columns: dict[str, Any], began: float, ended: float) -> Rows:
-    """Return rows of which the last is that of step `last`.
-
-    Args:
-        last: A step.
-        columns: What is known of each step.
-        began: The seconds before the first of them; their time is spread evenly.
-        ended: The seconds after the last one.
-    """
-    count = len(columns["fun"])
-    steps = np.arange(last - count + 1, last + 1)
-    seconds = np.linspace(began, ended, count + 1)[1:]
-    return Rows({"step": steps, **columns, "seconds": seconds})
+def _spec(leaf: Any) -> Any:
+    is_plain = isinstance(leaf, bool | int | float)
+    return tf.type_spec_from_value(tf.convert_to_tensor(leaf) if is_plain else leaf)
 
 
-def is_finite(rows: Rows) -> bool:
-    """Return whether the last row is."""
-    last = [rows.columns[name][-1] for name in ("fun", "grad_norm")]
-    return bool(np.all(np.isfinite(last)))
+def _key(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, tf.Tensor) else type(leaf)
 
 
 def _agree(a: Evaluation, b: Evaluation) -> bool:
@@ -568,13 +527,19 @@ def _agree(a: Evaluation, b: Evaluation) -> bool:
 
     Half the digits: sums taken in another order differ by more than a few last ones.
     """
-    groups = ([a.row["fun"]], [b.row["fun"]]), (a.gradient, b.gradient)
+    if not (np.isfinite(a.value) and np.isfinite(b.value)):
+        return True
+    groups = ([a.value], [b.value]), _lists(a.gradient, b.gradient)
     for ours, theirs in groups:
         size = max((_largest(y) for y in theirs), default=0.0)
         for x, y in zip(ours, theirs, strict=True):
             if not _largest(x - y) <= EPSILONS[y.dtype] ** 0.5 * size:
                 return False
     return True
+
+
+def _lists(*gradients: Any) -> Any:
+    return tuple([g] if isinstance(g, tf.Tensor) else g for g in gradients)
 
 
 def _largest(tensor: tf.Tensor) -> float:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from os import PathLike
 from typing import Any
 
-from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, describe
-from tfgrad.optimize.descent import Descent, State
-from tfgrad.optimize.interrupt import Interrupts
-from tfgrad.optimize.options import Options, takes_options
-from tfgrad.optimize.result import OptimizeResult
-from tfgrad.runs.writer import Run
+from tfgrad.nested import Nest
+from tfgrad.optimize import resume
+from tfgrad.optimize.driver import Driver
+from tfgrad.optimize.hooks import Interrupts
+from tfgrad.optimize.options import Options, options_of, require_no
+from tfgrad.optimize.result import OptimizeResult, State
+from tfgrad.runs.run import Run
 
 
 def minimize(
@@ -39,16 +38,19 @@ def minimize(
     constraints: Any = (),
     has_aux: bool = False,
     jit: bool | str = "auto",
+    verify: bool = True,
     callback: Callable[[State], Any] | None = None,
     log: Run | str | PathLike[str] | None = None,
     checkpoint: str | PathLike[str] | None = None,
+    **unknown: Any,
 ) -> OptimizeResult:
     """Minimise a function of values or of variables, over data or not, in one loop.
 
     Give it a function of values and where to start, or a function of nothing and the
     variables that it reads (`wrt`; found when left out), which are then updated in
-    place. The function is traced once, twice with `log`. The first step runs alone, so
-    that errors surface at once; the loop is compiled when the run is long enough to
+    place. The function is traced once, and once more for the graph with `log`; a
+    `tf.function` is traced once for all runs. A pure method's own computations are
+    compiled once in a process. The loop is compiled where the run is long enough to
     earn that back.
 
     With `data`, each step takes a batch, which the function takes after the values:
@@ -65,8 +67,8 @@ def minimize(
             and constraints are given again. The method goes on with its memory, from
             where the result ended, wherever variables are now: 300 steps and 700 more
             are 1000 to the last bit (unless XLA, which rounds otherwise, pays for all
-            of them and did not for the first: see `jit`). Another method begins at that
-            point.
+            of them and did not for the first: see `jit`). A method of SciPy, and
+            another method than before, begin anew at that point.
         wrt: Variables that `f` reads: a `tf.Variable`, a `keras.Variable`, a nest of
             them, a `tf.Module` or a `keras.Model`.
         method: "lbfgs" (what None means without data), for smooth functions of any
@@ -74,11 +76,12 @@ def minimize(
             "scipy:slsqp" and so on, for any method of SciPy; the name of a Keras
             optimizer ("sgd", "adam", ...), for noisy ones (None means "adam" with
             data), or an instance of one (cloned, so that two runs share nothing); any
-            object with `apply_gradients`; or a method of your own
-            (`tfgrad.optimize.methods.protocol`). A list of them is a chain:
-            `[("adam", 1000), "lbfgs"]` takes 1000 steps of Adam, then goes on with
-            L-BFGS. A stage ends where its steps are used up, where its method can do no
-            better, or at the `gtol` that it has of itself; all else ends the run.
+            object with `apply_gradients` (it runs eagerly unless it has, as Keras's,
+            `build(variables)` and `variables`, and keeps all of its state in them); or
+            a method of your own (`tfgrad.optimize.methods.protocol`). A list of them is
+            a chain: `[("adam", 1000), "lbfgs"]` takes 1000 steps of Adam, then goes on
+            with L-BFGS. A stage ends where its steps are used up, or where its method
+            has converged or can do no better; all else ends the run.
         learning_rate: For Keras optimizers by name: a positive number or a schedule.
         data: An array, or a tuple or dict of arrays with one row per example, shuffled
             anew in each epoch, the same in every run; a `tf.data.Dataset` of batches;
@@ -97,26 +100,38 @@ def minimize(
             all of them unless a rule below says otherwise.
         every: How many steps there are from one point in the log to the next. The
             history has each step whatever this is.
-        gtol: Stop where no element of the gradient is larger. None means no such rule
-            for an optimizer of Keras, else 1e-6 in float64 and 1e-4 in float32.
+        gtol: Stop where no element of the gradient is larger; in units of f per unit of
+            x. Without `gtol`, `ftol` and `xtol`, L-BFGS, Newton's method and those of
+            your own that tell `Move.expected` stop where they have converged, in any
+            units: where the fall of f that the method still expects is nothing beside
+            what f fell so far, or beside the rounding of f. Keras's optimizers take all
+            of their steps, and SciPy's methods stop by tolerances of their own.
         ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
         xtol: Stop after a step no longer than this, relative to max(1, ||x||).
-        target: Stop where f is no larger; with data, after an epoch whose mean loss is
-            no larger. The other rules look at the batch of a step.
+        target: Stop where f is no larger, in units of f; with data, after an epoch
+            whose mean loss is no larger. The other rules look at the batch of a step.
         seconds: Stop after this time, in seconds.
-        bounds: What x must lie between, for the methods of SciPy that know bounds: a
-            pair `(lower, upper)` of numbers, None or nests like the point; SciPy's
-            `Bounds`; or a list of a pair for each element. A start outside is moved in.
+        bounds: What x must lie between, for "lbfgs" and the methods of SciPy that know
+            bounds ("lbfgs" never calls f outside of them): a pair `(lower, upper)` of
+            numbers, None or nests like the point; SciPy's `Bounds`; or a list of a pair
+            for each element. A start outside is moved in.
         constraints: For those that know constraints: SciPy's dicts, `LinearConstraint`,
             `NonlinearConstraint`, or a list of them. Their functions take what `f`
             takes, and are differentiated if they are written in TensorFlow.
         has_aux: `f` returns `(value, aux)`; the numbers in aux go to the history and
             the log, their means over an epoch to `result.epochs`.
         jit: Compile with XLA: True, False, or "auto": where that pays (with a Keras
-            optimizer if 3000 steps or more are planned, with another method from step
-            300 on) and XLA's first value and gradient agree with the graph's.
-        callback: Called with a `State` after each chunk of steps (every step in short
-            runs, ten times a second or more in long ones); return True to stop.
+            optimizer if 3000 steps or more are planned, with another method from the
+            evaluation on at which what it saves comes to what it costs, by the size of
+            x and of f), XLA's first values and gradients agree with the graph's, and f
+            holds no assertion, which XLA would drop.
+        verify: Compare the first gradient of `f` with a difference along a random
+            direction, and raise `WrongDerivativeError` if they disagree; costs one
+            evaluation or two. An optimizer's first gradient is part of a compiled step
+            and is not compared.
+        callback: Called with a `State` after each of the first 100 steps, then ten
+            times a second or more; return something true to stop. What it assigns
+            counts in the next step.
         log: A directory, in which the run gets one of its own, named after the method,
             or an open `Run`. Every step is written (from 100,000 points on every
             second, from 200,000 on every fourth, ...), the graph, and a card of the
@@ -126,10 +141,10 @@ def minimize(
             goes on from there if the process was killed, and ends as if it had not
             been, to the last bit, in the same log; a run that has ended returns its
             result at once, and goes on if `steps` or a rule has changed. Another
-            problem is refused. The last three are kept, as `tf.train.Checkpoint`s. A
-            method of SciPy goes on by being told again what it was told, with no new
-            evaluation of f: its checkpoints hold n + 1 numbers for each evaluation and
-            n for each Hessian product. The last with at most 2**25 of them stays.
+            problem is refused: other shapes, other methods, another value at the saved
+            point. The last three are kept, as `tf.train.Checkpoint`s. A method of SciPy
+            begins anew at the last point.
+        **unknown: Refused with a TypeError that says what to write instead.
 
     Returns:
         An `OptimizeResult`. Row k of its history is the point after k steps; with data,
@@ -159,7 +174,7 @@ def minimize(
         ...     return (1 - p["a"]) ** 2 + 100 * (p["b"] - p["a"] ** 2) ** 2
         >>> result = minimize(rosenbrock, {"a": np.float64(-1.2), "b": np.float64(1)})
         >>> print(result.status, result.success, f"{float(result.x['b']):.4f}")
-        gtol True 1.0000
+        converged True 1.0000
         >>> import tensorflow as tf
         >>> x = np.linspace(-1, 1, 100, dtype=np.float32)
         >>> def loss(line, x, y):
@@ -175,6 +190,7 @@ def minimize(
         `tfgrad.optimize.methods.lbfgs` and `newton` for those; Keras's and SciPy's
         documentation for each of theirs.
     """
+    require_no("minimize", unknown)
     options = Options(
         wrt=wrt,
         method=method,
@@ -194,45 +210,30 @@ def minimize(
         constraints=constraints,
         has_aux=has_aux,
         jit=jit,
+        verify=verify,
         log=log,
         checkpoint=checkpoint,
     )
-    return run(Descent(f, x0, options), callback)
+    return run(Driver(f, x0, options, callback=callback))
 
 
-def run(descent: Descent, callback: Callable[[State], Any] | None) -> OptimizeResult:
-    """Run a minimisation to its end, `callback` called on the way; see `minimize`."""
-    if callback is not None and not callable(callback):
-        raise InvalidArgumentError(
-            "`callback` must be a function of a `State`.",
-            got=f"callback={describe(callback)}",
-            hint="callback=lambda state: print(state.step, state.fun)",
-        )
-    if (result := descent.finished()) is not None:
-        return result
-    with (
-        descent.compiling(),
-        Interrupts() as interrupts,
-        descent,
-        _progress(descent.planned) as progress,
-    ):
-        while descent.status is None:
-            progress.update(descent.advance(descent.total) - progress.n)
-            if callback and _asks_to_stop(callback, descent.state, interrupts):
-                descent.end("callback")
-            if interrupts.caught:
-                descent.end("interrupted")
-    return descent.result()
+def run(driver: Driver) -> OptimizeResult:
+    """Run a minimisation to its end."""
+    with Interrupts() as interrupts:
+        driver.hooks.append(interrupts)
+        for _ in driver.states():
+            pass
+    return resume.result_of(driver)
 
 
-@takes_options
 def descend(
     f: Callable[..., Any], x0: Nest | None = None, **options: Any
 ) -> Iterator[State]:
     """Minimise like `minimize`, and yield the state on the way: a plain `for` loop.
 
     Use it to print, plot or decide at each state; leave the loop to stop. Between two
-    states the steps run compiled, so a larger `every` is faster.
+    states the steps run compiled, so a larger `every` is faster. What is assigned
+    between two states, to a variable that f reads or moves, counts in the next step.
 
     Args:
         f: As for `minimize`.
@@ -254,51 +255,30 @@ def descend(
         1 2.3 6.59
         2 1.74 3.7676
     """
-    checked = Options(**options)
-    return _states(Descent(f, x0, checked), int(checked.every))
+    return _states(Driver(f, x0, options_of("descend", options)))
 
 
-def _states(descent: Descent, every: int) -> Iterator[State]:
-    if (result := descent.finished()) is not None:
-        norm = result.history["grad_norm"][-1]
-        yield State(result.nit, result.x, result.fun, norm, result.seconds)
+def _states(driver: Driver) -> Iterator[State]:
+    if driver.status is not None:
+        result = resume.result_of(driver)
+        size = result.history["grad_max"][-1]
+        yield State(result.nit, result.x, result.fun, size, result.seconds)
         return
-    with contextlib.ExitStack() as stack:
-        with descent.compiling():
-            stack.enter_context(descent)
-        step = descent.state.step
-        yield descent.state
-        while descent.status is None:
-            last = step
-            while descent.status is None and step < last + every:
-                with descent.compiling(), Interrupts() as interrupts:
-                    step = descent.advance(last + every - step)
-                if interrupts.caught:
-                    descent.end("interrupted")
+    states, every, shown = driver.states(pulled=True), int(driver.options.every), -1
+    interrupts = Interrupts()
+    driver.hooks.append(interrupts)
+    with contextlib.closing(states):
+        while True:
+            with interrupts:
+                ended = next(states, states) is states
+            if ended:
+                return
+            is_due = driver.status is not None or driver.step >= shown + every
+            if driver.step > shown and (shown < 0 or is_due):
+                shown = driver.step
+                state = driver.shown()
+                if driver.status == "interrupted":
                     raise KeyboardInterrupt
-            if step > last:
-                yield descent.state
-
-
-def _asks_to_stop(
-    callback: Callable[[State], Any], state: State, interrupts: Interrupts
-) -> bool:
-    try:
-        return callback(state) is True
-    except StopIteration:  # SciPy's way to say it
-        return True
-    except KeyboardInterrupt:
-        interrupts.caught = True
-        return False
-
-
-@contextlib.contextmanager
-def _progress(steps: int | None) -> Iterator[Any]:
-    """Yield a bar that shows itself after a second, in terminals and notebooks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about widgets that a notebook does not have
-        from tqdm.auto import tqdm
-
-        bar = tqdm(total=steps, delay=1.0, disable=None, leave=False, unit="step")
-    with bar:
-        yield bar
+                yield state
+                if driver.status is None:
+                    driver.refresh()

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import difflib
 import math
 import numbers
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any
 
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
-from tfgrad.optimize.stopping import Stopping
-from tfgrad.runs.writer import Run
+from tfgrad.optimize.stopping import Tolerances
+from tfgrad.runs.run import Run
 
-F = TypeVar("F", bound=Callable[..., Any])
+ENDLESS = 2**62
+"""Steps of a run that something else ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,7 @@ class Options:
     constraints: Any = ()
     has_aux: bool = False
     jit: bool | str = "auto"
+    verify: bool = True
     log: Run | str | PathLike[str] | None = None
     checkpoint: str | PathLike[str] | None = None
 
@@ -57,35 +58,77 @@ class Options:
             _check_tolerance(name, getattr(self, name))
         _check_number("target", self.target)
         _check_jit(self.jit)
+        for name in ("has_aux", "verify"):
+            check_flag(name, getattr(self, name))
 
     @property
-    def stopping(self) -> Stopping:
+    def tolerances(self) -> Tolerances:
         """The rules that end a run at a solution."""
         rules = (self.gtol, self.ftol, self.xtol, self.target)
-        return Stopping(*(None if rule is None else float(rule) for rule in rules))
+        return Tolerances(*(None if rule is None else float(rule) for rule in rules))
 
 
-def takes_options(function: F) -> F:
-    """Show the options one by one in the signature of a function of `**options`.
+FOREIGN = {
+    "lr": "learning_rate=",
+    "tol": "gtol=, ftol= or xtol=; without them a run ends where it has converged",
+    "maxiter": "steps=",
+    "max_iter": "steps=",
+    "iterations": "steps=",
+    "num_iterations": "steps=",
+    "nb_epoch": "epochs=",
+    "jac": "nothing: f is differentiated",
+    "grad": "nothing: f is differentiated",
+    "hess": 'nothing: method="newton" differentiates f twice',
+    "hessp": 'nothing: method="newton" differentiates f twice',
+    "options": "steps=, gtol= and so on, as arguments of their own",
+    "optimizer": "method=",
+    "optimiser": "method=",
+    "logdir": "log=",
+    "log_dir": "log=",
+    "callbacks": "callback=",
+    "verbose": "nothing: a progress bar shows itself; log= or callback= for more",
+    "disp": "nothing: a progress bar shows itself; log= or callback= for more",
+    "jit_compile": "jit=",
+    "args": "a function that closes over them: lambda x: f(x, a)",
+    "var_list": "wrt=",
+    "variables": "wrt=",
+    "params": "wrt= for variables, or x0 for values",
+    "dataset": "data=",
+    "validation_data": "validation=, a function that returns a number",
+    "x": "x0",
+}
+"""What people of SciPy, Keras, JAX and PyTorch type, and what to write here."""
 
-    And hold calls to it, so that a TypeError names the function that was called.
+
+def require_no(name: str, unknown: dict[str, Any], also: Iterable[str] = ()) -> None:
+    """Refuse arguments that a function does not have, naming what they may mean.
+
+    Args:
+        name: What to call the function.
+        unknown: The arguments that it was called with besides its own.
+        also: Arguments that it has besides the options.
+
+    Raises:
+        TypeError: If there is one.
     """
-    *own, _ = inspect.signature(function).parameters.values()
-    options = inspect.signature(Options).parameters.values()
-    signature = inspect.Signature(
-        [*own, *options], return_annotation=function.__annotations__["return"]
-    )
+    for option in unknown:
+        known = [field.name for field in fields(Options)] + [*also]
+        close = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
+        hint = FOREIGN.get(option) or (f"{close[0]}=" if close else ", ".join(known))
+        raise TypeError(
+            f"{name}() got an unexpected keyword argument {option!r}\n  try: {hint}"
+        )
 
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{function.__name__}() {error}") from None
-        return function(*args, **kwargs)
 
-    called.__signature__ = signature  # type: ignore[attr-defined]  # PEP 362
-    return called  # type: ignore[return-value]  # of the same signature
+def options_of(name: str, given: dict[str, Any]) -> Options:
+    """Return the options that a function of that name was called with.
+
+    Raises:
+        TypeError: If there is no such option.
+    """
+    known = {field.name for field in fields(Options)}
+    require_no(name, {n: value for n, value in given.items() if n not in known})
+    return Options(**given)
 
 
 def check_count(name: str, value: Any) -> None:
@@ -96,6 +139,16 @@ def check_count(name: str, value: Any) -> None:
             f"`{name}` must be a whole number of at least 1.",
             got=f"{name}={value!r}",
             hint=f"{name}=100",
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(
+            f"`{name}` must be True or False.",
+            got=f"{name}={value!r}",
+            hint=f"{name}=True",
         )
 
 

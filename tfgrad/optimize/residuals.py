@@ -1,24 +1,23 @@
-"""The residuals being fitted: an objective that also knows their Jacobian."""
+"""The residuals being fitted: a problem that also knows its linear model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
-from tfgrad.derivatives.calls import Call
 from tfgrad.derivatives.forward import push_forward
 from tfgrad.derivatives.matrices import jacobian_blocks
 from tfgrad.derivatives.outputs import float_outputs, with_aux
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.derivatives.vectorized import static_size
-from tfgrad.differences import EPSILONS
-from tfgrad.errors import InvalidArgumentError, WrongDerivativeError
+from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, ravel
-from tfgrad.optimize.objective import Evaluation, Objective
+from tfgrad.optimize.methods import losses
+from tfgrad.optimize.methods.levenberg_marquardt import MOST_FOR_QR
+from tfgrad.optimize.problem import Evaluator, Problem
 
 DTYPES = (tf.float32, tf.float64)
 """The dtypes that TensorFlow factorises matrices in."""
@@ -30,153 +29,188 @@ MOST_ELEMENTS = 2**25
 """Elements that a Jacobian may have: 256 MB in float64."""
 
 
-class Residuals(Objective):
-    """Half the sum of squares of what a user's function returns: any nest of floats.
+class Linear(NamedTuple):
+    """The residuals r and their Jacobian J at a point, of n parameters.
 
-    Args:
-        f: The function, as for `Objective`; it returns the residuals.
-        x0: Where to start.
-        wrt: The variables.
-        has_aux: `f` returns `(residuals, aux)`.
-        jit: As for `Objective`.
+    Attributes:
+        matrix: Of up to `MOST_FOR_QR` parameters, the upper triangle R that QR leaves
+            of J, and Q'r beside it; of more, J'J and J'r. Shape `[n, n + 1]`. Empty
+            where J is too large to be formed.
+        residuals: r, as the user's function returns it.
     """
 
-    takes_many_steps = False
+    matrix: Any
+    residuals: Nest
+
+
+class ResidualEvaluator(Evaluator):
+    """Half the sum of squares of what a user's function returns: any nest of floats.
+
+    Attributes:
+        fits_in_memory: Whether the Jacobian is small enough to be formed and
+            factorised; known once the function was evaluated.
+    """
+
+    fits_in_memory = True
 
     def __init__(
-        self,
-        f: Callable[..., Any],
-        x0: Nest,
-        wrt: Nest,
-        *,
-        has_aux: bool,
-        jit: bool = False,
+        self, *args: Any, loss: str = "linear", f_scale: float = 1.0, **options: Any
     ) -> None:
-        """Check the point; nothing is traced."""
-        super().__init__(f, x0, wrt, has_aux=has_aux, jit=jit)
-        self._residuals = with_aux(self._checked, has_aux)
-        self._output: Nest = None
-        self._count: int | None = None
-        self._squares = Traces(self._multiply_twice, f, jit=False)
-        self._linear = Traces(self._linearize, f, jit=False, check=self._check)
-        _check_dtypes(self.variables)
+        """Compile nothing yet."""
+        super().__init__(*args, **options)
+        self.loss = loss, f_scale
+        self.jacobian = Traces(self._jacobian, self.f, jit=False)
 
-    def fits_in_memory(self) -> bool:
-        """Return whether the Jacobian is small enough to be formed and factorised."""
-        if self._count is None:
-            self.evaluate()  # the trace knows
-        n = sum(variable.shape.num_elements() for variable in self.variables)
-        return n <= MOST_PARAMETERS and (self._count or 0) * n <= MOST_ELEMENTS
-
-    def evaluate(
-        self, scale: tf.Tensor | None = None, batch: tuple[Nest, ...] = ()
-    ) -> Evaluation:
-        """Return half the sum of squares and its gradient where the variables are."""
-        evaluation: Evaluation = self._traces(scale, batch)[0]
-        return evaluation
-
-    def residuals(self) -> Nest:
-        """Return the residuals where the variables are, as the function does."""
-        return self._traces(None, ())[1]
-
-    def linearize(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return residuals `[m]` and Jacobian `[m, n]` where the variables are."""
-        linear: tuple[tf.Tensor, tf.Tensor] = self._linear()
-        return linear
-
-    def gauss_newton(self, direction: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Return J'J where the variables are times a direction; traced once."""
-        product: list[tf.Tensor] = self._squares(*direction)
-        return product
-
-    def _run(
-        self, f: Callable[..., Any], scale: tf.Tensor | None, batch: tuple[Nest, ...]
-    ) -> Any:
-        evaluation = super()._run(f, scale, batch)
-        return evaluation, self._output
-
-    def _record(self, call: Call) -> Recording:
-        outputs = []
-
-        def half_square(output: Nest, name: str) -> tf.Tensor:
-            outputs.append(self._checked(output, name))
-            return tf.reduce_sum(ravel(tf.nest.flatten(outputs[-1])) ** 2) / 2
-
-        function = with_aux(half_square, self._has_aux)
-        recording = Recording(function, call, has_aux=self._has_aux)
-        self._output = outputs[0]  # later ones may belong to another trace
-        return recording
-
-    def _record_residuals(self, f: Callable[..., Any]) -> Recording:
+    def record(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Recording:
+        """Return the residuals on a tape."""
         return Recording(
-            self._residuals, self._call(f), has_aux=self._has_aux, persistent=True
+            with_aux(self._checked, self.has_aux),
+            self.call(f, arguments),
+            has_aux=self.has_aux,
+            persistent=True,
         )
 
-    def _linearize(self, f: Callable[..., Any]) -> tuple[tf.Tensor, tf.Tensor]:
-        recording = self._record_residuals(f)
+    def _value(
+        self, recording: Recording, scale: Any
+    ) -> tuple[tf.Tensor, list[tf.Tensor], Any]:
+        _check_dtypes(recording)
+        residuals = ravel(recording.outputs)
+        value = losses.cost(residuals, *self.loss)
+        self.fits_in_memory = _fits(recording.outputs, recording.sources)
+        if not self.fits_in_memory:
+            recording.require_sound()
+            slopes = [losses.slope(r, *self.loss) for r in recording.outputs]
+            return value, recording.pull(slopes), Linear((), recording.output)
+        blocks = jacobian_blocks(recording)
+        jacobian = _matrix(blocks, recording.sources)
+        if self.loss[0] != "linear":
+            residuals, jacobian = losses.weighted(residuals, jacobian, *self.loss)
+        vector = tf.linalg.matvec(jacobian, residuals, transpose_a=True)
         sizes = [source.shape.num_elements() for source in recording.sources]
-        rows = [
-            tf.concat(
-                [tf.reshape(b, [-1, n]) for b, n in zip(row, sizes, strict=True)], 1
-            )
-            for row in jacobian_blocks(recording)
-        ]
-        return ravel(recording.outputs), tf.concat(rows, axis=0)
+        parts = zip(tf.split(vector, sizes), recording.sources, strict=True)
+        gradient = [tf.reshape(part, source.shape) for part, source in parts]
+        matrix = _reduced(jacobian, residuals, vector)
+        return value, gradient, Linear(matrix, recording.output)
 
-    def _multiply_twice(
-        self, f: Callable[..., Any], *direction: tf.Tensor
+    def _multiply(
+        self, f: Callable[..., Any], arguments: tuple[Nest, ...], direction: list[Any]
     ) -> list[tf.Tensor]:
-        recording = self._record_residuals(f)
+        """Return J'J times a direction."""
+        recording = self.record(f, arguments)
         recording.require_sound()
-        return recording.pull(push_forward(recording)(direction))
+        tangents = push_forward(recording)(direction)
+        weights = [losses.curvature(r, *self.loss) for r in recording.outputs]
+        pairs = zip(tangents, weights, strict=True)
+        return recording.pull([weight * tangent for tangent, weight in pairs])
+
+    def _jacobian(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Any:
+        recording = self.record(f, arguments)
+        jacobian = _matrix(jacobian_blocks(recording), recording.sources)
+        return losses.weighted(ravel(recording.outputs), jacobian, *self.loss)[1]
 
     def _checked(self, output: Nest, name: str) -> Nest:
         residuals = float_outputs(output, name)
         leaves = tf.nest.flatten(residuals)
-        self._count = static_size(leaves)
         if not tf.nest.is_nested(residuals) and residuals.shape.rank == 0:
             raise InvalidArgumentError(
                 "`least_squares` squares and sums the residuals itself.",
                 got=f"`{name}` returned one number, {describe(residuals)}",
                 hint="return model - data, one element for each; or tfgrad.minimize",
             )
-        if self._count == 0:
+        if static_size(leaves) == 0:
             raise InvalidArgumentError(
                 "There must be at least one residual.",
                 got=f"`{name}` returned {describe(leaves[0])}",
                 hint="return model - data, one element for each",
             )
-        dtypes = {leaf.dtype.name for leaf in (*leaves, *self.variables)}
-        if len(dtypes) > 1:
-            raise InvalidArgumentError(
-                "Residuals and parameters must share one dtype.",
-                got=f"`{name}` involves {' and '.join(sorted(dtypes))}",
-                hint="np.float64 for the data and the start alike",
-            )
         return residuals
 
-    def _check(self, answer: Any) -> None:
-        """Refuse a Jacobian that differs from the gradient, which took another way."""
-        residuals, jacobian = map(np.asarray, answer)
-        gradient = np.asarray(ravel(self.evaluate().gradient))
-        size = np.abs(jacobian).T @ np.abs(residuals)
-        allowed = EPSILONS[self.variables[0].dtype] ** 0.5 * size
-        difference = np.abs(jacobian.T @ residuals - gradient)
-        if np.any(difference > allowed):
-            worst = int(np.argmax(difference - allowed))
-            raise WrongDerivativeError(
-                f"Forward and reverse mode disagree for `{self.name}`.",
-                got=f"parameter {worst}: {(jacobian.T @ residuals)[worst]:.6g} "
-                f"and {gradient[worst]:.6g} as the slope of half the sum of squares",
-                hint="tfgrad.check_grads(f, x0); is f random?",
-            )
+
+class Residuals(Problem):
+    """Half the sum of squares of residuals; see `Problem` for the arguments.
+
+    Args:
+        *args: As for `Problem`.
+        loss: A name of `methods.losses.LOSSES`.
+        f_scale: The residual from which on one is an outlier.
+        **options: As for `Problem`.
+
+    Raises:
+        InvalidArgumentError: If the parameters are of a dtype without factorisations.
+    """
+
+    kind = ResidualEvaluator
+    has_hessian = False  # `hvp` multiplies by J'J
+
+    def __init__(
+        self, *args: Any, loss: str = "linear", f_scale: float = 1.0, **options: Any
+    ) -> None:
+        """Check the point; nothing is traced."""
+        self.options = {"loss": loss, "f_scale": f_scale}
+        super().__init__(*args, **options)
+        for leaf in self.leaves:
+            if leaf.dtype not in DTYPES:
+                raise InvalidArgumentError(
+                    "`least_squares` works in float32 or float64.",
+                    got=f"parameters of {leaf.dtype.name}",
+                    hint="tf.cast(x0, tf.float32)",
+                )
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether the Jacobian is small enough to be formed and factorised."""
+        assert isinstance(self.evaluator, ResidualEvaluator)
+        return self.evaluator.fits_in_memory
+
+    def factor(self, x: list[tf.Tensor]) -> tuple[tf.Tensor, int]:
+        """Return R with R'R = J'J at a point, J itself or a triangle, and m."""
+        assert isinstance(self.evaluator, ResidualEvaluator)
+        linear = self.evaluate(x).linear
+        count = static_size(tf.nest.flatten(linear.residuals)) or 0
+        n = linear.matrix.shape[0]
+        if n <= MOST_FOR_QR:
+            return linear.matrix[:, :n], count
+        matrix: tf.Tensor = self.evaluator.jacobian(self.arguments(x))
+        return matrix, count
 
 
-def _check_dtypes(variables: Sequence[tf.Variable]) -> None:
-    for variable in variables:
-        if variable.dtype not in DTYPES:
-            raise InvalidArgumentError(
-                "`least_squares` works in float32 or float64.",
-                got=f"parameters of {variable.dtype.name}",
-                hint="tf.cast(x0, tf.float32)",
-            )
+def _check_dtypes(recording: Recording) -> None:
+    leaves = (*recording.outputs, *recording.sources)
+    dtypes = {leaf.dtype.name for leaf in leaves}
+    if len(dtypes) > 1:
+        raise InvalidArgumentError(
+            "Residuals and parameters must share one dtype.",
+            got=f"`{recording.name}` involves {' and '.join(sorted(dtypes))}",
+            hint="np.float64 for the data and the start alike",
+        )
+
+
+def _fits(outputs: list[Any], sources: list[Any]) -> bool:
+    n = sum(source.shape.num_elements() for source in sources)
+    return n <= MOST_PARAMETERS and (static_size(outputs) or 0) * n <= MOST_ELEMENTS
+
+
+def _matrix(blocks: Any, sources: list[Any]) -> tf.Tensor:
+    """Return the Jacobian `[m, n]` of its blocks, one for each output and source."""
+    sizes = [source.shape.num_elements() for source in sources]
+    rows = [
+        tf.concat([tf.reshape(b, [-1, n]) for b, n in zip(row, sizes, strict=True)], 1)
+        for row in blocks
+    ]
+    return rows[0] if len(rows) == 1 else tf.concat(rows, axis=0)
+
+
+def _reduced(jacobian: tf.Tensor, residuals: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
+    """Return what `Linear.matrix` holds."""
+    n: Any = jacobian.shape[1]
+    if n > MOST_FOR_QR:
+        square = tf.matmul(jacobian, jacobian, transpose_a=True)
+        return tf.concat([square, slope[:, None]], axis=1)
+    both = tf.concat([jacobian, residuals[:, None]], axis=1)
+    # QR of what is not finite may not end.
+    is_known = tf.reduce_all(tf.math.is_finite(both))
+    both = tf.where(is_known, both, tf.zeros_like(both))
+    missing = tf.maximum(n - tf.shape(both)[0], 0)
+    triangle = tf.linalg.qr(tf.pad(both, [[0, missing], [0, 0]])).r[:n]
+    triangle = tf.where(is_known, triangle, tf.constant(float("nan"), triangle.dtype))
+    return tf.ensure_shape(triangle, [n, n + 1])

@@ -10,12 +10,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tfgrad.nested import Nest, named_leaves
+from tfgrad.optimize.history import History
 
 if TYPE_CHECKING:
-    from tfgrad.runs.pictures import Picture
+    from tfgrad.runs.plots import Picture
 
-History = dict[str, np.ndarray[Any, Any]]
-"""Arrays by name, one row per state: row k is the point after k steps."""
+
+@dataclass(frozen=True)
+class State:
+    """Where a minimisation is after some steps.
+
+    Attributes:
+        step: How many steps were taken; 0 is the start.
+        x: The point, in the structure of `x0` (of `wrt`).
+        fun: The value of the objective there, in its dtype.
+        grad_max: The largest |element| of the gradient there.
+        seconds: The time since the start, in seconds.
+        epochs: With data, arrays with one row per epoch that is over, as in the result.
+    """
+
+    step: int
+    x: Nest
+    fun: Any
+    grad_max: Any
+    seconds: float
+    epochs: History = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,7 +55,7 @@ class OptimizeResult:
             "linesearch", "trustregion", "scipy" (ended by itself), "infeasible" (so did
             it, or got no nearer, where a limit is broken), "stopped".
         message: The same as a sentence.
-        history: One row per state, row 0 the start: `step`, `fun`, `grad_norm` (largest
+        history: One row per state, row 0 the start: `step`, `fun`, `grad_max` (largest
             |element|), `seconds`; the leaves of `x` while they are ten numbers or
             fewer; what `has_aux` returns, likewise.
         epochs: With data, one row per epoch that is over: `epoch`, `step`, the means of
@@ -83,7 +102,7 @@ class OptimizeResult:
         The gap is to the lowest value of the run. Needs no display; in a notebook the
         figure shows itself.
         """
-        from tfgrad.runs.pictures import Picture
+        from tfgrad.runs.plots import Picture
 
         steps, fun = self.history["step"], self.history["fun"]
         figure = Picture(figsize=(8, 3), layout="constrained")
@@ -93,7 +112,7 @@ class OptimizeResult:
         gap = np.abs(fun - np.min(fun, initial=self.fun))
         for values, label in (
             (gap, "f - lowest f"),
-            (self.history["grad_norm"], "max |gradient|"),
+            (self.history["grad_max"], "max |gradient|"),
         ):
             positive = values > 0
             right.semilogy(steps[positive], values[positive], label=label)
@@ -113,7 +132,7 @@ class OptimizeResult:
         hidden = len(named_leaves(self.x, "x")) - SHOWN
         if hidden > 0:
             rows.append(("x", f"and {hidden} more"))
-        largest = float(self.history["grad_norm"][-1])
+        largest = float(self.history["grad_max"][-1])
         rows += [
             ("max |grad|", f"{largest:.3g}"),
             ("nit, nfev", f"{self.nit}, {self.nfev}"),

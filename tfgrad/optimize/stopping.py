@@ -1,51 +1,34 @@
-"""When to stop, with the same meaning for every method, and what to call it.
+"""When a run stops, and what that is called: one table of rules.
 
-A rule is asked after every step, inside the compiled loop. The outcome is a `status`
-and a sentence, never a bare flag.
+A rule with a condition is asked after every step, inside the compiled loop. The others
+name what ends a run from outside, or how a method gave up. To add a rule, add an entry
+to `RULES`: its name is the status, its message the sentence.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfgrad.differences import EPSILONS
+from tfgrad.optimize.methods.convergence import converged
 
-STATUSES = (
-    "running", "nonfinite", "unbounded", "target", "gtol", "ftol", "xtol", "precision",
-    "gave up",
-)  # fmt: skip
-"""What a compiled rule says; the code of a status is its position here."""
-
-RUNNING, NONFINITE, PRECISION, GIVEN_UP = 0, 1, 7, 8
-
-STATIONARY = frozenset({4, 5, 6, 7, 8})
-"""The codes that maxima and saddles may be mistaken under: of gtol and what follows."""
+RUNNING = 0
+"""The code of a run that goes on."""
 
 UNBOUNDED = -1e16
 """A value below which f is taken to have no minimum; 1 changes nothing beside it."""
 
-ROUNDINGS = 1000
-"""Roundings of f that hide a fall of it: a sum of some hundred terms may have them."""
 
-SOLUTIONS = frozenset({"target", "gtol", "ftol", "xtol"})
-"""The statuses that say: the point is a solution, by the rule of that name."""
-
-
-@dataclass(frozen=True)
-class Stopping:
-    """The rules that end a run at a solution; None leaves a rule out.
+class Tolerances(NamedTuple):
+    """The rules that a user asked for; None leaves a rule out.
 
     Attributes:
         gtol: Largest |element| of the gradient, in units of f per unit of x.
         ftol: Change of f in one step, relative to max(1, |f|).
-        xtol: Euclidean length of one step, relative to max(1, ||x||).
-        target: The value of f to reach.
-
-    References:
-        Gill, Murray and Wright (1981), Practical Optimization, section 8.2.3.
+        xtol: Length of a step, relative to max(1, ||x||), Euclidean norms.
+        target: Value of f, in its units.
     """
 
     gtol: float | None = None
@@ -53,68 +36,195 @@ class Stopping:
     xtol: float | None = None
     target: float | None = None
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is no rule but that numbers are finite."""
-        rules = (self.gtol, self.ftol, self.xtol, self.target)
-        return all(rule is None for rule in rules)
 
-    def code(self, step: Step) -> tf.Tensor:
-        """Return the position in `STATUSES` of the first rule that holds."""
-        rules = [
-            ~(tf.math.is_finite(step.fun) & tf.math.is_finite(step.grad_norm)),
-            step.fun <= UNBOUNDED if float(step.fun.dtype.max) > -UNBOUNDED else None,
-            None if self.target is None else step.fun <= self.target,
-            None if self.gtol is None else step.grad_norm <= self.gtol,
-            None if self.ftol is None else _stands_still(step, self.ftol),
-            None if self.xtol is None else _hardly_moves(step, self.xtol),
-        ]
-        code = tf.constant(RUNNING)
-        for position, holds in reversed(list(enumerate(rules, start=1))):
-            if holds is not None:
-                code = tf.where(holds, position, code)
-        return code
+class Step(NamedTuple):
+    """What a rule may look at: a point and the one before it, both evaluated.
 
-
-def code_of_failure(fun: Any, grad_norm: Any, expected: Any) -> tf.Tensor:
-    """Return why a method cannot go on: rounding hides what it would change, or not.
-
-    Args:
-        fun: The value of f where it failed, shape `[]`.
-        grad_norm: Largest |element| of the gradient there.
-        expected: By how much the method had expected f to fall; infinite if it does not
-            say, so that the size of the gradient has to tell.
+    Attributes:
+        fun: The value of f at the point, shape `[]`.
+        grad_max: The largest |element| of the gradient there.
+        x: The leaves of the point; empty where no rule asks for them.
+        expected: By how much the method expects f to fall yet; the dtype's largest
+            number if the method does not say.
+        first: The value of f at the first point of the run.
+        before_fun: The value at the point before.
+        before_x: The leaves of the point before.
+        before_expected: What the method expected there.
+        is_start: Whether there is no point before.
+        tolerances: What the user asked for.
     """
-    epsilon, size = EPSILONS[fun.dtype], tf.abs(fun)
-    expected = tf.cast(expected, fun.dtype)
-    is_hidden = expected <= ROUNDINGS * epsilon * size
-    # Close to zero, f is made of terms that round off more than f shows.
-    small = epsilon**0.5 * tf.maximum(size, 1)
-    is_unknown = tf.math.is_inf(expected)
-    is_flat = (grad_norm <= small) & (is_unknown | (expected <= small))
-    return tf.where(is_hidden | is_flat, PRECISION, GIVEN_UP)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a rule may look at: one step, from one evaluated point to the next."""
 
     fun: tf.Tensor
-    grad_norm: tf.Tensor
+    grad_max: tf.Tensor
     x: list[tf.Tensor]
-    previous_fun: tf.Tensor
-    previous_x: list[tf.Tensor]
+    expected: tf.Tensor
+    first: tf.Tensor
+    before_fun: tf.Tensor
+    before_x: list[tf.Tensor]
+    before_expected: tf.Tensor
+    is_start: Any
+    tolerances: Tolerances
 
 
-def _stands_still(step: Step, ftol: float) -> tf.Tensor:
+class Rule(NamedTuple):
+    """One way for a run to end.
+
+    Attributes:
+        name: The status of a run that ends so.
+        message: The sentence, a format string; see `sentence` for its fields.
+        holds: Returns whether the rule holds after a step, shape `[]`, or None if it is
+            not asked; None for what no step decides.
+        is_solution: Whether the point is one: `success`.
+        is_stationary: Whether the point may also be a maximum or a saddle, so that a
+            pure method looks around it first.
+        hands_over: Whether the next method of a chain goes on from there.
+    """
+
+    name: str
+    message: str
+    holds: Callable[[Step], Any] | None = None
+    is_solution: bool = False
+    is_stationary: bool = False
+    hands_over: bool = False
+
+
+def _is_bad(step: Step) -> Any:
+    return ~(tf.math.is_finite(step.fun) & tf.math.is_finite(step.grad_max))
+
+
+def _is_unbounded(step: Step) -> Any:
+    is_held = float(step.fun.dtype.max) > -UNBOUNDED
+    return step.fun <= UNBOUNDED if is_held else None
+
+
+def _is_on_target(step: Step) -> Any:
+    target = step.tolerances.target
+    return None if target is None else step.fun <= target
+
+
+def _is_flat(step: Step) -> Any:
+    gtol = step.tolerances.gtol
+    return None if gtol is None else step.grad_max <= gtol
+
+
+def _stands_still(step: Step) -> Any:
+    if (ftol := step.tolerances.ftol) is None:
+        return None
     size = tf.maximum(tf.abs(step.fun), 1)
-    return tf.abs(step.fun - step.previous_fun) <= ftol * size
+    return ~step.is_start & (tf.abs(step.fun - step.before_fun) <= ftol * size)
 
 
-def _hardly_moves(step: Step, xtol: float) -> tf.Tensor:
-    moved = [a - b for a, b in zip(step.x, step.previous_x, strict=True)]
+def _hardly_moves(step: Step) -> Any:
+    if (xtol := step.tolerances.xtol) is None:
+        return None
+    moved = [a - b for a, b in zip(step.x, step.before_x, strict=True)]
     dtype = step.fun.dtype
-    return _length(moved, dtype) <= xtol * tf.maximum(_length(step.x, dtype), 1)
+    length = tf.maximum(_length(step.x, dtype), 1)
+    return ~step.is_start & (_length(moved, dtype) <= xtol * length)
+
+
+def _is_converged(step: Step) -> Any:
+    if step.tolerances[:3] != (None, None, None):
+        return None
+    return converged(step.fun, step.expected, step.before_expected, step.first)
+
+
+NO_SOLUTION = "no rule says this is a solution"
+
+RULES: tuple[Rule, ...] = (
+    Rule("nonfinite", "{nonfinite}", _is_bad),
+    Rule(
+        "unbounded",
+        f"f fell below {UNBOUNDED:g}: it seems to have no minimum.",
+        _is_unbounded,
+    ),
+    Rule("target", "f has reached the target {target}.", _is_on_target, True),
+    Rule(
+        "gtol", "No element of the gradient is larger than {gtol}.",
+        _is_flat, is_solution=True, is_stationary=True,
+    ),
+    Rule(
+        "ftol", "The last step changed f by less than {ftol}, relatively.",
+        _stands_still, is_solution=True, is_stationary=True,
+    ),
+    Rule(
+        "xtol", "The last step was shorter than {xtol}, relatively.",
+        _hardly_moves, is_solution=True, is_stationary=True,
+    ),
+    Rule(
+        "converged",
+        "The fall of f that the method still expects is nothing beside what f fell, "
+        "or beside the rounding of f.",
+        _is_converged, is_solution=True, is_stationary=True, hands_over=True,
+    ),
+    Rule(
+        "linesearch",
+        "No step downhill was found: f may have a kink here, or larger rounding errors "
+        "than its size tells.",
+        is_stationary=True, hands_over=True,
+    ),
+    Rule(
+        "trustregion", "No step, however short, goes downhill; f may have a kink.",
+        is_stationary=True, hands_over=True,
+    ),
+    Rule(
+        "scipy", "SciPy's method ended by itself.",
+        is_stationary=True, hands_over=True,
+    ),
+    Rule("infeasible", "No point was found that keeps to the limits.", hands_over=True),
+    Rule("steps", f"All {{step}} steps were taken; {NO_SOLUTION}.", hands_over=True),
+    Rule("epochs", f"All epochs are over, after {{step}} steps; {NO_SOLUTION}."),
+    Rule("data", "The data ended after {step} steps, and cannot be repeated."),
+    Rule("seconds", "The {seconds} seconds were over after {step} steps."),
+    Rule("callback", "The callback asked to stop after step {step}."),
+    Rule("interrupted", "Interrupted after step {step}; all until there is kept."),
+    Rule("stopped", "Left after step {step}."),
+)  # fmt: skip
+"""The rules, in the order in which they are asked, and the other statuses."""
+
+
+def rule_of(status: str) -> Rule:
+    """Return the rule of that name."""
+    return next(rule for rule in RULES if rule.name == status)
+
+
+def code_of(status: str) -> int:
+    """Return the number that stands for a status inside the compiled loop."""
+    return 1 + [rule.name for rule in RULES].index(status)
+
+
+def status_of(code: int) -> str | None:
+    """Return the status that a number stands for; None for a run that goes on."""
+    return RULES[code - 1].name if code else None
+
+
+def is_stationary(code: int) -> bool:
+    """Return whether a point with that code may be a maximum or a saddle."""
+    return bool(code) and RULES[code - 1].is_stationary
+
+
+def judge(step: Step) -> tf.Tensor:
+    """Return the code of the first rule that holds, shape `[]`; RUNNING if none does.
+
+    A fall that no number of the dtype is larger than is one that is not known.
+    """
+    code = tf.constant(RUNNING)
+    for position, rule in reversed(list(enumerate(RULES, start=1))):
+        holds = None if rule.holds is None else rule.holds(step)
+        if holds is not None:
+            code = tf.where(holds, position, code)
+    return code
+
+
+def sentence(status: str, **facts: Any) -> str:
+    """Return the sentence for a status.
+
+    Args:
+        status: Why the run ended.
+        **facts: `step` (how many were taken), `seconds` (the budget), `nonfinite` (the
+            sentence about what is not), and the `Tolerances` by name.
+    """
+    return rule_of(status).message.format(**facts)
 
 
 def _length(leaves: list[tf.Tensor], dtype: tf.DType) -> tf.Tensor:

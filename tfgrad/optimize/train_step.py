@@ -209,7 +209,7 @@ class TrainStep:
     def _evaluate(self, args: Any, kwargs: Any) -> Any:
         return self._evaluated(args, kwargs, 0, tuple(self._sources), None)
 
-    def _answer(self, call: Call) -> tuple[Any, list[Any]]:
+    def _answer(self, call: Call) -> tuple[tuple[Any, list[Any]], Any]:
         """Return the loss, and aux, and the gradients for the optimizer, in a trace."""
         has_aux = self._has_aux
         recording = SparseRecording(objective(has_aux), call, has_aux=has_aux)
@@ -222,7 +222,8 @@ class TrainStep:
         if all(gradient is None for gradient in gradients):
             raise _reads_none(call)
         gradients = summed_for(self.optimizer, gradients)
-        return (value, recording.aux) if has_aux else value, gradients
+        answer = (value, recording.aux) if has_aux else value
+        return (answer, gradients), []  # nothing is compared with differences
 
     def _weight(self, value: tf.Tensor) -> tf.Tensor:
         """Return what the loss is multiplied by: its scale, over the replicas."""

@@ -382,11 +382,6 @@ class Run:
             self._facts |= facts
             self._record.update(facts=self._facts)
 
-    def rewind(self, tag: str, step: int) -> None:
-        """Let a tag go on after `step`, though the run is resumed from a later one."""
-        with self._lock:
-            self._tags.rewind(tag, step)
-
     def close(self, status: str = "success", **result: Any) -> None:
         """End the run: write status and result to `run.json`, release the directory.
 

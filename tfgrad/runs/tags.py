@@ -58,10 +58,6 @@ class Tags:
             self.kinds[tag] = kind
             self._last_steps[tag] = last
 
-    def rewind(self, tag: str, step: int) -> None:
-        """Let a tag go on after `step`, though the session starts at a later one."""
-        self._last_steps[tag] = step
-
     def next_step(self, prefixes: tuple[str, ...]) -> int:
         """Return the first step that all tags of these beginnings may get."""
         steps = (s for t, s in self._last_steps.items() if t.startswith(prefixes))

@@ -10,7 +10,7 @@ def test_it_prints_the_result_and_exits_with_0(tfgrad):
     code, out, err = tfgrad("minimize", "model.py:bowl", "--x0", "-1.2,1")
 
     assert (code, err) == (0, "")
-    assert "gtol (success: True)" in out
+    assert "converged (success: True)" in out
     assert re.search(r"x: \[2\.0*\d?, +2\.0*\d? *\]", out)
 
 
@@ -22,7 +22,7 @@ def test_json_has_the_fields_and_the_full_precision(tfgrad):
 
     result = json.loads(out)
     assert code == 0
-    assert result["status"] == "gtol"
+    assert result["status"] == "converged"
     assert result["success"] is True
     np.testing.assert_allclose(result["x"]["a"], 1.0, atol=1e-9)
     np.testing.assert_allclose(result["x"]["b"], [0.0, 0.0], atol=1e-9)

@@ -28,7 +28,7 @@ def test_each_run_is_a_line(tfgrad):
     assert code == 0
     assert heads.split() == [*runs._COLUMNS]
     assert [line.split()[:5] for line in lines] == [
-        ["bowl/lbfgs", "lbfgs", "gtol", "1", "0"],
+        ["bowl/lbfgs", "lbfgs", "converged", "2", "0"],
         ["dead", "-", "killed", "-", "-"],
         ["loop", "-", "success", "-", "0.5"],
     ]

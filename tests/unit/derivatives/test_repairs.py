@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfgrad
 from tfgrad.derivatives.forward import jvp
 from tfgrad.derivatives.matrices import hessian, hvp, jacobian
-from tfgrad.derivatives.repairs import is_marked, repaired
+from tfgrad.derivatives.repairs import is_marked, is_repairable, repaired
 from tfgrad.derivatives.reverse import grad
 
 RNG = np.random.default_rng(0)
@@ -142,3 +143,31 @@ def test_the_users_own_functions_are_left_alone():
     np.testing.assert_allclose(again, [5.0, 3.0, 2.0])
     np.testing.assert_allclose(hessian(inner)(x)[0], [0.0, 3.0, 2.0])
     assert not any(map(is_marked, traced.graph.get_operations()))
+
+
+def test_what_is_not_differentiated_asks_for_no_second_trace():
+    """A slope of x**2 is x**0 in the end, but the weights have no part in it."""
+    points, traces = tf.constant([0.0, 1.0, 2.0], tf.float64), []
+
+    def curvature(weights):
+        traces.append(weights)
+        u = lambda x: x**2 * tf.tanh(x * weights)  # noqa: E731  one line
+        return tf.reduce_sum(tfgrad.derivative(u, order=2)(points))
+
+    weights = tf.constant([0.5, 1.0, -1.0], tf.float64)
+    value, error = tfgrad.finite_difference(curvature, weights)
+    traces.clear()
+
+    off = tf.reduce_max(tf.abs(grad(curvature)(weights) - value))
+    assert off < 10 * tf.reduce_max(error)
+    assert len(traces) == 1
+
+
+def test_the_product_of_a_shape_asks_for_no_repair():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf.compat.v1.placeholder(tf.float32, [None])
+        count, product = tf.reduce_prod(tf.shape(x)), tf.reduce_prod(x)
+
+    assert not is_repairable(count.op)
+    assert is_repairable(product.op)

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.optimize import loop
+from tfgrad.optimize.solvers import optimizer, pure
 
 START = np.full(4, -1.2)
 
@@ -65,9 +65,9 @@ def test_steps_and_more_steps_are_all_of_them_at_once(method, first, rest):
     ("method", "cuts"), [("adam", [110, 150]), ("lbfgs", [40, 110, 150])]
 )
 def test_it_does_not_matter_where_a_run_is_cut_for_xla(method, cuts, monkeypatch):
-    monkeypatch.setattr(loop, "XLA_STEPS", 110)
-    monkeypatch.setattr(loop, "XLA_STEPS_PER_OP", 0)
-    monkeypatch.setattr(loop, "PURE_XLA_FROM", 110)
+    monkeypatch.setattr(optimizer, "XLA_STEPS", 110)
+    monkeypatch.setattr(optimizer, "XLA_STEPS_PER_OP", 0)
+    monkeypatch.setattr(pure, "COMPILATION", (0.022, 0.0))
 
     def run(start, steps):
         options = {"method": method, "steps": steps, "gtol": 0.0}
@@ -98,7 +98,7 @@ def test_the_kernels_that_tensorflow_fuses_do_not_tell_few_steps_from_many():
 
 @pytest.mark.parametrize(
     ("rules", "status"),
-    [({"gtol": 0.0}, "precision"), ({"ftol": 1e-3}, "ftol"), ({"xtol": 1e-2}, "xtol")],
+    [({"gtol": 0.0}, "converged"), ({"ftol": 1e-3}, "ftol"), ({"xtol": 1e-2}, "xtol")],
 )
 def test_a_run_that_ended_by_itself_ends_there_again(rules, status):
     def f(x):

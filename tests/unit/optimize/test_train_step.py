@@ -444,7 +444,7 @@ def test_a_second_derivative_in_the_loss_is_the_right_one():
         ({"wrt": 3.0}, "`wrt` names variables"),
         ({"wrt": []}, "at least one variable"),
     ],
-    ids=str,
+    ids=[*"abcdefghijklm"],
 )
 def test_what_breaks_a_rule_is_refused_before_anything_is_traced(options, match):
     def loss():

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
@@ -62,6 +63,11 @@ class Bounds(NamedTuple):
         """Return the point with the gradient of the free variables, zero elsewhere."""
         zero = tf.zeros_like(point.grad)
         return point._replace(grad=tf.where(self.free(point), point.grad, zero))
+
+
+def settings(bounds: Any) -> Any:
+    """Return what tells bounds apart: None, or the bytes of both sides."""
+    return None if bounds is None else tuple(np.asarray(b).tobytes() for b in bounds)
 
 
 class BoundedState(NamedTuple):

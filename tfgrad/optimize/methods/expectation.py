@@ -43,7 +43,7 @@ class Progress(NamedTuple):
     """How the last steps went; all of shape `[]`.
 
     Attributes:
-        grad_norm: The max-norm of the gradient.
+        grad_max: The max-norm of the gradient.
         length: Its Euclidean norm.
         least_grad: The smallest max-norm of the gradient so far.
         most_grad: The largest one.
@@ -55,7 +55,7 @@ class Progress(NamedTuple):
         first_fun: The value of f at the start.
     """
 
-    grad_norm: tf.Tensor
+    grad_max: tf.Tensor
     length: tf.Tensor
     least_grad: tf.Tensor
     most_grad: tf.Tensor
@@ -94,7 +94,7 @@ def steepest(grad: tf.Tensor, length: tf.Tensor, scale: tf.Tensor) -> Descent:
 
 def start_of(start: Point) -> tuple[Progress, Descent]:
     """Return how a run begins, and its first step."""
-    norm, length = start.grad_norm, length_of(start.grad)
+    norm, length = start.grad_max, length_of(start.grad)
     unknown = tf.zeros_like(length) + length.dtype.max
     expected = tf.where(length > 0, unknown, tf.zeros_like(length))
     none = tf.constant(0)
@@ -107,7 +107,7 @@ def start_of(start: Point) -> tuple[Progress, Descent]:
 def is_kink(here: Point, progress: Progress, expected: tf.Tensor) -> tf.Tensor:
     """Return whether f has fallen as it cannot where the gradient has not."""
     has_fallen = (progress.first_fun - here.fun) / KINK > expected
-    return has_fallen & (progress.grad_norm > FALLEN * progress.most_grad)
+    return has_fallen & (progress.grad_max > FALLEN * progress.most_grad)
 
 
 def told(
@@ -127,11 +127,11 @@ def after_step(
     new: Point, old: Point, before: Progress, length: tf.Tensor, is_last: tf.Tensor
 ) -> Progress:
     """Return how it goes if `new` is taken, whose gradient has that `length`."""
-    norm = new.grad_norm
+    norm = new.grad_max
     stands = old.fun - new.fun <= EPSILONS[new.fun.dtype] * tf.abs(old.fun)
     is_idle = stands & (norm > before.least_grad / 2) | is_last
     return before._replace(
-        grad_norm=norm,
+        grad_max=norm,
         length=length,
         least_grad=tf.minimum(norm, before.least_grad),
         most_grad=tf.maximum(norm, before.most_grad),

@@ -189,6 +189,15 @@ class LBFGS:
     def _box(self, like: tf.Tensor) -> bounded.Bounds:
         return bounded.Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All that `init` and `update` depend on besides their arguments."""
+        return (self._memory, bounded.settings(self._bounds))
+
+    def within(self, bounds: Any) -> LBFGS:
+        """Return the method within bounds."""
+        return LBFGS(self._memory, bounds)
+
     def init(self, start: Point) -> Move:
         """Return a step down the gradient, a tenth of x or of |f| / |g|."""
         n: Any = start.x.shape[0]
@@ -371,7 +380,7 @@ def _between(low: Trial, high: Trial) -> tf.Tensor:
 
 def _pair(new: Point, old: Point, state: State) -> Pair:
     """Return what the step from `old` to `new` says."""
-    t, norm = state.search.t, state.progress.grad_norm
+    t, norm = state.search.t, state.progress.grad_max
     unit = 1 / tf.where(norm > 4 / norm.dtype.max, norm, tf.ones_like(norm))
     g, y = unit * new.grad, unit * (new.grad - old.grad)
     # One sum of many is faster than many.

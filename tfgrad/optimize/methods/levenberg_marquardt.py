@@ -1,15 +1,16 @@
 """Levenberg-Marquardt: Gauss-Newton steps, in a trust region, for sums of squares.
 
 Each `update` judges the trial by what the linear model of the residuals had promised,
-adapts the radius, and minimises the model within it. The Jacobian is evaluated where a
-trial was taken, and only there. Its columns are scaled by the largest norm each of them
-has had, so that the units of the parameters make no difference.
+adapts the radius, and minimises the model within it. The columns of the Jacobian are
+scaled by the largest norm each of them has had, so that the units of the parameters
+make no difference.
 
 The minimiser of the model is found from singular values: of the triangle that QR leaves
 of the Jacobian or, of more than `MOST_FOR_QR` parameters, as roots of the eigenvalues
-of J'J, which is faster and sees half as many digits. A Jacobian that is too large to be
-formed (`optimize.residuals` says when) is left to conjugate gradients on products with
-J and J', in the trust region of `methods.newton`.
+of J'J, which is faster and sees half as many digits (`optimize.residuals` makes either,
+so that the method itself depends on the number of parameters only). A Jacobian that is
+too large to be formed is left to conjugate gradients on products with J and J', in the
+trust region of `methods.newton`.
 
 References:
     Moré (1978), The Levenberg-Marquardt algorithm: implementation and theory, in
@@ -21,18 +22,21 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
+from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either
+from tfgrad.optimize.methods import bounded
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.newton import Newton
 from tfgrad.optimize.methods.protocol import Method, Move, Point
 
 MOST_FOR_QR = 100
-"""Parameters up to which the triangle of QR is used: it takes as long as QR itself."""
+"""Parameters up to which `Point.linear` is the triangle of QR, which takes as long as
+QR itself; of more, it is J'J and J'r."""
 
 ACCEPTABLE = 1e-4
 """The least part of the promised decrease for which a trial is taken (Moré)."""
@@ -56,7 +60,7 @@ MOST_TRIALS = 40
 MOST_IDLE = 3
 """Of these, how many may be at the level of rounding."""
 
-RUNS, ORTHOGONAL, STANDS, VANISHED, ROUNDED, STUCK = range(6)
+RUNS, ORTHOGONAL, STANDS, VANISHED, STUCK = range(5)
 """Verdicts on the current point: it is a solution by one of three rules, or there is no
 way on."""
 
@@ -122,25 +126,11 @@ class State(NamedTuple):
     verdict: tf.Tensor
 
 
-class Linearizable(Protocol):
-    """What the method asks of the residuals."""
-
-    def fits_in_memory(self) -> bool:
-        """Return whether the Jacobian is small enough to be formed and factorised."""
-
-    def linearize(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return the residuals at `x`, shape `[m]`, and their Jacobian, `[m, n]`."""
-
-    def gauss_newton(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
-        """Return J'J at `x` times `v`."""
-
-
 class LevenbergMarquardt:
     """Damped Gauss-Newton steps for f = half a sum of squares.
 
     Args:
         is_open: Leave it to others to say what a solution is.
-        residuals: What is squared; None waits for `bind`.
         bounds: Lower and upper bounds of x, shape `[n]` each, infinite where there is
             none. Every trial is within them; the start has to be. A parameter at a
             bound that the gradient points beyond is held there.
@@ -149,32 +139,52 @@ class LevenbergMarquardt:
     name = "levenberg-marquardt"
     failure = "trustregion"
 
-    def __init__(
-        self,
-        *,
-        is_open: bool = False,
-        residuals: Linearizable | None = None,
-        bounds: Any = None,
-    ) -> None:
+    def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
         """Remember them."""
         self._is_open = is_open
-        self._residuals = residuals
         self._bounds = bounds
 
-    def get_config(self) -> dict[str, Any]:
-        """Return what the run hangs on: nothing; rules may change as it goes on."""
-        return {}
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All that `update` depends on besides its arguments."""
+        return (self._is_open, bounded.settings(self._bounds))
+
+    def within(self, bounds: Any) -> LevenbergMarquardt:
+        """Return the method within bounds."""
+        return LevenbergMarquardt(is_open=self._is_open, bounds=bounds)
 
     def bind(self, objective: Any) -> Method:
-        """Return the method for these residuals, with or without matrices."""
-        if not objective.fits_in_memory():
-            return Newton(_GaussNewton(objective))
-        return LevenbergMarquardt(
-            is_open=self._is_open, residuals=objective, bounds=self._bounds
-        )
+        """Return the method for these residuals, with or without matrices.
+
+        Raises:
+            InvalidArgumentError: If there are bounds, and too many parameters or
+                residuals for matrices.
+        """
+        if objective.fits_in_memory:
+            return self
+        if self._bounds is not None:
+            raise InvalidArgumentError(
+                "Fits within bounds need a Jacobian that fits in memory.",
+                got="more than 500 parameters, or a Jacobian of more than 2**25 "
+                "elements",
+                hint="tfgrad.minimize of half the sum of squares, with bounds",
+            )
+        return Newton(objective)
+
+    @property
+    def knows_solutions(self) -> bool:
+        """Whether `why` says where a solution is."""
+        return not self._is_open
 
     def _box(self, like: tf.Tensor) -> Bounds:
         return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
+
+    def _factorised(self, point: Point, scale: tf.Tensor) -> Linear:
+        """Return the model around a point, of the parameters that are free to move."""
+        is_free = None
+        if self._bounds is not None:
+            is_free = self._box(point.x).free(point)
+        return _factorise(point, scale, is_free)
 
     def init(self, start: Point) -> Move:
         """Return a step that is no longer than x, in scaled parameters.
@@ -182,7 +192,7 @@ class LevenbergMarquardt:
         They have the unit of the residuals, whose length it may have where x is zero.
         """
         zero, none = tf.zeros_like(start.fun), tf.constant(0)
-        linear = self._linearize(start.x, tf.zeros_like(start.x))
+        linear = self._factorised(start, tf.zeros_like(start.x))
         radius = tf.norm(linear.scale * start.x)
         state = State(
             linear=linear,
@@ -209,7 +219,7 @@ class LevenbergMarquardt:
         radius, damping = _trust(ratio, new, old, state)
         linear: Linear = tf.cond(
             is_taken,
-            lambda: self._linearize(new.x, state.linear.scale),
+            lambda: self._factorised(new, state.linear.scale),
             lambda: state.linear,
         )
         state = state._replace(
@@ -220,7 +230,8 @@ class LevenbergMarquardt:
             idle=tf.where(is_taken | ~is_level, 0, state.idle + 1),
             steps=state.steps + tf.cast(is_taken, tf.int32),
         )
-        move = self._search(either(is_taken, new, old), state)
+        here = either(is_taken, new._replace(linear=()), old._replace(linear=()))
+        move = self._search(here, state)
         return move._replace(accepted=is_taken)
 
     def why(self, state: State) -> tuple[str, str] | None:
@@ -241,31 +252,7 @@ class LevenbergMarquardt:
                 "target",
                 f"The residuals have vanished: f is at most {float(state.least):.2g}.",
             ),
-            ROUNDED: (
-                "precision",
-                "Rounding hides what any further step would change.",
-            ),
         }.get(int(state.verdict))
-
-    def _linearize(self, x: tf.Tensor, scale: tf.Tensor) -> Linear:
-        """Return the model around `x`, in parameters that are scaled at least so."""
-        assert self._residuals is not None
-        n: Any = x.shape[0]
-        residuals, jacobian = self._residuals.linearize(x)
-        is_known = tf.reduce_all(tf.math.is_finite(jacobian))
-        jacobian = tf.where(is_known, jacobian, tf.zeros_like(jacobian))
-        if self._bounds is not None:
-            gradient = tf.linalg.matvec(jacobian, residuals, transpose_a=True)
-            is_free = self._box(x).free(Point(x, residuals[0], gradient))
-            jacobian = tf.where(is_free, jacobian, tf.zeros_like(jacobian))
-        norms = tf.norm(jacobian, axis=0)
-        scale = tf.maximum(scale, norms)
-        scale = tf.where(scale > 0, scale, tf.ones_like(scale))
-        factor = _by_triangle if n <= MOST_FOR_QR else _by_eigenvalues
-        s, v, c = factor(jacobian / scale, residuals)
-        is_rounding = s <= n * EPSILONS[s.dtype] * tf.reduce_max(s)
-        s, c = (tf.where(is_rounding, tf.zeros_like(part), part) for part in (s, c))
-        return Linear(s, v, c, scale, tf.norm(norms * x), is_known)
 
     def _search(self, here: Point, state: State) -> Move:
         linear = state.linear
@@ -279,7 +266,11 @@ class LevenbergMarquardt:
         is_over = verdict != RUNS
         x = tf.where(is_over, here.x, x)  # one trial is made, even of a start
         state = state._replace(verdict=verdict)
-        return Move(x, state, failed=is_over, expected=step.promised)
+        # A model that the data do not determine expects nothing for another reason.
+        is_determined = tf.reduce_all(linear.s > 0)
+        unknown = tf.constant(step.promised.dtype.max, step.promised.dtype)
+        expected = tf.where(is_determined, step.promised, unknown)
+        return Move(x, state, failed=is_over, expected=expected)
 
     def _verdict(self, here: Point, state: State, stands: Any) -> tf.Tensor:
         """Return what to make of the current point."""
@@ -300,23 +291,12 @@ class LevenbergMarquardt:
             VANISHED: here.fun <= state.least,
             ORTHOGONAL: has_slope & (part <= enough),
         }
-        verdict = tf.where(is_over, tf.where(is_rounded, ROUNDED, STUCK), RUNS)
+        verdict = tf.where(is_over, STUCK, RUNS)
         for position, holds in rules.items():
             if not self._is_open:
                 holds &= linear.is_known
                 verdict = tf.where(holds, position, verdict)
         return verdict
-
-
-class _GaussNewton:
-    """J'J in place of the Hessian."""
-
-    def __init__(self, residuals: Linearizable) -> None:
-        self._residuals = residuals
-
-    def hvp(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
-        """Return J'J at `x` times `v`."""
-        return self._residuals.gauss_newton(x, v)
 
 
 def _along(linear: Linear, step: tf.Tensor, damping: tf.Tensor) -> Step:
@@ -328,32 +308,62 @@ def _along(linear: Linear, step: tf.Tensor, damping: tf.Tensor) -> Step:
     return Step(tf.norm(scaled), slope, promised, damping)
 
 
-def _by_triangle(a: tf.Tensor, r: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return singular values, right vectors and U'r, by way of QR."""
-    n: Any = a.shape[1]
-    both = tf.concat([a, r[:, None]], axis=1)
-    missing = tf.maximum(n - tf.shape(both)[0], 0)
-    triangle = tf.linalg.qr(tf.pad(both, [[0, missing], [0, 0]])).r[:n]
-    triangle.set_shape([n, n + 1])
-    s, u, v = tf.linalg.svd(triangle[:, :n])
-    return s, v, tf.linalg.matvec(u, triangle[:, n], transpose_a=True)
+def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
+    """Return the model around a point, in parameters that are scaled at least so.
+
+    Args:
+        point: With its `linear`.
+        scale: The least scale of each parameter.
+        is_free: Which parameters may move; None if all may.
+    """
+    n: Any = point.x.shape[0]
+    both = point.linear
+    is_known = tf.reduce_all(tf.math.is_finite(both))
+    both = tf.where(is_known, both, tf.zeros_like(both))
+    matrix, side = both[:, :n], both[:, n]
+    is_triangle = n <= MOST_FOR_QR
+    if is_free is not None:
+        none = tf.zeros_like(matrix)
+        matrix = tf.where(is_free, matrix, none)
+        if not is_triangle:
+            matrix = tf.where(is_free[:, None], matrix, none)
+            side = tf.where(is_free, side, tf.zeros_like(side))
+    norms = tf.norm(matrix, axis=0) if is_triangle else _root(_diagonal(matrix))
+    scale = tf.maximum(scale, norms)
+    scale = tf.where(scale > 0, scale, tf.ones_like(scale))
+    factors = _of_triangle if is_triangle else _of_square
+    s, v, c = factors(matrix, side, scale)
+    is_rounding = s <= n * EPSILONS[s.dtype] * tf.reduce_max(s)
+    s, c = (tf.where(is_rounding, tf.zeros_like(part), part) for part in (s, c))
+    return Linear(s, v, c, scale, tf.norm(norms * point.x), is_known)
 
 
-def _by_eigenvalues(
-    a: tf.Tensor, r: tf.Tensor
+def _of_triangle(
+    triangle: tf.Tensor, side: tf.Tensor, scale: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return the same from the eigenvalues of A'A, which know half of the digits."""
-    n: Any = a.shape[1]
-    squares, v = tf.linalg.eigh(tf.matmul(a, a, transpose_a=True))
-    largest = tf.reduce_max(squares)
-    is_rounding = squares <= n * EPSILONS[squares.dtype] * largest
-    s = tf.sqrt(tf.where(is_rounding, tf.zeros_like(squares), squares))
-    gradient = tf.linalg.matvec(a, r, transpose_a=True)
-    return (
-        s,
-        v,
-        tf.math.divide_no_nan(tf.linalg.matvec(v, gradient, transpose_a=True), s),
-    )
+    """Return singular values, right vectors and U'r, of R and Q'r."""
+    s, u, v = tf.linalg.svd(triangle / scale)
+    return s, v, tf.linalg.matvec(u, side, transpose_a=True)
+
+
+def _of_square(
+    square: tf.Tensor, slope: tf.Tensor, scale: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Return the same of J'J and J'r, whose eigenvalues know half of the digits."""
+    n: Any = square.shape[0]
+    squares, v = tf.linalg.eigh(square / (scale[:, None] * scale))
+    is_rounding = squares <= n * EPSILONS[squares.dtype] * tf.reduce_max(squares)
+    s = _root(tf.where(is_rounding, tf.zeros_like(squares), squares))
+    along = tf.linalg.matvec(v, slope / scale, transpose_a=True)
+    return s, v, tf.math.divide_no_nan(along, s)
+
+
+def _diagonal(matrix: tf.Tensor) -> tf.Tensor:
+    return tf.linalg.diag_part(matrix)
+
+
+def _root(x: tf.Tensor) -> tf.Tensor:
+    return tf.sqrt(tf.maximum(x, 0))
 
 
 def _newton(linear: Linear) -> tf.Tensor:

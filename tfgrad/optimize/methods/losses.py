@@ -80,6 +80,18 @@ def cost(residuals: tf.Tensor, loss: str = "linear", f_scale: float = 1.0) -> tf
     return f_scale**2 * tf.reduce_sum(rho) / 2
 
 
+def slope(r: tf.Tensor, loss: str = "linear", f_scale: float = 1.0) -> tf.Tensor:
+    """Return the derivative of the cost by each residual."""
+    return r * LOSSES[loss]((r / f_scale) ** 2)[1]
+
+
+def curvature(r: tf.Tensor, loss: str = "linear", f_scale: float = 1.0) -> tf.Tensor:
+    """Return the second derivative of the cost by each residual, kept positive."""
+    z = (r / f_scale) ** 2
+    _, first, second = LOSSES[loss](z)
+    return tf.maximum(first + 2 * second * z, EPSILONS[z.dtype])
+
+
 def weighted(
     residuals: tf.Tensor,
     jacobian: tf.Tensor,
@@ -94,8 +106,6 @@ def weighted(
         loss: A name of `LOSSES`.
         f_scale: As of `cost`.
     """
-    z = (residuals / f_scale) ** 2
-    _, first, second = LOSSES[loss](z)
-    least = tf.constant(EPSILONS[z.dtype], z.dtype)
-    weights = tf.sqrt(tf.maximum(first + 2 * second * z, least))
-    return residuals * first / weights, jacobian * weights[:, None]
+    weights = tf.sqrt(curvature(residuals, loss, f_scale))
+    slopes = slope(residuals, loss, f_scale)
+    return slopes / weights, jacobian * weights[:, None]

@@ -11,7 +11,7 @@ saddles, is followed to the boundary.
 ...     return x[0] ** 2 - x[1] ** 2 + x[1] ** 4
 >>> result = tfgrad.minimize(two_valleys, np.zeros(2), method="newton")
 >>> print(result.status, f"{result.fun:.6f}")
-gtol -0.250000
+converged -0.250000
 
 References:
     Nocedal and Wright (2006), Numerical Optimization, 2nd edition: algorithms 4.1 (the
@@ -108,6 +108,11 @@ class Newton:
         """Take an objective, or wait for `bind`."""
         self._objective = objective
 
+    @property
+    def settings(self) -> tuple[()]:
+        """What `init` and `update` depend on besides arguments and objective."""
+        return ()
+
     def bind(self, objective: Curvature) -> Newton:
         """Return the method for one objective."""
         return Newton(objective)
@@ -126,7 +131,7 @@ class Newton:
             radius=tf.where(radius > 0, radius, tf.ones_like(radius)),
             trials=none,
             first_grad=tf.norm(start.grad),
-            least_grad=start.grad_norm,
+            least_grad=start.grad_max,
             idle=none,
         )
         return self._search(start, state)
@@ -137,11 +142,11 @@ class Newton:
         # With `noise` in both, the ratio is 1 where rounding hides the decrease.
         ratio = (old.fun - new.fun + noise) / (state.predicted + noise)
         is_taken = new.is_finite & (ratio >= ACCEPTABLE)
-        here = either(is_taken, new, old)
+        here = either(is_taken, new._replace(linear=()), old._replace(linear=()))
         state = state._replace(
             radius=_radius(state, tf.where(new.is_finite, ratio, -1)),
             trials=tf.where(is_taken, 0, state.trials + 1),
-            least_grad=tf.minimum(state.least_grad, here.grad_norm),
+            least_grad=tf.minimum(state.least_grad, here.grad_max),
             idle=tf.where(is_taken, _idle(new, old, state), state.idle),
         )
         stuck = (state.trials >= MOST_TRIALS) | (state.idle >= MOST_IDLE)
@@ -212,7 +217,7 @@ def _to_boundary(z: tf.Tensor, d: tf.Tensor, radius: tf.Tensor) -> tf.Tensor:
 
 def _idle(new: Point, old: Point, state: State) -> tf.Tensor:
     falls = old.fun - new.fun > _noise(old)
-    flattens = new.grad_norm <= state.least_grad / 2
+    flattens = new.grad_max <= state.least_grad / 2
     return tf.where(falls | flattens, 0, state.idle + 1)
 
 

@@ -41,11 +41,14 @@ class Point(NamedTuple):
         x: Where, shape `[n]`.
         fun: The value of the objective, shape `[]`; may be NaN or infinite.
         grad: Its gradient, shape `[n]`.
+        linear: For sums of squares, the matrix of the linear model of the residuals,
+            see `optimize.residuals.Linear`; else empty.
     """
 
     x: tf.Tensor
     fun: tf.Tensor
     grad: tf.Tensor
+    linear: Any = ()
 
     @property
     def is_finite(self) -> Any:
@@ -54,7 +57,7 @@ class Point(NamedTuple):
         return tf.math.is_finite(self.fun) & grad_is
 
     @property
-    def grad_norm(self) -> tf.Tensor:
+    def grad_max(self) -> tf.Tensor:
         """The largest |element| of the gradient, shape `[]`."""
         return tf.reduce_max(tf.abs(self.grad))
 

@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.optimize import saddles
-from tfgrad.optimize.saddles import lower_point
+from tfgrad.optimize import saddle as saddle_module
+from tfgrad.optimize.saddle import lower_point
 
 
 def saddle(x):
@@ -34,7 +34,7 @@ def test_a_start_is_left_that_is(name, method):
     assert result.success
     assert result.fun == pytest.approx(least, abs=1e-6)
     assert result.history["fun"][0] == f(np.array(start, float))
-    assert np.all(np.diff(result.history["fun"]) <= 0)
+    assert np.all(np.diff(result.history["fun"]) <= 1e-15)  # rounding, at the end
     assert list(result.history["step"]) == list(range(result.nit + 1))
 
 
@@ -52,7 +52,7 @@ def test_a_maximum_without_end_is_unbounded(method):
 def test_a_start_at_a_minimum_is_kept(f, start, method):
     result = tfgrad.minimize(f, start, method=method)
 
-    assert result.status == "gtol"
+    assert result.status == "converged"
     assert float(result.x) == start
     assert result.nit == 0
 
@@ -128,7 +128,7 @@ def test_a_function_without_second_derivative_is_left_alone():
 
         return x**2, grad
 
-    assert tfgrad.minimize(once, 0.0).status == "gtol"
+    assert tfgrad.minimize(once, 0.0).status == "converged"
 
 
 def quadratic(matrix):
@@ -161,7 +161,7 @@ def test_a_way_down_beside_the_end_of_the_domain_is_found(beyond):
 
 
 def test_millions_of_parameters_take_no_more_memory_than_a_few_vectors(monkeypatch):
-    monkeypatch.setattr(saddles, "MOST_NUMBERS", 30)
+    monkeypatch.setattr(saddle_module, "MOST_NUMBERS", 30)
     taken = []
 
     def product(v):

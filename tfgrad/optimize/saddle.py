@@ -13,10 +13,15 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
+
+from tfgrad.differences import EPSILONS
+from tfgrad.optimize.problem import Evaluation, Problem
 
 PRODUCTS = 30
 """Products with the Hessian that a look may cost; with n of them it is exact."""
@@ -27,7 +32,59 @@ MOST_NUMBERS = 2**23
 NOISE = 10
 """Rounding errors of f up to which two of its values are the same."""
 
+LEAST_LOOK, MOST_LOOK = 8, 60
+"""Gradients that a look around a stationary point may cost, between these bounds."""
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def point_beside(problem: Problem, state: Any, *, products: bool) -> tf.Tensor | None:
+    """Return a point beside the current one where f is lower; None at a minimum.
+
+    Args:
+        problem: What is minimised.
+        state: Where the run is, a `solvers.State`.
+        products: Whether products with the Hessian are compiled already. If not,
+            differences of gradients make up for them, as many as come to a quarter of
+            what the run has cost.
+    """
+    operations = problem.operations()
+    if not operations or any("Random" in operation for operation in operations):
+        return None
+    count = None
+    if (int(state.step) and not products) or not problem.has_hessian:
+        count = min(max(int(state.evaluations) // 4, LEAST_LOOK), MOST_LOOK)
+    x, dtype = np.asarray(state.x, np.float64), state.x.dtype
+
+    def at(x: Array) -> Evaluation:
+        return problem.at(tf.constant(x, dtype))
+
+    def product(direction: Array) -> Array:
+        if count is None:
+            v = tf.constant(direction, dtype)
+            return np.asarray(problem.hvp(state.x, v), np.float64)
+        # The step that balances rounding and curvature of the gradient.
+        size = EPSILONS[dtype] ** (1 / 3) * max(1.0, float(np.linalg.norm(x)))
+        step = size * direction
+        ahead, behind = (np.asarray(at(p).gradient) for p in (x + step, x - step))
+        change: Array = (ahead - behind).astype(np.float64)
+        return change / (2 * np.linalg.norm(step))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as that a second derivative runs eagerly
+        try:
+            lower = lower_point(
+                x,
+                float(state.evaluation.value),
+                np.asarray(state.evaluation.gradient, np.float64),
+                product=product,
+                value=lambda x: float(at(x).value),
+                epsilon=EPSILONS[dtype],
+                products=PRODUCTS if count is None else count // 2,
+            )
+        except Exception:  # a user's gradient may raise anything: nothing is known
+            return None
+    return None if lower is None else tf.constant(lower, dtype)
 
 
 def lower_point(

@@ -8,7 +8,6 @@ References:
 from __future__ import annotations
 
 import copy
-import hashlib
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ import tensorflow as tf
 
 from tfgrad.derivatives.matrices import jacobian
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, describe, name_of, named_leaves, ravel, unravel
-from tfgrad.optimize.methods.scipy import SCIPY, SciPyMethod
-from tfgrad.optimize.objective import Objective
+from tfgrad.nested import Nest, describe, named_leaves, ravel, unravel
+from tfgrad.optimize.methods.scipy import SCIPY
+from tfgrad.optimize.problem import Problem
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -32,14 +31,12 @@ KINDS = {"eq": (0.0, 0.0), "ineq": (0.0, np.inf)}
 """SciPy's dicts: what the value of the function has to lie between."""
 
 
-def require_support(
-    name: str, method: SciPyMethod | None, bounds: Any, constraints: Any
-) -> None:
+def require_support(name: str, method: Any, bounds: Any, constraints: Any) -> None:
     """Refuse bounds and constraints that a method would not heed.
 
     Args:
         name: What to call the method.
-        method: The method, if it is one of SciPy's.
+        method: The method: one of SciPy's, or one that has `within(bounds)`.
         bounds: As for `minimize`.
         constraints: As for `minimize`.
 
@@ -48,8 +45,11 @@ def require_support(
     """
     given = {"bounds": bounds is not None, "constraints": _is_given(constraints)}
     for what, is_given in given.items():
-        if is_given and not getattr(method, what, False):
+        is_able = getattr(method, what, False)
+        is_able |= what == "bounds" and hasattr(method, "within")
+        if is_given and not is_able:
             able = [repr(n) for n, other in SCIPY.items() if getattr(other, what)]
+            able = ["'lbfgs'", *able] if what == "bounds" else able
             raise InvalidArgumentError(
                 f"`{name}` knows no {what}.",
                 got=f"{what} with this method",
@@ -57,40 +57,11 @@ def require_support(
             )
 
 
-def limits_facts(bounds: Any, constraints: Any) -> dict[str, str]:
-    """Return what makes bounds and constraints the same ones in another process."""
-    sides = [bounds.lb, bounds.ub] if hasattr(bounds, "lb") else bounds
-    entries = _listed(constraints)
-    return {
-        "bounds": "none" if bounds is None else _text(sides),
-        "constraints": ", ".join(map(_constraint_text, entries)) or "none",
-    }
-
-
-def _constraint_text(entry: Any) -> str:
-    if isinstance(entry, Mapping):
-        fun: Any = entry.get("fun")
-        return f"{entry.get('type')} {name_of(fun)}"
-    what = name_of(entry.fun) if hasattr(entry, "fun") else "linear"
-    parts = [getattr(entry, name, None) for name in ("A", "lb", "ub")]
-    numbers = [_dense(part) for part in parts if part is not None]
-    return f"{what} {_text(numbers)}"
-
-
-def _text(nest: Nest) -> str:
-    """Return the numbers of a nest while they are few, else a sum that tells them."""
-    leaves = [np.asarray(leaf).tolist() for leaf in tf.nest.flatten(nest)]
-    text = ", ".join(map(str, leaves))
-    if len(text) <= MOST_SHOWN:
-        return text
-    return f"those of sum {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
 class Limits:
     """What x has to keep to, in terms of one vector of shape `[n]`.
 
     Args:
-        objective: Whose variables, or values, these are.
+        problem: Whose variables, or values, these are.
         bounds: SciPy's `Bounds`, a list of `(lower, upper)` for each element, or a pair
             `(lower, upper)` of numbers, None, or nests like the point.
         constraints: SciPy's constraints, one or a list, of functions of the point.
@@ -104,10 +75,15 @@ class Limits:
         InvalidArgumentError: If one of them is none, or does not fit the point.
     """
 
-    def __init__(self, objective: Objective, bounds: Any, constraints: Any) -> None:
+    def __init__(self, problem: Problem, bounds: Any, constraints: Any) -> None:
         """Bring them in form; no constraint is evaluated."""
-        self.lower, self.upper = _flat_bounds(objective, bounds)
-        self.functions = [_constraint(objective, c) for c in _listed(constraints)]
+        self.lower, self.upper = _flat_bounds(problem, bounds)
+        self.functions = [_constraint(problem, c) for c in _listed(constraints)]
+
+    @property
+    def sides(self) -> tuple[Array, Array]:
+        """The lower and the upper bounds."""
+        return self.lower, self.upper
 
     @property
     def are_any(self) -> bool:
@@ -128,50 +104,17 @@ class Limits:
             worst = max(worst, np.maximum(lower - value, value - upper).max(initial=0))
         return float(worst)
 
-    def slope(self, x: Array, grad: Array, gtol: float) -> float:
-        """Return the largest |element| of the gradient that no limit holds up.
+    def bounds_for_scipy(self) -> Any:
+        """Return SciPy's bounds; None if there are none."""
+        if not np.any(np.isfinite([self.lower, self.upper])):
+            return None
+        from scipy.optimize import Bounds
 
-        That of the projected gradient; with constraints, of the gradient of the
-        Lagrangian with the multipliers that make it least.
+        return Bounds(self.lower, self.upper)
 
-        Args:
-            x: Where.
-            grad: The gradient there, shape `[n]`.
-            gtol: What a slope is called zero up to: a limit is active within 10 of it.
-        """
-        if not self.functions:
-            return float(np.max(np.abs(self.clip(x - grad) - x), initial=0.0))
-        rows, lower, upper = [np.eye(len(x))], [self.lower - x], [self.upper - x]
-        for function in self.functions:
-            value, slope = function.at(x)
-            rows.append(slope)
-            lower.append(function.lower - value)
-            upper.append(function.upper - value)
-        normals = np.concatenate(rows)
-        near = 10 * max(gtol, 1e-6)
-        at_lower = np.concatenate(lower) >= -near
-        at_upper = np.concatenate(upper) <= near
-        return _least_residual(normals, grad, at_lower, at_upper)
-
-    def for_scipy(self, ask: Callable[..., Any]) -> list[Any]:
-        """Return SciPy's constraints, which are asked for by number."""
-        return [f.for_scipy(i, ask) for i, f in enumerate(self.functions)]
-
-
-def _least_residual(normals: Array, grad: Array, at_lower: Any, at_upper: Any) -> float:
-    """Return max |grad - normals' multipliers|, signs of the multipliers kept to."""
-    from scipy.optimize import lsq_linear
-
-    active = at_lower | at_upper
-    if not np.any(active):
-        return float(np.max(np.abs(grad)))
-    least = np.where(at_upper[active], -np.inf, 0.0)
-    most = np.where(at_lower[active], np.inf, 0.0)
-    matrix = normals[active].T
-    if not np.all(np.isfinite(matrix)):
-        return np.inf
-    found = lsq_linear(matrix, grad, (least, most), method="bvls", tol=1e-14)
-    return float(np.max(np.abs(grad - matrix @ found.x)))
+    def for_scipy(self) -> list[Any]:
+        """Return SciPy's constraints, as functions of a vector."""
+        return [function.for_scipy() for function in self.functions]
 
 
 @dataclass
@@ -197,14 +140,14 @@ class Constraint:
             self._last = x.tobytes(), self.evaluate(x)
         return self._last[1]
 
-    def for_scipy(self, number: int, ask: Callable[..., Any]) -> Any:
-        """Return SciPy's object with functions that ask for this constraint."""
+    def for_scipy(self) -> Any:
+        """Return SciPy's object with functions of a vector."""
 
         def fun(x: Array) -> Any:
-            return ask("constraint", number, np.array(x))[0]
+            return self.at(np.array(x))[0]
 
         def jac(x: Array) -> Any:
-            return ask("constraint", number, np.array(x))[1]
+            return self.at(np.array(x))[1]
 
         if isinstance(self.entry, Mapping):
             return {"type": self.entry["type"], "fun": fun, "jac": jac}
@@ -215,15 +158,15 @@ class Constraint:
         return changed
 
 
-def _constraint(objective: Objective, entry: Any) -> Constraint:
+def _constraint(problem: Problem, entry: Any) -> Constraint:
     if isinstance(entry, Mapping) and entry.get("type") in KINDS:
         if callable(entry.get("fun")):
             extra = tuple(entry.get("args", ()))
-            function = _Function(objective, entry["fun"], entry.get("jac"), extra)
+            function = _Function(problem, entry["fun"], entry.get("jac"), extra)
             return Constraint(entry, function, *KINDS[entry["type"]])
     elif callable(getattr(entry, "fun", None)):
         jac = entry.jac if callable(entry.jac) else None
-        function = _Function(objective, entry.fun, jac, ())
+        function = _Function(problem, entry.fun, jac, ())
         lower, upper = (np.asarray(v, np.float64) for v in (entry.lb, entry.ub))
         return Constraint(entry, function, lower, upper)
     elif hasattr(entry, "A"):
@@ -245,9 +188,9 @@ class _Function:
     """A user's function of the point, as one of a vector, with its Jacobian."""
 
     def __init__(
-        self, objective: Objective, fun: Any, jac: Any, extra: tuple[Any, ...]
+        self, problem: Problem, fun: Any, jac: Any, extra: tuple[Any, ...]
     ) -> None:
-        self._objective = objective
+        self._problem = problem
         self._fun = fun
         self._jac = jac
         self._extra = extra
@@ -268,10 +211,9 @@ class _Function:
         return value, np.reshape(slope, (len(value), len(x)))
 
     def _put(self, x: Array) -> tuple[Nest, ...]:
-        variables = self._objective.variables
-        vector = tf.constant(x, variables[0].dtype)
-        self._objective.assign(unravel(vector, variables))
-        return self._objective.arguments()
+        leaves = self._problem.leaves
+        vector = tf.constant(x, leaves[0].dtype)
+        return self._problem.arguments(unravel(vector, leaves))
 
     def _is_tensorflow(self, arguments: tuple[Nest, ...]) -> bool:
         if self._compiled is None:
@@ -280,7 +222,7 @@ class _Function:
                 return False
             self._compiled = jacobian(
                 self._vector,
-                wrt=None if arguments else self._objective.template,
+                wrt=None if arguments else self._problem.template,
                 has_aux=True,
             )
         return True
@@ -326,8 +268,8 @@ def _is_given(constraints: Any) -> bool:
     return constraints is not None and not is_empty
 
 
-def _flat_bounds(objective: Objective, bounds: Any) -> tuple[Array, Array]:
-    shapes = [tuple(variable.shape) for variable in objective.variables]
+def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
+    shapes: list[Any] = [tuple(leaf.shape) for leaf in problem.leaves]
     n = int(sum(np.prod(shape) for shape in shapes))
     pair: tuple[Any, Any]
     if bounds is None:
@@ -344,8 +286,8 @@ def _flat_bounds(objective: Objective, bounds: Any) -> tuple[Array, Array]:
             got=f"bounds={describe(bounds)}",
             hint="bounds=(0.0, None), or nests like the point: (lower, upper)",
         )
-    lower = _side(objective, pair[0], shapes, -np.inf, "lower")
-    upper = _side(objective, pair[1], shapes, np.inf, "upper")
+    lower = _side(problem, pair[0], shapes, -np.inf, "lower")
+    upper = _side(problem, pair[1], shapes, np.inf, "upper")
     if np.any(lower > upper):
         i = int(np.argmax(lower > upper))
         raise InvalidArgumentError(
@@ -361,30 +303,49 @@ def _column(pairs: list[Any], which: int) -> list[Any]:
 
 
 def _side(
-    objective: Objective, side: Any, shapes: list[Any], none: float, name: str
+    problem: Problem, side: Any, shapes: list[Any], none: float, name: str
 ) -> Array:
     """Return one side of the bounds as a vector; `none` where there is no bound."""
     n = int(sum(np.prod(shape) for shape in shapes))
     given = named_leaves(side, name)
-    paths = [path for path, _ in named_leaves(objective.template, name)]
+    paths = [path for path, _ in named_leaves(problem.template, name)]
     try:
         if [path for path, _ in given] == paths:
             pairs = zip(given, shapes, strict=True)
-            parts = [np.broadcast_to(_numbers(leaf), s) for (_, leaf), s in pairs]
-            flat = np.concatenate([np.ravel(part) for part in parts])
-        elif side is None or isinstance(side, numbers.Real):
-            flat = np.full(n, _numbers(side))
-        else:
-            flat = np.reshape(_numbers(side), (n,))
+            parts = [_fitted(leaf, shape, none) for (_, leaf), shape in pairs]
+            return np.concatenate([np.ravel(part) for part in parts])
+        if side is None or isinstance(side, numbers.Real):
+            return _fitted(side, (n,), none)
+        return np.reshape(_numbers(side, none), (n,))
+    except InvalidArgumentError:
+        raise
     except (TypeError, ValueError):
         raise InvalidArgumentError(
             "`bounds` must fit the point: numbers, None, or nests like it.",
             got=f"the {name} bound is {describe(side)}",
             hint=f"leaves of shapes {', '.join(map(str, shapes))}",
         ) from None
-    return np.where(np.isnan(flat), none, flat)
 
 
-def _numbers(leaf: Any) -> Array:
-    """Return numbers as an array, NaN for None."""
-    return np.asarray(leaf, dtype=np.float64)  # which reads None as NaN
+def _fitted(leaf: Any, shape: Any, none: float) -> Array:
+    """Return a bound for a leaf of that shape: one number, or one for each element."""
+    values = _numbers(leaf, none)
+    if values.size == 1 and values.ndim == 0:
+        return np.full(shape, values)
+    if values.shape != tuple(shape):
+        raise ValueError
+    return values
+
+
+def _numbers(leaf: Any, none: float) -> Array:
+    """Return numbers as an array, with `none` in place of None."""
+    given = np.asarray(leaf, dtype=object)
+    is_none = np.vectorize(lambda x: x is None, otypes=[bool])(given)
+    values = np.where(is_none, none, given).astype(np.float64)
+    if np.any(np.isnan(values)):
+        raise InvalidArgumentError(
+            "`bounds` must not be NaN.",
+            got=f"a bound of {describe(leaf)}",
+            hint="None, or an infinity, where there is no bound",
+        )
+    return values

@@ -18,7 +18,7 @@ def rosenbrock(x):
 
 
 def running():
-    return [t for t in threading.enumerate() if "_run" in t.name]
+    return [t for t in threading.enumerate() if "_work" in t.name]
 
 
 def test_steps_target_seconds_and_callback_end_it_as_they_do_others():
@@ -61,7 +61,7 @@ def test_variables_are_at_the_iterate_whenever_the_callback_looks():
     )
 
     assert all(seen)
-    np.testing.assert_allclose(x, [1, 1], atol=1e-6)
+    np.testing.assert_allclose(x, [1, 1], atol=1e-5)  # SciPy's own tolerance
 
 
 def test_the_objective_is_traced_once_and_evaluations_are_not_wasted():
@@ -124,7 +124,7 @@ def test_a_chain_hands_over_to_scipy_and_its_log_has_a_plain_name(tmp_path):
     [
         ({"method": "scipy:bfsg"}, "scipy:bfgs"),
         ({"method": "slsqp"}, "scipy:slsqp"),
-        ({"method": "lbfgs", "bounds": (0, 1)}, "knows no bounds(.|\n)*scipy:l-bfgs-b"),
+        ({"method": "newton", "bounds": (0, 1)}, "knows no bounds(.|\n)*'lbfgs'"),
         (
             {"method": "scipy:bfgs", "constraints": {"type": "eq", "fun": rosenbrock}},
             "knows no constraints(.|\n)*scipy:slsqp",

@@ -1,0 +1,314 @@
+"""The loop: packing, rules and methods of one's own, and what is compiled how often."""
+
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfgrad
+from tfgrad.optimize import loop, stopping
+from tfgrad.optimize.loop import GROUP, Packing
+from tfgrad.optimize.methods.protocol import Move
+from tfgrad.optimize.stopping import Rule
+
+
+def rosenbrock(x):
+    return tf.reduce_sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
+def test_a_nest_is_packed_in_few_tensors_and_comes_back():
+    nest = {
+        "numbers": [tf.constant(float(i)) for i in range(GROUP + 2)],
+        "flag": tf.constant(True),
+        "vector": tf.range(5.0),
+        "empty": (),
+    }
+    packing = Packing(nest)
+
+    packed = packing.pack(nest)
+    again = packing.unpack(packed)
+
+    assert len(packed) == 4  # two groups of numbers, the flag, the vector
+    tf.nest.assert_same_structure(again, nest)
+    for ours, theirs in zip(tf.nest.flatten(again), tf.nest.flatten(nest), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
+class SteepestDescent:
+    """A method of one's own, with a step of its own length."""
+
+    name = "steepest"
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def init(self, start):
+        return Move(start.x - self.rate * start.grad)
+
+    def update(self, new, old, state):
+        return Move(new.x - self.rate * new.grad)
+
+
+def test_a_rule_and_a_method_of_ones_own_need_no_other_line(monkeypatch):
+    half = Rule(
+        "halved",
+        "f has fallen to half of what it was, after {step} steps.",
+        lambda step: step.fun <= step.first / 2,
+        is_solution=True,
+    )
+    monkeypatch.setattr(stopping, "RULES", (*stopping.RULES, half))
+
+    result = tfgrad.minimize(
+        lambda x: tf.reduce_sum(x**2), np.ones(3), method=SteepestDescent(0.05)
+    )
+
+    assert (result.status, result.success) == ("halved", True)
+    assert (
+        result.message
+        == f"f has fallen to half of what it was, after {result.nit} steps."
+    )
+    assert result.history["fun"][-1] <= 1.5 < result.history["fun"][-2]
+    np.testing.assert_allclose(result.history["x"][1], 0.9)
+
+
+def test_two_methods_of_one_class_do_not_share_what_is_compiled():
+    slow, fast = (
+        tfgrad.minimize(rosenbrock, np.zeros(2), method=SteepestDescent(rate), steps=1)
+        for rate in (1e-3, 1e-4)
+    )
+
+    np.testing.assert_allclose(slow.x, 10 * np.asarray(fast.x))
+
+
+def test_the_update_of_a_method_is_compiled_once_for_all_functions(monkeypatch):
+    monkeypatch.setattr(loop, "KEPT", OrderedDict())
+    start = np.array([-1.2, 1.0])
+
+    first = tfgrad.minimize(lambda x: rosenbrock(x), start)
+    kept = dict(loop.KEPT)
+    second = tfgrad.minimize(lambda x: rosenbrock(x), start)
+    tfgrad.minimize(lambda x: tf.reduce_sum((x - 3) ** 2), start)
+
+    assert len(kept) == 1
+    assert kept == loop.KEPT
+    np.testing.assert_array_equal(first.history["fun"], second.history["fun"])
+
+
+def test_a_tf_function_is_traced_once_for_all_runs_and_a_plain_one_for_each():
+    traces = {"plain": 0, "tf": 0}
+    factor = 1.0
+
+    def plain(x):
+        traces["plain"] += 1
+        return factor * tf.reduce_sum((x - 1) ** 2)
+
+    @tf.function
+    def compiled(x):
+        traces["tf"] += 1
+        return tf.reduce_sum((x - 1) ** 2)
+
+    for method in ("lbfgs", "adam", "lbfgs"):
+        for f in (plain, compiled):
+            tfgrad.minimize(f, np.zeros(2), method=method, steps=5)
+    tfgrad.minimize(compiled, np.zeros(3), steps=5)  # another shape
+
+    assert traces == {"plain": 3, "tf": 2}
+
+
+def test_a_plain_function_is_never_answered_by_an_old_trace():
+    class Model:
+        centre = 1.0
+
+        def f(self, x):
+            return tf.reduce_sum((x - self.centre) ** 2)
+
+    model = Model()
+    tfgrad.minimize(model.f, [0.0])
+    model.centre = 5.0
+
+    np.testing.assert_allclose(tfgrad.minimize(model.f, [0.0]).x, [5.0], rtol=1e-5)
+
+
+@tf.function
+def with_slices(x):
+    return tf.reduce_sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
+def calls_with_slices(x):
+    return with_slices(x) + tf.reduce_sum(x[:1] * 0)
+
+
+COUNTING = """
+import pathlib, sys
+import numpy as np
+import tensorflow as tf
+import tfgrad
+from tests_of_loop import FUNCTIONS
+
+dump = pathlib.Path(sys.argv[1])
+for method in ("lbfgs", "newton", "sgd", "adam"):
+    for name, f in FUNCTIONS.items():
+        before = len(list(dump.glob("*before_optimizations.txt")))
+        options = {"steps": 300, "jit": True, "method": method}
+        result = tfgrad.minimize(f, np.full(4, -1.2), **options)
+        after = len(list(dump.glob("*before_optimizations.txt")))
+        print(method, name, after - before, result.nit)
+"""
+
+FUNCTIONS = {
+    "plain": rosenbrock,
+    "tf.function": with_slices,
+    "calls": calls_with_slices,
+}
+
+
+def test_xla_compiles_the_loop_once_for_every_method(tmp_path):
+    here = Path(__file__)
+    (tmp_path / "tests_of_loop.py").write_text(here.read_text())
+    dump = tmp_path / "xla"
+    flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
+    environment = {**os.environ, "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    root = here.parents[3]
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(tmp_path)])
+    command = [sys.executable, "-c", COUNTING, str(dump)]
+
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    )
+
+    counts = [line.split() for line in run.stdout.splitlines()]
+    assert len(counts) == 12
+    for *what, compiled, steps in counts:
+        assert int(compiled) == 1, what
+        assert int(steps) > 2
+
+
+@pytest.mark.parametrize(
+    "assertion",
+    [
+        lambda x: tf.debugging.assert_greater(x, 2.5),
+        lambda x: tf.debugging.check_numerics(tf.math.log(x - 2.5), "below 2.5"),
+    ],
+    ids=["assert_greater", "check_numerics"],
+)
+def test_an_assertion_of_the_users_is_heeded_however_long_the_run(assertion):
+    def f(x):
+        with tf.control_dependencies([assertion(x)]):
+            return x * x
+
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        tfgrad.minimize(f, 3.0, method="sgd", learning_rate=1e-4, steps=5000)
+
+
+def test_what_the_user_assigns_between_two_states_counts_in_the_next_step():
+    target = tf.Variable(1.0)
+    seen = []
+    states = tfgrad.descend(
+        lambda x: (x - target) ** 2, 0.0, method="sgd", learning_rate=0.1, steps=3
+    )
+    for state in states:
+        seen.append(float(state.x))
+        if state.step == 1:
+            target.assign(11.0)
+
+    np.testing.assert_allclose(seen, [0.0, 0.2, 2.36, 4.088], rtol=1e-6)
+
+
+def test_a_pure_method_begins_anew_where_the_user_has_changed_the_function():
+    target = tf.Variable([1.0, 2.0])
+
+    def callback(state):
+        if state.step == 2:
+            target.assign([-5.0, 7.0])
+
+    result = tfgrad.minimize(
+        lambda x: tf.reduce_sum((x - target) ** 4), [0.0, 0.5], callback=callback
+    )
+
+    np.testing.assert_allclose(result.x, [-5.0, 7.0], atol=0.05)
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_log_does_not_change_what_is_computed(logged, tmp_path):
+    count = tf.Variable(0)
+
+    def f(x):
+        count.assign_add(1)
+        return tf.reduce_sum(x**2)
+
+    log = tmp_path if logged else None
+    tfgrad.minimize(f, [3.0, 1.0], method="sgd", learning_rate=0.1, steps=30, log=log)
+
+    assert int(count) == 30
+
+
+def test_a_random_loss_goes_on_by_its_own_gradient():
+    def first(x):
+        return (x - 1) ** 2 + 0 * tf.random.uniform([])
+
+    def second(x):
+        return (x + 10) ** 2 + 0 * tf.random.uniform([])
+
+    options = {"method": "sgd", "learning_rate": 0.1, "steps": 1}
+    begun = tfgrad.minimize(first, 0.0, **options)
+    result = tfgrad.minimize(second, begun, steps=1)
+
+    assert float(result.x) == pytest.approx(0.2 - 0.1 * 2 * 10.2)
+
+
+def test_going_on_over_data_with_another_rate_counts_epochs_right():
+    x = np.linspace(-1, 1, 40).astype(np.float32)
+
+    def loss(p, batch):
+        return tf.reduce_mean((p * batch - 2 * batch) ** 2)
+
+    begun = tfgrad.minimize(loss, 0.0, data=x, epochs=3)
+    result = tfgrad.minimize(loss, begun, data=x, epochs=3, learning_rate=1e-6)
+
+    assert list(result.epochs["epoch"]) == [1, 2, 3, 4, 5, 6]
+    assert result.nit == len(result.history["fun"]) - 1 == 2 * begun.nit
+    assert float(result.x) == pytest.approx(float(begun.x), abs=1e-4)
+
+
+def test_rows_of_an_embedding_stay_sparse_and_are_those_of_the_dense_gradient():
+    table = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    rows = np.array([[1, 1, 7], [7, 30, 1]])
+
+    def trained(lookup):
+        weights = keras.Variable(table)
+
+        def loss(batch):
+            return tf.reduce_sum(lookup(weights.value, batch) ** 2)
+
+        tfgrad.minimize(
+            loss, wrt=weights, data=[rows[:1], rows[1:]], method="sgd", epochs=3,
+            learning_rate=0.1,
+        )  # fmt: skip
+        return weights.numpy()
+
+    sparse = trained(tf.gather)
+    dense = trained(lambda w, i: tf.tensordot(tf.one_hot(i, 50), w, 1))
+
+    np.testing.assert_allclose(sparse, dense, rtol=1e-5)
+
+
+def test_a_graph_that_stays_a_call_is_compiled_where_that_is_asked():
+    """A function with a repaired gradient is called; XLA compiles it as it is."""
+
+    def f(x):
+        labels = tf.nn.softmax(x)
+        loss = tf.nn.softmax_cross_entropy_with_logits(labels, x**2)
+        return loss + tf.reduce_sum(x**4)
+
+    start = np.array([0.3, 0.2, 0.5])
+    results = [tfgrad.minimize(f, start, jit=jit) for jit in (True, False)]
+
+    assert all(result.success for result in results)
+    np.testing.assert_allclose(results[0].x, results[1].x, atol=1e-5)

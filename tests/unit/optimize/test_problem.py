@@ -1,0 +1,133 @@
+"""How often the user's function is called by Python: at most twice, log or no log."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfgrad
+from tfgrad.derivatives.matrices import hvp
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import ravel
+from tfgrad.optimize.problem import Problem
+
+
+def well(x):
+    """A saddle at zero."""
+    return x[0] ** 2 - x[1] ** 2 + x[1] ** 4
+
+
+STARTS = {"anywhere": [1.0, 0.3], "a saddle": [0.0, 0.0]}
+
+METHODS = ["lbfgs", "newton", "adam", "scipy:newton-cg", "scipy:trust-exact"]
+
+
+@pytest.mark.parametrize("is_logged", [False, True], ids=["bare", "logged"])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_function_is_called_once_and_once_more_for_a_log(
+    method, start, is_logged, tmp_path
+):
+    calls = []
+
+    def f(x):
+        calls.append(x)
+        return well(x)
+
+    log = tmp_path if is_logged else None
+    x0 = np.array(STARTS[start])
+    result = tfgrad.minimize(f, x0, method=method, steps=20, log=log)
+
+    assert len(calls) == 1 + is_logged
+    assert np.isfinite(result.fun)
+
+
+def matrix():
+    return np.random.default_rng(1).normal(size=(4, 3))
+
+
+NORM = keras.layers.LayerNormalization(dtype="float64")
+NORM.build((4, 3))
+
+SMOOTH = {
+    "a sum": lambda x: tf.reduce_sum(x**3 * tf.sin(x)),
+    "rows": lambda x: tf.reduce_sum(tf.gather(x, [0, 0, 1]) ** 3),
+    "a branch": lambda x: tf.cond(x[0, 0] > 0, lambda: x[0, 1] ** 4, lambda: x[0, 2]),
+    "a scan": lambda x: tf.reduce_sum(tf.scan(lambda a, e: a * e + e, x)),
+    "a function": tf.function(lambda x: tf.reduce_sum(x**4)),
+}
+
+REPAIRED = {
+    "a normalisation": lambda x: tf.reduce_sum(NORM(x) ** 3),
+    "an entropy": lambda x: tf.reduce_sum(
+        tf.nn.softmax_cross_entropy_with_logits(tf.nn.softmax(x**2), x)
+    ),
+}
+
+TRACED_AGAIN = {"a scan", "a function", "an entropy"}  # with its mended formula within
+
+
+@pytest.mark.parametrize("name", SMOOTH | REPAIRED)
+def test_products_made_of_the_gradients_trace_are_those_of_hvp(name):
+    f = (SMOOTH | REPAIRED)[name]
+    calls = []
+
+    def counted(x):
+        calls.append(x)
+        return f(x)
+
+    problem = Problem(counted, matrix(), None, has_aux=False)
+    v = tf.constant(matrix()[::-1])
+    problem.evaluate(problem.start())
+    before = len(calls)
+    assert before == 1 + (name in TRACED_AGAIN)
+    product = problem.hvp(ravel(problem.start()), ravel([v]))
+
+    product = tf.reshape(product, v.shape)
+    np.testing.assert_allclose(product, hvp(f)(matrix(), v), rtol=1e-12, atol=1e-12)
+    assert len(calls) == before
+
+
+def test_a_frozen_layer_is_not_trained_where_variables_are_found():
+    layers = [keras.layers.Dense(3), keras.layers.Dense(1)]
+    net = keras.Sequential([keras.Input([2]), *layers])
+    layers[0].trainable = False
+    before = layers[0].get_weights()
+    x = np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32)
+
+    for method in ("lbfgs", "adam"):
+        tfgrad.minimize(lambda: tf.reduce_mean((net(x) - 1) ** 2), method=method,
+                        steps=5)  # fmt: skip
+
+    for ours, theirs in zip(layers[0].get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "newton", "scipy:bfgs"])
+def test_a_constraint_that_a_method_would_drop_is_refused(method):
+    w = tf.Variable(1.0, constraint=keras.constraints.NonNeg())
+
+    with pytest.raises(InvalidArgumentError, match=r"bounds=\(0, None\)"):
+        tfgrad.minimize(lambda: (w + 1) ** 2, wrt=w, method=method)
+
+    assert float(w) == 1.0
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "sgd"])
+def test_a_function_that_assigns_what_is_minimised_is_refused(method):
+    x = tf.Variable(3.0)
+
+    with pytest.raises(InvalidArgumentError, match="assigns to 'Variable"):
+        tfgrad.minimize(lambda: x.assign_add(1.0) ** 2, wrt=x, method=method)
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "newton", "adam", "scipy:bfgs"])
+def test_a_function_that_reads_nothing_of_what_is_minimised_is_refused(method):
+    v, w = tf.Variable(3.0), tf.Variable(1.0)
+
+    with pytest.raises(InvalidArgumentError, match="reads nothing of `wrt`"):
+        tfgrad.minimize(lambda: v * v, wrt=w, method=method)
+    with pytest.raises(InvalidArgumentError, match="reads nothing of its argument"):
+        tfgrad.minimize(lambda x: v * v, [1.0, 2.0], method=method)
+
+    assert (float(v), float(w)) == (3.0, 1.0)

@@ -1,0 +1,155 @@
+"""Hooks: what watches a run. The bar, the callback, Ctrl-C.
+
+TensorBoard and checkpoints are hooks, too, in files of their own.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
+
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import describe
+from tfgrad.optimize.history import Rows
+from tfgrad.optimize.options import ENDLESS
+
+if TYPE_CHECKING:
+    from tfgrad.optimize.driver import Driver
+
+WATCHED = 100
+"""Steps after each of which a callback is called; later on, after each chunk."""
+
+
+class Hook:
+    """What may watch a run; each method does nothing unless it is overridden."""
+
+    def limit(self, run: Driver) -> int:
+        """Return how many steps the next chunk may have at most."""
+        return ENDLESS
+
+    def open(self, run: Driver) -> None:
+        """Be called before anything is traced."""
+
+    def begin(self, run: Driver, rows: Rows) -> None:
+        """Be called where the run begins, with the rows until there."""
+
+    def rows(self, run: Driver, rows: Rows) -> None:
+        """Be called after each chunk, with its rows."""
+
+    def epoch(self, run: Driver, row: Mapping[str, Any]) -> None:
+        """Be called after each epoch, with its row."""
+
+    def flush(self) -> None:
+        """Wait until all that was handed over is on the disk."""
+
+    def end(self, run: Driver, error: BaseException | None) -> None:
+        """Be called at the end, whatever happened, with what was raised."""
+
+
+class ProgressBar(Hook):
+    """A bar that shows itself after a second, in terminals and notebooks."""
+
+    _bar: Any = None
+
+    def begin(self, run: Driver, rows: Rows) -> None:
+        """Make the bar."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about widgets that a notebook lacks
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(
+                total=run.planned, delay=1.0, disable=None, leave=False, unit="step"
+            )
+
+    def rows(self, run: Driver, rows: Rows) -> None:
+        """Move it."""
+        self._bar.update(run.step - self._bar.n)
+
+    def end(self, run: Driver, error: BaseException | None) -> None:
+        """Take it away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Callback(Hook):
+    """A function of the user's, called after each chunk; it may ask to stop.
+
+    Args:
+        function: Takes a `State`; returns something true, or raises `StopIteration`, to
+            stop.
+
+    Raises:
+        InvalidArgumentError: If it is no function.
+    """
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        """Check it."""
+        if not callable(function):
+            raise InvalidArgumentError(
+                "`callback` must be a function of a `State`.",
+                got=f"callback={describe(function)}",
+                hint="callback=lambda state: print(state.step, state.fun)",
+            )
+        self._function = function
+
+    def limit(self, run: Driver) -> int:
+        """Return 1 in the first steps."""
+        return 1 if run.step < WATCHED else ENDLESS
+
+    def rows(self, run: Driver, rows: Rows) -> None:
+        """Call the function; what it changes counts in the next step."""
+        if not len(rows):
+            return
+        try:
+            asks = bool(self._function(run.shown()))
+        except StopIteration:  # SciPy's way to say it
+            asks = True
+        if asks:
+            run.end("callback")
+        elif run.status is None:
+            run.refresh()
+
+
+class Interrupts(Hook):
+    """Ctrl-C: noted within the `with` block, and heeded between two chunks.
+
+    The first one ends the run, the second one raises at once. One that comes too late
+    to end the run raises `KeyboardInterrupt` where the block ends. Outside of the main
+    thread, where Python delivers no signal, nothing is done.
+    """
+
+    def __init__(self) -> None:
+        """Change nothing yet."""
+        self._caught = self._is_heeded = False
+        self._before: Any = None
+
+    def rows(self, run: Driver, rows: Rows) -> None:
+        """End the run if there was one."""
+        if self._caught and run.status is None:
+            run.end("interrupted")
+            self._is_heeded = True
+
+    def __enter__(self) -> Self:
+        """Take over the handler."""
+        self._before = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.getsignal(signal.SIGINT)
+            if self._before is not None:  # None: set by C code, and not ours to replace
+                signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the handler back; raise what was noted and not heeded."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+        if self._caught and not self._is_heeded and error[0] is None:
+            raise KeyboardInterrupt
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._caught:
+            raise KeyboardInterrupt
+        self._caught = True

@@ -1,0 +1,502 @@
+"""A run put away after some steps, and how another one goes on from there.
+
+A run goes on with a problem of the same structure and shapes whose function has the
+same value at the saved point, and with methods of the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.differences import EPSILONS
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import Nest, describe, named_leaves, unravel
+from tfgrad.optimize.chain import Chain, check_tells
+from tfgrad.optimize.history import History, Rows
+from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
+from tfgrad.optimize.options import Options
+from tfgrad.optimize.problem import Problem, is_open
+from tfgrad.optimize.result import OptimizeResult
+from tfgrad.optimize.solvers import State
+from tfgrad.optimize.solvers.optimizer import SIZE
+from tfgrad.optimize.stopping import RUNNING, rule_of
+
+if TYPE_CHECKING:
+    from tfgrad.optimize.driver import Driver
+
+UNFINISHED = frozenset({None, "interrupted", "stopped"})
+"""The statuses of a run that has not come to its end."""
+
+
+class Identity(NamedTuple):
+    """What has to be the same where a run goes on.
+
+    Attributes:
+        x: The leaves of the point, described.
+        has_aux: Whether the function returns aux values.
+        methods: The names of the methods.
+    """
+
+    x: tuple[str, ...]
+    has_aux: bool
+    methods: tuple[str, ...]
+
+
+class Outcome(NamedTuple):
+    """What came out: the value, the leaves of x, and those of the gradient."""
+
+    fun: Any
+    x: Sequence[tf.Tensor]
+    grad: Sequence[tf.Tensor]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A run after some steps.
+
+    Attributes:
+        identity: What the problem and the methods are.
+        limits: How far it was to go, see `limits_of`.
+        state: Where the solver was, without batches.
+        position: With data, the epochs that were over, and the batches since.
+        variables: The values of the solver's variables.
+        chain: The stages that were over, and the one at work.
+        history: The rows until there.
+        epochs: Those of the epochs that were over.
+        seconds: How long it took.
+        status: Why it ended; None while it goes on.
+        message: The same as a sentence.
+        success: Whether the point is a solution.
+        nit: How many steps were taken in all, once it has ended.
+        nfev: How often the function was evaluated, likewise.
+        directory: The name of the directory in which it was logged.
+        outcome: What came out; None while the run goes on.
+        options: How it was called; None if that was in another process.
+    """
+
+    identity: Identity
+    limits: list[Any]
+    state: State
+    position: tuple[int, int]
+    variables: Sequence[tf.Tensor]
+    chain: Chain
+    history: History
+    epochs: History
+    seconds: float
+    status: str | None = None
+    message: str = ""
+    success: bool = False
+    nit: int = 0
+    nfev: int = 0
+    directory: str | None = None
+    outcome: Outcome | None = None
+    options: Options | None = field(default=None, compare=False)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run came to an end of its own."""
+        return self.status not in UNFINISHED
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds: of the chain, no more than its counts."""
+        stages = [replace(stage, method=None) for stage in self.chain.stages]
+        return {**vars(self), "chain": replace(self.chain, stages=stages)}
+
+
+def identity_of(problem: Problem, chain: Chain) -> Identity:
+    """Return what has to be the same where the run goes on."""
+    template = problem.template
+    leaves = [] if is_open(template) else named_leaves(template, "x")
+    points = tuple(f"{name} of {_shape(leaf)}" for name, leaf in leaves)
+    return Identity(points, problem.has_aux, tuple(s.name for s in chain.stages))
+
+
+def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
+    """Return the start and the options with which to go on from a result.
+
+    What the call leaves out is as it was in the call that the result is of.
+
+    Raises:
+        InvalidArgumentError: If the result does not hold what that needs, or is a fit
+            and the call is not.
+    """
+    if result.state is None:
+        raise InvalidArgumentError(
+            "A result goes on if its method tells what it keeps from step to step.",
+            got="a result without `state`",
+            hint="minimize(f, result.x), which starts anew from there",
+        )
+    before = result.state.options
+    if options.method is None and isinstance(before.method, LevenbergMarquardt):
+        raise InvalidArgumentError(
+            "A fit goes on with its residuals, as it began.",
+            got="a result of `least_squares` for `minimize`, without `method`",
+            hint='least_squares(residuals, result), or method="lbfgs" from there',
+        )
+    rate = options.learning_rate
+    if options.method is None and rate is None:
+        rate = before.learning_rate
+    is_silent = options.method is None and options.bounds is None
+    merged = replace(
+        options,
+        wrt=before.wrt if options.wrt is None else options.wrt,
+        method=before.method if options.method is None else options.method,
+        learning_rate=rate,
+        bounds=before.bounds if is_silent else options.bounds,
+        has_aux=options.has_aux or before.has_aux,
+    )
+    return result.x if before.wrt is None else None, merged
+
+
+def check_same(there: Identity, here: Identity, what: str) -> None:
+    """Refuse to go on with another problem, naming what differs.
+
+    Raises:
+        InvalidArgumentError: If something differs.
+    """
+    pairs: Any = zip(Identity._fields, there, here, strict=True)
+    for name, theirs, ours in pairs:
+        if theirs == ours or () in (theirs, ours):
+            continue
+        if name == "x":
+            both = zip(theirs, ours, strict=False)
+            count = f"{len(theirs)} leaves", f"{len(ours)} leaves"
+            theirs, ours = next(((a, b) for a, b in both if a != b), count)
+        raise InvalidArgumentError(
+            f"{what} goes on with the problem that it is of.",
+            got=f"{name}: {theirs} before, {ours} now",
+            hint="the call as it was, or another directory to start anew",
+        )
+
+
+def check_value(now: Any, before: Any, history: History) -> None:
+    """Refuse another function: one of another value at the saved point.
+
+    Args:
+        now: The value at the point where the run goes on.
+        before: What it was.
+        history: The rows before: a difference counts beside the values in it.
+
+    Raises:
+        InvalidArgumentError: If they differ by more than rounding.
+    """
+    values = history.get("fun", np.zeros(0))
+    size = float(np.max(np.abs(values[np.isfinite(values)]), initial=0.0))
+    a, b = float(now), float(before)
+    epsilon = EPSILONS[tf.as_dtype(np.asarray(now).dtype)] ** 0.5
+    if (
+        a == b
+        or np.isnan(b)
+        or abs(a - b) <= epsilon * min(size, abs(b) + epsilon * size)
+    ):
+        return
+    raise InvalidArgumentError(
+        "A run goes on with the function that it began with.",
+        got=f"f = {a:.8g} at the point where it was {b:.8g}",
+        hint="minimize(f, result.x), or another directory for `checkpoint`",
+    )
+
+
+def check_shapes(saved: Sequence[Any], fresh: Sequence[Any]) -> None:
+    """Refuse tensors of other shapes or dtypes than a solver's own.
+
+    Raises:
+        InvalidArgumentError: If there are some.
+    """
+    theirs, ours = ([*map(_shape, tensors)] for tensors in (saved, fresh))
+    if theirs != ours:
+        pairs = [(a, b) for a, b in zip(theirs, ours, strict=False) if a != b]
+        there, here = pairs[0] if pairs else (len(theirs), len(ours))
+        raise InvalidArgumentError(
+            "A run goes on with the function and the method it began with.",
+            got=f"a tensor of {there} there, of {here} here",
+            hint="the call as it was, or minimize(f, result.x) to start anew",
+        )
+
+
+def _shape(leaf: Any) -> str:
+    tensor = leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
+    return describe(tensor)
+
+
+# --- going on ---
+
+
+def count_from(run: Driver, result: OptimizeResult) -> None:
+    """Let a run go on from a result: as it did, or from its point by other methods."""
+    saved: Saved = result.state
+    run.saved = saved
+    here = identity_of(run.problem, run.chain)
+    check_same(saved.identity._replace(methods=()), here, "A result")
+    if is_alike(run):
+        run.chain.go_on(saved.chain, result.nit)
+    else:
+        run.chain.first = result.nit
+    run.clock.go_on(result.seconds, counts_anew=True)
+    if run.training is not None and run.training.epochs is not None:
+        epochs = run.training.epochs + saved.position[0]
+        run.training = replace(run.training, epochs=epochs)
+
+
+def find(run: Driver, checkpoints: Any) -> None:
+    """Let a run go on from its newest checkpoint, if there is one.
+
+    Raises:
+        InvalidArgumentError: If it is of another problem, or the data of this one
+            cannot be gone through again.
+    """
+    check_tells(run.chain.stages)
+    if run.training is not None:
+        run.training.check_repeats()
+    saved = checkpoints.newest()
+    if saved is None:
+        return
+    here = identity_of(run.problem, run.chain)
+    check_same(saved.identity, here, str(checkpoints.path))
+    run.saved = saved
+    steps = run.chain.steps
+    run.chain.index, run.chain.first = saved.chain.index, saved.chain.first
+    run.chain.used, run.chain.taken = saved.chain.used, list(saved.chain.taken)
+    run.chain.steps = steps
+    run.clock.go_on(saved.seconds, counts_anew=False)
+    if saved.has_ended and saved.limits == limits_of(run):
+        _end_at_once(run, saved)
+
+
+def is_alike(run: Driver) -> bool:
+    """Return whether the methods of a run are those of what it goes on from."""
+    assert run.saved is not None
+    names = tuple(stage.name for stage in run.chain.stages)
+    return names == run.saved.identity.methods
+
+
+def go_on(run: Driver, saved: Saved, pulled: bool) -> tuple[State, Rows]:
+    """Return where a run goes on, and the rows until there.
+
+    Raises:
+        InvalidArgumentError: If its function is another one; nothing was changed.
+    """
+    run.problem.find() if run.training is None else None
+    with put_back_on_error(run.problem):
+        alike = is_alike(run)
+        if alike and not run.chain.stage.is_scipy:
+            state = _restored(run, saved, pulled)
+        else:
+            state = _begun_at(run, saved, pulled)
+    rows = Rows(saved.history)
+    if alike and len(rows):
+        last = saved.state.step + run.loop.solver.lag
+        rows = rows.part(rows.columns["step"] < int(last))
+    if saved.epochs:
+        run.record.epochs.append(Rows(saved.epochs))
+    return state, rows
+
+
+def _begun_at(run: Driver, saved: Saved, pulled: bool) -> State:
+    """Return where a method begins at the point where another one ended."""
+    x, before = _point_of(run, saved)
+    run.problem.restart(x)
+    run.make_loop(pulled, saved.position)
+    state, _ = run.loop.start()
+    if before is not None and not run.training and repeats(run.problem):
+        check_value(run.loop.solver.look(state).value, before, saved.history)
+    return state._replace(
+        step=tf.constant(saved.nit or int(saved.state.step)),
+        evaluations=(saved.nfev or saved.state.evaluations) + state.evaluations,
+        code=saved.state.code if _is_ended(run, saved) else state.code,
+    )
+
+
+def _restored(run: Driver, saved: Saved, pulled: bool) -> State:
+    """Return the state that was saved, if the function is the one it is of."""
+    there = saved.state
+    is_vector = isinstance(there.x, tf.Tensor) and there.x.shape.rank == 1
+    if is_vector:
+        shapes = run.problem.leaves
+        check_shapes([there.x], [tf.zeros(_size(shapes), there.x.dtype)])
+        run.problem.restart(unravel(there.x, shapes))
+    run.make_loop(pulled, saved.position)
+    solver = run.loop.solver
+    fresh, evaluation = solver.init()
+    leaves = tf.nest.flatten(there)
+    check_shapes(leaves, tf.nest.flatten(fresh._replace(batch=())))
+    check_shapes(saved.variables, solver.variables())
+    state: State = tf.nest.pack_sequence_as(fresh._replace(batch=()), leaves)
+    is_known = run.training is None and repeats(run.problem)
+    if is_vector and evaluation is not None:
+        if not is_known:  # the function is random: its value now is what counts
+            state = fresh._replace(step=there.step, evaluations=there.evaluations)
+        else:
+            check_value(evaluation.value, there.evaluation.value, saved.history)
+    _assign(solver.variables(), saved.variables)
+    if not is_vector and is_known and int(there.step):
+        _check_before(solver, there, saved)
+    if run.options.learning_rate is not None and hasattr(solver, "set_rate"):
+        solver.set_rate(run.options.learning_rate)
+    code = there.code if _is_ended(run, saved) else tf.constant(RUNNING)
+    return state._replace(code=code, batch=fresh.batch)
+
+
+def _check_before(solver: Any, there: State, saved: Saved) -> None:
+    """Refuse another function, by its value at the point before the last step."""
+    values = [v.read_value() for v in solver.moved]
+    _assign(solver.moved, [v.read_value() for v in solver.backup])
+    now = solver.look(there).value
+    _assign(solver.moved, values)
+    check_value(now, there.evaluation.value, saved.history)
+
+
+def _end_at_once(run: Driver, saved: Saved) -> None:
+    """Take the result of a run that has ended, if its function is this one."""
+    assert saved.outcome is not None
+    problem, outcome = run.problem, saved.outcome
+    problem.find(problem.example)
+    with put_back_on_error(problem):
+        problem.restart(outcome.x)
+        if run.training is None:
+            value = problem.evaluate(problem.start()).value
+            if repeats(problem):
+                check_value(value, outcome.fun, saved.history)
+    run.status = saved.status
+
+
+@contextlib.contextmanager
+def put_back_on_error(problem: Problem) -> Iterator[None]:
+    """Put the variables back to where they are, should the block raise."""
+    before = [variable.read_value() for variable in problem.variables]
+    try:
+        yield
+    except Exception:
+        _assign(problem.variables, before)
+        raise
+
+
+def repeats(problem: Problem) -> bool:
+    """Return whether f is known to have one value at one point."""
+    operations = problem.operations()
+    is_drawn = any("Random" in operation for operation in operations)
+    return bool(operations) and not is_drawn and not problem.written()
+
+
+# --- putting away ---
+
+
+def snapshot(run: Driver) -> Saved:
+    """Return the run as it is."""
+    solver, state = run.loop.solver, run.state
+    position = (0, 0)
+    if run.training is not None:
+        position = int(state.batch.epoch), int(state.batch.count)
+    tensors = tf.nest.map_structure(tf.convert_to_tensor, state._replace(batch=()))
+    return Saved(
+        identity=identity_of(run.problem, run.chain),
+        limits=limits_of(run),
+        state=tensors,
+        position=position,
+        variables=[variable.read_value() for variable in solver.variables()],
+        chain=replace(run.chain, taken=list(run.chain.taken)),
+        history=run.record.rows.columns(),
+        epochs=run.record.epochs.columns(),
+        seconds=run.clock.seconds(),
+        status=run.status,
+        directory=_logged_in(run),
+    )
+
+
+def with_outcome(run: Driver, saved: Saved) -> Saved:
+    """Return the same with what came out, and with how the run was called."""
+    solver = run.loop.solver
+    evaluation = run.state.evaluation
+    outcome = Outcome(
+        evaluation.value, solver.point(run.state), solver.gradient(evaluation)
+    )
+    status = run.status or ""
+    return replace(
+        saved,
+        status=run.status,
+        message=run.message(),
+        success=run.loop.succeeded or rule_of(status).is_solution,
+        outcome=outcome,
+        history=run.record.rows.columns(),
+        nit=run.step,
+        nfev=int(run.state.evaluations),
+        seconds=run.clock.seconds(),
+        directory=_logged_in(run),
+        options=None if solver.is_eager and solver.lag == 0 else _call_of(run),
+    )
+
+
+def result_of(run: Driver) -> OptimizeResult:
+    """Return the result of a run that has ended."""
+    saved = run.saved
+    assert saved is not None
+    assert saved.outcome is not None
+    history = Rows(run.record.rows.columns() or saved.history)
+    fun: Any = saved.outcome.fun
+    return OptimizeResult(
+        x=run.problem.pack(saved.outcome.x),
+        fun=fun.numpy(),
+        grad=run.problem.pack(saved.outcome.grad),
+        nit=saved.nit,
+        nfev=saved.nfev,
+        success=saved.success,
+        status=saved.status or "",
+        message=saved.message,
+        history={n: c for n, c in history.columns.items() if n != SIZE},
+        epochs=run.record.epochs.columns() or saved.epochs,
+        seconds=saved.seconds,
+        directory=run.directory,
+        state=saved if saved.options is not None else None,
+    )
+
+
+def limits_of(run: Driver) -> list[Any]:
+    """Return how far a run may go, the tolerances last: what JSON can hold."""
+    options = run.options
+    epochs = None if run.training is None else run.training.epochs
+    shares = [stage.steps for stage in run.chain.stages]
+    budgets = [run.chain.steps, shares, options.seconds, epochs]
+    return [*budgets, list(options.tolerances)]
+
+
+def _logged_in(run: Driver) -> str | None:
+    return None if run.directory is None else run.directory.name
+
+
+def _call_of(run: Driver) -> Options:
+    """Return how to call the run again, with the variables that were found."""
+    wrt = run.options.wrt
+    if wrt is None and not run.problem.takes_values:
+        wrt = run.problem.template
+    # What is large, or what no pickle takes, is to be given again.
+    again = ("data", "validation", "constraints", "log")
+    left_out: dict[str, Any] = dict.fromkeys(again)
+    return replace(run.options, wrt=wrt, checkpoint=None, **left_out)
+
+
+def _point_of(run: Driver, saved: Saved) -> tuple[Sequence[tf.Tensor], Any]:
+    """Return the leaves of the point where a run was, and the value there."""
+    if saved.outcome is not None:
+        return saved.outcome.x, saved.outcome.fun
+    x = unravel(saved.state.x, run.problem.leaves)
+    return x, saved.state.evaluation.value
+
+
+def _is_ended(run: Driver, saved: Saved) -> bool:
+    """Return whether what ended the run by itself ends it where it goes on, too."""
+    return is_alike(run) and list(saved.limits[-1]) == limits_of(run)[-1]
+
+
+def _size(leaves: Sequence[Any]) -> int:
+    return int(sum(leaf.shape.num_elements() for leaf in leaves))
+
+
+def _assign(variables: Sequence[tf.Variable], values: Sequence[tf.Tensor]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

@@ -1,0 +1,182 @@
+"""Solvers: what takes one step. One file for each kind of method.
+
+A step has three parts, so that a loop can run each where it is cheapest: `evaluate`
+knows the function and nothing of the method; `accept` says what becomes of the point
+that was evaluated; `move` goes on from there, unless a rule has ended the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import tensorflow as tf
+
+from tfgrad.optimize.problem import Evaluation
+
+NO_XLA = "no XLA"
+"""The key under which it is kept that XLA does not compute what the graph does."""
+
+
+class State(NamedTuple):
+    """Where a run is: all that a loop carries, a checkpoint stores and a result holds.
+
+    Attributes:
+        x: The current point, a vector `[n]`; empty where variables hold it.
+        evaluation: The function there, without what is not carried along.
+        memory: What the solver needs for the next step.
+        accepted: Whether the last evaluation was of a point that becomes current.
+        code: Why the run ended, see `stopping.code_of`; RUNNING while it goes on.
+        step: How many steps were taken.
+        evaluations: How often the function was evaluated.
+        expected: By how much the method expects f to fall yet; the dtype's largest
+            number if it does not say.
+        first: The value at the first point.
+        batch: With data, the batches at hand and how many were taken; else empty.
+    """
+
+    x: Any
+    evaluation: Evaluation
+    memory: Any
+    accepted: Any
+    code: Any
+    step: Any
+    evaluations: Any
+    expected: Any
+    first: Any
+    batch: Any = ()
+
+
+class Form(NamedTuple):
+    """How steps are run.
+
+    Attributes:
+        name: "calls" (a call of each part), "graph" or "xla" (one compiled loop).
+        evaluations: The number of evaluations from which on it is another form.
+    """
+
+    name: str
+    evaluations: int = 2**62
+
+
+class Solver(Protocol):
+    """A method at work on a problem.
+
+    Attributes:
+        name: What to call the method.
+        lag: How many steps were taken when a point that was accepted is recorded, less
+            those when it was evaluated: 1 for a trial, 0 for the current point.
+    """
+
+    name: str
+    lag: int
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether `accept` and `move` have to run outside of a trace."""
+
+    @property
+    def knows_solutions(self) -> bool:
+        """Whether the method says itself where a solution is: no rule is asked then."""
+
+    def kept(self) -> tuple[Any, Any]:
+        """Return a dict to keep compiled steps in, and what they depend on.
+
+        None in place of the dict says that they serve all functions.
+        """
+
+    def kept_with_f(self) -> tuple[Any, Any]:
+        """Return the same for what depends on the function, too."""
+
+    def for_xla(self) -> Solver | None:
+        """Return the solver in a form that XLA compiles once; None if there is none."""
+
+    def init(self) -> tuple[State, Evaluation | None]:
+        """Return where a run begins, and the evaluation of it, if it was made."""
+
+    def prepare(self, state: State) -> State:
+        """Return the state with what the next evaluation takes at hand."""
+
+    def inputs(self, state: State, limit: int) -> tuple[Any, ...]:
+        """Return what `move` takes besides, for a chunk of up to `limit` steps."""
+
+    def query(self, state: State) -> Any:
+        """Return what `evaluate` needs of the state."""
+
+    def evaluate(self, query: Any) -> Evaluation:
+        """Return the function at the point that comes next."""
+
+    def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
+        """Return what the history keeps of a point.
+
+        Args:
+            x: What `query` returned; None for the current point.
+            evaluation: The function there.
+        """
+
+    def named(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """Return the columns of rows with the names of leaves for those of a vector."""
+
+    def accept(self, state: State, evaluation: Evaluation) -> State:
+        """Return the state with the point that was evaluated as the current one."""
+
+    def way(self, old: State, new: State) -> tuple[list[Any], list[Any]]:
+        """Return the current point and the one before, leaf by leaf."""
+
+    def move(
+        self, old: State, new: State, evaluation: Evaluation, *inputs: Any
+    ) -> State:
+        """Go on from the current point, unless the code of `new` ends the run."""
+
+    def has_next(self, state: State) -> Any:
+        """Return whether there is something to evaluate next, shape `[]`."""
+
+    def settle(self, state: State) -> None:
+        """Put the user's variables to the current point."""
+
+    def recover(self, state: State) -> tuple[State, str]:
+        """Go back from a point that is not finite; return also what made it so."""
+
+    def escape(self, state: State) -> tuple[State, Evaluation | None]:
+        """Leave a point that may be a maximum or a saddle, if it is one.
+
+        Returns:
+            The state that goes on beside it, and the evaluation there; or the same
+            state, and None.
+        """
+
+    def finish(self, state: State) -> tuple[State, Evaluation | None]:
+        """Do what is due at the end of the run.
+
+        Returns:
+            The state, and the evaluation of its point if the history lacks it.
+        """
+
+    def look(self, state: State) -> Evaluation:
+        """Return the function at the current point, where f leaves what it writes."""
+
+    def refresh(self, state: State) -> State:
+        """Return the state for what f reads now: a user may have changed it."""
+
+    def point(self, state: State) -> list[tf.Tensor]:
+        """Return the leaves of the current point."""
+
+    def gradient(self, evaluation: Evaluation) -> list[tf.Tensor]:
+        """Return the leaves of the gradient of an evaluation, without a loss scale."""
+
+    def variables(self) -> list[tf.Variable]:
+        """Return the variables that belong to where the run is."""
+
+    def why(self, state: State) -> tuple[str, str] | None:
+        """Return the method's own status and sentence, if it gave up and has some."""
+
+    def form(self, state: State, planned: int, jit: bool | str) -> Form:
+        """Return how the next steps are run.
+
+        Args:
+            state: Where the run is.
+            planned: How many steps there will be in all, at most.
+            jit: As for `minimize`.
+        """
+
+    def close(self) -> None:
+        """Give back what the run has borrowed."""

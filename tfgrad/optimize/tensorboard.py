@@ -1,0 +1,404 @@
+"""A run in TensorBoard: what a minimiser wants to see, without asking for it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tfgrad.errors import InvalidArgumentError, RunError, TfgradError
+from tfgrad.nested import named_leaves
+from tfgrad.optimize.cards import point_text, problem_card, result_card
+from tfgrad.optimize.epochs import STEPS
+from tfgrad.optimize.history import Rows
+from tfgrad.optimize.hooks import Hook
+from tfgrad.optimize.options import ENDLESS
+from tfgrad.optimize.problem import SMALL, Problem
+from tfgrad.optimize.resume import UNFINISHED
+from tfgrad.optimize.solvers.optimizer import SIZE
+from tfgrad.runs.directory import check
+from tfgrad.runs.guard import Guard
+from tfgrad.runs.run import Run
+from tfgrad.runs.values import UniqueNames
+
+if TYPE_CHECKING:
+    from tfgrad.optimize.driver import Driver
+
+TAGS = {
+    "fun": "loss",
+    "grad_max": "gradient/max_norm",
+    "step_length": "step/length",
+    "step_size": "step/size",
+}
+"""What TensorBoard calls a column; others keep their name, with slashes for
+brackets."""
+
+EVERY_STEP = 100_000
+"""Steps up to which each is written; from here on every second, from twice as many on
+every fourth ... A million steps are 263,000 rows, some fifty megabytes."""
+
+CHUNKS = 20
+"""In how many chunks, at least, a run of many parameters is cut: the distribution of
+the parameters is written so often, and at most twice that."""
+
+QUEUE = 4
+"""Chunks that may wait to be written: the first steps are all written, later ones not,
+so that a loop faster than its log need not wait for it."""
+
+Leaves = Sequence[Any]
+"""Arrays or tensors, one for each variable."""
+
+
+def check_log(log: Run | str | PathLike[str] | None) -> None:
+    """Refuse a log that cannot be written, before anything is traced or written."""
+    if isinstance(log, Run):
+        log.check_open()
+    elif log is not None:
+        check(log)
+
+
+class TensorBoard(Hook):
+    """Writes a run: to a directory of its own, or to one that the user opened.
+
+    A chunk is written by a thread while the next one runs. A disk that refuses ends the
+    log with a warning, not the minimisation.
+
+    Args:
+        log: A directory, in which the run gets one named after the method, or an open
+            run, which stays open.
+    """
+
+    def __init__(self, log: Run | str | PathLike[str]) -> None:
+        """Write nothing yet."""
+        self._log = log
+        self._run: Run | None = None
+        self._is_resumed = False
+        self._guard = Guard("The optimisation")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tfgrad-log")
+        self._pending: list[Future[None]] = []
+        self._last: Rows | None = None
+        self._last_histogram = -1
+        self._names: list[str] = []
+        self._plan = 0, 1  # steps in all, and from one point of the log to the next
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the run is written."""
+        return None if self._run is None else self._run.directory
+
+    def limit(self, run: Driver) -> int:
+        """Return how many steps there are to the next distributions of parameters.
+
+        They are at steps that the clock has no part in, so that a run which is resumed
+        writes those again that it supersedes.
+        """
+        gap = self._gap(run.step)
+        return gap - run.step % gap if self._names else ENDLESS
+
+    def begin(self, run: Driver, rows: Rows) -> None:
+        """Open the run; write the problem and the rows that it lacks."""
+        steps = STEPS if run.planned is None else run.planned
+        self._plan = steps, int(run.options.every)
+        self._open(run)
+        if self._run is None:
+            return
+        problem = run.problem
+        count = sum(leaf.shape.num_elements() for leaf in problem.leaves)
+        self._names = _leaf_names(problem) if count > SMALL else []
+        first = self._run.first_step
+        if not self._is_resumed or first == 0:
+            self._write_problem(run)
+        rows = Rows(run.record.rows.columns())
+        if len(rows):
+            rows = Rows({**rows.columns, "time": _wall_times(rows)})
+            count = int(np.searchsorted(rows.columns["step"], first))
+            if count:
+                self._submit(self._remember, rows.part(slice(count)))
+            # The first row has no step that led to it, and so a column less.
+            for part in (slice(count, count + 1), slice(count + 1, None)):
+                self._submit(self._take, rows.part(part))
+        epochs = run.record.epochs.columns()
+        for values in zip(*epochs.values(), strict=True):
+            row = dict(zip(epochs, values, strict=True))
+            if row["step"] >= first:
+                self.epoch(run, row)
+        self._submit_histograms(run)
+
+    def rows(self, run: Driver, rows: Rows) -> None:
+        """Write rows in the background, after the ones before."""
+        if self._run is not None and len(rows):
+            timed = Rows({**rows.columns, "time": _wall_times(rows)})
+            self._submit(self._take, timed)
+            self._submit_histograms(run)
+
+    def epoch(self, run: Driver, row: Mapping[str, Any]) -> None:
+        """Write the row of an epoch, at the step that ended it."""
+        if self._run is None:
+            return
+        columns = {name: np.asarray(v)[None] for name, v in row.items()}
+        step = int(columns.pop("step")[0])
+        del columns["epoch"]
+        scalars = dict(_curves(columns))
+        tagged = {f"epoch/{tag}": column[0] for tag, column in scalars.items()}
+        self._submit(self._run.log, step, tagged)
+
+    def flush(self) -> None:
+        """Wait until all rows are in the file: do so before a checkpoint is saved.
+
+        Else a run that is killed then, and resumed there, has a gap in its curves.
+        """
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def end(self, run: Driver, error: BaseException | None) -> None:
+        """Write what is left, and close the run if it is not the user's."""
+        if self._run is None:
+            self._thread.shutdown()
+            return
+        history = Rows(run.record.rows.columns())
+        if len(history):  # the row of the last point
+            last = history.part(slice(-1, None))
+            self._submit(self._take, Rows({**last.columns, "time": _wall_times(last)}))
+        self.flush()
+        self._thread.shutdown()
+        is_own = not isinstance(self._log, Run)
+        is_to_be_resumed = run.options.checkpoint is not None
+        if error is not None or (is_to_be_resumed and run.status in UNFINISHED):
+            write = self._run.close if is_own else self._run.describe
+            self._guard(write, status=run.status if error is None else "failure")
+            return
+        result = self._result(run)
+        if self._last is not None:
+            if not self._is_kept(self._last)[0]:
+                self._guard(self._write_rows, self._last)
+            self._guard(self._write_result, run.status or "", result, history)
+        if self._guard.is_lost and is_own:
+            with contextlib.suppress(TfgradError, OSError):  # the first one was told
+                self._run.close("failure")
+        elif is_own:
+            self._guard(self._run.close, run.status, **result)
+        else:
+            self._guard(self._run.describe, status=run.status, result=result)
+
+    def _result(self, run: Driver) -> dict[str, Any]:
+        evaluation = run.state.evaluation
+        return {
+            "x": run.problem.pack(run.loop.solver.point(run.state)),
+            "fun": float(evaluation.value),
+            "grad_max": float(evaluation.grad_max),
+            "nit": run.step,
+            "nfev": int(run.state.evaluations),
+            "message": run.message(),
+        }
+
+    def _open(self, run: Driver) -> None:
+        """Open the run, the one of a checkpoint again; without room, warn."""
+        try:
+            if isinstance(self._log, Run):
+                self._run = self._log
+            elif (resumed := self._resumed(run)) is not None:
+                self._is_resumed = True
+                self._run = Run(resumed, _given(run), resume_from=run.step)
+            else:
+                self._run = Run(Path(self._log) / run.chain.name, _given(run))
+        except RunError as error:
+            number = getattr(error.__cause__, "errno", None)
+            if number not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            warnings.warn(
+                f"The optimisation goes on without its log. {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _resumed(self, run: Driver) -> Path | None:
+        """Return the directory in which a checkpoint's run was logged, if it is there.
+
+        Only its name is saved, so that logs may be moved.
+        """
+        saved = run.saved
+        is_from_disk = saved is not None and saved.options is None
+        if saved is None or not is_from_disk or saved.directory is None:
+            return None
+        path = Path(str(self._log)) / saved.directory
+        return path if path.is_dir() and not saved.has_ended else None
+
+    # --- what is written ---
+
+    def _write_problem(self, run: Driver) -> None:
+        assert self._run is not None
+        problem = run.problem
+        start = problem.pack(run.loop.solver.point(run.state))
+        facts = {**_given(run), "start": point_text(start)}
+        if curves := _thinning(*self._plan):
+            facts["curves"] = curves
+        self._guard(self._run.describe, **facts)
+        self._guard(self._run.text, "problem", problem_card(problem.f, facts))
+        self._guard(self._write_graph, problem, run.loop.solver.point(run.state))
+
+    def _write_graph(self, problem: Problem, x: Leaves) -> None:
+        assert self._run is not None
+        arguments = problem.arguments(list(x), problem.example)
+        with contextlib.suppress(InvalidArgumentError):  # it runs eagerly: no graph
+            self._run.graph(problem.f, *arguments)
+
+    def _remember(self, rows: Rows) -> None:
+        """Take note of rows that are in the run already."""
+        self._last = rows.part(slice(-1, None))
+
+    def _take(self, rows: Rows) -> None:
+        """Write those of the rows that are to be kept."""
+        if self._last is not None:
+            rows = rows.part(rows.columns["step"] > self._last.columns["step"][-1])
+        if not len(rows):
+            return
+        points = _points(rows)
+        if points.size and self._last is not None:
+            way = np.diff(np.concatenate([_points(self._last), points]), axis=0)
+            rows.columns["step_length"] = np.linalg.norm(way, axis=1)
+        self._last = rows.part(slice(-1, None))
+        self._write_rows(rows.part(self._is_kept(rows)))
+
+    def _write_rows(self, rows: Rows) -> None:
+        if len(rows):
+            assert self._run is not None
+            columns = rows.columns
+            scalars = dict(_scalars(rows))
+            self._run.log_history(scalars, columns["step"], columns["time"])
+
+    def _is_kept(self, rows: Rows) -> np.ndarray[Any, Any]:
+        """Return whether each row is written; its step alone decides."""
+        points = rows.columns["step"] / self._plan[1]
+        doublings = np.ceil(np.log2(np.maximum(points / EVERY_STEP, 1.0)))
+        return np.asarray(points % 2 ** doublings.astype(np.int64) == 0)
+
+    def _gap(self, step: int) -> int:
+        """Return the steps between distributions, more of them beyond the plan."""
+        doublings = math.ceil(math.log2(max(step / self._plan[0], 1)))
+        return max(1, self._plan[0] // CHUNKS) * 2**doublings
+
+    def _submit_histograms(self, run: Driver) -> None:
+        is_due = self._names and run.step % self._gap(run.step) == 0
+        if is_due and run.step > self._last_histogram:
+            self._last_histogram = run.step
+            solver = run.loop.solver
+            evaluation = solver.look(run.state)
+            leaves = solver.point(run.state), solver.gradient(evaluation)
+            point, gradient = ([np.asarray(x) for x in part] for part in leaves)
+            self._submit(self._write_histograms, run.step, point, gradient)
+
+    def _write_histograms(self, step: int, point: Leaves, gradient: Leaves) -> None:
+        assert self._run is not None
+        for name, x, slope in zip(self._names, point, gradient, strict=True):
+            self._run.histogram(f"parameters/{name}", x, step)
+            self._run.histogram(f"gradients/{name}", slope, step)
+
+    def _write_result(
+        self, status: str, result: Mapping[str, Any], history: Rows
+    ) -> None:
+        assert self._run is not None
+        step, seconds = result["nit"], float(history.columns["seconds"][-1])
+        counts = {"result/evaluations": result["nfev"], "result/seconds": seconds}
+        self._run.log(step, counts)
+        shown = {**result, "x": point_text(result["x"]), "seconds": seconds}
+        self._run.text("result", result_card(status, shown), step)
+
+    # --- the thread ---
+
+    def _submit(self, write: Callable[..., None], *args: Any) -> None:
+        while len(self._pending) >= QUEUE:
+            self._pending.pop(0).result()
+        self._pending.append(self._thread.submit(self._guard, write, *args))
+
+
+def _given(run: Driver) -> dict[str, Any]:
+    """Return what the log says about how a function is minimised."""
+    options = run.options
+    facts = {
+        "problem": run.problem.name,
+        "learning_rate": options.learning_rate,
+        "steps": None if run.chain.total >= ENDLESS else run.chain.total,
+        **({} if run.training is None else run.training.facts()),
+        **options.tolerances._asdict(),
+        "jit": options.jit,
+    }
+    given = {name: value for name, value in facts.items() if value is not None}
+    return {**given, "method": run.chain.name}
+
+
+def _thinning(steps: int, every: int) -> str:
+    """Return which of the planned steps are written; "" if all are.
+
+    >>> _thinning(1000, 1), _thinning(1000, 10)
+    ('', 'every 10 steps; the history of the result has all')
+    """
+    most = EVERY_STEP * every
+    if every == 1 and steps <= most:
+        return ""
+    text = "every step" if every == 1 else f"every {every} steps"
+    if steps > most:
+        text += f" up to {most:,}, then half as often, from {2 * most:,} on a quarter"
+        text += " as often, and so on"
+    return f"{text}; the history of the result has all"
+
+
+def _leaf_names(problem: Problem) -> list[str]:
+    """Return a name for the histograms of each variable."""
+    unique = UniqueNames()
+    if problem.takes_values:
+        paths = [path for path, _ in named_leaves(problem.template, "x")]
+        return [unique.take(_as_tag(path)) for path in paths]
+    names = (getattr(v, "path", v.name.removesuffix(":0")) for v in problem.owners)
+    return [unique.take(name) for name in names]
+
+
+def _as_tag(name: str) -> str:
+    """Return the name of a leaf as a tag.
+
+    >>> _as_tag("x['w'][0]")
+    'x/w/0'
+    """
+    return re.sub(r"[\[\].']+", "/", name).strip("/")
+
+
+def _points(rows: Rows) -> np.ndarray[Any, Any]:
+    """Return the points of the rows, shape `[rows, parameters that they hold]`."""
+    columns = [c for name, c in rows.columns.items() if re.match(r"x\b", name)]
+    empty = np.empty([len(rows), 0])
+    return np.concatenate([empty, *(c.reshape(len(c), -1) for c in columns)], axis=1)
+
+
+def _scalars(rows: Rows) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Yield (tag, array of shape [rows]) for each number that a row holds."""
+    skipped = ("step", "seconds", "time", SIZE)
+    columns = {n: c for n, c in rows.columns.items() if n not in skipped}
+    yield from _curves(columns)
+    with np.errstate(divide="ignore"):  # of a gradient that is zero, it is -inf
+        yield "gradient/log10_max_norm", np.log10(columns["grad_max"])
+
+
+def _curves(
+    columns: Mapping[str, np.ndarray[Any, Any]],
+) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    for name, column in columns.items():
+        tag = TAGS.get(name) or _as_tag(name)
+        if column.ndim == 1:
+            yield tag, column
+            continue
+        for index in np.ndindex(column.shape[1:]):
+            yield f"{tag}/{'_'.join(map(str, index))}", column[:, *index]
+
+
+def _wall_times(rows: Rows) -> np.ndarray[Any, Any]:
+    seconds = rows.columns["seconds"]
+    return np.asarray(time.time() - (seconds[-1:] - seconds))
