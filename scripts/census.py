@@ -122,7 +122,9 @@ def main() -> None:
         functions, files, depth = passed(call)
         print(f"{name}: {functions} functions in {files} files, {depth} deep")
     most = classes()
-    print("most methods:", *most[-1:], "most attributes:", max(c[1:] for c in most))
+    methods, _, name = most[-1]
+    attributes, other = max(each[1:] for each in most)
+    print(f"most methods: {name}, {methods}; most attributes: {other}, {attributes}")
     for folder in (ROOT, ROOT / "optimize"):
         files, count = lines(folder)
         print(f"{folder.name}: {count} lines in {files} files")
