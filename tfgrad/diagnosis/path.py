@@ -143,26 +143,33 @@ def _arriving(
     reached = {tensor.ref() for tensor in outputs}
     for op in reversed(operations):
         if any(tensor.ref() in reached for tensor in results(op)):
-            reached.update(
-                tensor.ref()
-                for tensor in op.inputs
-                if tensor.ref() in arrives and not _is_cut_inside(op, tensor, leads)
-            )
+            inputs = [tensor for tensor in op.inputs if tensor.ref() in arrives]
+            reached |= _passed_to(op, inputs, leads)
     return arrives & reached
 
 
-def _is_cut_inside(op: tf.Operation, tensor: tf.Tensor, leads: Container[Any]) -> bool:
-    """Return whether no function that `op` runs passes a gradient on to its input."""
+def _passed_to(
+    op: tf.Operation, inputs: Sequence[tf.Tensor], leads: Container[Any]
+) -> set[Any]:
+    """Return the refs of those inputs that what `op` runs passes a gradient on to."""
+    refs = {tensor.ref() for tensor in inputs}
+    if not refs or not bodies(op):
+        return refs
+    passed: set[Any] = set()
     for body in bodies(op):
         pairs = zip(op.outputs, body.outputs, strict=False)
         outputs = [inner for outer, inner in pairs if outer.ref() in leads]
         if any(inner.dtype == tf.variant for inner in outputs):
-            return False  # gradients of lists arrive where they are taken apart
+            return refs  # gradients of lists arrive where they are taken apart
+        # Once for all inputs: it builds gradients, and a body may have hundreds.
         inside = _arriving(body, outputs, leading_to(body, outputs, blocks))
         inside |= {inner.ref() for inner in outputs}
-        if any(t.ref() in inside for t in counterparts(op, body, {tensor.ref()})):
-            return False
-    return bool(bodies(op))
+        passed |= {
+            ref
+            for ref in refs
+            if any(t.ref() in inside for t in counterparts(op, body, {ref}))
+        }
+    return passed
 
 
 def _traced_cuts(

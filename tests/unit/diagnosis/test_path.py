@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfgrad.diagnosis import path
 from tfgrad.diagnosis.path import missing_gradients
 from tfgrad.diagnosis.report import no_gradient_error
 
@@ -133,3 +134,24 @@ def test_the_error_names_function_argument_op_line_and_remedy():
     assert "tf.round at test_path.py:" in error.got
     assert "`return tf.round(x)`" in error.got
     assert error.hint.startswith("x + tf.stop_gradient(tf.round(x) - x)")
+
+
+def test_the_gradients_of_a_body_are_built_once_for_all_inputs(monkeypatch):
+    built = []
+    connected = path.connected
+
+    def counted(*arguments):
+        built.append(arguments)
+        return connected(*arguments)
+
+    monkeypatch.setattr(path, "connected", counted)
+
+    def either(*parts):
+        return tf.cond(
+            parts[0] > 0, lambda: tf.add_n(parts), lambda: tf.add_n(parts[1:])
+        )
+
+    cuts = missing_gradients(either, [X] * 5)
+
+    assert cuts == [None] * 5
+    assert len(built) == 3  # outside, and in each branch
