@@ -82,26 +82,18 @@ def grad(
     """
     require_bool(has_aux=has_aux, verify=verify)
 
-    def body(call: Call) -> tuple[Any, Ladder]:
-        recording = Recording(objective(has_aux), call, has_aux=has_aux)
-        answer = call.pack(recording.gradients())
-        ladder = [recording.outputs]
-        return ((answer, recording.aux) if has_aux else answer), ladder
+    def answer(recording: Recording, gradient: Nest) -> Any:
+        return (gradient, recording.aux) if has_aux else gradient
 
-    def slopes(
-        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
-    ) -> list[float]:
-        gradient = it.answer[0] if has_aux else it.answer
-        return [float(weights[0][0]) * inner(tf.nest.flatten(gradient), v)]
-
-    return transform(
+    return _gradient_transform(
         f,
-        body,
+        answer,
+        lambda answer: answer[0] if has_aux else answer,
+        has_aux=has_aux,
+        verify=verify,
         argnums=argnums,
         wrt=wrt,
         jit=jit,
-        slopes=slopes if verify else None,
-        opens=True,
     )
 
 
@@ -150,25 +142,54 @@ def value_and_grad(
     """
     require_bool(has_aux=has_aux, verify=verify)
 
+    def answer(recording: Recording, gradient: Nest) -> Any:
+        value = (recording.output, recording.aux) if has_aux else recording.output
+        return value, gradient
+
+    return _gradient_transform(
+        f,
+        answer,
+        lambda answer: answer[1],
+        has_aux=has_aux,
+        verify=verify,
+        argnums=argnums,
+        wrt=wrt,
+        jit=jit,
+    )
+
+
+def _gradient_transform(
+    f: Callable[..., Any],
+    answer_with: Callable[[Recording, Nest], Any],
+    gradient_in: Callable[[Any], Nest],
+    *,
+    has_aux: bool,
+    verify: bool,
+    **options: Any,
+) -> Callable[..., Any]:
+    """Return the transform that answers with the gradient, and what goes with it.
+
+    Args:
+        f: The function.
+        answer_with: From the evaluation and the gradient to the answer.
+        gradient_in: From the answer back to the gradient.
+        has_aux: `f` returns `(value, aux)`.
+        verify: Compare the first answer with differences.
+        **options: As for `transform`.
+    """
+
     def body(call: Call) -> tuple[Any, Ladder]:
         recording = Recording(objective(has_aux), call, has_aux=has_aux)
-        value = (recording.output, recording.aux) if has_aux else recording.output
-        return (value, call.pack(recording.gradients())), [recording.outputs]
+        gradient = call.pack(recording.gradients())
+        return answer_with(recording, gradient), [recording.outputs]
 
     def slopes(
         it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
     ) -> list[float]:
-        return [float(weights[0][0]) * inner(tf.nest.flatten(it.answer[1]), v)]
+        gradient = gradient_in(it.answer)
+        return [float(weights[0][0]) * inner(tf.nest.flatten(gradient), v)]
 
-    return transform(
-        f,
-        body,
-        argnums=argnums,
-        wrt=wrt,
-        jit=jit,
-        slopes=slopes if verify else None,
-        opens=True,
-    )
+    return transform(f, body, slopes=slopes if verify else None, opens=True, **options)
 
 
 @not_converted
