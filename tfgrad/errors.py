@@ -24,6 +24,10 @@ class TfgradError(Exception):
         hint: The next thing to type.
     """
 
+    # Within a tf.function, AutoGraph replaces exceptions that it does not know by a
+    # StagingError, unless they have this attribute.
+    ag_pass_through = True
+
     def __init__(self, rule: str, *, got: str, hint: str) -> None:
         """Compose the message out of its three parts."""
         super().__init__(f"{rule}\n  got: {got}\n  try: {hint}")

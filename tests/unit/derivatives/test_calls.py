@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfgrad.derivatives.calls import Call, transform
 from tfgrad.derivatives.matrices import hvp
 from tfgrad.derivatives.reverse import grad, value_and_grad
-from tfgrad.errors import InvalidArgumentError
+from tfgrad.errors import InvalidArgumentError, NoGradientError
 
 Line = collections.namedtuple("Line", "slope offset")
 
@@ -264,3 +264,14 @@ def test_a_body_inside_of_another_trace_adds_no_call():
 
     types = {op.type for op in traced.graph.get_operations()}
     assert not types & {"PartitionedCall", "StatefulPartitionedCall"}
+
+
+def test_an_error_keeps_its_class_in_a_function_that_autograph_converts():
+    @tf.function
+    def slope(x):
+        if x > 0:  # converted to tf.cond
+            return grad(tf.round)(x)
+        return x
+
+    with pytest.raises(NoGradientError, match=r"round"):
+        slope(tf.constant(1.0))
