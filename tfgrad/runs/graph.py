@@ -23,12 +23,7 @@ from tfgrad.runs.values import UniqueNames
 LAYERS = "graph_keras_model"
 """By this name the Graphs plugin finds a model of layers, its "conceptual graph"."""
 
-_LABELS = {
-    "If": ["then", "else"],
-    "StatelessIf": ["then", "else"],
-    "While": ["body", "cond"],
-    "StatelessWhile": ["body", "cond"],
-}
+_LABELS = {"If": ["then", "else"], "While": ["body", "cond"]}
 """What the bodies of a conditional or a loop are called."""
 
 _LARGEST_CONSTANT = 1024
@@ -223,8 +218,9 @@ class _Flat:
         self._nodes[path, op.name] = node
         for i, output in enumerate(op.outputs):
             self._tensors[path, output.ref()] = f"{name}:{i}"
-        labels = _LABELS.get(op.type, [f"branch_{i}" for i in range(len(inside))])
-        if op.type.endswith("While"):
+        kind = op.type.removeprefix("Stateless")
+        labels = _LABELS.get(kind, [f"branch_{i}" for i in range(len(inside))])
+        if kind == "While":
             inside = [*inside, condition(op)]
         passed = len(inside[0].inputs) if inside else 0
         own = list(op.inputs)[: len(op.inputs) - passed]

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.runs.tensorboard import require
-from tfgrad.runs.values import as_array, check_tag
+from tfgrad.runs.values import REAL_KINDS, any_array, check_tag
 
 LAYOUT = "custom_scalars__config__"
 """Where the Custom Scalars plugin looks for the charts of a run."""
@@ -32,7 +32,14 @@ def to_buckets(values: Any, tag: str) -> np.ndarray[Any, Any]:
     Values that are not finite are left out: one NaN would make all of it NaN. Numbers
     beyond float32 count as its largest. Without values, the buckets are empty.
     """
-    numbers = _real_array(values, tag)
+    numbers = any_array(values)
+    if numbers.dtype.kind not in REAL_KINDS:
+        raise InvalidArgumentError(
+            "A histogram is of real numbers, in any shape.",
+            got=f"{tag!r} is {nested.describe(values)}",
+            hint="an array or a tensor; one histogram for each leaf of a nest",
+        )
+    numbers = numbers.astype(np.float64).ravel()
     finite = numbers[np.isfinite(numbers)].clip(-_LARGEST, _LARGEST)
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     if high - low <= BUCKETS * np.spacing(max(abs(low), abs(high))):
@@ -70,30 +77,14 @@ def to_layout(charts: Any) -> bytes:
     return bytes(layout.SerializeToString())
 
 
-def _real_array(values: Any, tag: str) -> np.ndarray[Any, Any]:
-    try:
-        array = as_array(values)
-        if array.dtype.kind in "biufV":  # "V" is bfloat16 and its kin
-            return array.astype(np.float64).ravel()
-    except (TypeError, ValueError, NotImplementedError):
-        pass  # a symbolic tensor, a ragged list
-    raise InvalidArgumentError(
-        "A histogram is of real numbers, in any shape.",
-        got=f"{tag!r} is {nested.describe(values)}",
-        hint="an array or a tensor; one histogram for each leaf of a nest",
-    )
-
-
 def _pixels(image: Any, tag: str) -> np.ndarray[Any, Any]:
     """Return `image` as uint8 of shape `[images, height, width, channels]`."""
-    try:
-        array = as_array(image)
-    except (TypeError, ValueError, NotImplementedError):
-        array = np.asarray(None)
+    array = any_array(image)
     array = array[:, :, None] if array.ndim == 2 else array
     array = array[None] if array.ndim == 3 else array
     is_picture = array.ndim == 4 and array.shape[3] in (1, 3, 4) and array.size
-    if not is_picture or not (array.dtype in (np.uint8, bool) or _is_float(array)):
+    is_of_numbers = array.dtype in (np.uint8, bool) or array.dtype.kind in "fV"
+    if not (is_picture and is_of_numbers):
         raise InvalidArgumentError(
             "An image is a figure, or an array of floats in 0..1 or of uint8.",
             got=f"{tag!r} is {nested.describe(image)}",
@@ -109,10 +100,6 @@ def _pixels(image: Any, tag: str) -> np.ndarray[Any, Any]:
             hint="(a - a.min()) / (a.max() - a.min()), or a.astype(numpy.uint8)",
         )
     return np.round(array.clip(0, 1) * 255).astype(np.uint8)
-
-
-def _is_float(array: np.ndarray[Any, Any]) -> bool:
-    return array.dtype.kind in "fV"
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:

@@ -20,7 +20,7 @@ import tfgrad
 from tfgrad import nested
 from tfgrad.errors import RunError
 from tfgrad.runs.tensorboard import require
-from tfgrad.runs.values import as_array, check_mapping, check_tag, to_text
+from tfgrad.runs.values import as_array, check_mapping, check_tag, is_array, to_text
 
 FILE_NAME = "run.json"
 FAILURES = ("failure", "interrupted", "nonfinite")
@@ -94,28 +94,21 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else _name_of_nonfinite(value)
+        if math.isfinite(value):
+            return value
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
         return {to_text(str(key)): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [to_json(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _array_to_json(value)
-    if isinstance(value, tf.Tensor) or nested.is_variable(value):
-        return _array_to_json(as_array(value))
+    if is_array(value):
+        array = as_array(value)
+        if array.size > _LARGEST_ARRAY:
+            return f"array of {nested.describe(array)}"
+        return to_json(array.tolist())
     if isinstance(value, os.PathLike):
         return to_text(os.fsdecode(value))
     return nested.name_of(value) if callable(value) else nested.describe(value)
-
-
-def _array_to_json(array: Any) -> Any:
-    if array.size > _LARGEST_ARRAY:
-        return f"array of {nested.describe(np.asarray(array))}"
-    return to_json(array.tolist())
-
-
-def _name_of_nonfinite(value: float) -> str:
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _versions() -> dict[str, str]:
@@ -180,9 +173,7 @@ def hparams_end(status: str) -> bytes:
 
 
 def _plain(value: Any) -> bool | float | str:
-    if isinstance(value, np.generic | np.ndarray | tf.Tensor) or nested.is_variable(
-        value
-    ):
+    if is_array(value):
         array = as_array(value)
         value = array.item() if array.ndim == 0 else value
     is_exact = not isinstance(value, int) or abs(value) <= _LARGEST_INTEGER

@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError
 
 _RESERVED = "_hparams_/"
-_REAL_KINDS = "biufV"  # NumPy's; "V" is bfloat16 and its kin
+
+REAL_KINDS = "biufV"
+"""NumPy's kinds of dtypes for real numbers; "V" is that of bfloat16 and its kin."""
+
+
+_NO_ARRAY = (TypeError, ValueError, NotImplementedError)
+"""What a ragged list and a symbolic tensor raise instead of becoming an array."""
 
 
 def to_step(value: Any, name: str) -> int:
@@ -41,10 +48,10 @@ def to_number(value: Any, tag: str) -> float:
         if isinstance(value, numbers.Real):  # Python's, and NumPy's scalars
             return float(value)
         array = as_array(value)
-        if array.ndim == 0 and array.dtype.kind in _REAL_KINDS:
+        if array.ndim == 0 and array.dtype.kind in REAL_KINDS:
             return float(array.astype(np.float64))
-    except (TypeError, ValueError, NotImplementedError, OverflowError):
-        pass  # a symbolic tensor, a ragged list, 10**400
+    except (*_NO_ARRAY, OverflowError):  # 10**400
+        pass
     raise InvalidArgumentError(
         "A scalar is one real number.",
         got=f"{tag!r} is {nested.describe(value)}",
@@ -78,11 +85,8 @@ def to_steps(values: Any) -> np.ndarray:
 
 def to_column(values: Any, tag: str, length: int) -> np.ndarray:
     """Return `values` as float64 of shape `[length]`."""
-    try:
-        column = as_array(values)
-    except (TypeError, ValueError, NotImplementedError):
-        column = np.asarray(None)
-    if column.shape == (length,) and column.dtype.kind in _REAL_KINDS:
+    column = any_array(values)
+    if column.shape == (length,) and column.dtype.kind in REAL_KINDS:
         return column.astype(np.float64)
     raise InvalidArgumentError(
         "A history has one real number per step and tag.",
@@ -91,10 +95,24 @@ def to_column(values: Any, tag: str, length: int) -> np.ndarray:
     )
 
 
+def is_array(value: Any) -> bool:
+    """Return whether `value` is a tensor, a variable, or NumPy's array or number."""
+    kinds = np.ndarray | np.generic | tf.Tensor
+    return isinstance(value, kinds) or nested.is_variable(value)
+
+
 def as_array(value: Any) -> np.ndarray:
     """Return a tensor, variable or anything that NumPy takes as an array."""
     # NumPy itself cannot make one of a bfloat16 tensor of shape [].
     return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+
+
+def any_array(value: Any) -> np.ndarray:
+    """Return `value` as an array; of dtype object, shape [], if it cannot be one."""
+    try:
+        return as_array(value)
+    except _NO_ARRAY:
+        return np.asarray(None)
 
 
 def to_text(value: str) -> str:

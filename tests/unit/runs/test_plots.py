@@ -5,7 +5,6 @@ import tensorflow as tf
 import tfgrad
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.runs.plots import (
-    Grid,
     box_around,
     coordinate_names,
     plot_path,
@@ -42,12 +41,6 @@ def test_a_box_has_room_around_the_path():
 def test_a_box_is_never_flat(path):
     for low, high in box_around(np.array(path)):
         assert low < high
-
-
-def test_a_grid_has_its_points_in_the_order_of_its_axes():
-    grid = Grid([(0.0, 1.0), (0.0, 2.0)], (2, 3))
-
-    assert grid.points.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
 
 
 POINTS = np.array([[1.0, 0.0], [3.0, 2.0], [0.0, -1.0]])
@@ -141,6 +134,12 @@ def test_more_parameters_have_no_picture():
     result = minimized(f, (1.0, 2.0, 3.0))
     with pytest.raises(InvalidArgumentError, match=r"(?s)3 parameters.*result.plot"):
         plot_path(f, result)
+
+
+def test_a_path_without_a_finite_point_is_refused():
+    result = minimized(bowl, (np.nan, 1.0))
+    with pytest.raises(InvalidArgumentError, match=r"(?s)finite.*tfgrad.explain"):
+        plot_path(bowl, result)
 
 
 def test_what_is_no_result_is_refused():
