@@ -27,6 +27,7 @@ from tfgrad.runs.graph import (
 from tfgrad.runs.keras_callback import RunCallback
 from tfgrad.runs.record import Record, checked_hparams, hparams_end, hparams_start
 from tfgrad.runs.tags import Kind, Tags
+from tfgrad.runs.tensorboard import require
 from tfgrad.runs.values import (
     check_mapping,
     check_tag,
@@ -88,6 +89,7 @@ class Run:
         is_resumed = resume_from is not None
         self.first_step = to_step(resume_from, "resume_from") if is_resumed else 0
         self._hparams = checked_hparams(hparams or {})
+        require("version")  # without TensorBoard, no directory is made
         self._lock = threading.RLock()
         self._is_closed = False
         self._facts: dict[str, Any] = {}
