@@ -1,4 +1,4 @@
-"""Nests in and out: convert them, name their leaves, flatten them and back.
+"""Nests: convert them, name their leaves, flatten them and pack them again.
 
 A *nest* is what `tf.nest` says it is: tensors, numbers and arrays in lists, tuples,
 named tuples and dicts of any depth. One rule is added: a list of plain numbers (or of

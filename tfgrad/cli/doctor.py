@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def examine(logs: Path) -> Iterator[Finding]:
-    """Yield the findings, each after those of what it needs."""
+    """Yield the findings; what another one depends on comes first."""
     yield _finding("Python", _python, "Python 3.11, 3.12 or 3.13")
     for text in importlib.metadata.requires("tfgrad") or ():
         requirement = Requirement(text)

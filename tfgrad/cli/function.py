@@ -88,7 +88,7 @@ def _module(name: str) -> ModuleType:
 def _missing(where: str, name: str, found: Any, part: str) -> InvalidArgumentError:
     public = [n for n in vars(found) if callable(getattr(found, n)) and n[0] != "_"]
     close = difflib.get_close_matches(part, public, n=3, cutoff=0.4)
-    if isinstance(found, ModuleType):  # what it imports is not its own
+    if isinstance(found, ModuleType):  # names that it imports are left out
         homes = {n: getattr(getattr(found, n), "__module__", None) for n in public}
         public = [n for n, home in homes.items() if home in (None, found.__name__)]
     there = ", ".join(public[:_SHOWN]) + (", ..." if len(public) > _SHOWN else "")

@@ -26,10 +26,10 @@ from tfgrad.runs.directory import local_path, walk_event_files
 from tfgrad.runs.tensorboard import require
 from tfgrad.runs.tfrecord import is_hostile
 
-_START_SECONDS = 60.0  # it takes about one; a cold disk or a busy machine takes many
-_LOAD_SECONDS = 3.0  # for the first page to have its runs; they keep loading after that
+_START_SECONDS = 60.0  # to start; mostly 1, more on a cold disk or a busy machine
+_LOAD_SECONDS = 3.0  # until TensorBoard has read a run; it reads the others later
 _CLOSE_SECONDS = 10.0
-_SAMPLES = "scalars=1000000,images=200"  # 0, for all, gives empty charts in 2.21
+_SAMPLES = "scalars=1000000,images=200"  # 0 for "all" gives empty charts in 2.21
 
 
 class Board:
@@ -74,8 +74,8 @@ class Board:
             return
         with self._process, self._log:
             try:
-                # TensorBoard ends when its input does. Its output ends when its data
-                # server has ended, too.
+                # TensorBoard ends when its input is closed. Its output is closed when
+                # its data server has ended, too.
                 self._process.communicate(timeout=_CLOSE_SECONDS)
             except subprocess.TimeoutExpired:
                 self._kill()
@@ -243,7 +243,7 @@ def _wait_for_runs(address: str, expected: bool) -> None:
     runs: list[str] = []
     while not runs and time.monotonic() < deadline:
         server = http.client.HTTPConnection(host, timeout=10)
-        # While TensorBoard has a failure of its own, its answer is no JSON, or none.
+        # Where TensorBoard fails, it answers with an error page or not at all.
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             server.request("GET", "/data/runs")
             runs = json.load(server.getresponse())

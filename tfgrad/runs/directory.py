@@ -13,7 +13,7 @@ from tfgrad.errors import InvalidArgumentError, RunError
 
 try:
     import fcntl
-except ImportError:  # Windows: runs are numbered there, and not locked
+except ImportError:  # Windows: two runs get two numbers there, but no lock
     fcntl = None  # type: ignore[assignment]  # a module or nothing
 
 _LONGEST = 255
@@ -39,8 +39,8 @@ class Claim:
 
 
 def _unlock(descriptor: int, owner: int) -> None:
-    # Closing is not enough: a forked worker may hold a copy of the descriptor, which
-    # must not unlock it either when the worker ends.
+    # Closing the descriptor does not unlock it while a forked worker has a copy; and
+    # a worker that ends must not unlock what its parent holds.
     if fcntl is not None and os.getpid() == owner:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
@@ -126,7 +126,7 @@ def event_files(directory: Path) -> list[Path]:
     """
     found = []
     for path in directory.iterdir():
-        with contextlib.suppress(OSError):  # a link to itself
+        with contextlib.suppress(OSError):  # a symbolic link to itself
             if "tfevents" in path.name and path.is_file():
                 found.append(path)
     return sorted(found)
@@ -160,7 +160,7 @@ def _claim_next_free(path: Path) -> Claim:
             raise _not_writable(free, error.strerror or str(error)) from error
         _check_writable(free)
         if _is_empty(free) and (descriptor := _try_lock(free)) is not None:
-            # Another process may have come and gone between the look and the lock.
+            # Another process may have written a run here just before the lock.
             if _is_empty(free):
                 return Claim(free, descriptor)
             Claim(free, descriptor).release()
@@ -204,5 +204,5 @@ def _try_lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     except OSError:
-        pass  # a file system without locks, as some network mounts: go on unlocked
+        pass  # some network file systems have no locks: write without one
     return descriptor

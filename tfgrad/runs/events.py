@@ -71,9 +71,9 @@ class EventFile:
             self._write(file_version="brain.Event:2")
             start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
             self._write(step=first_step, session_log=start)
-            # The data server drops the data of a tag from a step on when the tag gets a
-            # value at that step, not before. So each tag gets a value of an obsolete
-            # kind, which neither loader shows.
+            # TensorBoard's data server drops old points of a tag only when the tag
+            # gets a new value. So each tag gets one of an obsolete kind, which
+            # neither of TensorBoard's loaders shows.
             summary = tf.compat.v1.Summary()
             for tag in superseded:
                 summary.value.add(tag=tag, obsolete_old_style_histogram=b"")
@@ -100,7 +100,7 @@ class EventFile:
             self._tags = ()
             self._event.Clear()
             self._values = [self._event.summary.value.add(tag=tag) for tag in tags]
-            self._tags = tuple(tags)  # last, in case of an interrupt
+            self._tags = tuple(tags)  # last: Ctrl-C may come between these lines
         event, values = self._event, self._values
         with self._writing():
             serialize, write = event.SerializeToString, self._writer.write
@@ -136,7 +136,7 @@ class EventFile:
     def graph(self, graph_def: tf.compat.v1.GraphDef, tag: str | None) -> None:
         """Write a graph: the run's own (`tag` None, once in a run) or a named one.
 
-        It stands at step 0, so that a session that resumes later keeps it.
+        It is written at step 0: a session that resumes from a later step keeps it.
         """
         if tag is None:
             with self._writing():
@@ -154,7 +154,7 @@ class EventFile:
 
     def close(self) -> None:
         """Close the file. What was written before a failure stays readable."""
-        with contextlib.suppress(tf.errors.OpError):  # the first failure was reported
+        with contextlib.suppress(tf.errors.OpError):  # a failed write has raised before
             self._writer.close()
 
     def _write(self, **content: Any) -> None:

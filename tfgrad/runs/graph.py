@@ -30,7 +30,7 @@ _LARGEST_CONSTANT = 1024
 """Bytes; TensorBoard shows no larger ones, and f may close over a whole data set."""
 
 _plain = tf.autograph.experimental.do_not_convert
-"""For what runs inside the trace beside f: AutoGraph would take 0.3 seconds over it."""
+"""For our own functions in the trace, which AutoGraph takes 0.3 seconds to convert."""
 
 
 def step_graph(
@@ -62,7 +62,9 @@ def step_graph(
     names = _node_names(tensors)
     body = getattr(f, "python_function", f)  # its operations, not a call of it
     layers = model_variables(f)
-    sources: dict[str, Any] = {}  # what the gradient is taken to, by the result's name
+    sources: dict[
+        str, Any
+    ] = {}  # what f is differentiated by, under the name of its gradient
 
     def step(*inputs: tf.Tensor) -> None:
         given = dict(zip(tensors, inputs, strict=True))
@@ -88,7 +90,7 @@ def _traced(
     step: Callable[..., None], specs: Sequence[tf.TensorSpec], name: str
 ) -> Any:
     try:
-        # AutoGraph would take 0.2 seconds over `step`, and few functions need it.
+        # AutoGraph takes 0.2 seconds to convert `step`, and few functions need it.
         try:
             plain = tf.function(step, autograph=False)
             return plain.get_concrete_function(*specs)
@@ -105,8 +107,8 @@ def _traced(
 
 @_plain
 def _draw_gradient(tape: tf.GradientTape, output: Any, sources: dict[str, Any]) -> None:
-    # The slash at the end enters the scope that the tape itself uses: the sums and
-    # seeds that it adds then stand in one place with the rest of the gradient.
+    # The tape uses the scope of this name for most of the gradient, but not for its
+    # sums and its seeds; the slash at the end puts those there, too.
     with tf.name_scope("gradient_tape/"):
         gradients = tape.gradient(output, list(sources.values()))
     with tf.name_scope("gradient"):
@@ -126,7 +128,7 @@ def _flatten(
     placeholders = [tensor.op.name for tensor in traced.inputs[argument_count:]]
     pairs = list(zip(placeholders, traced.captured_inputs, strict=True))
     handles = {p: variables[id(c)] for p, c in pairs if id(c) in variables}
-    # Other captures are tensors made outside f, which TensorFlow gives mere numbers.
+    # Other captures are tensors made outside f, whose names are mere numbers.
     others = {p for p, c in pairs if p not in handles}
     constants = {p: re.sub(r"[^/]+$", "constant", p) for p in others}
     names = [op.name for op in traced.graph.get_operations()]
@@ -262,7 +264,7 @@ def _shorten(node: Any) -> None:
     """Drop attributes that only a machine reads, and the contents of big constants."""
     for key in [k for k, v in node.attr.items() if v.HasField("func") or v.list.func]:
         del node.attr[key]
-    node.attr.pop("_class", None)  # colocation, by names that may be gone
+    node.attr.pop("_class", None)  # names of other nodes, which may have new names
     if node.op == "Const" and node.ByteSize() > _LARGEST_CONSTANT:
         value = node.attr["value"].tensor
         shape = tf.compat.v1.AttrValue(shape=value.tensor_shape).shape

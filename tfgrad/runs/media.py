@@ -29,8 +29,9 @@ _ROUNDING = 1e-3  # how far a float picture may leave 0..1: less than half a gre
 def to_buckets(values: Any, tag: str) -> np.ndarray[Any, Any]:
     """Return the histogram of `values`: rows (left, right, count), float64.
 
-    Values that are not finite are left out: one NaN would make all of it NaN. Numbers
-    beyond float32 count as its largest. Without values, the buckets are empty.
+    Values that are not finite are left out: with one NaN, every bar would be NaN.
+    Numbers beyond float32 count as the largest float32. Without values, the buckets are
+    empty.
     """
     numbers = any_array(values)
     if numbers.dtype.kind not in REAL_KINDS:

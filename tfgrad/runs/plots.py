@@ -21,9 +21,9 @@ from tfgrad.runs.reader import ReadRun, read_run, run_directories
 from tfgrad.runs.values import to_text
 
 _MARGIN = 0.25  # of the path's extent, on each side of a picture
-_FLATTEST = 0.2  # of the longer side: a path along an axis is shown in its valley
+_FLATTEST = 0.2  # of the longer side: the least height of a picture
 _LEVELS = 20
-_NAMED_RUNS = 10  # as many as a legend can hold, and as a set of colours tells apart
+_NAMED_RUNS = 10  # as many as a legend has room for, and as matplotlib has colours
 _CHARTS = 4
 _POINTS = 2000  # of a path: more than a picture has pixels for
 _DOTTED = 100  # points of a path up to which each has a dot
@@ -43,7 +43,7 @@ class Picture(Figure):
 def plot_path(
     f: Callable[..., Any], result: Any, *, wrt: Nest | None = None
 ) -> Picture:
-    """Return a picture of the points that a minimisation visited, over those of `f`.
+    """Return a picture of `f` with the points that a minimisation visited.
 
     For one parameter it is the graph of `f`, for two a contour plot, whose levels are
     quantiles of f, so that a narrow valley is visible beside steep walls. `f` is
@@ -177,7 +177,9 @@ def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> P
         chart.set_axis_off()
     if len(drawn) <= _NAMED_RUNS:
         first = charts[0].lines
-        names = [line.get_label() for line in first]  # or "_name" would be left out
+        names = [
+            line.get_label() for line in first
+        ]  # else matplotlib leaves out names like "_b"
         figure.legend(first, names, loc="outside lower center", ncols=3)
     return figure
 
@@ -227,7 +229,7 @@ def _draw_curves(axes: Any, tag: str, runs: dict[str, ReadRun]) -> None:
             marker = "o" if len(curve.steps) == 1 else None  # no line through one
             axes.plot(curve.steps, curve.values, marker=marker, lw=1.2, label=label)
         else:
-            axes.plot([], [], label=label)  # keeps the colours the same in each chart
+            axes.plot([], [], label=label)  # so that a run has one colour in all charts
     values = np.concatenate([line.get_ydata() for line in axes.lines])
     finite = values[np.isfinite(values)]
     if finite.size and finite.min() > 0 and finite.max() > _WIDE * finite.min():

@@ -145,7 +145,7 @@ def _frame(runs: Mapping[str, ReadRun], wide: bool) -> pd.DataFrame:
 
 @dataclass(slots=True)
 class Curve:
-    """The points of one tag: first as they come, then in the order of their steps.
+    """The points of one tag: in the order of the file, then of their steps.
 
     Attributes:
         steps: Whole numbers; once `settle` was called, they grow.
@@ -166,7 +166,7 @@ class Curve:
         self.values.append(0.0)
 
     def settle(self) -> None:
-        """Drop what is superseded: points before one at their step or a lower one."""
+        """Drop each point that is followed by one at the same step or a lower one."""
         steps = np.asarray(self.steps)
         lowest_from = np.minimum.accumulate(steps[::-1])[::-1]
         kept = np.append(steps[:-1] < lowest_from[1:], True)[: len(steps)]
@@ -214,7 +214,7 @@ class ReadRun:
         metadata = value.metadata.plugin_data
         if value.tag == "_hparams_/session_start_info":
             self.hparams |= _hparams(metadata.content)
-        # Of a tag, the first event alone need say which plugin it is for.
+        # Only the first event of a tag has to name its plugin.
         elif metadata.plugin_name == "scalars" or value.tag in self.curves:
             return _number(value.tensor) if value.HasField("tensor") else None
         return None

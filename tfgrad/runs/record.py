@@ -34,7 +34,7 @@ _LARGEST_INTEGER = 2**53
 
 
 class Record:
-    """The facts of one run, kept in memory and written whole, in one atomic step.
+    """The facts of one run, in memory and in `run.json`, which is replaced as a whole.
 
     A reader sees the old file or the new one, never half of one. When a run is resumed,
     the records of its earlier sessions are kept in `earlier`, the oldest first.
@@ -153,8 +153,8 @@ def checked_hparams(hparams: Mapping[str, Any]) -> dict[str, bool | float | str]
 
 def hparams_start(hparams: Mapping[str, bool | float | str], directory: Path) -> bytes:
     """Return the serialized `Summary` that opens the run in `directory`."""
-    # The tab shows some fourteen letters of a trial's name: so the name of the run
-    # itself comes first and, of a long one, its end is among them.
+    # The tab shows some fourteen letters of a trial's name: so the run's own name
+    # comes first, and a long one is cut in its middle, since its end has the number.
     name = directory.name
     short = name if len(name) <= 14 else f"{name[:6]}…{name[-7:]}"
     trial = f"{short} in {directory.parent.name}, {directory}"

@@ -39,11 +39,11 @@ from tfgrad.runs.values import (
 )
 
 _ROWS_AT_ONCE = 10_000
-"""Rows of a history that are Python numbers at a time: memory stays bounded."""
+"""Rows of a history that are converted to Python numbers at a time, to save memory."""
 
 
 class Run:
-    """One TensorBoard run: curves, cards, pictures, graphs, in a directory of its own.
+    """One TensorBoard run: curves, texts, pictures, graphs, in a directory of its own.
 
     Use a run as a context manager. When a call returns, its data is in the file: a
     process that is killed loses nothing that it logged. Several threads may log.
@@ -116,7 +116,7 @@ class Run:
         """Write one point of one or more curves, in about ten microseconds.
 
         Args:
-            step: A whole number from 0 up. On one tag, steps grow.
+            step: A whole number, 0 or more, larger than the last one of the same tag.
             scalars: Numbers or arrays and tensors of shape `[]`, by tag. This is the
                 way to write a tag that is no Python name: `run.log(0, {"a/b": 1.0})`.
             **named: More of them, as in `run.log(0, loss=0.5)`.
@@ -195,7 +195,7 @@ class Run:
             self._last_write = now
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
-        """Write a card of Markdown for TensorBoard's Text tab.
+        """Write a text in Markdown for TensorBoard's Text tab.
 
         Args:
             tag: Its name.
@@ -327,7 +327,7 @@ class Run:
         # Tracing may take seconds, in which other threads can log.
         graph_def = step_graph(f, args or model_inputs(f) if is_keras else args, name)
         with self._lock:
-            # A second graph of the whole run would replace the first in one loader.
+            # One of TensorBoard's loaders replaces the first graph by a second one.
             is_first = "graph" not in self._tags.kinds.values()
             self._admit([tag], "graph", self.first_step, self.first_step)
             self._events.graph(graph_def, None if is_first else tag)
@@ -457,7 +457,7 @@ class Run:
         self._tags.admit(tags, kind, first, last)
         kinds = self._tags.kinds
         if len(kinds) >= self._recorded_at:
-            # The session that resumes a killed run needs its tags. If each of a
-            # thousand tags rewrote the record, that would take a second.
+            # The session that resumes a killed run reads its tags in run.json. To
+            # rewrite that file for each of a thousand tags would take a second.
             self._recorded_at = len(kinds) + max(1, len(kinds) // 50)
             self._record.update(tags=kinds)

@@ -103,7 +103,7 @@ def is_array(value: Any) -> bool:
 
 def as_array(value: Any) -> np.ndarray:
     """Return a tensor, variable or anything that NumPy takes as an array."""
-    # NumPy itself cannot make one of a bfloat16 tensor of shape [].
+    # np.asarray alone fails for a bfloat16 tensor of shape [].
     return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
