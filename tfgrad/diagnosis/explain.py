@@ -78,7 +78,14 @@ def explain(f: Callable[..., Any], *args: Any, wrt: Any = None) -> Explanation:
         traced = trace(function, specs)
     except TfgradError:
         raise
-    except Exception:  # it leaves TensorFlow, and may do so in any way
+    except Exception as error:  # it leaves TensorFlow, and may do so in any way
+        if not sources.names:
+            raised = f"{type(error).__name__}: {error}"
+            raise InvalidArgumentError(
+                "There must be something to differentiate with respect to.",
+                got=f"no float argument; `{name}` raised {raised}",
+                hint="explain(f, x), with numbers that f can be called with",
+            ) from error
         findings, note = _without_graph(function, sources), ""
     else:
         findings, note = _with_graph(traced, sources), _note(traced)

@@ -285,7 +285,8 @@ def values_at(
             for variable, part in zip(targets, parts, strict=True):
                 variable.assign(part)
             output = f()
-        return tf.cast(output[0] if isinstance(output, tuple) else output, tf.float64)
+        output = output[0] if isinstance(output, tuple) else output  # (value, aux)
+        return tf.ensure_shape(tf.cast(output, tf.float64), [])
 
     @tf.function
     def values(points: tf.Tensor) -> tf.Tensor:

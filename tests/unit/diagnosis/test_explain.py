@@ -629,3 +629,10 @@ def test_a_tf_function_that_was_traced_again_for_no_argument_is_noted():
 
     f(tf.constant(3.0))
     assert "traced 2 times, as one that creates variables" in explain(f, 3.0).note
+
+
+def test_a_call_without_a_number_that_fails_is_refused():
+    with pytest.raises(
+        InvalidArgumentError, match=r"(?s)no float argument; `f` raised TypeError.*try:"
+    ):
+        explain(lambda x: x * x, None)

@@ -136,6 +136,11 @@ def test_more_parameters_have_no_picture():
         plot_path(f, result)
 
 
+def test_another_function_than_that_of_the_result_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"(?s)take the parameters.*try: "):
+        plot_path(lambda x: x**2, minimized())  # it returns two numbers
+
+
 def test_a_path_without_a_finite_point_is_refused():
     result = minimized(bowl, (np.nan, 1.0))
     with pytest.raises(InvalidArgumentError, match=r"(?s)finite.*tfgrad.explain"):
