@@ -11,6 +11,7 @@ they come with, float32 when they come alone.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -57,6 +58,20 @@ def name_of(function: Callable[..., Any]) -> str:
     inner = getattr(function, "python_function", function)
     name = getattr(inner, "__name__", None) or type(inner).__name__
     return "f" if name == "<lambda>" else str(name)
+
+
+def argument_names(function: Callable[..., Any], count: int) -> list[str]:
+    """Return what `function` calls its first `count` positional arguments.
+
+    >>> argument_names(lambda x, y, *rest: x, 3)
+    ['x', 'y', 'args[2]']
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # builtins and some callables have no signature
+        parameters = []
+    named = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return [*named[:count], *(f"args[{i}]" for i in range(len(named), count))]
 
 
 def named_leaves(nest: Nest, name: str) -> list[tuple[str, Any]]:

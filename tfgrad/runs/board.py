@@ -18,7 +18,6 @@ import urllib.parse
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from tfgrad.errors import InvalidArgumentError, RunError
@@ -62,9 +61,10 @@ class Board:
             self.close()
             raise
         cards = [{"plugin": "scalars", "tag": tag} for tag in pins]
-        view = {"smoothing": 0} | ({"pinnedCards": json.dumps(cards)} if cards else {})
-        # The Scalars and Custom Scalars tabs have a smoothing of their own.
+        pinned = json.dumps(cards, separators=(",", ":"))
+        view = {"smoothing": 0} | ({"pinnedCards": pinned} if cards else {})
         query = urllib.parse.urlencode(view)
+        # The Scalars and Custom Scalars tabs have a smoothing of their own.
         self.url = f"{address}?{query}#timeseries&_smoothingWeight=0"
 
     def close(self) -> None:
@@ -84,12 +84,7 @@ class Board:
         """Return the board itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close it."""
         self.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import posixpath
 import re
@@ -57,7 +56,7 @@ def step_graph(
     Raises:
         InvalidArgumentError: If `f` cannot be traced, or cannot be differentiated.
     """
-    parameters = _parameters(f, len(args))
+    parameters = nested.argument_names(f, len(args))
     tensors = _tensors(args, parameters)
     names = _node_names(tensors)
     body = getattr(f, "python_function", f)  # its operations, not a call of it
@@ -339,16 +338,6 @@ def _float_spec(shape: Any) -> tf.TensorSpec:
 
 
 # --- names and arguments --------------------------------------------------------------
-
-
-def _parameters(f: Callable[..., Any], count: int) -> list[str]:
-    """Return what `f` calls its first `count` arguments."""
-    try:
-        parameters = list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):  # some built-in functions do not say
-        parameters = []
-    names = [p.name for p in parameters if p.kind < p.VAR_POSITIONAL][:count]
-    return names + [f"args_{i}" for i in range(len(names), count)]
 
 
 def _tensors(args: Sequence[Any], parameters: Sequence[str]) -> dict[str, Any]:

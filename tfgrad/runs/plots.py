@@ -14,6 +14,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 from tfgrad import nested
+from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
 from tfgrad.runs.board import checked_tags
@@ -274,7 +275,6 @@ def values_at(
     """
     leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(like)]
     targets = [] if variables is None else tf.nest.flatten(variables)
-    before = [variable.read_value() for variable in targets]
 
     def value(point: tf.Tensor) -> tf.Tensor:
         parts = nested.unravel(point, leaves)
@@ -293,17 +293,15 @@ def values_at(
         return tf.map_fn(value, points, parallel_iterations=1)
 
     tensor = tf.constant(points, tf.float64)
-    try:
-        return np.asarray(values(tensor))
-    except Exception:  # whatever TensorFlow or f raise: f may need to run eagerly
+    with restored(targets):
         try:
-            return np.array([value(point).numpy() for point in tf.unstack(tensor)])
-        except Exception as error:
-            raise InvalidArgumentError(
-                "`f` must take the parameters that were minimised.",
-                got=f"{type(error).__name__}: {error}",
-                hint="the function that was given to minimize, and wrt= if it had one",
-            ) from error
-    finally:
-        for variable, old in zip(targets, before, strict=True):
-            variable.assign(old)
+            return np.asarray(values(tensor))
+        except Exception:  # whatever TensorFlow or f raise: f may need to run eagerly
+            try:
+                return np.array([value(point).numpy() for point in tf.unstack(tensor)])
+            except Exception as error:
+                raise InvalidArgumentError(
+                    "`f` must take the parameters that were minimised.",
+                    got=f"{type(error).__name__}: {error}",
+                    hint="the function that was minimised, and its wrt= if it had one",
+                ) from error
