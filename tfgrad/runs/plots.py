@@ -122,8 +122,8 @@ def plot_path(
 def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> Picture:
     """Return a picture that compares the curves of all runs under `root`.
 
-    Where the values of a curve are positive and span more than a thousandfold, the axis
-    is in logarithms.
+    Where no value of a curve is negative, and the positive ones span more than a
+    thousandfold, the axis is in logarithms.
 
     Args:
         root: A directory of runs, or one run: whatever `load_runs` reads.
@@ -233,7 +233,9 @@ def _draw_curves(axes: Any, tag: str, runs: dict[str, ReadRun]) -> None:
             axes.plot([], [], label=label)  # so that a run has one colour in all charts
     values = np.concatenate([line.get_ydata() for line in axes.lines])
     finite = values[np.isfinite(values)]
-    if finite.size and finite.min() > 0 and finite.max() > _WIDE * finite.min():
+    positive = finite[finite > 0]  # a loss of exactly 0 is at the lower edge
+    is_wide = positive.size and positive.max() > _WIDE * positive.min()
+    if is_wide and finite.min() >= 0:
         axes.set_yscale("log")
     axes.set(xlabel="step", title=_literal(tag))
     axes.grid(alpha=0.3)

@@ -200,13 +200,18 @@ def test_a_name_that_begins_with_an_underscore_is_in_the_legend(logs):
 
 @pytest.mark.parametrize(
     ("values", "scale"),
-    [([1.0, 1e-4], "log"), ([1.0, 0.1], "linear"), ([1e4, 0.0], "linear")],
+    [
+        ([1.0, 1e-4], "log"),
+        ([1.0, 1e-4, 0.0], "log"),  # a loss that has arrived
+        ([1.0, 0.1, 0.0], "linear"),
+        ([1.0, 1e-4, -1.0], "linear"),
+    ],
 )
 def test_values_of_many_orders_of_magnitude_are_drawn_in_logarithms(
     tmp_path, values, scale
 ):
     with Run(tmp_path) as run:
-        run.log_history({"loss": values}, range(2))
+        run.log_history({"loss": values}, range(len(values)))
 
     assert plot_runs(tmp_path).axes[0].get_yscale() == scale
 
