@@ -250,7 +250,10 @@ def _keys(nest: Mapping[Any, Any], name: str) -> list[Any]:
 
 
 def _dtype_name(value: Any) -> str:
-    return str(tf.as_dtype(value.dtype).name)
+    try:
+        return str(tf.as_dtype(value.dtype).name)
+    except TypeError:  # NumPy's dates and structures
+        return str(value.dtype)
 
 
 def _shape(shape: Any) -> str:

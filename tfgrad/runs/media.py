@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.runs.tensorboard import require
-from tfgrad.runs.values import REAL_KINDS, any_array, check_tag
+from tfgrad.runs.values import as_array, check_tag, real_array
 
 LAYOUT = "custom_scalars__config__"
 """Where the Custom Scalars plugin looks for the charts of a run."""
@@ -33,14 +33,13 @@ def to_buckets(values: Any, tag: str) -> np.ndarray[Any, Any]:
     Numbers beyond float32 count as the largest float32. Without values, the buckets are
     empty.
     """
-    numbers = any_array(values)
-    if numbers.dtype.kind not in REAL_KINDS:
+    numbers = real_array(values)
+    if numbers is None:
         raise InvalidArgumentError(
             "A histogram is of real numbers, in any shape.",
             got=f"{tag!r} is {nested.describe(values)}",
             hint="an array or a tensor; one histogram for each leaf of a nest",
         )
-    numbers = numbers.astype(np.float64).ravel()
     finite = numbers[np.isfinite(numbers)].clip(-_LARGEST, _LARGEST)
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     if high - low <= BUCKETS * np.spacing(max(abs(low), abs(high))):
@@ -80,20 +79,20 @@ def to_layout(charts: Any) -> bytes:
 
 def _pixels(image: Any, tag: str) -> np.ndarray[Any, Any]:
     """Return `image` as uint8 of shape `[images, height, width, channels]`."""
-    array = any_array(image)
+    found = real_array(image)
+    array = np.zeros([]) if found is None else found
     array = array[:, :, None] if array.ndim == 2 else array
     array = array[None] if array.ndim == 3 else array
     is_picture = array.ndim == 4 and array.shape[3] in (1, 3, 4) and array.size
-    is_of_numbers = array.dtype in (np.uint8, bool) or array.dtype.kind in "fV"
-    if not (is_picture and is_of_numbers):
+    dtype = as_array(image).dtype if is_picture else None
+    if dtype is None or not (dtype in (np.uint8, bool) or dtype.kind in "fV"):
         raise InvalidArgumentError(
             "An image is a figure, or an array of floats in 0..1 or of uint8.",
             got=f"{tag!r} is {nested.describe(image)}",
             hint="shape (height, width), (height, width, 1, 3 or 4), or a batch of it",
         )
-    if array.dtype == np.uint8:
-        return array
-    array = array.astype(np.float64)
+    if dtype == np.uint8:
+        return array.astype(np.uint8)
     if not (array.min() >= -_ROUNDING and array.max() <= 1 + _ROUNDING):
         raise InvalidArgumentError(
             "The floats of an image are from 0 to 1.",

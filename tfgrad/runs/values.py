@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator
 from collections.abc import Mapping
@@ -15,12 +16,8 @@ from tfgrad.errors import InvalidArgumentError
 
 _RESERVED = "_hparams_/"
 
-REAL_KINDS = "biufV"
+_REAL_KINDS = "biufV"
 """NumPy's kinds of dtypes for real numbers; "V" is that of bfloat16 and its kin."""
-
-
-_NO_ARRAY = (TypeError, ValueError, NotImplementedError)
-"""What a ragged list and a symbolic tensor raise instead of becoming an array."""
 
 
 def to_step(value: Any, name: str) -> int:
@@ -44,14 +41,12 @@ def to_number(value: Any, tag: str) -> float:
     """Return `value` as one float; NaN and infinities are numbers here."""
     if type(value) is float:
         return value
-    try:
+    with contextlib.suppress(OverflowError):  # 10**400
         if isinstance(value, numbers.Real):  # Python's, and NumPy's scalars
             return float(value)
-        array = as_array(value)
-        if array.ndim == 0 and array.dtype.kind in REAL_KINDS:
-            return float(array.astype(np.float64))
-    except (*_NO_ARRAY, OverflowError):  # 10**400
-        pass
+        array = real_array(value)
+        if array is not None and array.ndim == 0:
+            return float(array)
     raise InvalidArgumentError(
         "A scalar is one real number.",
         got=f"{tag!r} is {nested.describe(value)}",
@@ -61,7 +56,7 @@ def to_number(value: Any, tag: str) -> float:
 
 def to_steps(values: Any) -> np.ndarray:
     """Return `values` as int64 steps of shape `[n]` that grow."""
-    steps = as_array(values)
+    steps = as_array(values) if real_array(values) is not None else np.asarray(None)
     if steps.size == 0 and steps.ndim == 1:
         return steps.astype(np.int64)
     if steps.ndim != 1 or steps.dtype.kind not in "iu":
@@ -85,9 +80,9 @@ def to_steps(values: Any) -> np.ndarray:
 
 def to_column(values: Any, tag: str, length: int) -> np.ndarray:
     """Return `values` as float64 of shape `[length]`."""
-    column = any_array(values)
-    if column.shape == (length,) and column.dtype.kind in REAL_KINDS:
-        return column.astype(np.float64)
+    column = real_array(values)
+    if column is not None and column.shape == (length,):
+        return column
     raise InvalidArgumentError(
         "A history has one real number per step and tag.",
         got=f"{tag!r} is {_describe(values)}, for {length} steps",
@@ -107,12 +102,13 @@ def as_array(value: Any) -> np.ndarray:
     return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
 
 
-def any_array(value: Any) -> np.ndarray:
-    """Return `value` as an array; of dtype object, shape [], if it cannot be one."""
+def real_array(value: Any) -> np.ndarray | None:
+    """Return `value` as a float64 array; None if it does not hold real numbers."""
     try:
-        return as_array(value)
-    except _NO_ARRAY:
-        return np.asarray(None)
+        array = as_array(value)
+        return array.astype(np.float64) if array.dtype.kind in _REAL_KINDS else None
+    except (TypeError, ValueError, NotImplementedError):
+        return None  # a ragged list, a symbolic tensor, a structured dtype
 
 
 def to_text(value: str) -> str:
