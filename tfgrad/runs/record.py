@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +52,8 @@ class Record:
             "versions": _versions(),
             **facts,
         }
+        self._started = time.time()
+        self._next_count = 0  # of tags, at which they are written
         self.update()
 
     def earlier_tags(self) -> dict[str, Any]:
@@ -59,6 +62,25 @@ class Record:
         for session in self.earlier:
             kinds |= session.get("tags", {})
         return kinds
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Add what the user wants to know of the run, and write the file."""
+        self.update(facts={**self._facts.get("facts", {}), **facts})
+
+    def note(self, kinds: Mapping[str, str]) -> None:
+        """Write the kinds of the tags by name, if there are some more than before.
+
+        The session that resumes a killed run reads them. To rewrite the file for each
+        of a thousand tags would take a second.
+        """
+        if len(kinds) >= self._next_count:
+            self._next_count = len(kinds) + max(1, len(kinds) // 50)
+            self.update(tags=kinds)
+
+    def end(self, status: str, result: Any, kinds: Mapping[str, str]) -> None:
+        """Write how the run ended."""
+        seconds = time.time() - self._started
+        self.update(status=status, seconds=seconds, result=result, tags=kinds)
 
     def update(self, **facts: Any) -> None:
         """Add `facts` (or replace them) and write the file."""

@@ -91,8 +91,7 @@ class Run:
         require("version")  # without TensorBoard, no directory is made
         self._lock = threading.RLock()
         self._is_closed = False
-        self._facts: dict[str, Any] = {}
-        self._last_write = self._started = time.time()
+        self._last_write = time.time()
         with contextlib.ExitStack() as undo:
             self._claim = claim(directory, resume=is_resumed)
             undo.callback(self._claim.release)
@@ -101,7 +100,6 @@ class Run:
                 self.directory, resumed_from=resume_from, hparams=self._hparams
             )
             self._tags = Tags(self._record.earlier_tags(), self.first_step)
-            self._recorded_at = len(self._tags.kinds) + 1
             superseded = self._tags.superseded()
             self._events = EventFile(self.directory, self.first_step, superseded)
             if self._hparams:
@@ -380,8 +378,7 @@ class Run:
         """
         with self._lock:
             self.check_open()
-            self._facts |= facts
-            self._record.update(facts=self._facts)
+            self._record.describe(facts)
 
     def close(self, status: str = "success", **result: Any) -> None:
         """End the run: write status and result to `run.json`, release the directory.
@@ -399,10 +396,7 @@ class Run:
             self._is_closed = True
             ending.callback(self._claim.release)
             ending.callback(self._events.close)
-            seconds = time.time() - self._started
-            self._record.update(
-                status=status, seconds=seconds, result=result, tags=self._tags.kinds
-            )
+            self._record.end(status, result, self._tags.kinds)
             if self._hparams:
                 self._events.summary(hparams_end(status))
 
@@ -449,9 +443,4 @@ class Run:
         """Check that `tags` may get data of `kind` at these steps, then remember it."""
         self.check_open()
         self._tags.admit(tags, kind, first, last)
-        kinds = self._tags.kinds
-        if len(kinds) >= self._recorded_at:
-            # The session that resumes a killed run reads its tags in run.json. To
-            # rewrite that file for each of a thousand tags would take a second.
-            self._recorded_at = len(kinds) + max(1, len(kinds) // 50)
-            self._record.update(tags=kinds)
+        self._record.note(self._tags.kinds)
