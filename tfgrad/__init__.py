@@ -10,6 +10,7 @@ so that `import tfgrad` takes milliseconds and does not import TensorFlow.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'tfgrad' has no attribute {name!r}")
+        close = difflib.get_close_matches(name, __all__, n=1)
+        hint = f"\n  try: tfgrad.{close[0]}" if close else ""
+        raise AttributeError(f"module 'tfgrad' has no attribute {name!r}{hint}")
     with quiet_import():
         value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value

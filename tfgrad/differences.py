@@ -82,6 +82,12 @@ def finite_difference(
         Press et al. (2007), Numerical Recipes, section 5.7 (the step and the error);
         Richardson (1911), Philosophical Transactions A 210 (the extrapolation).
     """
+    if not callable(f):
+        raise InvalidArgumentError(
+            "The function comes first, then its argument.",
+            got=f"f={nested.describe(f)}",
+            hint="finite_difference(f, x), with f not called",
+        )
     point = nested.to_tensors(x, "x")
     require_finite(point, "x")
     leaves = tf.nest.flatten(point)

@@ -1,4 +1,4 @@
-"""Nests in and out: convert them, name their leaves, flatten them and back.
+"""Nests: convert them, name their leaves, flatten them and pack them again.
 
 A *nest* is what `tf.nest` says it is: tensors, numbers and arrays in lists, tuples,
 named tuples and dicts of any depth. One rule is added: a list of plain numbers (or of
@@ -11,6 +11,7 @@ they come with, float32 when they come alone.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -57,6 +58,20 @@ def name_of(function: Callable[..., Any]) -> str:
     inner = getattr(function, "python_function", function)
     name = getattr(inner, "__name__", None) or type(inner).__name__
     return "f" if name == "<lambda>" else str(name)
+
+
+def argument_names(function: Callable[..., Any], count: int) -> list[str]:
+    """Return what `function` calls its first `count` positional arguments.
+
+    >>> argument_names(lambda x, y, *rest: x, 3)
+    ['x', 'y', 'args[2]']
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # builtins and some callables have no signature
+        parameters = []
+    named = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return [*named[:count], *(f"args[{i}]" for i in range(len(named), count))]
 
 
 def named_leaves(nest: Nest, name: str) -> list[tuple[str, Any]]:
@@ -235,7 +250,10 @@ def _keys(nest: Mapping[Any, Any], name: str) -> list[Any]:
 
 
 def _dtype_name(value: Any) -> str:
-    return str(tf.as_dtype(value.dtype).name)
+    try:
+        return str(tf.as_dtype(value.dtype).name)
+    except TypeError:  # NumPy's dates and structures
+        return str(value.dtype)
 
 
 def _shape(shape: Any) -> str:

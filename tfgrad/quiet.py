@@ -39,5 +39,9 @@ def _duplicate_of_stderr() -> int | None:
     try:
         sys.stderr.flush()
         return os.dup(2)
-    except (AttributeError, OSError, ValueError):  # a process without one
+    except (
+        AttributeError,
+        OSError,
+        ValueError,
+    ):  # a process without a standard error stream
         return None

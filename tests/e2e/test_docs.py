@@ -84,6 +84,19 @@ def test_the_public_names_are_sorted_and_documented():
         assert getattr(tfgrad, name).__doc__
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("minimise", "minimize"), ("hessians", "hessian")]
+)
+def test_a_misspelt_name_is_answered_with_the_right_one(wrong, right):
+    with pytest.raises(AttributeError, match=rf"{wrong}'\n  try: tfgrad\.{right}$"):
+        getattr(tfgrad, wrong)
+
+
+def test_a_name_that_is_like_none_is_answered_without_a_guess():
+    with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
+        tfgrad.zzz  # noqa: B018 - the attribute is the test
+
+
 MADE_BY = {
     "GradCheck": "check_grads",
     "LeastSquaresResult": "least_squares",

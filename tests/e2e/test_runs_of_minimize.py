@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
+from tfgrad import problems
 from tfgrad.optimize import tensorboard as log_module
 from tfgrad.runs.directory import event_files
 from tfgrad.runs.reader import load_run, load_runs, read_run
@@ -70,6 +71,17 @@ def test_curves_are_those_of_the_history(tmp_path):
     )
     np.testing.assert_array_equal(frame["x/0"], np.float32(history["x"][:, 0]))
     np.testing.assert_array_equal(frame["x/1"], np.float32(history["x"][:, 1]))
+
+
+def test_the_fall_that_a_method_still_expects_is_a_curve_without_made_up_points(
+    tmp_path,
+):
+    f = problems.rosenbrock  # Newton says of some steps alone what it expects
+    result = tfgrad.minimize(f, [-1.2, 1.0], method="newton", log=tmp_path)
+
+    _, falls = curve(result.directory, "loss/expected_fall")
+    assert 0 < np.isnan(falls).sum() < len(falls)
+    assert (np.abs(falls[np.isfinite(falls)]) < 1e3).all()
 
 
 def test_step_lengths_are_the_distances_between_points(tmp_path):

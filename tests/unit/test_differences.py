@@ -167,3 +167,8 @@ def test_the_step_is_a_power_of_two_and_grows_with_the_point():
 
     assert np.log2(small).is_integer()
     assert large == 1024 * small
+
+
+def test_what_is_no_function_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"(?s)got: f=int 3.*try: finite_d"):
+        finite_difference(3, 1.0)

@@ -62,20 +62,15 @@ def _sentence(error: Exception) -> str:
     """Return an error as the rule, what arrived, and what to type next."""
     if isinstance(error, TfgradError):
         return str(error)
-    if "tensorflow" not in sys.modules:
-        rule, hint = "The command must find what it needs.", "tfgrad doctor"
-    else:
-        rule = "The function must run without an error."
-        hint = "--traceback, to see all calls that led to it"
-    return str(TfgradError(rule, got=_in_one_line(error), hint=hint))
-
-
-def _in_one_line(error: Exception) -> str:
     kind, at = type(error).__name__, ""
+    rule, hint = "The command must find what it needs.", "tfgrad doctor"
     if "tensorflow" in sys.modules:
         from tfgrad.diagnosis.lines import line_of_error
 
+        rule = "The function must run without an error."
         at = f" at {line_of_error(error)}"
+        hint = "--traceback, to see all calls that led to it"
     # The last line of a message of TensorFlow says what is wrong.
     words = [text.strip() for text in str(error).splitlines() if text.strip()]
-    return f"{kind}{at}: {words[-1].removeprefix(f'{kind}: ')}" if words else kind + at
+    found = f": {words[-1].removeprefix(f'{kind}: ')}" if words else ""
+    return str(TfgradError(rule, got=f"{kind}{at}{found}", hint=hint))

@@ -46,18 +46,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def examine(logs: Path) -> Iterator[Finding]:
-    """Yield the findings, each after those of what it needs."""
+    """Yield the findings; what another one depends on comes first."""
     yield _finding("Python", _python, "Python 3.11, 3.12 or 3.13")
     for text in importlib.metadata.requires("tfgrad") or ():
         requirement = Requirement(text)
-        extras = [e for e in ("scipy", "pandas") if _is_of_extra(requirement, e)]
-        if requirement.marker is None or extras:
-            name, version = requirement.name, requirement.specifier
-            yield _finding(
-                f"{name}{version}",
-                functools.partial(_package, requirement, bool(extras)),
-                f'pip install --upgrade "{name}{version}"',
-            )
+        # An extra of one package is called like it; others are for developers.
+        is_optional = str(requirement.marker) == f'extra == "{requirement.name}"'
+        if requirement.marker is None or is_optional:
+            version = f"{requirement.name}{requirement.specifier}"
+            package = functools.partial(_package, requirement, is_optional)
+            yield _finding(version, package, f'pip install --upgrade "{version}"')
     reinstall = "pip install --force-reinstall tensorflow"
     yield _finding("TensorFlow", _devices, reinstall)
     yield _finding("a derivative", _derivative, reinstall)
@@ -82,12 +80,6 @@ def _python() -> str:
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         raise RuntimeError(f"{platform.python_version()}: TensorFlow has no wheels")
     return f"{platform.python_version()} at {sys.executable}"
-
-
-def _is_of_extra(requirement: Requirement, extra: str) -> bool:
-    marker = requirement.marker
-    is_its = marker is not None and marker.evaluate({"extra": extra})
-    return is_its and requirement.name == extra
 
 
 def _package(requirement: Requirement, is_optional: bool) -> str:

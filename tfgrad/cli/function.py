@@ -88,16 +88,12 @@ def _module(name: str) -> ModuleType:
 def _missing(where: str, name: str, found: Any, part: str) -> InvalidArgumentError:
     public = [n for n in vars(found) if callable(getattr(found, n)) and n[0] != "_"]
     close = difflib.get_close_matches(part, public, n=3, cutoff=0.4)
-    own = [n for n in public if _is_own(getattr(found, n), found)]
-    there = ", ".join(own[:_SHOWN]) + (", ..." if len(own) > _SHOWN else "")
+    if isinstance(found, ModuleType):  # names that it imports are left out
+        homes = {n: getattr(getattr(found, n), "__module__", None) for n in public}
+        public = [n for n, home in homes.items() if home in (None, found.__name__)]
+    there = ", ".join(public[:_SHOWN]) + (", ..." if len(public) > _SHOWN else "")
     return InvalidArgumentError(
         f"`{name}` must be in {where}.",
         got=f"no {part!r} in it, but {there or 'no function at all'}",
         hint=" or ".join(f"{where}:{n}" for n in close) or f"def {name}(x): ... in it",
     )
-
-
-def _is_own(member: Any, found: Any) -> bool:
-    """Return whether a member of a module was defined there, not imported."""
-    module = getattr(member, "__module__", None)
-    return not isinstance(found, ModuleType) or module in (None, found.__name__)

@@ -1,4 +1,4 @@
-"""What can be typed after `tfgrad`, and what it becomes."""
+"""The arguments of the command `tfgrad`: their names, their help, their values."""
 
 from __future__ import annotations
 

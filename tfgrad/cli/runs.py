@@ -50,7 +50,7 @@ def _row(root: Path, path: Path) -> dict[str, Any]:
     result, directory = record.get("result", {}), path.parent
     status = record.get("status")
     if status == "running" and not is_claimed(directory):
-        status = "killed"  # its process did not live to write how it ended
+        status = "killed"  # its process ended before it could write a status
     return {
         "run": str(directory.relative_to(root)),
         "method": record.get("hparams", {}).get("method"),
@@ -81,7 +81,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right" if is_number else "left")
     for row in rows:
         table.add_row(*(_text(name, row[name]) for name in _COLUMNS))
-    # In a pipe there is no width to fit into, and nothing may be folded or cut.
+    # In a pipe, rich takes a width of 80, and would fold or cut the lines.
     width = None if sys.stdout.isatty() else 10_000
     Console(width=width, highlight=False, markup=False).print(table)
 

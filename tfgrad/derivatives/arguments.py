@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
+    argument_names,
     describe,
     is_array_like,
     map_leaves,
@@ -24,21 +24,7 @@ from tfgrad.nested import (
 
 def parameter_names(f: Callable[..., Any]) -> Callable[[int], tuple[str, ...]]:
     """Return the function from a count of positional arguments to their names."""
-    try:
-        parameters = list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):  # builtins and some callables have no signature
-        parameters = []
-    positional = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
-    known = tuple(p.name for p in parameters if p.kind in positional)
-
-    @functools.cache
-    def names(count: int) -> tuple[str, ...]:
-        return tuple(known[i] if i < len(known) else f"args[{i}]" for i in range(count))
-
-    return names
+    return functools.cache(lambda count: tuple(argument_names(f, count)))
 
 
 def positions_of(argnums: Any, count: int, name: str) -> int | tuple[int, ...]:

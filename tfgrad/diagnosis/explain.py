@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,15 @@ _NOT_REPLAYED = (tf.errors.OpError, LookupError, ValueError)
 """What may be raised where a part of a graph cannot be run on its own."""
 
 
+_ARGUMENT = re.compile(r"^  (\w+) \([A-Z_]+\): (.*)$", re.MULTILINE)
+_SPEC = re.compile(r"TensorSpec\(shape=(.*?), dtype=tf\.(\w+), name=[^)]*\)")
+_LITERAL = re.compile(r"Literal\[([^\[\]]*)\]")
+"""How TensorFlow prints the arguments of each trace of a tf.function."""
+
+_SHOWN = 3
+"""Kinds of one argument that are named."""
+
+
 def explain(f: Callable[..., Any], *args: Any, wrt: Any = None) -> Explanation:
     """Explain why a gradient is None, zero or not finite: which op, which line.
 
@@ -43,7 +53,8 @@ def explain(f: Callable[..., Any], *args: Any, wrt: Any = None) -> Explanation:
         An `Explanation`: it prints as three to six lines, and as a table in a notebook.
         Its `findings` say of each input whether its gradient is `connected`,
         `unused`, `stopped` (on purpose), `cut`, `zero` or `non-finite`, or the input
-        `integer`.
+        `integer`. Its `note` says how often a `tf.function` was traced, and for which
+        arguments, if more than once.
 
     Raises:
         InvalidArgumentError: If `f` does not return one tensor, or if there is nothing
@@ -67,10 +78,18 @@ def explain(f: Callable[..., Any], *args: Any, wrt: Any = None) -> Explanation:
         traced = trace(function, specs)
     except TfgradError:
         raise
-    except Exception:  # it leaves TensorFlow, and may do so in any way
+    except Exception as error:  # it leaves TensorFlow, and may do so in any way
+        if not sources.names:
+            raised = f"{type(error).__name__}: {error}"
+            raise InvalidArgumentError(
+                "There must be something to differentiate with respect to.",
+                got=f"no float argument; `{name}` raised {raised}",
+                hint="explain(f, x), with numbers that f can be called with",
+            ) from error
         findings, note = _without_graph(function, sources), ""
     else:
         findings, note = _with_graph(traced, sources), _note(traced)
+    note = "; ".join(filter(None, [note, _retraces(f, name)]))
     if not findings:
         raise InvalidArgumentError(
             "There must be something to differentiate with respect to.",
@@ -88,6 +107,30 @@ def _note(traced: Any) -> str:
     return (
         f"its derivatives are not verified: {op.type} at {line_of(op)} gives something "
         "else each time"
+    )
+
+
+def _retraces(f: Any, name: str) -> str:
+    """Return how often a tf.function was traced, and why; "" if it was traced once."""
+    count = getattr(f, "experimental_get_tracing_count", lambda: 0)()
+    if count < 2:
+        return ""
+    signatures = f.pretty_printed_concrete_signatures()
+    kinds: dict[str, dict[str, None]] = {}
+    for argument, kind in _ARGUMENT.findall(signatures):
+        kind = _SPEC.sub(r"\2 of shape \1", kind)
+        kinds.setdefault(argument, {})[_LITERAL.sub(r"\1", kind)] = None
+    differing = [
+        f"for `{argument}` = {', '.join([*seen][:_SHOWN])}"
+        + (" ..." if len(seen) > _SHOWN else "")
+        for argument, seen in kinds.items()
+        if len(seen) > 1
+    ]
+    if not differing:
+        return f"`{name}` was traced {count} times, as one that creates variables is"
+    return (
+        f"`{name}` was traced {count} times, {' and '.join(differing)}: a tf.function "
+        "is traced for each shape, dtype and Python value; pass numbers as tensors"
     )
 
 

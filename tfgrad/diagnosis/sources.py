@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +70,7 @@ def sources_of(f: Callable[..., Any], args: tuple[Any, ...], wrt: Any) -> Source
             got=f"a call for `{nested.name_of(f)}` while a function is being traced",
             hint="the same call outside of the tf.function",
         )
-    names = argument_names(f, len(args))
+    names = nested.argument_names(f, len(args))
     weak = nested.weak_dtype(*args)
     has_float = any(_is_float(leaf) for arg in args for _, leaf in _leaves(arg))
 
@@ -92,16 +91,6 @@ def sources_of(f: Callable[..., Any], args: tuple[Any, ...], wrt: Any) -> Source
     chosen = [(name, leaf) for name, leaf in named if _is_float_tensor(leaf)]
     tensors = tuple(leaf for _, leaf in chosen)
     return Sources(f, filled, tensors, (), tuple(name for name, _ in chosen), integers)
-
-
-def argument_names(f: Callable[..., Any], count: int) -> list[str]:
-    """Return what `f` calls its first `count` positional arguments."""
-    try:
-        parameters = list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):  # builtins and some callables have no signature
-        parameters = []
-    named = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
-    return [*named[:count], *(f"args[{i}]" for i in range(len(named), count))]
 
 
 def variable_names(wrt: Any) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 TAGS = {
     "fun": "loss",
+    "expected": "loss/expected_fall",
     "grad_max": "gradient/max_norm",
     "step_length": "step/length",
     "step_size": "step/size",
@@ -382,6 +383,9 @@ def _scalars(rows: Rows) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """Yield (tag, array of shape [rows]) for each number that a row holds."""
     skipped = ("step", "seconds", "time", SIZE)
     columns = {n: c for n, c in rows.columns.items() if n not in skipped}
+    if (fall := columns.get("expected")) is not None:  # of a method that does not say,
+        unknown = fall == np.finfo(fall.dtype).max  # the largest number: no such point
+        columns["expected"] = np.where(unknown, np.nan, fall)
     yield from _curves(columns)
     with np.errstate(divide="ignore"):  # of a gradient that is zero, it is -inf
         yield "gradient/log10_max_norm", np.log10(columns["grad_max"])

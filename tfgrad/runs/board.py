@@ -16,9 +16,8 @@ import threading
 import time
 import urllib.parse
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from tfgrad.errors import InvalidArgumentError, RunError
@@ -26,10 +25,10 @@ from tfgrad.runs.directory import local_path, walk_event_files
 from tfgrad.runs.tensorboard import require
 from tfgrad.runs.tfrecord import is_hostile
 
-_START_SECONDS = 60.0  # it takes about one; a cold disk or a busy machine takes many
-_LOAD_SECONDS = 3.0  # for the first page to have its runs; they keep loading after that
+_START_SECONDS = 60.0  # to start; mostly 1, more on a cold disk or a busy machine
+_LOAD_SECONDS = 3.0  # until TensorBoard has read a run; it reads the others later
 _CLOSE_SECONDS = 10.0
-_SAMPLES = "scalars=1000000,images=200"  # 0, for all, gives empty charts in 2.21
+_SAMPLES = "scalars=1000000,images=200"  # 0 for "all" gives empty charts in 2.21
 
 
 class Board:
@@ -40,8 +39,10 @@ class Board:
         root: The directory whose runs it shows, as it was given.
     """
 
-    def __init__(self, root: Path, command: list[str], pin: Iterable[str]) -> None:
-        """Start `command` and wait until it answers."""
+    def __init__(
+        self, root: Path, command: list[str], pins: Sequence[str], has_runs: bool
+    ) -> None:
+        """Start `command`; wait until it answers and, if there are runs, shows one."""
         self.root = root
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open while it lives
         self._process = subprocess.Popen(
@@ -55,12 +56,16 @@ class Board:
         atexit.register(self.close)
         try:
             address = self._read_address()
-            _wait_for_runs(address, expected=bool(walk_event_files(root)))
+            _wait_for_runs(address, expected=has_runs)
         except BaseException:
             self.close()
             raise
+        cards = [{"plugin": "scalars", "tag": tag} for tag in pins]
+        pinned = json.dumps(cards, separators=(",", ":"))
+        view = {"smoothing": 0} | ({"pinnedCards": pinned} if cards else {})
+        query = urllib.parse.urlencode(view)
         # The Scalars and Custom Scalars tabs have a smoothing of their own.
-        self.url = f"{address}?{_view(pin)}#timeseries&_smoothingWeight=0"
+        self.url = f"{address}?{query}#timeseries&_smoothingWeight=0"
 
     def close(self) -> None:
         """End TensorBoard and its data server, and wait until both are gone."""
@@ -69,8 +74,8 @@ class Board:
             return
         with self._process, self._log:
             try:
-                # TensorBoard ends when its input does. Its output ends when its data
-                # server has ended, too.
+                # TensorBoard ends when its input is closed. Its output is closed when
+                # its data server has ended, too.
                 self._process.communicate(timeout=_CLOSE_SECONDS)
             except subprocess.TimeoutExpired:
                 self._kill()
@@ -79,12 +84,7 @@ class Board:
         """Return the board itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close it."""
         self.close()
 
@@ -170,61 +170,48 @@ def show(
         ...     board.url.startswith("http://127.0.0.1:")
         True
     """
-    path, pins = _checked_root(root), checked_tags(pin, "pin")
-    port, loader = _checked_port(port), _checked_loader(load_fast)
-    require("version")
-    if hostile := _hostile_files(path):
-        loader = "false"
-        warnings.warn(
-            "TensorBoard leaves out the rest of these event files, which declare a "
-            f"record larger than any memory: {', '.join(map(str, hostile))}.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    options = {
-        "logdir": path.absolute(),  # TensorBoard takes "a:b" for a name and a path
-        "host": "127.0.0.1",
-        "port": port,
-        "samples_per_plugin": _SAMPLES,
-        "load_fast": loader,
-    }
-    # -P: the folder of the script holds modules of this package, not of the path.
-    script = Path(__file__).with_name("serve.py")
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    return Board(path, [sys.executable, "-P", str(script), *flags], pins)
-
-
-def _checked_root(root: Any) -> Path:
     path = local_path(root, "`show` needs the name of a directory of this machine.")
+    pins = checked_tags(pin, "pin")
+    if port is not None and (type(port) is not int or not 0 < port < 2**16):
+        raise InvalidArgumentError(
+            "A port is a number from 1 to 65535.",
+            got=f"port={port!r}",
+            hint="port=6006, or leave it out for a free one",
+        )
+    if load_fast not in ("auto", "true", "false"):
+        raise InvalidArgumentError(
+            '`load_fast` is "auto", "true" or "false".',
+            got=f"load_fast={load_fast!r}",
+            hint="leave it out",
+        )
     if not path.is_dir():
         raise RunError(
             "`show` needs a directory that exists.",
             got=f"{path}, which is {'a file' if path.exists() else 'not there'}",
             hint="the directory given to Run, or mkdir to watch a run yet to come",
         )
-    return path
-
-
-def _checked_port(port: Any) -> int:
-    if port is None:
-        return 0  # the system picks a free one, and TensorBoard says which
-    if isinstance(port, int) and 0 < port < 2**16:
-        return port
-    raise InvalidArgumentError(
-        "A port is a number from 1 to 65535.",
-        got=f"port={port!r}",
-        hint="port=6006, or leave it out for a free one",
-    )
-
-
-def _checked_loader(load_fast: Any) -> str:
-    if load_fast in ("auto", "true", "false"):
-        return str(load_fast)
-    raise InvalidArgumentError(
-        '`load_fast` is "auto", "true" or "false".',
-        got=f"load_fast={load_fast!r}",
-        hint="leave it out",
-    )
+    require("version")
+    files = [file for some in walk_event_files(path).values() for file in some]
+    if hostile := [str(file) for file in files if is_hostile(file)]:
+        load_fast = "false"  # such a file would end the data server
+        warnings.warn(
+            "TensorBoard leaves out the rest of these event files, which declare a "
+            f"record larger than any memory: {', '.join(hostile)}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    options = {
+        "logdir": path.absolute(),  # TensorBoard takes "a:b" for a name and a path
+        "host": "127.0.0.1",
+        "port": port or 0,  # 0: the system picks a free one, and TensorBoard says which
+        "samples_per_plugin": _SAMPLES,
+        "load_fast": load_fast,
+    }
+    # -P: the folder of the script holds modules of this package, not of the path.
+    script = Path(__file__).with_name("serve.py")
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-P", str(script), *flags]
+    return Board(path, command, pins, has_runs=bool(files))
 
 
 def checked_tags(tags: Any, name: str) -> list[str]:
@@ -241,21 +228,6 @@ def checked_tags(tags: Any, name: str) -> list[str]:
     )
 
 
-def _view(pin: Iterable[str]) -> str:
-    cards = [{"plugin": "scalars", "tag": tag} for tag in pin]
-    pinned = {"pinnedCards": json.dumps(cards, separators=(",", ":"))} if cards else {}
-    return urllib.parse.urlencode({"smoothing": 0} | pinned)
-
-
-def _hostile_files(root: Path) -> list[Path]:
-    """Return the event files that would end TensorBoard's data server.
-
-    Their lengths alone are read, a million records in about a second.
-    """
-    found = (path for files in walk_event_files(root).values() for path in files)
-    return [path for path in found if is_hostile(path)]
-
-
 def _wait_for_runs(address: str, expected: bool) -> None:
     """Return when TensorBoard answers and, if some are `expected`, knows of a run.
 
@@ -266,7 +238,7 @@ def _wait_for_runs(address: str, expected: bool) -> None:
     runs: list[str] = []
     while not runs and time.monotonic() < deadline:
         server = http.client.HTTPConnection(host, timeout=10)
-        # While TensorBoard has a failure of its own, its answer is no JSON, or none.
+        # Where TensorBoard fails, it answers with an error page or not at all.
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
             server.request("GET", "/data/runs")
             runs = json.load(server.getresponse())

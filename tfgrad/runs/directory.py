@@ -13,7 +13,7 @@ from tfgrad.errors import InvalidArgumentError, RunError
 
 try:
     import fcntl
-except ImportError:  # Windows: runs are numbered there, and not locked
+except ImportError:  # Windows: two runs get two numbers there, but no lock
     fcntl = None  # type: ignore[assignment]  # a module or nothing
 
 _LONGEST = 255
@@ -39,8 +39,8 @@ class Claim:
 
 
 def _unlock(descriptor: int, owner: int) -> None:
-    # Closing is not enough: a forked worker may hold a copy of the descriptor, which
-    # must not unlock it either when the worker ends.
+    # Closing the descriptor does not unlock it while a forked worker has a copy; and
+    # a worker that ends must not unlock what its parent holds.
     if fcntl is not None and os.getpid() == owner:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
@@ -62,14 +62,30 @@ def claim(directory: str | os.PathLike[str], resume: bool) -> Claim:
             or has a live writer (`resume`).
     """
     path = _run_path(directory)
-    return _claim_existing(path) if resume else _claim_next_free(path)
+    if not resume:
+        return _claim_next_free(path)
+    if not path.is_dir():
+        raise RunError(
+            "`resume_from` continues a run that exists.",
+            got=f"{path}, which is no directory",
+            hint="the `.directory` of the run to continue, or leave `resume_from` out",
+        )
+    _check_writable(path)
+    descriptor = _try_lock(path)
+    if descriptor is None:
+        raise RunError(
+            "A run has one writer at a time: two would hide each other's curves.",
+            got=f"{path}, where another writer is alive",
+            hint="close() of that run first, or a directory of its own for this one",
+        )
+    return Claim(path, descriptor)
 
 
 def check(directory: str | os.PathLike[str]) -> None:
     """Raise those errors of `claim` that can be known without making a directory."""
     path = _run_path(directory)
     places = (path, *path.absolute().parents)
-    nearest = next(p for p in places if os.path.lexists(p))
+    nearest = next(filter(os.path.lexists, places))
     if not nearest.is_dir():
         raise _is_a_file(nearest)
     _check_writable(nearest)
@@ -108,8 +124,12 @@ def event_files(directory: Path) -> list[Path]:
 
     A pipe or a device is left out: reading it never ends.
     """
-    found = (path for path in directory.iterdir() if "tfevents" in path.name)
-    return sorted(path for path in found if _is_regular(path))
+    found = []
+    for path in directory.iterdir():
+        with contextlib.suppress(OSError):  # a symbolic link to itself
+            if "tfevents" in path.name and path.is_file():
+                found.append(path)
+    return sorted(found)
 
 
 def walk_event_files(root: Path) -> dict[Path, list[Path]]:
@@ -122,60 +142,29 @@ def walk_event_files(root: Path) -> dict[Path, list[Path]]:
     return {place: files for place in places if (files := event_files(place))}
 
 
-def _is_regular(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a link to itself
-        return False
-
-
 def _run_path(directory: Any) -> Path:
     path = local_path(directory, "A run is written to a directory of this machine.")
     # "." and ".." have no name to put a number after.
     return path if path.name not in ("", "..") else path.resolve()
 
 
-def _claim_existing(path: Path) -> Claim:
-    if not path.is_dir():
-        raise RunError(
-            "`resume_from` continues a run that exists.",
-            got=f"{path}, which is no directory",
-            hint="the `.directory` of the run to continue, or leave `resume_from` out",
-        )
-    _check_writable(path)
-    descriptor = _try_lock(path)
-    if descriptor is None:
-        raise RunError(
-            "A run has one writer at a time: two would hide each other's curves.",
-            got=f"{path}, where another writer is alive",
-            hint="close() of that run first, or a directory of its own for this one",
-        )
-    return Claim(path, descriptor)
-
-
 def _claim_next_free(path: Path) -> Claim:
     for number in itertools.count(1):
         free = path if number == 1 else path.with_name(f"{path.name}-{number:03d}")
-        _make(free)
-        if _is_empty(free):
-            descriptor = _try_lock(free)
-            if descriptor is not None:
-                # Another process may have come and gone between the look and the lock.
-                if _is_empty(free):
-                    return Claim(free, descriptor)
-                Claim(free, descriptor).release()
+        try:
+            free.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            places = (free, *free.parents)
+            raise _is_a_file(next(filter(os.path.lexists, places))) from error
+        except OSError as error:
+            raise _not_writable(free, error.strerror or str(error)) from error
+        _check_writable(free)
+        if _is_empty(free) and (descriptor := _try_lock(free)) is not None:
+            # Another process may have written a run here just before the lock.
+            if _is_empty(free):
+                return Claim(free, descriptor)
+            Claim(free, descriptor).release()
     raise AssertionError("unreachable: numbers do not end")
-
-
-def _make(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        file = next(p for p in (path, *path.parents) if os.path.lexists(p))
-        raise _is_a_file(file) from error
-    except OSError as error:
-        raise _not_writable(path, error.strerror or str(error)) from error
-    _check_writable(path)
 
 
 def _is_a_file(path: Path) -> RunError:
@@ -215,5 +204,5 @@ def _try_lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     except OSError:
-        pass  # a file system without locks, as some network mounts: go on unlocked
+        pass  # some network file systems have no locks: write without one
     return descriptor

@@ -12,7 +12,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +24,6 @@ _COUNTER = itertools.count()
 
 _CHECK_SECONDS = 0.5
 """How often to look whether the file is still there: a look costs as much as a row."""
-
-
-class _Disk:
-    """A `with` block of writes, which ends in a flush; a failure becomes a RunError.
-
-    A failed write may have left half a record, at which every reader stops. So nothing
-    more is written to this file: all later blocks raise the first failure again.
-    """
-
-    def __init__(self, flush: Callable[[], None]) -> None:
-        """Begin without a failure."""
-        self._flush = flush
-        self._failure: BaseException | None = None
-
-    def __enter__(self) -> None:
-        """Raise the first failure again, if there was one."""
-        if self._failure is not None:
-            raise _run_error(self._failure) from self._failure
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        """Flush, unless writing has failed."""
-        try:
-            if error is None:
-                self._flush()
-                return
-        except (tf.errors.OpError, OSError) as flush_error:
-            error = flush_error
-        if isinstance(error, tf.errors.OpError | OSError):
-            self._failure = error
-            raise _run_error(error) from error
 
 
 def _run_error(failure: BaseException) -> RunError:
@@ -90,20 +60,20 @@ class EventFile:
             superseded: Tags that earlier files may have at this step or later.
         """
         self.path = directory / _file_name()
-        self._disk = _Disk(self._flush)
+        self._failure: BaseException | None = None
         self._next_check = time.monotonic() + _CHECK_SECONDS
         self._event = tf.compat.v1.Event()
         self._tags: tuple[str, ...] = ()
         self._values: list[Any] = []
-        with self._disk:
+        with self._writing():
             path: Any = os.fsencode(self.path)  # a name need not be UTF-8
             self._writer = tf.io.TFRecordWriter(path)
             self._write(file_version="brain.Event:2")
             start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
             self._write(step=first_step, session_log=start)
-            # The data server drops the data of a tag from a step on when the tag gets a
-            # value at that step, not before. So each tag gets a value of an obsolete
-            # kind, which neither loader shows.
+            # TensorBoard's data server drops old points of a tag only when the tag
+            # gets a new value. So each tag gets one of an obsolete kind, which
+            # neither of TensorBoard's loaders shows.
             summary = tf.compat.v1.Summary()
             for tag in superseded:
                 summary.value.add(tag=tag, obsolete_old_style_histogram=b"")
@@ -130,9 +100,9 @@ class EventFile:
             self._tags = ()
             self._event.Clear()
             self._values = [self._event.summary.value.add(tag=tag) for tag in tags]
-            self._tags = tuple(tags)  # last, in case of an interrupt
+            self._tags = tuple(tags)  # last: Ctrl-C may come between these lines
         event, values = self._event, self._values
-        with self._disk:
+        with self._writing():
             serialize, write = event.SerializeToString, self._writer.write
             rows = zip(steps, wall_times, zip(*columns, strict=True), strict=True)
             for step, wall_time, numbers in rows:
@@ -160,16 +130,16 @@ class EventFile:
         entry = summary.value.add(tag=tag, tensor=tf.make_tensor_proto(value))
         entry.metadata.plugin_data.plugin_name = plugin
         entry.metadata.plugin_data.content = content
-        with self._disk:
+        with self._writing():
             self._write(step=step, summary=summary)
 
     def graph(self, graph_def: tf.compat.v1.GraphDef, tag: str | None) -> None:
         """Write a graph: the run's own (`tag` None, once in a run) or a named one.
 
-        It stands at step 0, so that a session that resumes later keeps it.
+        It is written at step 0: a session that resumes from a later step keeps it.
         """
         if tag is None:
-            with self._disk:
+            with self._writing():
                 self._write(graph_def=graph_def.SerializeToString())
             return
         metadata = tf.compat.v1.RunMetadata()
@@ -179,28 +149,37 @@ class EventFile:
 
     def summary(self, serialized: bytes) -> None:
         """Write a `Summary` that a TensorBoard plugin has built, at step 0."""
-        with self._disk:
+        with self._writing():
             self._write(summary=tf.compat.v1.Summary.FromString(serialized))
 
     def close(self) -> None:
         """Close the file. What was written before a failure stays readable."""
-        with contextlib.suppress(tf.errors.OpError):  # the first failure was reported
+        with contextlib.suppress(tf.errors.OpError):  # a failed write has raised before
             self._writer.close()
 
     def _write(self, **content: Any) -> None:
         event = tf.compat.v1.Event(wall_time=time.time(), **content)
         self._writer.write(event.SerializeToString())
 
-    def _flush(self) -> None:
-        self._writer.flush()
-        self._check_presence()
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Write what the block writes, then flush; a failure becomes a RunError.
 
-    def _check_presence(self) -> None:
-        """Raise FileNotFoundError if the file was deleted: a write would not fail."""
-        now = time.monotonic()
-        if now > self._next_check:
-            self._next_check = now + _CHECK_SECONDS
-            self.path.stat()
+        A failed write may have left half a record, at which every reader stops. So
+        nothing more is written to this file: the first failure is raised again.
+        """
+        if self._failure is not None:
+            raise _run_error(self._failure) from self._failure
+        try:
+            yield
+            self._writer.flush()
+            now = time.monotonic()
+            if now > self._next_check:
+                self._next_check = now + _CHECK_SECONDS
+                self.path.stat()  # if the file was deleted, a write does not fail
+        except (tf.errors.OpError, OSError) as error:
+            self._failure = error
+            raise _run_error(error) from error
 
 
 def _file_name() -> str:

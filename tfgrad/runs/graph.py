@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import posixpath
 import re
@@ -23,19 +22,14 @@ from tfgrad.runs.values import UniqueNames
 LAYERS = "graph_keras_model"
 """By this name the Graphs plugin finds a model of layers, its "conceptual graph"."""
 
-_LABELS = {
-    "If": ["then", "else"],
-    "StatelessIf": ["then", "else"],
-    "While": ["body", "cond"],
-    "StatelessWhile": ["body", "cond"],
-}
+_LABELS = {"If": ["then", "else"], "While": ["body", "cond"]}
 """What the bodies of a conditional or a loop are called."""
 
 _LARGEST_CONSTANT = 1024
 """Bytes; TensorBoard shows no larger ones, and f may close over a whole data set."""
 
 _plain = tf.autograph.experimental.do_not_convert
-"""For what runs inside the trace beside f: AutoGraph would take 0.3 seconds over it."""
+"""For our own functions in the trace, which AutoGraph takes 0.3 seconds to convert."""
 
 
 def step_graph(
@@ -62,12 +56,14 @@ def step_graph(
     Raises:
         InvalidArgumentError: If `f` cannot be traced, or cannot be differentiated.
     """
-    parameters = _parameters(f, len(args))
+    parameters = nested.argument_names(f, len(args))
     tensors = _tensors(args, parameters)
     names = _node_names(tensors)
     body = getattr(f, "python_function", f)  # its operations, not a call of it
     layers = model_variables(f)
-    sources: dict[str, Any] = {}  # what the gradient is taken to, by the result's name
+    sources: dict[
+        str, Any
+    ] = {}  # what f is differentiated by, under the name of its gradient
 
     def step(*inputs: tf.Tensor) -> None:
         given = dict(zip(tensors, inputs, strict=True))
@@ -93,7 +89,7 @@ def _traced(
     step: Callable[..., None], specs: Sequence[tf.TensorSpec], name: str
 ) -> Any:
     try:
-        # AutoGraph would take 0.2 seconds over `step`, and few functions need it.
+        # AutoGraph takes 0.2 seconds to convert `step`, and few functions need it.
         try:
             plain = tf.function(step, autograph=False)
             return plain.get_concrete_function(*specs)
@@ -110,8 +106,8 @@ def _traced(
 
 @_plain
 def _draw_gradient(tape: tf.GradientTape, output: Any, sources: dict[str, Any]) -> None:
-    # The slash at the end enters the scope that the tape itself uses: the sums and
-    # seeds that it adds then stand in one place with the rest of the gradient.
+    # The tape uses the scope of this name for most of the gradient, but not for its
+    # sums and its seeds; the slash at the end puts those there, too.
     with tf.name_scope("gradient_tape/"):
         gradients = tape.gradient(output, list(sources.values()))
     with tf.name_scope("gradient"):
@@ -131,7 +127,7 @@ def _flatten(
     placeholders = [tensor.op.name for tensor in traced.inputs[argument_count:]]
     pairs = list(zip(placeholders, traced.captured_inputs, strict=True))
     handles = {p: variables[id(c)] for p, c in pairs if id(c) in variables}
-    # Other captures are tensors made outside f, which TensorFlow gives mere numbers.
+    # Other captures are tensors made outside f, whose names are mere numbers.
     others = {p for p, c in pairs if p not in handles}
     constants = {p: re.sub(r"[^/]+$", "constant", p) for p in others}
     names = [op.name for op in traced.graph.get_operations()]
@@ -223,8 +219,9 @@ class _Flat:
         self._nodes[path, op.name] = node
         for i, output in enumerate(op.outputs):
             self._tensors[path, output.ref()] = f"{name}:{i}"
-        labels = _LABELS.get(op.type, [f"branch_{i}" for i in range(len(inside))])
-        if op.type.endswith("While"):
+        kind = op.type.removeprefix("Stateless")
+        labels = _LABELS.get(kind, [f"branch_{i}" for i in range(len(inside))])
+        if kind == "While":
             inside = [*inside, condition(op)]
         passed = len(inside[0].inputs) if inside else 0
         own = list(op.inputs)[: len(op.inputs) - passed]
@@ -266,7 +263,7 @@ def _shorten(node: Any) -> None:
     """Drop attributes that only a machine reads, and the contents of big constants."""
     for key in [k for k, v in node.attr.items() if v.HasField("func") or v.list.func]:
         del node.attr[key]
-    node.attr.pop("_class", None)  # colocation, by names that may be gone
+    node.attr.pop("_class", None)  # names of other nodes, which may have new names
     if node.op == "Const" and node.ByteSize() > _LARGEST_CONSTANT:
         value = node.attr["value"].tensor
         shape = tf.compat.v1.AttrValue(shape=value.tensor_shape).shape
@@ -341,16 +338,6 @@ def _float_spec(shape: Any) -> tf.TensorSpec:
 
 
 # --- names and arguments --------------------------------------------------------------
-
-
-def _parameters(f: Callable[..., Any], count: int) -> list[str]:
-    """Return what `f` calls its first `count` arguments."""
-    try:
-        parameters = list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):  # some built-in functions do not say
-        parameters = []
-    names = [p.name for p in parameters if p.kind < p.VAR_POSITIONAL][:count]
-    return names + [f"args_{i}" for i in range(len(names), count)]
 
 
 def _tensors(args: Sequence[Any], parameters: Sequence[str]) -> dict[str, Any]:

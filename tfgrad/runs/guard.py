@@ -1,4 +1,4 @@
-"""Write to a log without ending what is logged, should writing fail."""
+"""Write a log so that a failed write does not end the training that is logged."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _TAGS = ("epoch/", "batch/")
 class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no stubs
     """Curves, graph and histograms of a training; made by `Run.keras_callback`.
 
-    Steps go on from one `fit` to the next, which Keras begins at 0 each.
+    Keras numbers the epochs of each `fit` from 0; the steps of the run go on instead.
     """
 
     def __init__(self, run: Any, batches: int | None, histograms: int | None) -> None:
@@ -29,7 +29,7 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
         self._every_batches = _checked("batches", batches)
         self._every_epochs = _checked("histograms", histograms)
         self._guard = Guard("The training")
-        self._next = 0  # of epochs or, if they are asked for, of batches
+        self._next = 0  # the next step: an epoch or, with `batches`, a batch
         self._epoch_start = 0
         self._epochs = 0
         self._has_graph = False

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.runs.tensorboard import require
-from tfgrad.runs.values import as_array, check_tag
+from tfgrad.runs.values import as_array, check_tag, real_array
 
 LAYOUT = "custom_scalars__config__"
 """Where the Custom Scalars plugin looks for the charts of a run."""
@@ -29,10 +29,17 @@ _ROUNDING = 1e-3  # how far a float picture may leave 0..1: less than half a gre
 def to_buckets(values: Any, tag: str) -> np.ndarray[Any, Any]:
     """Return the histogram of `values`: rows (left, right, count), float64.
 
-    Values that are not finite are left out: one NaN would make all of it NaN. Numbers
-    beyond float32 count as its largest. Without values, the buckets are empty.
+    Values that are not finite are left out: with one NaN, every bar would be NaN.
+    Numbers beyond float32 count as the largest float32. Without values, the buckets are
+    empty.
     """
-    numbers = _real_array(values, tag)
+    numbers = real_array(values)
+    if numbers is None:
+        raise InvalidArgumentError(
+            "A histogram is of real numbers, in any shape.",
+            got=f"{tag!r} is {nested.describe(values)}",
+            hint="an array or a tensor; one histogram for each leaf of a nest",
+        )
     finite = numbers[np.isfinite(numbers)].clip(-_LARGEST, _LARGEST)
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     if high - low <= BUCKETS * np.spacing(max(abs(low), abs(high))):
@@ -70,38 +77,22 @@ def to_layout(charts: Any) -> bytes:
     return bytes(layout.SerializeToString())
 
 
-def _real_array(values: Any, tag: str) -> np.ndarray[Any, Any]:
-    try:
-        array = as_array(values)
-        if array.dtype.kind in "biufV":  # "V" is bfloat16 and its kin
-            return array.astype(np.float64).ravel()
-    except (TypeError, ValueError, NotImplementedError):
-        pass  # a symbolic tensor, a ragged list
-    raise InvalidArgumentError(
-        "A histogram is of real numbers, in any shape.",
-        got=f"{tag!r} is {nested.describe(values)}",
-        hint="an array or a tensor; one histogram for each leaf of a nest",
-    )
-
-
 def _pixels(image: Any, tag: str) -> np.ndarray[Any, Any]:
     """Return `image` as uint8 of shape `[images, height, width, channels]`."""
-    try:
-        array = as_array(image)
-    except (TypeError, ValueError, NotImplementedError):
-        array = np.asarray(None)
+    found = real_array(image)
+    array = np.zeros([]) if found is None else found
     array = array[:, :, None] if array.ndim == 2 else array
     array = array[None] if array.ndim == 3 else array
     is_picture = array.ndim == 4 and array.shape[3] in (1, 3, 4) and array.size
-    if not is_picture or not (array.dtype in (np.uint8, bool) or _is_float(array)):
+    dtype = as_array(image).dtype if is_picture else None
+    if dtype is None or not (dtype in (np.uint8, bool) or dtype.kind in "fV"):
         raise InvalidArgumentError(
             "An image is a figure, or an array of floats in 0..1 or of uint8.",
             got=f"{tag!r} is {nested.describe(image)}",
             hint="shape (height, width), (height, width, 1, 3 or 4), or a batch of it",
         )
-    if array.dtype == np.uint8:
-        return array
-    array = array.astype(np.float64)
+    if dtype == np.uint8:
+        return array.astype(np.uint8)
     if not (array.min() >= -_ROUNDING and array.max() <= 1 + _ROUNDING):
         raise InvalidArgumentError(
             "The floats of an image are from 0 to 1.",
@@ -109,10 +100,6 @@ def _pixels(image: Any, tag: str) -> np.ndarray[Any, Any]:
             hint="(a - a.min()) / (a.max() - a.min()), or a.astype(numpy.uint8)",
         )
     return np.round(array.clip(0, 1) * 255).astype(np.uint8)
-
-
-def _is_float(array: np.ndarray[Any, Any]) -> bool:
-    return array.dtype.kind in "fV"
 
 
 def _checked(value: Any, kind: Any, name: str) -> Any:

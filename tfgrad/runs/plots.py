@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 from tfgrad import nested
+from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
 from tfgrad.runs.board import checked_tags
@@ -21,9 +22,9 @@ from tfgrad.runs.reader import ReadRun, read_run, run_directories
 from tfgrad.runs.values import to_text
 
 _MARGIN = 0.25  # of the path's extent, on each side of a picture
-_FLATTEST = 0.2  # of the longer side: a path along an axis is shown in its valley
+_FLATTEST = 0.2  # of the longer side: the least height of a picture
 _LEVELS = 20
-_NAMED_RUNS = 10  # as many as a legend can hold, and as a set of colours tells apart
+_NAMED_RUNS = 10  # as many as a legend has room for, and as matplotlib has colours
 _CHARTS = 4
 _POINTS = 2000  # of a path: more than a picture has pixels for
 _DOTTED = 100  # points of a path up to which each has a dot
@@ -43,7 +44,7 @@ class Picture(Figure):
 def plot_path(
     f: Callable[..., Any], result: Any, *, wrt: Nest | None = None
 ) -> Picture:
-    """Return a picture of the points that a minimisation visited, over those of `f`.
+    """Return a picture of `f` with the points that a minimisation visited.
 
     For one parameter it is the graph of `f`, for two a contour plot, whose levels are
     quantiles of f, so that a narrow valley is visible beside steep walls. `f` is
@@ -83,35 +84,37 @@ def plot_path(
             hint="result.plot() for the convergence, whatever their number",
         )
     variables = None if wrt is None else nested.variables_of(wrt)
-    path, fun = _path(result), np.asarray(result.history["fun"], float)
-    name = nested.name_of(f)
-    return draw_path(f, result.x, path, fun, name=name, variables=variables)
+    path, fun = _visited(result)
+    if not len(path):
+        raise InvalidArgumentError(
+            "`plot_path` draws points that are finite.",
+            got="a history without one",
+            hint="a start where f is finite; tfgrad.explain(f, x0) says why it is not",
+        )
+    size = 200 if len(names) == 1 else 100
+    ticks = [np.linspace(low, high, size) for low, high in box_around(path)]
+    points = np.stack(np.meshgrid(*ticks, indexing="ij"), axis=-1)
+    values = values_at(f, points.reshape(-1, len(names)), result.x, variables)
+    values = np.ma.masked_invalid(values.reshape(points.shape[:-1]))
 
-
-def draw_path(
-    f: Callable[..., Any],
-    x: Nest,
-    path: np.ndarray[Any, Any],
-    fun: np.ndarray[Any, Any],
-    *,
-    name: str,
-    variables: Nest | None = None,
-    resolution: int = 100,
-) -> Picture:
-    """Return the picture of `plot_path` of a path of shape `[points, 1 or 2]`."""
-    steps = len(path) - 1
-    path, fun = _drawable(path, fun)
-    box = box_around(path)
-    sizes = (200,) if len(box) == 1 else (resolution, resolution)
-    grid = Grid(box, sizes)
-    values = values_at(f, grid.points, x, variables).reshape(sizes)
     figure = Picture(figsize=(6, 5.4), layout="constrained")
     axes = figure.subplots()
-    draw = _draw_graph if len(box) == 1 else _draw_contour
-    draw(axes, grid, np.ma.masked_invalid(values), path, fun)
-    axes.set_xlabel(coordinate_names(x)[0])
-    axes.set_ylabel("f" if len(box) == 1 else coordinate_names(x)[1])
-    axes.set_title(f"{_literal(name)}: {steps} steps to {fun[-1]:.6g}")
+    if len(names) == 1:
+        line = np.column_stack([path, fun])
+        axes.plot(ticks[0], values, color="0.6", label="f")
+        axes.plot(*line.T, "o-", color="C0", ms=3, lw=1, label="path")
+    else:
+        line = path
+        _draw_contour(axes, ticks, values.T)
+        dots = ".-" if len(path) <= _DOTTED else "-"
+        axes.plot(*line.T, dots, color="C1", ms=5, lw=1.2, label="path")
+    axes.plot(*line[0], "o", color="black", ms=6, label="start")
+    axes.plot(*line[-1], "*", color="red", ms=11, label="end")
+    axes.set_xlabel(names[0])
+    axes.set_ylabel([*names, "f"][1])
+    steps = len(result.history["fun"]) - 1
+    name = _literal(nested.name_of(f))
+    axes.set_title(f"{name}: {steps} steps to {fun[-1]:.6g}")
     figure.legend(loc="outside lower center", ncols=4)
     return figure
 
@@ -119,8 +122,8 @@ def draw_path(
 def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> Picture:
     """Return a picture that compares the curves of all runs under `root`.
 
-    Where the values of a curve are positive and span more than a thousandfold, the axis
-    is in logarithms.
+    Where no value of a curve is negative, and the positive ones span more than a
+    thousandfold, the axis is in logarithms.
 
     Args:
         root: A directory of runs, or one run: whatever `load_runs` reads.
@@ -147,12 +150,26 @@ def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> P
     wanted = checked_tags(tags, "tags")
     directories = run_directories(root)
     runs = {name: read_run(path) for name, path in directories.items()}
-    wanted = _known_tags(wanted, runs) if wanted else _common_tags(runs)
+    curves = [pair for run in runs.values() for pair in run.curves.items()]
+    known = dict(curves)
+    # A point alone is a result, not a curve.
+    lines = Counter(tag for tag, curve in curves if len(curve.steps) > 1)
+    if unknown := [tag for tag in wanted if tag not in known]:
+        raise InvalidArgumentError(
+            "`plot_runs` draws tags that some run has.",
+            got=f"{unknown[0]!r}",
+            hint=f"one of {', '.join(map(repr, known))}",
+        )
+    wanted = wanted or [tag for tag, _ in lines.most_common(_CHARTS)]
+    if not wanted:
+        raise InvalidArgumentError(
+            "`plot_runs` draws scalars.",
+            got="runs without any",
+            hint="run.log(step, loss=...) in the loop",
+        )
     columns = min(len(wanted), 2)
     rows = -(-len(wanted) // columns)
-    drawn = {
-        n: run for n, run in runs.items() if not run.curves.keys().isdisjoint(wanted)
-    }
+    drawn = {n: r for n, r in runs.items() if not r.curves.keys().isdisjoint(wanted)}
     figure = Picture(figsize=(5 * columns, 3 * rows + 0.6), layout="constrained")
     charts = figure.subplots(rows, columns, squeeze=False).ravel()
     for chart, tag in zip(charts, wanted, strict=False):
@@ -160,9 +177,11 @@ def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> P
     for chart in charts[len(wanted) :]:
         chart.set_axis_off()
     if len(drawn) <= _NAMED_RUNS:
-        lines = charts[0].lines
-        names = [line.get_label() for line in lines]  # or "_name" would be left out
-        figure.legend(lines, names, loc="outside lower center", ncols=3)
+        first = charts[0].lines
+        names = [
+            line.get_label() for line in first
+        ]  # else matplotlib leaves out names like "_b"
+        figure.legend(first, names, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -176,48 +195,31 @@ def coordinate_names(x: Nest) -> list[str]:
     return names
 
 
-def _path(result: Any) -> np.ndarray[Any, Any]:
-    """Return the points of a history, shape `[rows, parameters]`."""
+def _visited(result: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the finite points of a history, shape `[rows, parameters]`, and f there.
+
+    Of very many points, evenly spread ones are returned.
+    """
     names = [name for name, _ in nested.named_leaves(result.x, "x")]
     columns = [np.asarray(result.history[name], float) for name in names]
-    return np.concatenate([c.reshape(len(c), -1) for c in columns], axis=1)
-
-
-def _drawable(path: Any, fun: Any) -> tuple[Any, Any]:
-    """Return the points that are finite; of very many, evenly spread ones."""
+    path = np.concatenate([c.reshape(len(c), -1) for c in columns], axis=1)
     kept = np.flatnonzero(np.isfinite(path).all(axis=1))
     if len(kept) > _POINTS:
         kept = kept[np.linspace(0, len(kept) - 1, _POINTS).astype(int)]
-    return path[kept], fun[kept]
+    return path[kept], np.asarray(result.history["fun"], float)[kept]
 
 
-def _draw_graph(axes: Any, grid: Grid, values: Any, path: Any, fun: Any) -> None:
-    axes.plot(grid.points[:, 0], values, color="0.6", label="f")
-    axes.plot(path[:, 0], fun, "o-", color="C0", ms=3, lw=1, label="path")
-    _mark_ends(axes, path[:, 0], fun)
-
-
-def _draw_contour(axes: Any, grid: Grid, values: Any, path: Any, fun: Any) -> None:
+def _draw_contour(axes: Any, ticks: Sequence[Any], values: Any) -> None:
+    x, y = ticks
     finite = values.compressed()
     probabilities = np.linspace(0, 1, _LEVELS)
     levels = np.unique(np.quantile(finite, probabilities)) if len(finite) else ()
     if len(levels) > 1:
-        x, y = grid.axes
-        norm = BoundaryNorm(levels, ncolors=256)
-        filled = axes.contourf(
-            x, y, values.T, levels=levels, norm=norm, cmap="Blues_r", alpha=0.8
-        )
-        axes.contour(x, y, values.T, levels=levels, colors="white", linewidths=0.4)
+        colors = {"norm": BoundaryNorm(levels, ncolors=256), "cmap": "Blues_r"}
+        filled = axes.contourf(x, y, values, levels=levels, alpha=0.8, **colors)
+        axes.contour(x, y, values, levels=levels, colors="white", linewidths=0.4)
         bar = axes.figure.colorbar(filled, ax=axes, format="%.3g", label="f")
         bar.set_ticks(levels[:: max(1, len(levels) // 8)])
-    line = ".-" if len(path) <= _DOTTED else "-"
-    axes.plot(path[:, 0], path[:, 1], line, color="C1", ms=5, lw=1.2, label="path")
-    _mark_ends(axes, path[:, 0], path[:, 1])
-
-
-def _mark_ends(axes: Any, x: Any, y: Any) -> None:
-    axes.plot(x[0], y[0], "o", color="black", ms=6, label="start")
-    axes.plot(x[-1], y[-1], "*", color="red", ms=11, label="end")
 
 
 def _draw_curves(axes: Any, tag: str, runs: dict[str, ReadRun]) -> None:
@@ -228,10 +230,12 @@ def _draw_curves(axes: Any, tag: str, runs: dict[str, ReadRun]) -> None:
             marker = "o" if len(curve.steps) == 1 else None  # no line through one
             axes.plot(curve.steps, curve.values, marker=marker, lw=1.2, label=label)
         else:
-            axes.plot([], [], label=label)  # keeps the colours the same in each chart
+            axes.plot([], [], label=label)  # so that a run has one colour in all charts
     values = np.concatenate([line.get_ydata() for line in axes.lines])
     finite = values[np.isfinite(values)]
-    if finite.size and finite.min() > 0 and finite.max() > _WIDE * finite.min():
+    positive = finite[finite > 0]  # a loss of exactly 0 is at the lower edge
+    is_wide = positive.size and positive.max() > _WIDE * positive.min()
+    if is_wide and finite.min() >= 0:
         axes.set_yscale("log")
     axes.set(xlabel="step", title=_literal(tag))
     axes.grid(alpha=0.3)
@@ -240,62 +244,6 @@ def _draw_curves(axes: Any, tag: str, runs: dict[str, ReadRun]) -> None:
 def _literal(name: str) -> str:
     """Return `name` as matplotlib writes it out: a "$" would begin a formula."""
     return to_text(name).replace("$", r"\$")
-
-
-def _common_tags(runs: dict[str, ReadRun]) -> list[str]:
-    counts: dict[str, int] = {}
-    for run in runs.values():
-        for tag, curve in run.curves.items():
-            # A single point is a result, not a curve.
-            counts[tag] = counts.get(tag, 0) + (len(curve.steps) > 1)
-    most = sorted(filter(counts.get, counts), key=lambda tag: -counts[tag])
-    if not most:
-        raise InvalidArgumentError(
-            "`plot_runs` draws scalars.",
-            got="runs without any",
-            hint="run.log(step, loss=...) in the loop",
-        )
-    return most[:_CHARTS]
-
-
-def _known_tags(tags: Sequence[str], runs: dict[str, ReadRun]) -> list[str]:
-    known = dict.fromkeys(tag for run in runs.values() for tag in run.curves)
-    for tag in tags:
-        if tag not in known:
-            raise InvalidArgumentError(
-                "`plot_runs` draws tags that some run has.",
-                got=f"{tag!r}",
-                hint=f"one of {', '.join(map(repr, known))}",
-            )
-    return list(tags)
-
-
-# --- a function on a grid -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Evenly spaced points in a box.
-
-    Args:
-        box: (low, high) of each coordinate.
-        sizes: How many points there are along each.
-    """
-
-    box: Sequence[tuple[float, float]]
-    sizes: Sequence[int]
-
-    @property
-    def axes(self) -> list[np.ndarray[Any, Any]]:
-        """The values of each coordinate."""
-        pairs = zip(self.box, self.sizes, strict=True)
-        return [np.linspace(low, high, size) for (low, high), size in pairs]
-
-    @property
-    def points(self) -> np.ndarray[Any, Any]:
-        """All points, shape `[product of the sizes, coordinates]`."""
-        mesh = np.meshgrid(*self.axes, indexing="ij")
-        return np.stack([axis.ravel() for axis in mesh], axis=1)
 
 
 def box_around(path: np.ndarray[Any, Any]) -> list[tuple[float, float]]:
@@ -328,43 +276,34 @@ def values_at(
         InvalidArgumentError: If `f` raises on its first point.
     """
     leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(like)]
-    targets = tf.nest.flatten(variables) if variables is not None else None
-    before = [variable.read_value() for variable in targets or []]
+    targets = [] if variables is None else tf.nest.flatten(variables)
 
     def value(point: tf.Tensor) -> tf.Tensor:
         parts = nested.unravel(point, leaves)
         parts = [tf.cast(p, leaf.dtype) for p, leaf in zip(parts, leaves, strict=True)]
-        if targets is None:
+        if variables is None:
             output = f(tf.nest.pack_sequence_as(like, parts))
         else:
             for variable, part in zip(targets, parts, strict=True):
                 variable.assign(part)
             output = f()
-        return tf.cast(output[0] if isinstance(output, tuple) else output, tf.float64)
+        output = output[0] if isinstance(output, tuple) else output  # (value, aux)
+        return tf.ensure_shape(tf.cast(output, tf.float64), [])
 
+    @tf.function
     def values(points: tf.Tensor) -> tf.Tensor:
         return tf.map_fn(value, points, parallel_iterations=1)
 
-    try:
-        return _first_that_works(values, value, tf.constant(points, tf.float64))
-    finally:
-        for variable, old in zip(targets or [], before, strict=True):
-            variable.assign(old)
-
-
-def _first_that_works(
-    all_at_once: Callable[[Any], Any], single: Callable[[Any], Any], points: tf.Tensor
-) -> np.ndarray[Any, Any]:
-    try:
-        return np.asarray(
-            tf.function(all_at_once).get_concrete_function(points)(points)
-        )
-    except Exception:  # whatever TensorFlow or f raise: f may need to run eagerly
+    tensor = tf.constant(points, tf.float64)
+    with restored(targets):
         try:
-            return np.array([single(point).numpy() for point in tf.unstack(points)])
-        except Exception as error:
-            raise InvalidArgumentError(
-                "`f` must take the parameters that were minimised.",
-                got=f"{type(error).__name__}: {error}",
-                hint="the function that was given to minimize, and wrt= if it had one",
-            ) from error
+            return np.asarray(values(tensor))
+        except Exception:  # whatever TensorFlow or f raise: f may need to run eagerly
+            try:
+                return np.array([value(point).numpy() for point in tf.unstack(tensor)])
+            except Exception as error:
+                raise InvalidArgumentError(
+                    "`f` must take the parameters that were minimised.",
+                    got=f"{type(error).__name__}: {error}",
+                    hint="the function that was minimised, and its wrt= if it had one",
+                ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,45 +103,6 @@ def load_runs(root: str | os.PathLike[str], wide: bool = False) -> pd.DataFrame:
 
 
 def _frame(runs: Mapping[str, ReadRun], wide: bool) -> pd.DataFrame:
-    pandas = _pandas()
-    tags = list(dict.fromkeys(tag for read in runs.values() for tag in read.curves))
-    frames = [
-        pandas.DataFrame(
-            {"run": run, "tag": tag, "step": c.steps, "wall_time": c.wall_times}
-            | {"value": c.values}
-        )
-        for run, read in runs.items()
-        for tag, c in read.curves.items()
-    ]
-    frame = pandas.concat([_no_points(pandas), *frames], ignore_index=True)
-    frame["run"] = pandas.Categorical(frame["run"], list(runs))
-    frame["tag"] = pandas.Categorical(frame["tag"], tags)
-    if wide:
-        _check_names(tags)
-        frame = frame.pivot(index=["run", "step"], columns="tag", values="value")
-        frame = frame.reindex(columns=tags).rename_axis(columns=None).reset_index()
-    hparams = pandas.DataFrame([read.hparams for read in runs.values()])
-    hparams = hparams.add_prefix("hparams/").iloc[frame["run"].cat.codes]
-    return pandas.concat([frame, hparams.reset_index(drop=True)], axis=1)
-
-
-def _no_points(pandas: Any) -> pd.DataFrame:
-    dtypes = {"run": str, "tag": str, "step": "int64"}
-    dtypes |= {"wall_time": "float64", "value": "float64"}
-    return pandas.DataFrame(columns=list(dtypes)).astype(dtypes)
-
-
-def _check_names(tags: Iterable[str]) -> None:
-    for tag in tags:
-        if tag in ("run", "step"):
-            raise InvalidArgumentError(
-                "A wide frame has columns of its own that are called run and step.",
-                got=f"the tag {tag!r}",
-                hint="wide=False",
-            )
-
-
-def _pandas() -> Any:
     try:
         import pandas
     except ImportError as error:
@@ -150,7 +111,33 @@ def _pandas() -> Any:
             got="no pandas in this Python",
             hint='pip install "tfgrad[pandas]"',
         ) from error
-    return pandas
+    tags = list(dict.fromkeys(tag for read in runs.values() for tag in read.curves))
+    if wide and (taken := {"run", "step"}.intersection(tags)):
+        raise InvalidArgumentError(
+            "A wide frame has columns of its own that are called run and step.",
+            got=f"the tag {min(taken)!r}",
+            hint="wide=False",
+        )
+    dtypes = {"run": str, "tag": str, "step": "int64"}
+    dtypes |= {"wall_time": "float64", "value": "float64"}
+    frames = [pandas.DataFrame(columns=list(dtypes)).astype(dtypes)]  # without a point
+    frames += [
+        pandas.DataFrame(
+            {"run": run, "tag": tag, "step": c.steps, "wall_time": c.wall_times}
+            | {"value": c.values}
+        )
+        for run, read in runs.items()
+        for tag, c in read.curves.items()
+    ]
+    frame = pandas.concat(frames, ignore_index=True)
+    frame["run"] = pandas.Categorical(frame["run"], list(runs))
+    frame["tag"] = pandas.Categorical(frame["tag"], tags)
+    if wide:
+        frame = frame.pivot(index=["run", "step"], columns="tag", values="value")
+        frame = frame.reindex(columns=tags).rename_axis(columns=None).reset_index()
+    hparams = pandas.DataFrame([read.hparams for read in runs.values()])
+    hparams = hparams.add_prefix("hparams/").iloc[frame["run"].cat.codes]
+    return pandas.concat([frame, hparams.reset_index(drop=True)], axis=1)
 
 
 # --- event files ----------------------------------------------------------------------
@@ -158,7 +145,7 @@ def _pandas() -> Any:
 
 @dataclass(slots=True)
 class Curve:
-    """The points of one tag: first as they come, then in the order of their steps.
+    """The points of one tag: in the order of the file, then of their steps.
 
     Attributes:
         steps: Whole numbers; once `settle` was called, they grow.
@@ -179,7 +166,7 @@ class Curve:
         self.values.append(0.0)
 
     def settle(self) -> None:
-        """Drop what is superseded: points before one at their step or a lower one."""
+        """Drop each point that is followed by one at the same step or a lower one."""
         steps = np.asarray(self.steps)
         lowest_from = np.minimum.accumulate(steps[::-1])[::-1]
         kept = np.append(steps[:-1] < lowest_from[1:], True)[: len(steps)]
@@ -227,7 +214,7 @@ class ReadRun:
         metadata = value.metadata.plugin_data
         if value.tag == "_hparams_/session_start_info":
             self.hparams |= _hparams(metadata.content)
-        # Of a tag, the first event alone need say which plugin it is for.
+        # Only the first event of a tag has to name its plugin.
         elif metadata.plugin_name == "scalars" or value.tag in self.curves:
             return _number(value.tensor) if value.HasField("tensor") else None
         return None

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,7 @@ import tfgrad
 from tfgrad import nested
 from tfgrad.errors import RunError
 from tfgrad.runs.tensorboard import require
-from tfgrad.runs.values import as_array, check_mapping, check_tag, to_text
+from tfgrad.runs.values import as_array, check_mapping, check_tag, is_array, to_text
 
 FILE_NAME = "run.json"
 FAILURES = ("failure", "interrupted", "nonfinite")
@@ -34,7 +35,7 @@ _LARGEST_INTEGER = 2**53
 
 
 class Record:
-    """The facts of one run, kept in memory and written whole, in one atomic step.
+    """The facts of one run, in memory and in `run.json`, which is replaced as a whole.
 
     A reader sees the old file or the new one, never half of one. When a run is resumed,
     the records of its earlier sessions are kept in `earlier`, the oldest first.
@@ -51,6 +52,8 @@ class Record:
             "versions": _versions(),
             **facts,
         }
+        self._started = time.time()
+        self._next_count = 0  # of tags, at which they are written
         self.update()
 
     def earlier_tags(self) -> dict[str, Any]:
@@ -59,6 +62,25 @@ class Record:
         for session in self.earlier:
             kinds |= session.get("tags", {})
         return kinds
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Add what the user wants to know of the run, and write the file."""
+        self.update(facts={**self._facts.get("facts", {}), **facts})
+
+    def note(self, kinds: Mapping[str, str]) -> None:
+        """Write the kinds of the tags by name, if there are some more than before.
+
+        The session that resumes a killed run reads them. To rewrite the file for each
+        of a thousand tags would take a second.
+        """
+        if len(kinds) >= self._next_count:
+            self._next_count = len(kinds) + max(1, len(kinds) // 50)
+            self.update(tags=kinds)
+
+    def end(self, status: str, result: Any, kinds: Mapping[str, str]) -> None:
+        """Write how the run ended."""
+        seconds = time.time() - self._started
+        self.update(status=status, seconds=seconds, result=result, tags=kinds)
 
     def update(self, **facts: Any) -> None:
         """Add `facts` (or replace them) and write the file."""
@@ -94,28 +116,21 @@ def to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else _name_of_nonfinite(value)
+        if math.isfinite(value):
+            return value
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
         return {to_text(str(key)): to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [to_json(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _array_to_json(value)
-    if isinstance(value, tf.Tensor) or nested.is_variable(value):
-        return _array_to_json(as_array(value))
+    if is_array(value):
+        array = as_array(value)
+        if array.size > _LARGEST_ARRAY:
+            return f"array of {nested.describe(array)}"
+        return to_json(array.tolist())
     if isinstance(value, os.PathLike):
         return to_text(os.fsdecode(value))
     return nested.name_of(value) if callable(value) else nested.describe(value)
-
-
-def _array_to_json(array: Any) -> Any:
-    if array.size > _LARGEST_ARRAY:
-        return f"array of {nested.describe(np.asarray(array))}"
-    return to_json(array.tolist())
-
-
-def _name_of_nonfinite(value: float) -> str:
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _versions() -> dict[str, str]:
@@ -160,8 +175,8 @@ def checked_hparams(hparams: Mapping[str, Any]) -> dict[str, bool | float | str]
 
 def hparams_start(hparams: Mapping[str, bool | float | str], directory: Path) -> bytes:
     """Return the serialized `Summary` that opens the run in `directory`."""
-    # The tab shows some fourteen letters of a trial's name: so the name of the run
-    # itself comes first and, of a long one, its end is among them.
+    # The tab shows some fourteen letters of a trial's name: so the run's own name
+    # comes first, and a long one is cut in its middle, since its end has the number.
     name = directory.name
     short = name if len(name) <= 14 else f"{name[:6]}…{name[-7:]}"
     trial = f"{short} in {directory.parent.name}, {directory}"
@@ -180,9 +195,7 @@ def hparams_end(status: str) -> bytes:
 
 
 def _plain(value: Any) -> bool | float | str:
-    if isinstance(value, np.generic | np.ndarray | tf.Tensor) or nested.is_variable(
-        value
-    ):
+    if is_array(value):
         array = as_array(value)
         value = array.item() if array.ndim == 0 else value
     is_exact = not isinstance(value, int) or abs(value) <= _LARGEST_INTEGER

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -27,6 +26,7 @@ from tfgrad.runs.graph import (
 from tfgrad.runs.keras_callback import RunCallback
 from tfgrad.runs.record import Record, checked_hparams, hparams_end, hparams_start
 from tfgrad.runs.tags import Kind, Tags
+from tfgrad.runs.tensorboard import require
 from tfgrad.runs.values import (
     check_mapping,
     check_tag,
@@ -38,11 +38,11 @@ from tfgrad.runs.values import (
 )
 
 _ROWS_AT_ONCE = 10_000
-"""Rows of a history that are Python numbers at a time: memory stays bounded."""
+"""Rows of a history that are converted to Python numbers at a time, to save memory."""
 
 
 class Run:
-    """One TensorBoard run: curves, cards, pictures, graphs, in a directory of its own.
+    """One TensorBoard run: curves, texts, pictures, graphs, in a directory of its own.
 
     Use a run as a context manager. When a call returns, its data is in the file: a
     process that is killed loses nothing that it logged. Several threads may log.
@@ -88,10 +88,10 @@ class Run:
         is_resumed = resume_from is not None
         self.first_step = to_step(resume_from, "resume_from") if is_resumed else 0
         self._hparams = checked_hparams(hparams or {})
+        require("version")  # without TensorBoard, no directory is made
         self._lock = threading.RLock()
         self._is_closed = False
-        self._facts: dict[str, Any] = {}
-        self._last_write = self._started = time.time()
+        self._last_write = time.time()
         with contextlib.ExitStack() as undo:
             self._claim = claim(directory, resume=is_resumed)
             undo.callback(self._claim.release)
@@ -100,7 +100,6 @@ class Run:
                 self.directory, resumed_from=resume_from, hparams=self._hparams
             )
             self._tags = Tags(self._record.earlier_tags(), self.first_step)
-            self._recorded_at = len(self._tags.kinds) + 1
             superseded = self._tags.superseded()
             self._events = EventFile(self.directory, self.first_step, superseded)
             if self._hparams:
@@ -114,7 +113,7 @@ class Run:
         """Write one point of one or more curves, in about ten microseconds.
 
         Args:
-            step: A whole number from 0 up. On one tag, steps grow.
+            step: A whole number, 0 or more, larger than the last one of the same tag.
             scalars: Numbers or arrays and tensors of shape `[]`, by tag. This is the
                 way to write a tag that is no Python name: `run.log(0, {"a/b": 1.0})`.
             **named: More of them, as in `run.log(0, loss=0.5)`.
@@ -193,7 +192,7 @@ class Run:
             self._last_write = now
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
-        """Write a card of Markdown for TensorBoard's Text tab.
+        """Write a text in Markdown for TensorBoard's Text tab.
 
         Args:
             tag: Its name.
@@ -325,7 +324,7 @@ class Run:
         # Tracing may take seconds, in which other threads can log.
         graph_def = step_graph(f, args or model_inputs(f) if is_keras else args, name)
         with self._lock:
-            # A second graph of the whole run would replace the first in one loader.
+            # One of TensorBoard's loaders replaces the first graph by a second one.
             is_first = "graph" not in self._tags.kinds.values()
             self._admit([tag], "graph", self.first_step, self.first_step)
             self._events.graph(graph_def, None if is_first else tag)
@@ -379,8 +378,7 @@ class Run:
         """
         with self._lock:
             self.check_open()
-            self._facts |= facts
-            self._record.update(facts=self._facts)
+            self._record.describe(facts)
 
     def close(self, status: str = "success", **result: Any) -> None:
         """End the run: write status and result to `run.json`, release the directory.
@@ -398,10 +396,7 @@ class Run:
             self._is_closed = True
             ending.callback(self._claim.release)
             ending.callback(self._events.close)
-            seconds = time.time() - self._started
-            self._record.update(
-                status=status, seconds=seconds, result=result, tags=self._tags.kinds
-            )
+            self._record.end(status, result, self._tags.kinds)
             if self._hparams:
                 self._events.summary(hparams_end(status))
 
@@ -414,12 +409,7 @@ class Run:
         """Return the run itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Close the run: a success or, after an error, a failure or interrupted."""
         if error is None:
             self.close()
@@ -453,9 +443,4 @@ class Run:
         """Check that `tags` may get data of `kind` at these steps, then remember it."""
         self.check_open()
         self._tags.admit(tags, kind, first, last)
-        kinds = self._tags.kinds
-        if len(kinds) >= self._recorded_at:
-            # The session that resumes a killed run needs its tags. If each of a
-            # thousand tags rewrote the record, that would take a second.
-            self._recorded_at = len(kinds) + max(1, len(kinds) // 50)
-            self._record.update(tags=kinds)
+        self._record.note(self._tags.kinds)

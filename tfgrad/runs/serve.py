@@ -19,7 +19,7 @@ def main() -> None:
     from tensorboard import program
 
     _let_no_file_hide_another()
-    # As TensorBoard's own command does: a Windows registry may say otherwise.
+    # As TensorBoard's own command does: the Windows registry may name other types.
     mimetypes.add_type("text/javascript", ".js")
     mimetypes.add_type("text/html", ".html")
     server = program.TensorBoard()
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def _let_no_file_hide_another() -> None:
-    """Make TensorBoard's Python loader go on behind a file that it cannot read.
+    """Make TensorBoard's Python loader read on after a file that it cannot read.
 
     An exception about one file ends the thread that loads all of them, and a pipe,
     which never ends, stops that thread for ever.

@@ -11,7 +11,7 @@ from tfgrad.runs.values import check_tag
 Kind = Literal["scalar", "text", "graph", "histogram", "image", "layout"]
 """What a tag is for: TensorBoard shows the data of a tag in one tab only."""
 
-_WHOLE_RUN = ("graph", "layout")  # kinds that a session which resumes leaves alone
+_WHOLE_RUN = ("graph", "layout")  # of the whole run: a session that resumes keeps them
 
 
 class Tags:
@@ -28,7 +28,7 @@ class Tags:
     def __init__(self, earlier: Mapping[str, Any], first_step: int) -> None:
         """Begin a session, in which no tag has a step yet."""
         self.kinds = dict(earlier)
-        if first_step == 0:  # graphs stand at step 0, and are superseded, too
+        if first_step == 0:  # graphs are at step 0, and are replaced, too
             self.kinds = {t: k for t, k in earlier.items() if k != "graph"}
         self._first_step = first_step
         self._last_steps: dict[str, int] = {}
@@ -59,13 +59,13 @@ class Tags:
             self._last_steps[tag] = last
 
     def next_step(self, prefixes: tuple[str, ...]) -> int:
-        """Return the first step that all tags of these beginnings may get."""
+        """Return the first step that is free for all tags that begin with a prefix."""
         steps = (s for t, s in self._last_steps.items() if t.startswith(prefixes))
         return max(steps, default=self._first_step - 1) + 1
 
     def _not_growing(self, tag: str, step: int) -> InvalidArgumentError:
-        # Of a step that comes again, one of TensorBoard's loaders drops what it has
-        # from that step on, and the other one shows both.
+        # If a step is repeated, one of TensorBoard's loaders drops the points from that
+        # step on, and the other one shows both points.
         if tag in self._last_steps:
             before = f"after step {self._last_steps[tag]}"
         else:

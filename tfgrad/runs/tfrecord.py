@@ -47,7 +47,9 @@ def read_events(path: Path) -> Iterator[Any]:
         _warn(f"{path} is left out: {error.strerror}.")
         return
     with file:
-        size = os.fstat(file.fileno()).st_size  # what a live run adds now is not lost
+        size = os.fstat(
+            file.fileno()
+        ).st_size  # a live run may append more while it is read
         for block, frames in _blocks(file):
             sound = _sums_agree(block, frames)
             for (start, stop), is_sound in zip(frames.tolist(), sound, strict=True):
@@ -67,7 +69,7 @@ def read_events(path: Path) -> Iterator[Any]:
 
 
 def last_scalars(path: Path) -> dict[str, float]:
-    """Return the last value of each curve that has one near the end of a file.
+    """Return the last value of each curve that has a value near the end of a file.
 
     Of a large file, only the end is read: as little as has scalars in it, and at
     most two megabytes.
@@ -119,7 +121,7 @@ def is_hostile(path: Path) -> bool:
 
 
 def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, Frames]]:
-    """Yield blocks of whole records, as far as their lengths can be believed."""
+    """Yield blocks of whole records, up to the first length whose checksum is wrong."""
     at = 0
     while True:
         file.seek(at)
@@ -186,7 +188,9 @@ def _sums_agree(block: bytes, frames: Frames) -> np.ndarray[Any, Any]:
 def _agree(block: bytes, starts: Any, length: int) -> np.ndarray[Any, Any]:
     """Return whether the 4 bytes after contents of one length are their checksums."""
     data = np.frombuffer(block, np.uint8)
-    if 0 < len(starts) < _FEW:  # maybe long; an index takes 8 bytes for each byte
+    if (
+        0 < len(starts) < _FEW
+    ):  # they may be long, and an index takes 8 bytes for each byte
         rows = np.stack([data[start : start + length + _TAIL] for start in starts])
     else:
         rows = data[starts[:, None] + np.arange(length + _TAIL)]

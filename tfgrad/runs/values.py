@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError
 
 _RESERVED = "_hparams_/"
-_REAL_KINDS = "biufV"  # NumPy's; "V" is bfloat16 and its kin
+
+_REAL_KINDS = "biufV"
+"""NumPy's kinds of dtypes for real numbers; "V" is that of bfloat16 and its kin."""
 
 
 def to_step(value: Any, name: str) -> int:
@@ -37,14 +41,12 @@ def to_number(value: Any, tag: str) -> float:
     """Return `value` as one float; NaN and infinities are numbers here."""
     if type(value) is float:
         return value
-    try:
+    with contextlib.suppress(OverflowError):  # 10**400
         if isinstance(value, numbers.Real):  # Python's, and NumPy's scalars
             return float(value)
-        array = as_array(value)
-        if array.ndim == 0 and array.dtype.kind in _REAL_KINDS:
-            return float(array.astype(np.float64))
-    except (TypeError, ValueError, NotImplementedError, OverflowError):
-        pass  # a symbolic tensor, a ragged list, 10**400
+        array = real_array(value)
+        if array is not None and array.ndim == 0:
+            return float(array)
     raise InvalidArgumentError(
         "A scalar is one real number.",
         got=f"{tag!r} is {nested.describe(value)}",
@@ -54,7 +56,7 @@ def to_number(value: Any, tag: str) -> float:
 
 def to_steps(values: Any) -> np.ndarray:
     """Return `values` as int64 steps of shape `[n]` that grow."""
-    steps = as_array(values)
+    steps = as_array(values) if real_array(values) is not None else np.asarray(None)
     if steps.size == 0 and steps.ndim == 1:
         return steps.astype(np.int64)
     if steps.ndim != 1 or steps.dtype.kind not in "iu":
@@ -78,12 +80,9 @@ def to_steps(values: Any) -> np.ndarray:
 
 def to_column(values: Any, tag: str, length: int) -> np.ndarray:
     """Return `values` as float64 of shape `[length]`."""
-    try:
-        column = as_array(values)
-    except (TypeError, ValueError, NotImplementedError):
-        column = np.asarray(None)
-    if column.shape == (length,) and column.dtype.kind in _REAL_KINDS:
-        return column.astype(np.float64)
+    column = real_array(values)
+    if column is not None and column.shape == (length,):
+        return column
     raise InvalidArgumentError(
         "A history has one real number per step and tag.",
         got=f"{tag!r} is {_describe(values)}, for {length} steps",
@@ -91,10 +90,25 @@ def to_column(values: Any, tag: str, length: int) -> np.ndarray:
     )
 
 
+def is_array(value: Any) -> bool:
+    """Return whether `value` is a tensor, a variable, or NumPy's array or number."""
+    kinds = np.ndarray | np.generic | tf.Tensor
+    return isinstance(value, kinds) or nested.is_variable(value)
+
+
 def as_array(value: Any) -> np.ndarray:
     """Return a tensor, variable or anything that NumPy takes as an array."""
-    # NumPy itself cannot make one of a bfloat16 tensor of shape [].
+    # np.asarray alone fails for a bfloat16 tensor of shape [].
     return np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+
+
+def real_array(value: Any) -> np.ndarray | None:
+    """Return `value` as a float64 array; None if it does not hold real numbers."""
+    try:
+        array = as_array(value)
+        return array.astype(np.float64) if array.dtype.kind in _REAL_KINDS else None
+    except (TypeError, ValueError, NotImplementedError):
+        return None  # a ragged list, a symbolic tensor, a structured dtype
 
 
 def to_text(value: str) -> str:

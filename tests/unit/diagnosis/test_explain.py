@@ -597,3 +597,42 @@ def test_what_is_not_verified_is_said():
     assert "not verified: RandomStandardNormal at test_explain.py" in str(random)
     assert "RandomStandardNormal" in random._repr_html_()
     assert fixed.note == ""
+
+
+def test_the_arguments_for_which_a_tf_function_was_traced_again_are_named():
+    @tf.function
+    def f(x, scale=1.0):
+        return tf.reduce_sum(x) * scale
+
+    x = tf.constant([1.0, 2.0])
+    f(x)
+    assert explain(f, x).note == ""  # and explaining it is no trace of it
+    for scale in (2.0, 3.0, 4.0):
+        f(x, scale)
+
+    note = explain(f, x).note
+    assert note.startswith("`f` was traced 4 times, for `scale` = 1.0, 2.0, 3.0 ...:")
+    f(tf.constant(1.0))
+    assert "for `x` = float32 of shape (2,), float32 of shape () and" in (
+        explain(f, x).note
+    )
+
+
+def test_a_tf_function_that_was_traced_again_for_no_argument_is_noted():
+    made = []
+
+    @tf.function
+    def f(x):
+        if not made:  # variables are made at the first call: it is traced twice
+            made.append(tf.Variable(2.0))
+        return made[0] * x
+
+    f(tf.constant(3.0))
+    assert "traced 2 times, as one that creates variables" in explain(f, 3.0).note
+
+
+def test_a_call_without_a_number_that_fails_is_refused():
+    with pytest.raises(
+        InvalidArgumentError, match=r"(?s)no float argument; `f` raised TypeError.*try:"
+    ):
+        explain(lambda x: x * x, None)

@@ -5,7 +5,6 @@ import tensorflow as tf
 import tfgrad
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.runs.plots import (
-    Grid,
     box_around,
     coordinate_names,
     plot_path,
@@ -42,12 +41,6 @@ def test_a_box_has_room_around_the_path():
 def test_a_box_is_never_flat(path):
     for low, high in box_around(np.array(path)):
         assert low < high
-
-
-def test_a_grid_has_its_points_in_the_order_of_its_axes():
-    grid = Grid([(0.0, 1.0), (0.0, 2.0)], (2, 3))
-
-    assert grid.points.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
 
 
 POINTS = np.array([[1.0, 0.0], [3.0, 2.0], [0.0, -1.0]])
@@ -143,6 +136,17 @@ def test_more_parameters_have_no_picture():
         plot_path(f, result)
 
 
+def test_another_function_than_that_of_the_result_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"(?s)take the parameters.*try: "):
+        plot_path(lambda x: x**2, minimized())  # it returns two numbers
+
+
+def test_a_path_without_a_finite_point_is_refused():
+    result = minimized(bowl, (np.nan, 1.0))
+    with pytest.raises(InvalidArgumentError, match=r"(?s)finite.*tfgrad.explain"):
+        plot_path(bowl, result)
+
+
 def test_what_is_no_result_is_refused():
     with pytest.raises(InvalidArgumentError, match=r"(?s)result=None.*try: plot_path"):
         plot_path(bowl, None)
@@ -196,13 +200,18 @@ def test_a_name_that_begins_with_an_underscore_is_in_the_legend(logs):
 
 @pytest.mark.parametrize(
     ("values", "scale"),
-    [([1.0, 1e-4], "log"), ([1.0, 0.1], "linear"), ([1e4, 0.0], "linear")],
+    [
+        ([1.0, 1e-4], "log"),
+        ([1.0, 1e-4, 0.0], "log"),  # a loss that has arrived
+        ([1.0, 0.1, 0.0], "linear"),
+        ([1.0, 1e-4, -1.0], "linear"),
+    ],
 )
 def test_values_of_many_orders_of_magnitude_are_drawn_in_logarithms(
     tmp_path, values, scale
 ):
     with Run(tmp_path) as run:
-        run.log_history({"loss": values}, range(2))
+        run.log_history({"loss": values}, range(len(values)))
 
     assert plot_runs(tmp_path).axes[0].get_yscale() == scale
 

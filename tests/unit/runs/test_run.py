@@ -1,4 +1,5 @@
 import json
+import sys
 import threading
 import time
 
@@ -510,3 +511,11 @@ def test_whether_a_run_is_open_can_be_asked_before_anything_is_done(tmp_path):
 
     with pytest.raises(RunError, match="closed"):
         run.check_open()
+
+
+def test_without_tensorboard_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.version", None)
+
+    with pytest.raises(RunError, match=r"try: pip install \"tensorboard>=2.21\""):
+        Run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -53,6 +53,8 @@ def test_an_integer_larger_than_any_of_numpy_is_a_number():
         tf.ones([1]),
         1j,
         np.complex64(1),
+        np.array("2026-11-29", "M8[D]"),
+        np.zeros([], [("a", float), ("b", int)]),
         object(),
     ],
 )
@@ -98,6 +100,7 @@ def test_no_steps_are_steps():
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
+        ([[0], [1, 2]], "one row of whole numbers"),
         ([0, 2, 1], "step 1 after step 2, in row 2"),
         ([0, 0], "step 0 after step 0, in row 1"),
         ([0.0, 1.0], "row of whole numbers"),
