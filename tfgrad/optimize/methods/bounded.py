@@ -140,7 +140,9 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     failed = fails & ~retries
     is_afresh = retries | (is_taken & ~leads)
     noise = tf.where(is_level, tf.maximum(tf.abs(change), state.noise), state.noise)
-    told = expectation.told(expected, before.expected, here.fun, sized)
+    told = expectation.told(
+        expected, before.expected, here.fun, sized, before.first_fun
+    )
     hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * noise
     told = tf.where(failed, tf.where(hidden, 0 * expected, expected), told)
     is_kink = expectation.is_kink(here, progress, expected)
