@@ -147,6 +147,11 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     told = tf.where(failed, tf.where(hidden, 0 * expected, expected), told)
     is_kink = expectation.is_kink(here, progress, expected)
     told = tf.where(is_kink, told.dtype.max, told)
+    told = tf.where(progress.length > 0, told, tf.zeros_like(told))
+
+    # At the edge of where f has values, half of a step is often inside.
+    of_edge = tf.where(state.trials == 0, MOST + 0 * slope, LEAST + 0 * slope)
+    back = tf.where(is_finite, _part(change, slope, end_slope), of_edge)
 
     # Without curvature, a step ten times as long comes next.
     known = tf.math.divide_no_nan(_dot(s, y), _dot(y, y))
@@ -160,7 +165,7 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     direction = tf.where(is_taken, newton, state.direction)
     direction = tf.where(is_afresh, steepest.step, direction)
     turns = is_taken | retries
-    t = tf.where(turns, tf.ones_like(state.t), state.t * _part(change, slope))
+    t = tf.where(turns, tf.ones_like(state.t), state.t * back)
     none = tf.constant(0)
     state = BoundedState(
         direction,
@@ -175,10 +180,20 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     return Move(x, state, accepted=is_taken, failed=failed, expected=told)
 
 
-def _part(change: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
-    """Return how far back the minimum of the parabola through a trial lies."""
-    part = tf.math.divide_no_nan(slope, 2 * (slope - change))
-    return tf.clip_by_value(part, LEAST, MOST)
+def _part(change: tf.Tensor, slope: tf.Tensor, end_slope: tf.Tensor) -> tf.Tensor:
+    """Return how far back the minimum of the cubic through a trial lies.
+
+    Nocedal and Wright, equation 3.59, of a step from 0 to 1; of the parabola without
+    the slope at the end where the cubic has no minimum.
+    """
+    parabola = tf.math.divide_no_nan(slope, 2 * (slope - change))
+    middle = slope + end_slope - 3 * change
+    square = middle * middle - slope * end_slope
+    root = tf.sqrt(tf.maximum(square, 0))
+    below = end_slope - slope + 2 * root
+    cubic = 1 - tf.math.divide_no_nan(end_slope + root - middle, below)
+    is_cubic = (square >= 0) & (below > 0) & tf.math.is_finite(cubic)
+    return tf.clip_by_value(tf.where(is_cubic, cubic, parabola), LEAST, MOST)
 
 
 def _keep(
