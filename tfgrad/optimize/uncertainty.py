@@ -129,7 +129,9 @@ def spread_of_factor(
     is_known = variance >= 0 and np.all(np.isfinite(j))
     if not is_known:  # nothing is determined
         j, scale, variance = np.zeros([1, j.shape[1]]), np.ones(j.shape[1]), 1.0
-    _, s, vt = np.linalg.svd(np.linalg.qr(j / scale, mode="r"))
+    s, vt = np.zeros(0), np.zeros([0, 0])
+    if scale.size:  # else all is held
+        _, s, vt = np.linalg.svd(np.linalg.qr(j / scale, mode="r"))
     s = np.pad(s, (0, len(scale) - len(s)))
     is_seen = s > max(rows, len(scale)) * epsilon * s.max(initial=0.0)
     root = variance**0.5 * vt[is_seen].T / s[is_seen]

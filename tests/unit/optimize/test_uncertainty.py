@@ -107,6 +107,15 @@ def test_a_parameter_with_equal_bounds_is_no_parameter():
     assert np.isnan(held.stderr[1])
 
 
+def test_where_all_is_held_nothing_is_known():
+    held = tfgrad.least_squares(lambda p: p - 2.0, np.ones(2), bounds=(0.0, 1.0))
+    minimum = tfgrad.minimize(bowl, np.ones(3), bounds=(2.0, 2.0))
+
+    assert np.all(np.isnan(held.covariance))
+    assert np.all(np.isnan(minimum.stderr))
+    assert float(held.error_of(lambda p: 0.0 * p[0])) == 0.0
+
+
 def test_variables_have_errors_and_stay_where_they_are():
     x, shift = tf.Variable(np.ones(3)), tf.Variable(np.zeros(2))
     result = tfgrad.minimize(

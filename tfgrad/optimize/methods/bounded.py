@@ -144,7 +144,8 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
         is_taken, progress.idle >= expectation.MOST_IDLE, trials >= MOST_TRIALS
     )
     is_promising = -sized.slope > LEVEL * epsilon * tf.abs(here.fun)
-    retries = fails & ~state.is_last & ((kept > 0) | is_promising)
+    is_last: Any = state.is_last
+    retries = fails & ~is_last & ((kept > 0) | is_promising)
     retries &= progress.idle <= expectation.MOST_IDLE
     failed = fails & ~retries
     is_afresh = retries | (is_taken & ~leads)
@@ -188,7 +189,7 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
         tf.where(turns, none, trials),
         tf.where(turns, tf.zeros_like(noise), noise),
         progress._replace(expected=expected),
-        tf.where(turns, retries, state.is_last),
+        tf.where(turns, retries, is_last),
     )
     x = bounds.clip(here.x + t * direction)
     return Move(x, state, accepted=is_taken, failed=failed, expected=told)
