@@ -137,6 +137,28 @@ def test_a_degenerate_corner_is_a_solution():
     np.testing.assert_allclose(end.x, 0, atol=1e-7)
 
 
+def test_a_valley_that_float32_pairs_do_not_see_is_not_claimed_at_its_side():
+    def badly_scaled(x):  # Powell's
+        sides = tf.exp(-x[0]) + tf.exp(-x[1]) - 1.0001
+        return (1e4 * x[0] * x[1] - 1) ** 2 + sides**2
+
+    box = np.zeros(2), np.full(2, np.inf)
+    end = run(LBFGS(bounds=box), Objective(badly_scaled, 2, tf.float32), [0.0, 1.0])
+
+    assert end.fun < 1e-6
+
+
+def test_a_step_that_rounding_leaves_no_length_is_no_failure():
+    def badly_scaled(x):  # Brown's; at the bound of x[1], only x[0] is free
+        return (x[0] - 1e6) ** 2 + (x[1] - 2e-6) ** 2 + (x[0] * x[1] - 2) ** 2
+
+    box = np.array([0, 3e-5]), np.array([1e6, 100.0])
+    end = run(LBFGS(bounds=box), Objective(badly_scaled, 2), [1.0, 1.0])
+
+    assert end.success
+    assert end.fun == pytest.approx(784.0)
+
+
 def test_a_kink_within_bounds_is_not_claimed():
     f = Objective(lambda x: tf.abs(x[0] - 1) + 0.3 * x[0] + x[1], 2)
     box = np.zeros(2), np.full(2, 20.0)

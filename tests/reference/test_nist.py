@@ -22,6 +22,8 @@ HARD = [
     ("MGH10", 0), ("MGH17", 0), ("Misra1a", 0), ("Nelson", 0), ("Thurber", 0),
 ]  # fmt: skip
 
+NAMES = sorted(path.stem for path in (Path(__file__).parent / "nist").glob("*.dat"))
+
 SINGLE = ["BoxBOD", "Chwirut2", "DanWood", "Eckerle4", "Rat42"]
 
 
@@ -45,6 +47,29 @@ def test_certified_parameters_and_their_standard_deviations(name, start):
     np.testing.assert_allclose(result.stderr, truth.stderr, rtol=rtol)
     np.testing.assert_allclose(result.residual_std, truth.residual_std, rtol=rtol)
     assert result.degrees_of_freedom == len(truth.y) - len(truth.certified)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "Lanczos1"])
+def test_certified_standard_errors_to_four_digits(name):
+    truth = nist["read"](name)
+
+    result = fitted(name, 1)
+
+    np.testing.assert_allclose(result.stderr, truth.stderr, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("bounds", [None, (0.0, None)])
+def test_minimize_finds_the_end_of_the_flat_valley_of_mgh09(start, bounds):
+    truth, residuals = nist["read"]("MGH09"), nist["residuals"]("MGH09", tf)
+
+    result = tfgrad.minimize(
+        lambda p: tf.reduce_sum(residuals(p) ** 2) / 2, truth.starts[start],
+        bounds=bounds,
+    )  # fmt: skip
+
+    assert (result.status, result.success) == ("converged", True)
+    np.testing.assert_allclose(result.x, truth.certified, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", SINGLE)

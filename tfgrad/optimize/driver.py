@@ -110,6 +110,7 @@ class Driver:
         callback: As for `minimize`.
 
     Attributes:
+        kind: As above.
         problem: What is minimised.
         options: As above, completed by those of a result to go on from.
         training: The data, if there is some.
@@ -145,6 +146,7 @@ class Driver:
             require_support(stage.name, stage.method, *given)
         jit = has_data and options.jit is True
         flags = {"has_aux": options.has_aux, "jit": jit, "verify": options.verify}
+        self.kind = kind
         self.problem = kind(f, x0, options.wrt, **flags)
         self.training, steps = training(options, self.problem)
         self.options = options

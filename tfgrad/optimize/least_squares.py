@@ -13,15 +13,19 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, named_leaves, unravel
+from tfgrad.nested import Nest, named_leaves
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.driver import Driver
-from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
+from tfgrad.optimize.methods.levenberg_marquardt import (
+    MOST_FOR_QR,
+    LevenbergMarquardt,
+)
 from tfgrad.optimize.methods.losses import LOSSES
 from tfgrad.optimize.minimize import run
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.residuals import Residuals
 from tfgrad.optimize.result import OptimizeResult, State
+from tfgrad.optimize.uncertainty import OfFit, held, source_of
 from tfgrad.runs.run import Run
 
 Array = np.ndarray[Any, Any]
@@ -40,28 +44,39 @@ class LeastSquaresResult(OptimizeResult):
 
     Attributes:
         residuals: At `x`, structured as the function returns them.
-        degrees_of_freedom: Residuals less parameters, m - n.
+        degrees_of_freedom: Residuals less parameters, m - n; a parameter whose two
+            bounds are equal is none.
         residual_std: The standard deviation of the residuals, the root of their sum of
             squares over the degrees of freedom; NaN if there are none.
-        covariance: Of the parameters, in the order of `tf.nest.flatten(x)`, each leaf
-            row by row: shape `[n, n]`. It is `residual_std**2 * inv(J'J)`; where the
-            errors of the data were known, divide it by `residual_std**2` (SciPy's
-            `absolute_sigma`). Infinite in the rows of parameters that the data do not
-            determine, and in all rows if there are no degrees of freedom. None where no
-            matrices were formed.
-        stderr: The standard error of each parameter, the root of its variance,
-            structured like `x`; None with `covariance`.
     """
 
     residuals: Nest
     degrees_of_freedom: int
     residual_std: np.floating[Any]
-    covariance: Array | None
-    stderr: Nest | None
+
+    @property
+    def covariance(self) -> Array:
+        """The covariance of the parameters, `residual_std**2 * inv(J'J)`.
+
+        In the order of `tf.nest.flatten(x)`, each leaf row by row: shape `[n, n]`.
+        Where the errors of the data were known, divide it by `residual_std**2` (SciPy's
+        `absolute_sigma`). Infinite in the rows of parameters that the data do not
+        determine, and in all rows if there are no degrees of freedom; NaN in those of
+        parameters that are at a bound. Computed when it is asked for, as `stderr` and
+        `error_of`: of up to 100 parameters from what the fit has left, of more from a
+        Jacobian, or where that has more than 2**25 elements from products with J'J,
+        which know half of the digits.
+
+        Raises:
+            InvalidArgumentError: If there are more than 2**25 pairs of parameters; or,
+                of more than 100 parameters, if the residuals are not known any more:
+                what they read has changed, or the result was pickled.
+        """
+        return super().covariance
 
     def _table(self) -> list[tuple[str, str]]:
         rows = super()._table()
-        if self.stderr is not None:
+        if getattr(self.source, "fit", self.source) is not None:
             shown = _with_errors(self.x, self.stderr)
             first = next(i for i, (name, _) in enumerate(rows) if name[0] == "x")
             others = [row for row in rows[first:] if row[0][0] != "x"]
@@ -196,8 +211,7 @@ def least_squares(
     kind = functools.partial(Residuals, loss=loss, f_scale=float(f_scale))
     driver = Driver(residuals, x0, options, kind, callback)
     result = run(driver)
-    assert isinstance(driver.problem, Residuals)
-    return _with_statistics(result, driver.problem, driver.options.bounds)
+    return _with_statistics(result, driver)
 
 
 def _check_loss(loss: Any, f_scale: Any) -> None:
@@ -216,70 +230,29 @@ def _check_loss(loss: Any, f_scale: Any) -> None:
         )
 
 
-def _with_statistics(
-    result: OptimizeResult, fit: Residuals, bounds: Any
-) -> LeastSquaresResult:
+def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResult:
     """Return the result with what residuals and Jacobian at its point say."""
-    leaves = tf.nest.flatten(result.x)
-    residuals = fit.evaluate(leaves).linear.residuals
-    count = sum(np.size(leaf) for leaf in tf.nest.flatten(residuals))
-    freedom = count - sum(np.size(leaf) for leaf in leaves)
+    fit, bounds = driver.problem, driver.options.bounds
+    linear = fit.evaluate(tf.nest.flatten(result.x)).linear
+    count = sum(np.size(leaf) for leaf in tf.nest.flatten(linear.residuals))
+    limits = Limits(fit, bounds, ())
+    freedom = count - int(np.sum(limits.lower < limits.upper))
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = (
             2 * result.fun / freedom if freedom > 0 else result.fun.dtype.type("nan")
         )
-    covariance = stderr = None
-    if fit.fits_in_memory:
-        factor, count = fit.factor(leaves)
-        limits = Limits(fit, bounds, ())
-        x = np.concatenate([np.ravel(leaf) for leaf in leaves])
-        is_held = (x <= limits.lower) | (x >= limits.upper)
-        covariance = _covariance(factor.numpy(), count, float(variance), is_held)
-        errors = tf.constant(np.sqrt(np.diag(covariance)))
-        stderr = fit.pack(unravel(errors, leaves))
-    return LeastSquaresResult(
-        **vars(result),
-        residuals=residuals,
-        degrees_of_freedom=freedom,
-        residual_std=np.sqrt(variance),
-        covariance=covariance,
-        stderr=stderr,
-    )
-
-
-def _covariance(factor: Array, count: int, variance: float, is_held: Array) -> Array:
-    """Return variance * inv(J'J), infinite in the rows that the data do not determine.
-
-    By singular values in scaled parameters: J'J itself knows half of the digits.
-
-    Args:
-        factor: The Jacobian J of `count` residuals, or the triangle that QR leaves.
-        count: How many residuals there are.
-        variance: Of a residual.
-        is_held: Which parameters are at a bound: nothing is known of their errors, and
-            the others are those of a fit in which they are fixed.
-    """
-    if np.any(is_held):
-        whole = np.full([len(is_held)] * 2, np.nan, factor.dtype)
-        free = np.ix_(~is_held, ~is_held)
-        none = np.zeros(np.sum(~is_held), bool)
-        if none.size:
-            whole[free] = _covariance(factor[:, ~is_held], count, variance, none)
-        return whole
-    n = factor.shape[1]
-    j = factor.astype(np.float64)
-    if not variance >= 0 or not np.all(np.isfinite(j)):
-        return np.full([n, n], np.inf, factor.dtype)
-    scale = np.linalg.norm(j, axis=0)
-    scale[scale == 0] = 1.0
-    _, s, vt = np.linalg.svd(np.linalg.qr(j / scale, mode="r"))
-    epsilon = np.finfo(factor.dtype).eps
-    is_known = s > max(count, n) * epsilon * s[0]
-    v = vt[is_known].T / s[is_known]
-    covariance = variance * (v @ v.T) / np.outer(scale, scale)
-    is_loose = np.linalg.norm(vt[~is_known], axis=0) > epsilon**0.5
-    covariance[is_loose, :] = covariance[:, is_loose] = np.inf
-    return covariance.astype(factor.dtype)
+    n = limits.lower.size
+    small = None
+    if n <= MOST_FOR_QR and isinstance(linear.matrix, tf.Tensor):
+        triangle = linear.matrix[:, :n].numpy()
+        small = OfFit(triangle, count, float(variance), held(fit, bounds, result.x))
+    statistics = {
+        "residuals": linear.residuals,
+        "degrees_of_freedom": freedom,
+        "residual_std": np.sqrt(variance),
+    }
+    known = vars(result) | {"source": source_of(driver, small)}
+    return LeastSquaresResult(**known, **statistics)
 
 
 def _with_errors(x: Nest, stderr: Nest) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -13,6 +14,7 @@ from tfgrad.optimize.driver import Driver
 from tfgrad.optimize.hooks import Interrupts
 from tfgrad.optimize.options import Options, options_of, require_no
 from tfgrad.optimize.result import OptimizeResult, State
+from tfgrad.optimize.uncertainty import source_of
 from tfgrad.runs.run import Run
 
 
@@ -223,7 +225,7 @@ def run(driver: Driver) -> OptimizeResult:
         driver.hooks.append(interrupts)
         for _ in driver.states():
             pass
-    return resume.result_of(driver)
+    return replace(resume.result_of(driver), source=source_of(driver))
 
 
 def descend(

@@ -162,16 +162,11 @@ class Residuals(Problem):
         assert isinstance(self.evaluator, ResidualEvaluator)
         return self.evaluator.fits_in_memory
 
-    def factor(self, x: list[tf.Tensor]) -> tuple[tf.Tensor, int]:
-        """Return R with R'R = J'J at a point, J itself or a triangle, and m."""
+    def jacobian(self, x: list[tf.Tensor]) -> tf.Tensor:
+        """Return J at a point, weighted as the loss says, shape `[m, n]`."""
         assert isinstance(self.evaluator, ResidualEvaluator)
-        linear = self.evaluate(x).linear
-        count = static_size(tf.nest.flatten(linear.residuals)) or 0
-        n = linear.matrix.shape[0]
-        if n <= MOST_FOR_QR:
-            return linear.matrix[:, :n], count
         matrix: tf.Tensor = self.evaluator.jacobian(self.arguments(x))
-        return matrix, count
+        return matrix
 
 
 def _check_dtypes(recording: Recording) -> None:

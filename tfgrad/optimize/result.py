@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import html
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tensorflow as tf
 
-from tfgrad.nested import Nest, named_leaves
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import Nest, named_leaves, unravel
 from tfgrad.optimize.history import History
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ class OptimizeResult:
         state: What `minimize(f, result)` goes on with: the method's memory among it.
             None if the method does not tell, or one of SciPy's was told too much to
             keep (2**25 numbers).
+        source: What `covariance` asks for second derivatives; a pickle has none.
     """
 
     x: Nest
@@ -81,6 +86,100 @@ class OptimizeResult:
     directory: Path | None = None
     epochs: History = field(default_factory=dict, compare=False)
     state: Any = field(default=None, compare=False)
+    source: Any = field(default=None, compare=False)
+
+    @property
+    def covariance(self) -> np.ndarray[Any, Any]:
+        """The covariance of the parameters, where f is a negative log likelihood.
+
+        It is the inverse of the Hessian of f at `x`, in the order of
+        `tf.nest.flatten(x)`, each leaf row by row: shape `[n, n]`, in the dtype of x.
+        NaN in the rows of parameters that are at a bound: nothing is known of their
+        errors, and the others' are those of a fit in which they are fixed. Computed
+        when it is first asked for, as `stderr`: f is then traced anew, and evaluated
+        with its Hessian; variables are put to `x` for that, and back.
+
+        f has to be the sum over the data of -log p, not their mean, with all that
+        depends on x. For half a sum of squares of residuals divided by their known
+        errors it is that, too.
+
+        Raises:
+            InvalidArgumentError: If the Hessian is not positive, with its smallest
+                eigenvalue; if f is random, over `data=` or under constraints, or is not
+                known any more: what it reads has changed, or the result was pickled.
+
+        >>> import tfgrad
+        >>> def likelihood(x):  # of two numbers, known to 1 and 2
+        ...     return (x[0] - 3.0) ** 2 / 2 + (x[1] - 5.0) ** 2 / 8
+        >>> result = tfgrad.minimize(likelihood, [0.0, 0.0])
+        >>> print(result.covariance.round(3).tolist(), result.stderr.numpy().round(3))
+        [[1.0, 0.0], [0.0, 4.0]] [1. 2.]
+        """
+        return self._spread.covariance().astype(self._dtype)
+
+    @property
+    def stderr(self) -> Nest:
+        """The standard error of each parameter, structured like `x`.
+
+        The root of its variance: see `covariance`, also for what is raised.
+        """
+        errors, leaves = self._spread.errors(), tf.nest.flatten(self.x)
+        parts = unravel(tf.constant(errors), leaves)
+        pairs = zip(parts, leaves, strict=True)
+        return tf.nest.pack_sequence_as(
+            self.x, [tf.cast(part, leaf.dtype) for part, leaf in pairs]
+        )
+
+    def error_of(self, g: Callable[..., Any]) -> Nest:
+        """Return the standard error of any function of the parameters.
+
+        With J the Jacobian of g at `x` and S the covariance, the root of the diagonal
+        of J S J': to first order, as for every standard error. `error_of(lambda p:
+        model(p, t))` is the band of a fitted curve; NaN where g depends on a parameter
+        at a bound, infinite where it does on what the data do not determine.
+
+        Args:
+            g: Takes what has the structure of `x`, returns a float tensor or a nest of
+                them; or, if variables were minimised over, reads those by itself,
+                without an argument. Written in TensorFlow.
+
+        Returns:
+            The errors, structured like what `g` returns, in its dtypes and units.
+
+        Raises:
+            InvalidArgumentError: As of `covariance`.
+            NoGradientError: If a path from a parameter to what g returns is cut.
+
+        >>> import tfgrad
+        >>> y = np.array([1.2, 0.9, 1.5, 0.8])
+        >>> fit = tfgrad.least_squares(lambda mean: mean - y, np.float64(0.0))
+        >>> print(f"{float(fit.stderr):.4f} {float(fit.error_of(tf.exp)):.4f}")
+        0.1581 0.4750
+
+        References:
+            Seber and Wild (1989), Nonlinear Regression, section 5.1.
+        """
+        variables = getattr(self.source, "variables", None)
+        return self._spread.error_of(g, self.x, variables)
+
+    @functools.cached_property
+    def _spread(self) -> Any:
+        if self.source is None:
+            raise InvalidArgumentError(
+                "A result knows errors while it knows the function.",
+                got="a result without its function, as one from a pickle is",
+                hint="minimize(f, result.x), and the errors of that result",
+            )
+        return self.source.spread(self)
+
+    @property
+    def _dtype(self) -> Any:
+        leaves = [np.asarray(leaf) for leaf in tf.nest.flatten(self.x)]
+        return np.result_type(*leaves)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle holds: what was computed when asked for is no part."""
+        return {name: each for name, each in vars(self).items() if name != "_spread"}
 
     def __repr__(self) -> str:
         """Return a short table."""

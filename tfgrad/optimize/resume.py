@@ -186,21 +186,22 @@ def check_value(now: Any, before: Any, history: History) -> None:
     Raises:
         InvalidArgumentError: If they differ by more than rounding.
     """
+    if not has_value(now, before, history):
+        raise InvalidArgumentError(
+            "A run goes on with the function that it began with.",
+            got=f"f = {float(now):.8g} at the point where it was {float(before):.8g}",
+            hint="minimize(f, result.x), or another directory for `checkpoint`",
+        )
+
+
+def has_value(now: Any, before: Any, history: History) -> bool:
+    """Return whether a value is what it was, but for rounding; see `check_value`."""
     values = history.get("fun", np.zeros(0))
     size = float(np.max(np.abs(values[np.isfinite(values)]), initial=0.0))
     a, b = float(now), float(before)
     epsilon = EPSILONS[tf.as_dtype(np.asarray(now).dtype)] ** 0.5
-    if (
-        a == b
-        or np.isnan(b)
-        or abs(a - b) <= epsilon * min(size, abs(b) + epsilon * size)
-    ):
-        return
-    raise InvalidArgumentError(
-        "A run goes on with the function that it began with.",
-        got=f"f = {a:.8g} at the point where it was {b:.8g}",
-        hint="minimize(f, result.x), or another directory for `checkpoint`",
-    )
+    is_near = abs(a - b) <= epsilon * min(size, abs(b) + epsilon * size)
+    return a == b or bool(np.isnan(b)) or is_near
 
 
 def check_shapes(saved: Sequence[Any], fresh: Sequence[Any]) -> None:

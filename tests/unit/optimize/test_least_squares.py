@@ -285,9 +285,8 @@ def test_many_parameters_are_fitted_without_a_matrix(monkeypatch):
 
     assert result.success
     np.testing.assert_allclose(result.x, fitted().x, rtol=1e-4)
-    assert result.covariance is None
-    assert result.stderr is None
     assert "degrees of freedom" in repr(result)
+    assert "+-" not in repr(result)
     assert len(calls) == 2
 
 

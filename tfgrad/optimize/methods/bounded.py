@@ -81,6 +81,7 @@ class BoundedState(NamedTuple):
         trials: How many were, along this direction.
         noise: The largest change of f of those that told nothing.
         progress: How the last steps went, by the gradient of the free variables.
+        is_last: Whether the direction is that of a retry: none is left after it.
     """
 
     direction: tf.Tensor
@@ -90,6 +91,7 @@ class BoundedState(NamedTuple):
     trials: tf.Tensor
     noise: tf.Tensor
     progress: Progress
+    is_last: tf.Tensor
 
 
 def init(start: Point, bounds: Bounds, memory: int) -> Move:
@@ -99,7 +101,9 @@ def init(start: Point, bounds: Bounds, memory: int) -> Move:
     progress, first = expectation.start_of(start)
     zero, one = tf.zeros_like(start.fun), tf.ones_like(start.fun)
     pairs, none = tf.zeros([memory, 2, n], start.x.dtype), tf.constant(0)
-    state = BoundedState(first.step, pairs, none, one, none, zero, progress)
+    state = BoundedState(
+        first.step, pairs, none, one, none, zero, progress, tf.constant(False)
+    )
     x = bounds.clip(start.x + first.step)
     return Move(x, state, expected=progress.expected)
 
@@ -127,8 +131,11 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     pairs, kept = _keep(state, s, y, keeps)
     newton, is_known = _direction(pairs, kept, here.grad, is_free)
     path = bounds.clip(here.x + newton) - here.x
-    leads = is_taken & is_known & (_dot(here.grad, path) < 0)
-    expected = tf.where(leads, -_dot(here.grad, newton) / 2, before.expected)
+    is_model = is_taken & is_known
+    leads = is_model & (_dot(here.grad, path) < 0)
+    # A path that rounding leaves no length is no reason to expect more.
+    is_model &= leads | (tf.reduce_max(tf.abs(path)) == 0)
+    expected = tf.where(is_model, -_dot(here.grad, newton) / 2, before.expected)
     expected = tf.where(progress.length > 0, expected, tf.zeros_like(expected))
 
     sized = expectation.sized(here, before.first_fun)
@@ -136,29 +143,43 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     fails = tf.where(
         is_taken, progress.idle >= expectation.MOST_IDLE, trials >= MOST_TRIALS
     )
-    retries = fails & (kept > 0) & (progress.idle <= expectation.MOST_IDLE)
+    is_promising = -sized.slope > LEVEL * epsilon * tf.abs(here.fun)
+    is_last: Any = state.is_last
+    retries = fails & ~is_last & ((kept > 0) | is_promising)
+    retries &= progress.idle <= expectation.MOST_IDLE
     failed = fails & ~retries
     is_afresh = retries | (is_taken & ~leads)
     noise = tf.where(is_level, tf.maximum(tf.abs(change), state.noise), state.noise)
-    told = expectation.told(expected, before.expected, here.fun, sized)
+    told = expectation.told(
+        expected,
+        tf.minimum(before.expected, expected),
+        here.fun,
+        sized,
+        before.first_fun,
+    )
     hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * noise
     told = tf.where(failed, tf.where(hidden, 0 * expected, expected), told)
     is_kink = expectation.is_kink(here, progress, expected)
     told = tf.where(is_kink, told.dtype.max, told)
+    told = tf.where(progress.length > 0, told, tf.zeros_like(told))
+
+    # At the edge of where f has values, half of a step is often inside.
+    of_edge = tf.where(state.trials == 0, MOST + 0 * slope, LEAST + 0 * slope)
+    back = tf.where(is_finite, _part(change, slope, end_slope), of_edge)
 
     # Without curvature, a step ten times as long comes next.
     known = tf.math.divide_no_nan(_dot(s, y), _dot(y, y))
     grown = EXPANSION * tf.math.divide_no_nan(tf.norm(s), before.length)
     scale = tf.where(keeps, known, grown)
     steepest = either(
-        retries & (-sized.slope > LEVEL * epsilon * tf.abs(here.fun)),
+        retries & is_promising,
         sized,
         expectation.steepest(here.grad, progress.length, scale),
     )
     direction = tf.where(is_taken, newton, state.direction)
     direction = tf.where(is_afresh, steepest.step, direction)
     turns = is_taken | retries
-    t = tf.where(turns, tf.ones_like(state.t), state.t * _part(change, slope))
+    t = tf.where(turns, tf.ones_like(state.t), state.t * back)
     none = tf.constant(0)
     state = BoundedState(
         direction,
@@ -168,15 +189,26 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
         tf.where(turns, none, trials),
         tf.where(turns, tf.zeros_like(noise), noise),
         progress._replace(expected=expected),
+        tf.where(turns, retries, is_last),
     )
     x = bounds.clip(here.x + t * direction)
     return Move(x, state, accepted=is_taken, failed=failed, expected=told)
 
 
-def _part(change: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
-    """Return how far back the minimum of the parabola through a trial lies."""
-    part = tf.math.divide_no_nan(slope, 2 * (slope - change))
-    return tf.clip_by_value(part, LEAST, MOST)
+def _part(change: tf.Tensor, slope: tf.Tensor, end_slope: tf.Tensor) -> tf.Tensor:
+    """Return how far back the minimum of the cubic through a trial lies.
+
+    Nocedal and Wright, equation 3.59, of a step from 0 to 1; of the parabola without
+    the slope at the end where the cubic has no minimum.
+    """
+    parabola = tf.math.divide_no_nan(slope, 2 * (slope - change))
+    middle = slope + end_slope - 3 * change
+    square = middle * middle - slope * end_slope
+    root = tf.sqrt(tf.maximum(square, 0))
+    below = end_slope - slope + 2 * root
+    cubic = 1 - tf.math.divide_no_nan(end_slope + root - middle, below)
+    is_cubic = (square >= 0) & (below > 0) & tf.math.is_finite(cubic)
+    return tf.clip_by_value(tf.where(is_cubic, cubic, parabola), LEAST, MOST)
 
 
 def _keep(

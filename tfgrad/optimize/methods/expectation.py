@@ -10,7 +10,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
-from tfgrad.optimize.methods.convergence import VANISHING
+from tfgrad.optimize.methods.convergence import DIGITS, VANISHING
 from tfgrad.optimize.methods.protocol import Point
 
 FIRST = 0.1
@@ -111,15 +111,27 @@ def is_kink(here: Point, progress: Progress, expected: tf.Tensor) -> tf.Tensor:
 
 
 def told(
-    expected: tf.Tensor, before: tf.Tensor, fun: tf.Tensor, sized: Descent
+    expected: tf.Tensor,
+    before: tf.Tensor,
+    fun: tf.Tensor,
+    sized: Descent,
+    first_fun: tf.Tensor,
 ) -> tf.Tensor:
     """Return the fall that is still to be expected, on doubt a larger one.
 
     Where most of f is to vanish, the model is as good as the digits of f are many.
+    Else a model that has never seen a flat direction expects nothing of it; the step
+    in the sizes of the variables does. But the fall so far, which that takes for how f
+    curves, may be of steeper places: the less is left of f, the less it says about this
+    one. The geometric mean of both is taken.
     """
     grows = expected / 2 > before
     careful = tf.where(grows, expected.dtype.max, tf.maximum(expected, before))
-    careful = tf.maximum(careful, -sized.slope / 2)
+    size = tf.abs(fun)
+    fall = tf.maximum(first_fun - fun, size)
+    part = tf.math.divide_no_nan(tf.maximum(size, DIGITS * fall), fall)
+    in_sizes = tf.math.divide_no_nan(-sized.slope / 2, tf.sqrt(part))
+    careful = tf.maximum(careful, in_sizes)
     return tf.where(expected >= VANISHING * tf.abs(fun), expected, careful)
 
 

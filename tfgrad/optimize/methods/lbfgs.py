@@ -256,7 +256,9 @@ class LBFGS:
         # A fresh start knows no better than the direction before it.
         expected = tf.where(leads, -newton_slope / 2, before.expected)
         expected = tf.where(progress.length > 0, expected, tf.zeros_like(expected))
-        told = expectation.told(expected, before.expected, here.fun, sized)
+        told = expectation.told(
+            expected, before.expected, here.fun, sized, before.first_fun
+        )
         hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * narrowed.noise
         last = tf.where(hidden, tf.zeros_like(expected), expected)
         told = tf.where(failed, last, told)
