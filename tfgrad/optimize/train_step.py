@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import inspect
-import math
 import re
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
@@ -31,7 +28,13 @@ from tfgrad.nested import (
     variables_of,
     weak_dtype,
 )
-from tfgrad.optimize.methods.keras_optimizer import optimizer_names
+from tfgrad.optimize.methods.keras_optimizer import (
+    by_name,
+    check_free,
+    optimizer_names,
+    plain,
+    require_optimizer,
+)
 from tfgrad.optimize.open_traces import OpenTraces
 from tfgrad.optimize.sparse import SparseRecording, summed_for
 
@@ -62,8 +65,8 @@ def train_step(
         optimizer: The name of a Keras optimizer, or an instance, which is the one that
             moves: its rate may be assigned and its state be saved. Any object with
             `apply_gradients` will do.
-        learning_rate: With a name: a positive number or a Keras schedule; None means
-            the optimizer's default.
+        learning_rate: With a name: a positive number, a variable, which is followed, or
+            a Keras schedule; None means the optimizer's default.
         has_aux: `loss` returns `(value, aux)`, and so does the step.
         jit: Compile with XLA.
         verify: Refuse a loss whose gradient would lack a term, as `grad` does. It costs
@@ -259,7 +262,7 @@ class TrainStep:
         pairs = zip(sources, tf.nest.flatten(open_modules(self._wrt)), strict=True)
         each = {id(source): (source, variable) for source, variable in pairs}
         variables = [variable for _, variable in each.values()]
-        _check_free(self.optimizer, variables)
+        check_free(self.optimizer, variables)
         _check_strategy(self.optimizer, variables)
         if not getattr(self.optimizer, "built", True):
             with tf.init_scope(), _scope_of(variables):
@@ -271,7 +274,7 @@ class TrainStep:
 def _scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """Return the scope of the `tf.distribute` strategy that the variables are of."""
     for variable in variables:
-        strategy = getattr(_plain(variable), "distribute_strategy", None)
+        strategy = getattr(plain(variable), "distribute_strategy", None)
         if strategy is not None and strategy is not tf.distribute.get_strategy():
             return strategy.scope()
     return contextlib.nullcontext()
@@ -308,55 +311,19 @@ def _explained(compile: Callable[[Any], Any], loss: Callable[..., Any]) -> Any:
 
 def _optimizer(optimizer: Any, learning_rate: Any) -> Any:
     """Return the optimizer: the instance that is given, or a new one of that name."""
+    if not isinstance(optimizer, str):
+        require_optimizer(optimizer, learning_rate, "optimizer")
+        return optimizer
     names = optimizer_names()
-    if isinstance(optimizer, str):
-        kind = names.get(optimizer.lower())
-        if kind is None:
-            close = difflib.get_close_matches(optimizer.lower(), names, cutoff=0.4)
-            raise InvalidArgumentError(
-                "`optimizer` must be the name of a Keras optimizer, or an instance.",
-                got=f"optimizer={optimizer!r}",
-                hint=" or ".join(map(repr, close or sorted(names))),
-            )
-        return kind() if learning_rate is None else kind(_rate(learning_rate))
-    if inspect.isclass(optimizer) or not hasattr(optimizer, "apply_gradients"):
+    kind = names.get(optimizer.lower())
+    if kind is None:
+        close = difflib.get_close_matches(optimizer.lower(), names, cutoff=0.4)
         raise InvalidArgumentError(
-            "`optimizer` must be a name, or an object with `apply_gradients`.",
-            got=f"optimizer={describe(optimizer)}",
-            hint='optimizer="adam", or optimizer=keras.optimizers.Adam(1e-3)',
+            "`optimizer` must be the name of a Keras optimizer, or an instance.",
+            got=f"optimizer={optimizer!r}",
+            hint=" or ".join(map(repr, close or sorted(names))),
         )
-    if learning_rate is not None:
-        raise InvalidArgumentError(
-            "`learning_rate` goes with the name of an optimizer; an instance has one.",
-            got=f"learning_rate={learning_rate!r} with optimizer={describe(optimizer)}",
-            hint=f"{type(optimizer).__name__}(learning_rate={learning_rate!r})",
-        )
-    return optimizer
-
-
-def _rate(rate: Any) -> Any:
-    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-        return rate
-    is_number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool)
-    if is_number and 0 < rate < math.inf:
-        return float(rate)
-    raise InvalidArgumentError(
-        "`learning_rate` must be a positive number or a Keras schedule.",
-        got=f"learning_rate={describe(rate)}",
-        hint="learning_rate=0.1, or keras.optimizers.schedules.CosineDecay(...)",
-    )
-
-
-def _check_free(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Refuse an optimizer that was built for other variables than these."""
-    built = getattr(optimizer, "_trainable_variables", None)
-    bound = {id(_plain(variable)) for variable in built or ()}
-    if bound and not bound.issuperset(id(_plain(variable)) for variable in variables):
-        raise InvalidArgumentError(
-            "A Keras optimizer moves the variables it was built for, and no others.",
-            got=f"{describe(optimizer)}, which another step or model has",
-            hint="an optimizer of its own for each step, or one step with both in wrt",
-        )
+    return by_name(kind, learning_rate)()
 
 
 def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
@@ -365,7 +332,7 @@ def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
         return
     theirs = _replicated(getattr(optimizer, "_distribution_strategy", None))
     for variable in variables:
-        strategy = getattr(_plain(variable), "distribute_strategy", None)
+        strategy = getattr(plain(variable), "distribute_strategy", None)
         if _replicated(strategy) is not theirs:
             both = map(_replicated, (strategy, theirs))
             of, by = (type(s).__name__ if s else "no strategy" for s in both)
@@ -390,10 +357,6 @@ def _reads_none(call: Call) -> NoGradientError:
         hint="the prediction inside of the loss, so that each call computes it anew; "
         "tfgrad.explain(loss, ..., wrt=...)",
     )
-
-
-def _plain(variable: Any) -> Any:
-    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def _tensors(nest: Nest) -> list[Any]:

@@ -93,7 +93,7 @@ class OptimizerSolver:
             self._owners = problem.owners
             self.moved = [plain(owner) for owner in self._owners]
         self._method = KerasMethod(factory, self._owners)
-        self.name = self._method.name
+        self.name, self.optimizer = self._method.name, self._method.optimizer
         if self._method.scale() is not None:
             self._compiled = self._compile()
         self.backup = [tf.Variable(v, trainable=False) for v in self.moved]
