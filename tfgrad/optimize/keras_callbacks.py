@@ -6,6 +6,7 @@ epoch of one batch; with `every=n`, n steps are.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.diagnosis.going_back import Step
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import describe, named_leaves
 from tfgrad.optimize import resume
@@ -127,7 +129,7 @@ class KerasCallbacks(Hook):
         batches = training.source.batches if training else every
         epochs = training.epochs if training else -(-run.chain.total // every)
         self._list.set_model(model)
-        told = {"verbose": 0, "epochs": epochs, "steps": batches}
+        told = {"verbose": 0, "epochs": epochs, "steps": batches, "watch": _Watch(run)}
         self._list.set_params(told)
         self._list.on_train_begin()
         self._heed(run)
@@ -253,6 +255,39 @@ class KerasCallbacks(Hook):
         else:
             run.refresh()
         self._stop_if_asked(run)
+
+
+class _Watch:
+    """What `ExplainNaN` asks, of a run: that looks at every step by itself."""
+
+    def __init__(self, run: Driver) -> None:
+        self._run = run
+
+    @property
+    def spoiled(self) -> bool:
+        """Whether something was not finite."""
+        return self._run.status == "nonfinite"
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Do nothing."""
+
+    def look(self) -> None:
+        """Do nothing."""
+
+    def end(self) -> None:
+        """Do nothing."""
+
+    def culprit(self) -> Step:
+        """Return the step to blame."""
+        run, bad = self._run, self._run.loop.bad.columns
+        point, arguments = run.loop.solver.blamed
+        position = max(0, int(bad["step"][-1]) - run.loop.solver.lag), 0
+        if run.training is not None:
+            position = int(run.state.batch.epoch), int(run.state.batch.count)
+        losses = [*map(float, run.record.rows.columns()["fun"][-3:])]
+        explain = functools.partial(run.problem.explained, point, *arguments)
+        is_loss = not np.isfinite(bad["fun"][-1])
+        return Step(*position, arguments, is_loss, tuple(losses), explain)
 
 
 @keras.saving.register_keras_serializable("tfgrad")

@@ -10,14 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
 from tfgrad.derivatives.calls import Call, Compiled
+from tfgrad.derivatives.certificates import certified, inner, verify
 from tfgrad.derivatives.outputs import objective
+from tfgrad.derivatives.replicas import Replica
 from tfgrad.derivatives.signatures import is_dynamic, signature
 from tfgrad.derivatives.soundness import UnverifiableGradientError
-from tfgrad.derivatives.tracing import MOST_TRACES, not_converted, trace
+from tfgrad.derivatives.tracing import (
+    MOST_TRACES,
+    as_written,
+    not_converted,
+    trace,
+)
 from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.errors import InvalidArgumentError, NoGradientError
 from tfgrad.nested import (
@@ -36,6 +44,7 @@ from tfgrad.optimize.methods.keras_optimizer import (
     require_optimizer,
 )
 from tfgrad.optimize.open_traces import OpenTraces
+from tfgrad.optimize.problem import dense
 from tfgrad.optimize.sparse import SparseRecording, summed_for
 
 
@@ -69,8 +78,10 @@ def train_step(
             a Keras schedule; None means the optimizer's default.
         has_aux: `loss` returns `(value, aux)`, and so does the step.
         jit: Compile with XLA.
-        verify: Refuse a loss whose gradient would lack a term, as `grad` does. It costs
-            time when the loss is traced, and none later.
+        verify: Compare the first gradient of each trace with differences, and refuse a
+            loss whose gradient would lack a term, as `grad` does. It costs the time of
+            some evaluations when the loss is traced, and none later; nothing is
+            written. Losses that draw random numbers are not compared.
 
     Returns:
         A function with the arguments of `loss` that updates the variables and returns
@@ -85,6 +96,8 @@ def train_step(
             variables, or if `wrt` holds none. By the step, if `loss` reads none.
         ScalarObjectiveError: By the step, if `loss` returns anything but one number.
         NoGradientError: By the step, if a path from a variable to the loss is cut.
+        WrongDerivativeError: By the step, if its first gradient is wrong; nothing was
+            updated.
 
     Example:
         >>> w = tf.Variable(1.0)
@@ -179,30 +192,57 @@ class TrainStep:
         return arguments_in_tensors(args, kwargs, (), self._names(len(args)), weak)
 
     def _trace(self, nests: Any, specs: Sequence[Any]) -> Any:
-        is_keras = isinstance(self.optimizer, keras.optimizers.Optimizer)
-        body = self._step if is_keras else self._evaluate
         flat = tf.nest.flatten(nests)
 
-        def traced(*dynamic: Any) -> Any:
+        def evaluated(*dynamic: Any) -> Any:
             left = iter(dynamic)
             filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
-            return body(*tf.nest.pack_sequence_as(nests, filled))
+            return self._evaluate(*tf.nest.pack_sequence_as(nests, filled))
 
         def compiled(_: Any) -> Any:  # `Compiled` knows whether AutoGraph is wanted
-            options = {"autograph": False, "jit_compile": self._jit or None}
-            return tf.function(traced, **options).get_concrete_function(*specs)
+            traced = tf.function(evaluated, autograph=False)
+            return traced.get_concrete_function(*specs)
 
-        concrete = _out_of_scope(lambda: _explained(compiled, self._loss))
-        if is_keras:
-            return concrete
+        evaluate = _out_of_scope(lambda: _explained(compiled, self._loss))
+        if self._verify:
+            with as_written(optimized=False):  # optimizing takes longer than it saves
+                self._require_right(evaluate, _tensors(nests))
 
         def stepped(*dynamic: Any) -> Any:
-            # What another optimizer keeps in Python, a trace would freeze.
-            answer, gradients = concrete(*dynamic)
+            answer, gradients = evaluate(*dynamic)
             self._apply(gradients)
             return answer
 
-        return stepped
+        if not isinstance(self.optimizer, keras.optimizers.Optimizer):
+            return stepped  # what it keeps in Python, a trace would freeze
+        options = {"autograph": False, "jit_compile": self._jit or None}
+        whole = tf.function(stepped, **options)
+        return _out_of_scope(lambda: whole.get_concrete_function(*specs))
+
+    def _require_right(self, evaluate: Any, tensors: Sequence[Any]) -> None:
+        """Refuse a first gradient that differences disagree with; nothing is written.
+
+        Raises:
+            WrongDerivativeError: If they do.
+        """
+        if not certified(evaluate) or any(map(_strategy_of, self._sources)):
+            return
+        answer, gradients = Replica(evaluate)(tensors)
+        value = answer[0] if self._has_aux else answer
+        weight = float(self._weight(tf.ones_like(value)))
+        slopes = [0.0 if g is None else g for g in dense(gradients)]
+        if weight != 1 and not all(np.all(np.isfinite(slope)) for slope in slopes):
+            return  # an overflow of the loss scale is the optimizer's affair
+        verify(
+            evaluate,
+            tensors,
+            (answer, gradients),
+            variables=self._sources,
+            outputs=lambda found: [found[0][0] if self._has_aux else found[0]],
+            slope=lambda v, weights: float(weights[0]) * inner(slopes, v) / weight,
+            name=name_of(self._loss),
+            names=[getattr(v, "path", v.name) for v in self.variables],
+        )
 
     def _step(self, args: Any, kwargs: Any) -> Any:
         answer, gradients = self._evaluate(args, kwargs)
@@ -226,7 +266,7 @@ class TrainStep:
             raise _reads_none(call)
         gradients = summed_for(self.optimizer, gradients)
         answer = (value, recording.aux) if has_aux else value
-        return (answer, gradients), []  # nothing is compared with differences
+        return (answer, gradients), []
 
     def _weight(self, value: tf.Tensor) -> tf.Tensor:
         """Return what the loss is multiplied by: its scale, over the replicas."""
@@ -274,7 +314,7 @@ class TrainStep:
 def _scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """Return the scope of the `tf.distribute` strategy that the variables are of."""
     for variable in variables:
-        strategy = getattr(plain(variable), "distribute_strategy", None)
+        strategy = _strategy_of(variable)
         if strategy is not None and strategy is not tf.distribute.get_strategy():
             return strategy.scope()
     return contextlib.nullcontext()
@@ -332,7 +372,7 @@ def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
         return
     theirs = _replicated(getattr(optimizer, "_distribution_strategy", None))
     for variable in variables:
-        strategy = getattr(plain(variable), "distribute_strategy", None)
+        strategy = _strategy_of(variable)
         if _replicated(strategy) is not theirs:
             both = map(_replicated, (strategy, theirs))
             of, by = (type(s).__name__ if s else "no strategy" for s in both)
@@ -341,6 +381,10 @@ def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
                 got=f"{variable.name!r} of {of}, and an optimizer of {by}",
                 hint="the optimizer made in strategy.scope(), or its name",
             )
+
+
+def _strategy_of(variable: Any) -> Any:
+    return getattr(plain(variable), "distribute_strategy", None)
 
 
 def _replicated(strategy: Any) -> Any:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import callbacks as of_keras
 
 import tfgrad
-from tfgrad.errors import InvalidArgumentError
+from tfgrad.errors import InvalidArgumentError, TfgradError
 from tfgrad.problems import rosenbrock
 
 pytestmark = pytest.mark.filterwarnings(  # Keras's own, of NumPy 2 and its defaults
@@ -470,3 +470,54 @@ def test_endless_data_has_no_epochs_unless_a_function_ends_them(options):
         to_batch, 3.0, data=lambda: endless.take(3), epochs=2, callback=witness
     )
     assert [told[0] for told in witness.told].count("epoch ended") == 2
+
+
+# --- why is it NaN? ---
+
+
+class Entropy(keras.layers.Layer):
+    def call(self, p):
+        return -p * tf.math.log(p)
+
+
+def test_a_net_names_batch_layer_and_op_as_in_fit():
+    x = np.linspace(3.0, -1.0, 64, dtype=np.float32)[:, None]
+    data = tf.data.Dataset.from_tensor_slices((x, 0 * x)).batch(8)
+    watches = tfgrad.ExplainNaN(raise_error=True), tfgrad.ExplainNaN(raise_error=True)
+    nets = []
+    for _ in watches:
+        layers = [keras.layers.Dense(1, kernel_initializer="ones"), Entropy()]
+        nets.append(keras.Sequential([keras.Input([1]), *layers]))
+    nets[0].compile(keras.optimizers.SGD(1e-5), loss="mse")
+
+    with pytest.raises(TfgradError, match="The loss of batch 6 of epoch 0"):
+        nets[0].fit(data, verbose=0, callbacks=[watches[0]])
+    with pytest.raises(TfgradError, match=r"(?s)batch 6 of epoch 0.*log.*entropy"):
+        tfgrad.minimize(
+            lambda x, y: tf.reduce_mean((nets[1](x) - y) ** 2), wrt=nets[1],
+            method="sgd", learning_rate=1e-5, data=data, callback=watches[1],
+        )  # fmt: skip
+
+    assert watches[1].batch == watches[0].batch == 6
+    assert all(map(np.array_equal, watches[1].data, watches[0].data))
+    assert np.all(np.isfinite(nets[1].get_weights()[0]))
+
+
+@pytest.mark.parametrize("method", ["sgd", "lbfgs", "scipy:bfgs"])
+def test_a_function_of_values_names_its_op(method):
+    if method.startswith("scipy"):
+        pytest.importorskip("scipy")
+    watch = tfgrad.ExplainNaN()
+
+    with pytest.warns(RuntimeWarning, match="its slope at zero is infinite"):
+        result = tfgrad.minimize(tf.sqrt, 0.0, method=method, callback=watch)
+
+    assert (result.status, watch.epoch) == ("nonfinite", 0)
+    assert watch.explanation.findings[0].culprit.label == "tf.sqrt"
+
+
+def test_a_run_without_nan_has_nothing_to_explain():
+    watch = tfgrad.ExplainNaN(raise_error=True)
+
+    assert tfgrad.minimize(square, 3.0, callback=watch).success
+    assert watch.epoch is None

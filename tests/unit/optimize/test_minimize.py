@@ -448,7 +448,7 @@ BAD_INPUT = {
     ),
     "rate of instance": (
         lambda: sgd(parabola, 3.0, method=keras.optimizers.SGD()),
-        "an instance has its own",
+        "an instance has one",
     ),
     "gtol": (lambda: sgd(parabola, 3.0, gtol=-1.0), "must not be negative"),
     "target": (lambda: sgd(parabola, 3.0, target="low"), "must be a number"),
