@@ -13,7 +13,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgrad.diagnosis.explain import explain
 from tfgrad.diagnosis.going_back import Step, Watch
 from tfgrad.diagnosis.report import Explanation
 from tfgrad.errors import InvalidArgumentError, TfgradError
@@ -24,17 +23,18 @@ _SMALLER = "a smaller learning rate, or clipnorm=1.0"
 
 
 class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no stubs
-    """Ends `fit` at the first loss or gradient that is not finite, and says why.
+    """Ends training at the first loss or gradient that is not finite, and says why.
 
-    Use it in place of `keras.callbacks.TerminateOnNaN`. It names the batch, the layer,
-    the op and your line that made the NaN or the infinity, and what to write instead.
-    The model and its optimizer are left as they were before that batch. An overflow
-    that a `LossScaleOptimizer` skips is none.
+    Use it in place of `keras.callbacks.TerminateOnNaN`, in `fit` or in `minimize`. It
+    names the batch, the layer, the op and your line that made the NaN or the infinity,
+    and what to write instead. The model and its optimizer are left as they were before
+    that batch. An overflow that a `LossScaleOptimizer` skips is none.
 
-    The cost until then is the memory of a copy of the weights and of the optimizer, and
-    of the batches since that copy, and less than two per cent of the time: the loss and
-    the weights are looked at now and then, and at the end of each epoch. When one of
-    them is not finite, the batches since the copy are trained on again, one by one.
+    The cost in `fit` until then is the memory of a copy of the weights and of the
+    optimizer, and of the batches since that copy, and less than two per cent of the
+    time: the loss and the weights are looked at now and then, and at the end of each
+    epoch. When one of them is not finite, the batches since the copy are trained on
+    again, one by one. `minimize` looks at each step anyway.
 
     Args:
         raise_error: Raise the explanation as a `TfgradError` at the end of `fit`, in
@@ -79,9 +79,9 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
         self.explanation: Explanation | None = None
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
-        """Have the model keep its batches."""
+        """Have the model keep its batches; `minimize` watches by itself."""
         self._forget()
-        self._watch = Watch(self.model)
+        self._watch = self.params.get("watch") or Watch(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Remember where the epoch begins."""
@@ -133,9 +133,9 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
                 return f"{name} holds a NaN or an infinity, in row {bad}", hint
         layers = list(self.model._flatten_layers(include_self=False))
         try:
-            self.explanation = _explained(self.model, layers, culprit)
+            self.explanation = _explained(layers, culprit)
         except Exception as error:  # a train_step of the user's may have no such loss
-            return f"`compute_loss` of the model cannot tell why: {error}", _SMALLER
+            return f"the loss of the batch cannot tell why: {error}", _SMALLER
         for finding in self.explanation.findings:
             if finding.status == "non-finite" and finding.culprit is not None:
                 marks = re.findall(rf"{_MARK}(\d+)", finding.culprit.name)
@@ -145,24 +145,12 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
         return "the op is not known", _SMALLER
 
 
-def _explained(model: Any, layers: list[Any], culprit: Step) -> Explanation:
-    """Return why the loss, or its gradient, is not finite."""
-    data = culprit.data
-    is_keras = type(model).train_step is keras.Model.train_step
-
-    def loss() -> tf.Tensor:
-        if culprit.spoiled and not is_keras:
-            return model.train_step(data)[culprit.spoiled]
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        predicted = model(x, training=True)
-        return model.compute_loss(
-            x=x, y=y, y_pred=predicted, sample_weight=sample_weight, training=True
-        )
-
+def _explained(layers: list[Any], culprit: Step) -> Explanation:
+    """Return why the loss, or its gradient, is not finite, ops marked by layer."""
     with contextlib.ExitStack() as stack:
         for number, layer in enumerate(layers):
             stack.enter_context(_marked(layer, f"{_MARK}{number}"))
-        return explain(loss, wrt=model)
+        return culprit.explain()
 
 
 @contextlib.contextmanager

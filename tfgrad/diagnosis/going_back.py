@@ -8,6 +8,7 @@ one by one.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import uuid
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from tfgrad.diagnosis.explain import explain
+from tfgrad.diagnosis.report import Explanation
 from tfgrad.errors import InvalidArgumentError
 
 _SHARE = 1 / 200
@@ -28,13 +31,23 @@ _MOST_BYTES = 2**28
 
 
 class Step(NamedTuple):
-    """The training step that is to blame."""
+    """The training step that is to blame.
+
+    Attributes:
+        epoch: Of which epoch it is, from 0.
+        batch: Its number there, from 0.
+        data: Its batch.
+        spoiled: Whether its loss is not finite; else its gradient is not.
+        losses: Those of the steps before, the last ones.
+        explain: Returns why its loss, or the gradient, is not finite.
+    """
 
     epoch: int
     batch: int
     data: Any
-    spoiled: str  # the name in its logs that is not finite; "" for the gradient
-    losses: tuple[float, ...]  # of the steps before, the last ones
+    spoiled: bool
+    losses: tuple[float, ...]
+    explain: Callable[[], Explanation]
 
 
 class Watch:
@@ -99,9 +112,31 @@ class Watch:
                 marks = [mark for mark in self._epochs if mark[0] <= position]
                 first, epoch, batch = marks[-1]
                 losses = tuple(self._losses)
-                return Step(epoch, batch + position - first, data, spoiled, losses)
+                number, loss = batch + position - first, self._loss_of(data, spoiled)
+                why = functools.partial(explain, loss, wrt=self._model)
+                return Step(epoch, number, data, bool(spoiled), losses, why)
             self._losses.append(_loss_in(logs))
         return None
+
+    def _loss_of(self, data: Any, spoiled: str) -> Callable[[], Any]:
+        """Return what computes the loss of a batch.
+
+        Args:
+            data: The batch.
+            spoiled: The name in its logs that is not finite; "" for the gradient.
+        """
+        model = self._model
+
+        def loss() -> Any:
+            if spoiled and type(model).train_step is not keras.Model.train_step:
+                return model.train_step(data)[spoiled]
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            predicted = model(x, training=True)
+            return model.compute_loss(
+                x=x, y=y, y_pred=predicted, sample_weight=sample_weight, training=True
+            )
+
+        return loss
 
     def _compile(self) -> Callable[..., Any]:
         """Have the model's training keep its batches; return one step of it."""

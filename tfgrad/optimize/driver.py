@@ -21,7 +21,8 @@ from tfgrad.optimize.constraints import Limits, require_support
 from tfgrad.optimize.data import can_take
 from tfgrad.optimize.epochs import Training, training
 from tfgrad.optimize.history import Rows, Table
-from tfgrad.optimize.hooks import Callback, Hook, ProgressBar
+from tfgrad.optimize.hooks import Hook, ProgressBar
+from tfgrad.optimize.keras_callbacks import watching
 from tfgrad.optimize.loop import Loop
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import ENDLESS, Options
@@ -134,7 +135,7 @@ class Driver:
         callback: Any = None,
     ) -> None:
         """Check what can be checked; nothing is traced or written."""
-        watching = [] if callback is None else [Callback(callback)]
+        self.hooks: list[Hook] = [ProgressBar(), *watching(callback)]
         check_log(options.log)
         before = x0 if isinstance(x0, OptimizeResult) else None
         if before is not None:
@@ -157,7 +158,6 @@ class Driver:
         self.saved: Saved | None = None
         if before is not None:
             resume.count_from(self, before)
-        self.hooks: list[Hook] = [ProgressBar(), *watching]
         checkpoints = None
         if options.checkpoint is not None:
             checkpoints = Checkpoints(options.checkpoint)
@@ -173,6 +173,11 @@ class Driver:
     def step(self) -> int:
         """How many steps were taken."""
         return int(self.state.step)
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer at work; None if the method is no optimizer."""
+        return getattr(self.loop.solver, "optimizer", None)
 
     @property
     def directory(self) -> Path | None:
@@ -343,9 +348,9 @@ class Driver:
         point = (point,) if self.problem.takes_values else ()
         row |= trained.validated(point)
         self.record.epochs.append(Rows({n: np.array([row[n]]) for n in row}))
+        self.status = trained.status(row, self.options.target) or self.status
         for hook in self.hooks:
             hook.epoch(self, row)
-        self.status = trained.status(row, self.options.target) or self.status
         self.state = solver.next_epoch(self.state, opens=self.status is None)
 
     # --- what others ask ---
@@ -361,6 +366,7 @@ class Driver:
             grad_max=evaluation.grad_max.numpy(),
             seconds=self.clock.seconds(),
             epochs=self.record.epochs.columns(),
+            optimizer=self.optimizer,
         )
 
     def refresh(self) -> None:
@@ -405,6 +411,8 @@ class Driver:
             if error is None:
                 self.state, rows = self.loop.finish(self.state)
                 self.record.keep(rows)
+                for hook in begun:
+                    hook.finish(self)
                 self.saved = resume.with_outcome(self, self.saved)
             else:
                 self.loop.solver.settle(self.state)

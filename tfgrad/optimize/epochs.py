@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,11 @@ class Training:
     epochs: int | None
     validation: Callable[..., Any] | None
 
+    @property
+    def is_endless(self) -> bool:
+        """Whether no epoch ends."""
+        return bool(getattr(self.source, "is_endless", False))
+
     def planned(self, steps: int) -> int | None:
         """Return how many steps there will be at most; None if nobody knows."""
         if self.epochs is not None and self.source.batches is not None:
@@ -66,7 +71,7 @@ class Training:
     def means(self, rows: Rows) -> dict[str, Any]:
         """Return the means over an epoch, weighted by the sizes of its batches."""
         weights = rows.columns[SIZE].astype(np.float64)
-        kept = (n for n in rows.columns if n not in NOT_AVERAGED and not _is_point(n))
+        kept = (n for n in rows.columns if n not in NOT_AVERAGED and not is_point(n))
         return {
             name: np.tensordot(weights, rows.columns[name].astype(np.float64), 1)
             / np.sum(weights)
@@ -102,20 +107,28 @@ def training(options: Options, problem: Problem) -> tuple[Training | None, int]:
     if options.validation is not None:
         _check_validation(options.validation, problem.takes_values)
     source = source_of(options.data, options.batch_size, problem.dtype)
-    is_endless = getattr(source, "is_endless", False)
-    if is_endless and epochs is not None:
+    trained = Training(source, epochs, options.validation)
+    if trained.is_endless and options.validation is not None:
+        raise InvalidArgumentError(
+            "Data without end has no epochs, at whose ends `validation` is called.",
+            got="validation with a data set of infinite cardinality",
+            hint="data=lambda: dataset.take(100), which ends an epoch after 100 "
+            "batches",
+        )
+    if trained.is_endless and epochs is not None:
         raise InvalidArgumentError(
             "Data without end has no epochs.",
             got=f"epochs={epochs} with a data set of infinite cardinality",
             hint="steps=1000, or a data set without .repeat()",
         )
     if epochs is None and steps is None and seconds is None:
-        epochs, steps = (None, STEPS) if is_endless else (1, None)
+        epochs, steps = (None, STEPS) if trained.is_endless else (1, None)
     budget = ENDLESS if steps is None else int(steps)
-    return Training(source, epochs, options.validation), budget
+    return replace(trained, epochs=epochs), budget
 
 
-def _is_point(name: str) -> bool:
+def is_point(name: str) -> bool:
+    """Return whether a column of the rows holds a part of the point."""
     return re.match(r"x\b", name) is not None
 
 

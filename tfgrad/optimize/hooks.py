@@ -5,17 +5,24 @@ TensorBoard and checkpoints are hooks, too, in files of their own.
 
 from __future__ import annotations
 
+import inspect
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+import tensorflow as tf
+
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import describe
+from tfgrad.optimize.data import can_take
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.options import ENDLESS
+from tfgrad.optimize.result import State
 
 if TYPE_CHECKING:
     from tfgrad.optimize.driver import Driver
@@ -45,6 +52,9 @@ class Hook:
 
     def flush(self) -> None:
         """Wait until all that was handed over is on the disk."""
+
+    def finish(self, run: Driver) -> None:
+        """Be called where the run has come to an end, before its outcome is taken."""
 
     def end(self, run: Driver, error: BaseException | None) -> None:
         """Be called at the end, whatever happened, with what was raised."""
@@ -79,18 +89,26 @@ class Callback(Hook):
     """A function of the user's, called after each chunk; it may ask to stop.
 
     Args:
-        function: Takes a `State`; returns something true, or raises `StopIteration`, to
-            stop.
+        function: Takes a `State`; or the point, in arrays of NumPy, if its parameter is
+            `xk`; or the state by name, likewise in arrays, if it has a parameter
+            `intermediate_result`: both as SciPy calls it. It returns something true, or
+            raises `StopIteration`, to stop.
 
     Raises:
-        InvalidArgumentError: If it is no function.
+        InvalidArgumentError: If it takes nothing, or more.
     """
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        """Check it."""
-        if not callable(function):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """Look at its parameters."""
+        try:
+            names = list(inspect.signature(function).parameters)
+        except (TypeError, ValueError):  # builtins and some callables have none
+            names = []
+        by_name = "intermediate_result"
+        self._form = by_name if by_name in names else (*names, "")[0]
+        if self._form != by_name and not can_take(function, 1):
             raise InvalidArgumentError(
-                "`callback` must be a function of a `State`.",
+                "A callback takes one argument.",
                 got=f"callback={describe(function)}",
                 hint="callback=lambda state: print(state.step, state.fun)",
             )
@@ -105,13 +123,21 @@ class Callback(Hook):
         if not len(rows):
             return
         try:
-            asks = bool(self._function(run.shown()))
+            asks = bool(self._called(run.shown()))
         except StopIteration:  # SciPy's way to say it
             asks = True
         if asks:
             run.end("callback")
         elif run.status is None:
             run.refresh()
+
+    def _called(self, state: State) -> Any:
+        if self._form not in ("xk", "intermediate_result"):
+            return self._function(state)
+        x = tf.nest.map_structure(np.array, state.x)
+        if self._form == "xk":
+            return self._function(x)
+        return self._function(intermediate_result=replace(state, x=x))
 
 
 class Interrupts(Hook):

@@ -41,7 +41,7 @@ def minimize(
     has_aux: bool = False,
     jit: bool | str = "auto",
     verify: bool = True,
-    callback: Callable[[State], Any] | None = None,
+    callback: Any = None,
     log: Run | str | PathLike[str] | None = None,
     checkpoint: str | PathLike[str] | None = None,
     **unknown: Any,
@@ -84,7 +84,8 @@ def minimize(
             a chain: `[("adam", 1000), "lbfgs"]` takes 1000 steps of Adam, then goes on
             with L-BFGS. A stage ends where its steps are used up, or where its method
             has converged or can do no better; all else ends the run.
-        learning_rate: For Keras optimizers by name: a positive number or a schedule.
+        learning_rate: For Keras optimizers by name: a positive number, a schedule, or a
+            variable, whose value of the moment is the rate of each step.
         data: An array, or a tuple or dict of arrays with one row per example, shuffled
             anew in each epoch, the same in every run; a `tf.data.Dataset` of batches;
             or an iterable of batches (a list, a `keras.utils.PyDataset`, a generator,
@@ -131,9 +132,13 @@ def minimize(
             direction, and raise `WrongDerivativeError` if they disagree; costs one
             evaluation or two. An optimizer's first gradient is part of a compiled step
             and is not compared.
-        callback: Called with a `State` after each of the first 100 steps, then ten
-            times a second or more; return something true to stop. What it assigns
-            counts in the next step.
+        callback: A function, one of Keras's callbacks, or a list of both. A function is
+            called with a `State` after each of the first 100 steps, then ten times a
+            second or more; it returns something true to stop. What it assigns counts in
+            the next step, the rate of `state.optimizer` too. As in SciPy, one whose
+            parameter is `xk` or `intermediate_result` takes the point, or the state, in
+            arrays of NumPy. Keras's callbacks are told what `Model.fit` would tell them
+            (`tfgrad.optimize.keras_callbacks`), and may stop the run.
         log: A directory, in which the run gets one of its own, named after the method,
             or an open `Run`. Every step is written (from 100,000 points on every
             second, from 200,000 on every fourth, ...), the graph, and a card of the
@@ -229,7 +234,11 @@ def run(driver: Driver) -> OptimizeResult:
 
 
 def descend(
-    f: Callable[..., Any], x0: Nest | None = None, **options: Any
+    f: Callable[..., Any],
+    x0: Nest | None = None,
+    *,
+    callback: Any = None,
+    **options: Any,
 ) -> Iterator[State]:
     """Minimise like `minimize`, and yield the state on the way: a plain `for` loop.
 
@@ -240,8 +249,10 @@ def descend(
     Args:
         f: As for `minimize`.
         x0: As for `minimize`.
-        **options: The other arguments of `minimize`, all but `callback`. `every` is, in
-            the log and here, how many steps there are from one state to the next.
+        callback: As for `minimize`; called before the state is yielded. A loop that is
+            left tells Keras's callbacks nothing of an end.
+        **options: The other arguments of `minimize`. `every` is, in the log and here,
+            how many steps there are from one state to the next.
 
     Yields:
         A `State`: the start, the state after every `every` steps, and the last one.
@@ -257,7 +268,7 @@ def descend(
         1 2.3 6.59
         2 1.74 3.7676
     """
-    return _states(Driver(f, x0, options_of("descend", options)))
+    return _states(Driver(f, x0, options_of("descend", options), callback=callback))
 
 
 def _states(driver: Driver) -> Iterator[State]:

@@ -21,6 +21,7 @@ from tfgrad.derivatives.soundness import may_drop
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.diagnosis.explain import explain
 from tfgrad.diagnosis.graphs import inlined, written_variables
+from tfgrad.diagnosis.report import Explanation
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
@@ -461,20 +462,27 @@ class Problem:
             x: The leaves of the point; the variables are there.
             *batch: What else the user's function takes.
         """
+        with contextlib.suppress(Exception):  # what ended is to be told in any case
+            findings = self.explained(x, *batch).findings
+            spoiled = (each for each in findings if each.status == "non-finite")
+            found = next((each.culprit for each in spoiled if each.culprit), None)
+            if found is not None:
+                return f"{found.label} at {found.where}: {found.reason}; {found.hint}"
+        return ""
+
+    def explained(self, x: Sequence[tf.Tensor], *batch: Nest) -> Explanation:
+        """Return what `explain` finds at a point; the variables stay where they are."""
 
         def value(*arguments: Nest) -> Any:
             output = self.f(*arguments)
             return output[0] if self.has_aux else output
 
         wrt = None if self.takes_values else self.variables
-        arguments = self.arguments(x, batch)
-        with contextlib.suppress(Exception):  # what ended is to be told in any case
-            findings = explain(value, *arguments, wrt=wrt).findings
-            spoiled = (each for each in findings if each.status == "non-finite")
-            found = next((each.culprit for each in spoiled if each.culprit), None)
-            if found is not None:
-                return f"{found.label} at {found.where}: {found.reason}; {found.hint}"
-        return ""
+        before = [variable.read_value() for variable in self.variables]
+        try:
+            return explain(value, *self.arguments(x, batch), wrt=wrt)
+        finally:
+            self.assign(before)
 
     def arguments(
         self, x: Sequence[tf.Tensor] | None, batch: tuple[Nest, ...] = ()

@@ -31,6 +31,7 @@ class State:
         grad_max: The largest |element| of the gradient there.
         seconds: The time since the start, in seconds.
         epochs: With data, arrays with one row per epoch that is over, as in the result.
+        optimizer: The run's own, if it has one: a callback may set its `learning_rate`.
     """
 
     step: int
@@ -39,6 +40,7 @@ class State:
     grad_max: Any
     seconds: float
     epochs: History = field(default_factory=dict, compare=False)
+    optimizer: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, repr=False)

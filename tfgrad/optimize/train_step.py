@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import inspect
-import math
 import re
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +15,17 @@ import tensorflow as tf
 
 from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
 from tfgrad.derivatives.calls import Call, Compiled
+from tfgrad.derivatives.certificates import certified, inner, verify
 from tfgrad.derivatives.outputs import objective
+from tfgrad.derivatives.replicas import Replica
 from tfgrad.derivatives.signatures import is_dynamic, signature
 from tfgrad.derivatives.soundness import UnverifiableGradientError
-from tfgrad.derivatives.tracing import MOST_TRACES, not_converted, trace
+from tfgrad.derivatives.tracing import (
+    MOST_TRACES,
+    as_written,
+    not_converted,
+    trace,
+)
 from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.errors import InvalidArgumentError, NoGradientError
 from tfgrad.nested import (
@@ -31,8 +36,15 @@ from tfgrad.nested import (
     variables_of,
     weak_dtype,
 )
-from tfgrad.optimize.methods.keras_optimizer import optimizer_names
+from tfgrad.optimize.methods.keras_optimizer import (
+    by_name,
+    check_free,
+    optimizer_names,
+    plain,
+    require_optimizer,
+)
 from tfgrad.optimize.open_traces import OpenTraces
+from tfgrad.optimize.problem import dense
 from tfgrad.optimize.sparse import SparseRecording, summed_for
 
 
@@ -62,12 +74,14 @@ def train_step(
         optimizer: The name of a Keras optimizer, or an instance, which is the one that
             moves: its rate may be assigned and its state be saved. Any object with
             `apply_gradients` will do.
-        learning_rate: With a name: a positive number or a Keras schedule; None means
-            the optimizer's default.
+        learning_rate: With a name: a positive number, a variable, which is followed, or
+            a Keras schedule; None means the optimizer's default.
         has_aux: `loss` returns `(value, aux)`, and so does the step.
         jit: Compile with XLA.
-        verify: Refuse a loss whose gradient would lack a term, as `grad` does. It costs
-            time when the loss is traced, and none later.
+        verify: Compare the first gradient of each trace with differences, and refuse a
+            loss whose gradient would lack a term, as `grad` does. It costs the time of
+            some evaluations when the loss is traced, and none later; nothing is
+            written. Losses that draw random numbers are not compared.
 
     Returns:
         A function with the arguments of `loss` that updates the variables and returns
@@ -82,6 +96,8 @@ def train_step(
             variables, or if `wrt` holds none. By the step, if `loss` reads none.
         ScalarObjectiveError: By the step, if `loss` returns anything but one number.
         NoGradientError: By the step, if a path from a variable to the loss is cut.
+        WrongDerivativeError: By the step, if its first gradient is wrong; nothing was
+            updated.
 
     Example:
         >>> w = tf.Variable(1.0)
@@ -176,30 +192,57 @@ class TrainStep:
         return arguments_in_tensors(args, kwargs, (), self._names(len(args)), weak)
 
     def _trace(self, nests: Any, specs: Sequence[Any]) -> Any:
-        is_keras = isinstance(self.optimizer, keras.optimizers.Optimizer)
-        body = self._step if is_keras else self._evaluate
         flat = tf.nest.flatten(nests)
 
-        def traced(*dynamic: Any) -> Any:
+        def evaluated(*dynamic: Any) -> Any:
             left = iter(dynamic)
             filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
-            return body(*tf.nest.pack_sequence_as(nests, filled))
+            return self._evaluate(*tf.nest.pack_sequence_as(nests, filled))
 
         def compiled(_: Any) -> Any:  # `Compiled` knows whether AutoGraph is wanted
-            options = {"autograph": False, "jit_compile": self._jit or None}
-            return tf.function(traced, **options).get_concrete_function(*specs)
+            traced = tf.function(evaluated, autograph=False)
+            return traced.get_concrete_function(*specs)
 
-        concrete = _out_of_scope(lambda: _explained(compiled, self._loss))
-        if is_keras:
-            return concrete
+        evaluate = _out_of_scope(lambda: _explained(compiled, self._loss))
+        if self._verify:
+            with as_written(optimized=False):  # optimizing takes longer than it saves
+                self._require_right(evaluate, _tensors(nests))
 
         def stepped(*dynamic: Any) -> Any:
-            # What another optimizer keeps in Python, a trace would freeze.
-            answer, gradients = concrete(*dynamic)
+            answer, gradients = evaluate(*dynamic)
             self._apply(gradients)
             return answer
 
-        return stepped
+        if not isinstance(self.optimizer, keras.optimizers.Optimizer):
+            return stepped  # what it keeps in Python, a trace would freeze
+        options = {"autograph": False, "jit_compile": self._jit or None}
+        whole = tf.function(stepped, **options)
+        return _out_of_scope(lambda: whole.get_concrete_function(*specs))
+
+    def _require_right(self, evaluate: Any, tensors: Sequence[Any]) -> None:
+        """Refuse a first gradient that differences disagree with; nothing is written.
+
+        Raises:
+            WrongDerivativeError: If they do.
+        """
+        if not certified(evaluate) or any(map(_strategy_of, self._sources)):
+            return
+        answer, gradients = Replica(evaluate)(tensors)
+        value = answer[0] if self._has_aux else answer
+        weight = float(self._weight(tf.ones_like(value)))
+        slopes = [0.0 if g is None else g for g in dense(gradients)]
+        if weight != 1 and not all(np.all(np.isfinite(slope)) for slope in slopes):
+            return  # an overflow of the loss scale is the optimizer's affair
+        verify(
+            evaluate,
+            tensors,
+            (answer, gradients),
+            variables=self._sources,
+            outputs=lambda found: [found[0][0] if self._has_aux else found[0]],
+            slope=lambda v, weights: float(weights[0]) * inner(slopes, v) / weight,
+            name=name_of(self._loss),
+            names=[getattr(v, "path", v.name) for v in self.variables],
+        )
 
     def _step(self, args: Any, kwargs: Any) -> Any:
         answer, gradients = self._evaluate(args, kwargs)
@@ -223,7 +266,7 @@ class TrainStep:
             raise _reads_none(call)
         gradients = summed_for(self.optimizer, gradients)
         answer = (value, recording.aux) if has_aux else value
-        return (answer, gradients), []  # nothing is compared with differences
+        return (answer, gradients), []
 
     def _weight(self, value: tf.Tensor) -> tf.Tensor:
         """Return what the loss is multiplied by: its scale, over the replicas."""
@@ -259,7 +302,7 @@ class TrainStep:
         pairs = zip(sources, tf.nest.flatten(open_modules(self._wrt)), strict=True)
         each = {id(source): (source, variable) for source, variable in pairs}
         variables = [variable for _, variable in each.values()]
-        _check_free(self.optimizer, variables)
+        check_free(self.optimizer, variables)
         _check_strategy(self.optimizer, variables)
         if not getattr(self.optimizer, "built", True):
             with tf.init_scope(), _scope_of(variables):
@@ -271,7 +314,7 @@ class TrainStep:
 def _scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """Return the scope of the `tf.distribute` strategy that the variables are of."""
     for variable in variables:
-        strategy = getattr(_plain(variable), "distribute_strategy", None)
+        strategy = _strategy_of(variable)
         if strategy is not None and strategy is not tf.distribute.get_strategy():
             return strategy.scope()
     return contextlib.nullcontext()
@@ -308,55 +351,19 @@ def _explained(compile: Callable[[Any], Any], loss: Callable[..., Any]) -> Any:
 
 def _optimizer(optimizer: Any, learning_rate: Any) -> Any:
     """Return the optimizer: the instance that is given, or a new one of that name."""
+    if not isinstance(optimizer, str):
+        require_optimizer(optimizer, learning_rate, "optimizer")
+        return optimizer
     names = optimizer_names()
-    if isinstance(optimizer, str):
-        kind = names.get(optimizer.lower())
-        if kind is None:
-            close = difflib.get_close_matches(optimizer.lower(), names, cutoff=0.4)
-            raise InvalidArgumentError(
-                "`optimizer` must be the name of a Keras optimizer, or an instance.",
-                got=f"optimizer={optimizer!r}",
-                hint=" or ".join(map(repr, close or sorted(names))),
-            )
-        return kind() if learning_rate is None else kind(_rate(learning_rate))
-    if inspect.isclass(optimizer) or not hasattr(optimizer, "apply_gradients"):
+    kind = names.get(optimizer.lower())
+    if kind is None:
+        close = difflib.get_close_matches(optimizer.lower(), names, cutoff=0.4)
         raise InvalidArgumentError(
-            "`optimizer` must be a name, or an object with `apply_gradients`.",
-            got=f"optimizer={describe(optimizer)}",
-            hint='optimizer="adam", or optimizer=keras.optimizers.Adam(1e-3)',
+            "`optimizer` must be the name of a Keras optimizer, or an instance.",
+            got=f"optimizer={optimizer!r}",
+            hint=" or ".join(map(repr, close or sorted(names))),
         )
-    if learning_rate is not None:
-        raise InvalidArgumentError(
-            "`learning_rate` goes with the name of an optimizer; an instance has one.",
-            got=f"learning_rate={learning_rate!r} with optimizer={describe(optimizer)}",
-            hint=f"{type(optimizer).__name__}(learning_rate={learning_rate!r})",
-        )
-    return optimizer
-
-
-def _rate(rate: Any) -> Any:
-    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-        return rate
-    is_number = isinstance(rate, int | float | np.number) and not isinstance(rate, bool)
-    if is_number and 0 < rate < math.inf:
-        return float(rate)
-    raise InvalidArgumentError(
-        "`learning_rate` must be a positive number or a Keras schedule.",
-        got=f"learning_rate={describe(rate)}",
-        hint="learning_rate=0.1, or keras.optimizers.schedules.CosineDecay(...)",
-    )
-
-
-def _check_free(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Refuse an optimizer that was built for other variables than these."""
-    built = getattr(optimizer, "_trainable_variables", None)
-    bound = {id(_plain(variable)) for variable in built or ()}
-    if bound and not bound.issuperset(id(_plain(variable)) for variable in variables):
-        raise InvalidArgumentError(
-            "A Keras optimizer moves the variables it was built for, and no others.",
-            got=f"{describe(optimizer)}, which another step or model has",
-            hint="an optimizer of its own for each step, or one step with both in wrt",
-        )
+    return by_name(kind, learning_rate)()
 
 
 def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
@@ -365,7 +372,7 @@ def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
         return
     theirs = _replicated(getattr(optimizer, "_distribution_strategy", None))
     for variable in variables:
-        strategy = getattr(_plain(variable), "distribute_strategy", None)
+        strategy = _strategy_of(variable)
         if _replicated(strategy) is not theirs:
             both = map(_replicated, (strategy, theirs))
             of, by = (type(s).__name__ if s else "no strategy" for s in both)
@@ -374,6 +381,10 @@ def _check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
                 got=f"{variable.name!r} of {of}, and an optimizer of {by}",
                 hint="the optimizer made in strategy.scope(), or its name",
             )
+
+
+def _strategy_of(variable: Any) -> Any:
+    return getattr(plain(variable), "distribute_strategy", None)
 
 
 def _replicated(strategy: Any) -> Any:
@@ -390,10 +401,6 @@ def _reads_none(call: Call) -> NoGradientError:
         hint="the prediction inside of the loss, so that each call computes it anew; "
         "tfgrad.explain(loss, ..., wrt=...)",
     )
-
-
-def _plain(variable: Any) -> Any:
-    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 def _tensors(nest: Nest) -> list[Any]:

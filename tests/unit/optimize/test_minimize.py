@@ -317,7 +317,7 @@ def test_a_callback_may_raise_stop_iteration_or_anything_else():
     assert x.numpy() == pytest.approx(2.3)  # the step before it is not lost
 
 
-@pytest.mark.parametrize("name", ["callback", "foo"])
+@pytest.mark.parametrize("name", ["callbacks", "foo"])
 def test_an_argument_that_descend_has_not_is_refused_in_its_name(name):
     with pytest.raises(TypeError, match=rf"descend\(\) .*'{name}'"):
         tfgrad.descend(lambda x: x**2, 3.0, **{name: None})
@@ -448,7 +448,7 @@ BAD_INPUT = {
     ),
     "rate of instance": (
         lambda: sgd(parabola, 3.0, method=keras.optimizers.SGD()),
-        "an instance has its own",
+        "an instance has one",
     ),
     "gtol": (lambda: sgd(parabola, 3.0, gtol=-1.0), "must not be negative"),
     "target": (lambda: sgd(parabola, 3.0, target="low"), "must be a number"),

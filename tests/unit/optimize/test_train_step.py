@@ -11,6 +11,7 @@ from tfgrad.errors import (
     InvalidArgumentError,
     NoGradientError,
     ScalarObjectiveError,
+    WrongDerivativeError,
 )
 from tfgrad.optimize.methods.keras_optimizer import optimizer_names
 
@@ -396,6 +397,62 @@ def test_a_term_that_is_dropped_is_refused_unless_nobody_asks():
     assert float(w) == pytest.approx(0.7 - 0.1 * 1.4)
 
 
+def one_triangle(w, x):
+    """A loss whose gradient TensorFlow has wrong: Cholesky reads one triangle only."""
+    matrix = [[3.0 * w[0], w[1]], [0.3 * x, 2.0 * w[1]]]
+    return tf.reduce_sum(tf.linalg.cholesky(matrix))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", keras.optimizers.SGD(0.1), Counted()])
+def test_a_first_gradient_that_is_wrong_is_refused_and_nothing_is_written(optimizer):
+    w, calls = tf.Variable([1.0, 2.0]), tf.Variable(0)
+
+    def loss(x):
+        calls.assign_add(1)
+        return one_triangle(w, x)
+
+    step = tfgrad.train_step(loss, wrt=w, optimizer=optimizer)
+    with pytest.raises(WrongDerivativeError, match="of `loss` is wrong, by"):
+        step(1.0)
+
+    assert w.numpy().tolist() == [1.0, 2.0]
+    assert int(calls) == 0
+    tfgrad.train_step(loss, wrt=w, optimizer="sgd", verify=False)(1.0)
+    assert int(calls) == 1
+
+
+def test_what_a_check_evaluates_leaves_averages_and_random_losses_alone():
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input([4]), *layers])
+    other = keras.models.clone_model(model)
+    other.set_weights(model.get_weights())
+    optimizers = keras.optimizers.SGD(RATE), keras.optimizers.SGD(RATE)
+    tfgrad.train_step(loss_of(model), wrt=model, optimizer=optimizers[0])(X, Y)
+    by_hand(other, optimizers[1], [(X, Y)])
+
+    assert_same(model, other)
+    w = tf.Variable([1.0, 2.0])
+    step = tfgrad.train_step(
+        lambda: one_triangle(w, 1.0) + 0.0 * tf.random.normal([]), wrt=w
+    )
+    step()  # what draws random numbers has no differences
+
+
+def test_an_overflow_of_the_loss_scale_is_no_wrong_gradient():
+    w = tf.Variable(1.0, dtype=tf.float16)
+    scaled = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.1), initial_scale=2.0**16
+    )
+    step = tfgrad.train_step(lambda: 3 * w * w, wrt=w, optimizer=scaled)
+    step()
+
+    assert float(w) == 1.0  # the optimizer has skipped it
+    for _ in range(4):
+        step()
+    assert float(w) < 1.0
+
+
 def test_a_loss_that_reads_nothing_of_wrt_is_refused():
     w, v = tf.Variable(1.0), tf.Variable(1.0)
     with pytest.raises(NoGradientError, match="must read a variable"):
@@ -431,8 +488,8 @@ def test_a_second_derivative_in_the_loss_is_the_right_one():
     ("options", "match"),
     [
         ({"optimizer": "adm"}, "'adam'"),
-        ({"optimizer": keras.optimizers.Adam}, "name, or an object"),
-        ({"optimizer": 3}, "name, or an object"),
+        ({"optimizer": keras.optimizers.Adam}, "name, or an optimizer"),
+        ({"optimizer": 3}, "name, or an optimizer"),
         ({"learning_rate": -1.0}, "positive number"),
         ({"learning_rate": math.nan}, "positive number"),
         ({"learning_rate": "fast"}, "positive number"),

@@ -6,10 +6,12 @@ import contextlib
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError
@@ -31,6 +33,31 @@ Factory = Callable[[Sequence[Any]], Any]
 """Returns an optimizer for some variables, not yet built."""
 
 
+def require_optimizer(given: Any, learning_rate: Any, argument: str) -> None:
+    """Refuse what is no optimizer, or has a learning rate and is given another.
+
+    Args:
+        given: An object; its class will not do.
+        learning_rate: What came with it.
+        argument: What the user calls it.
+
+    Raises:
+        InvalidArgumentError: If a rule is broken.
+    """
+    if inspect.isclass(given) or not hasattr(given, "apply_gradients"):
+        raise InvalidArgumentError(
+            f"`{argument}` must be a name, or an optimizer with `apply_gradients`.",
+            got=f"{argument}={describe(given)}",
+            hint=f'{argument}="adam", or {argument}=keras.optimizers.Adam(1e-3)',
+        )
+    if learning_rate is not None:
+        raise InvalidArgumentError(
+            "`learning_rate` goes with the name of an optimizer; an instance has one.",
+            got=f"learning_rate={learning_rate!r} with {argument}={describe(given)}",
+            hint=f"{type(given).__name__}(learning_rate={learning_rate!r})",
+        )
+
+
 def optimizer_factory(method: Any, learning_rate: Any) -> Factory:
     """Return the function that makes an optimizer of a run's own.
 
@@ -38,38 +65,62 @@ def optimizer_factory(method: Any, learning_rate: Any) -> Factory:
         method: The class of a Keras optimizer, an instance (cloned from its
             configuration), or any object with `apply_gradients` (used as it is if it
             cannot be cloned).
-        learning_rate: For a class: a positive number or a Keras schedule; None means
-            the optimizer's default.
+        learning_rate: For a class: see `by_name`.
 
     Raises:
         InvalidArgumentError: If there is no such method, or the learning rate is no
             such thing.
     """
     if inspect.isclass(method) and method in optimizer_names().values():
-        rate = {} if learning_rate is None else {"learning_rate": _rate(learning_rate)}
-        return lambda variables: method(**rate)
-    if inspect.isclass(method) or not hasattr(method, "apply_gradients"):
-        raise InvalidArgumentError(
-            "`method` must be a name, or an optimizer with `apply_gradients`.",
-            got=f"method={describe(method)}",
-            hint='method="adam", or method=keras.optimizers.Adam(1e-3)',
-        )
-    if learning_rate is not None:
-        raise InvalidArgumentError(
-            "`learning_rate` goes with the name of a method; an instance has its own.",
-            got=f"learning_rate={learning_rate!r} with method={describe(method)}",
-            hint=f"{type(method).__name__}(learning_rate={learning_rate!r})",
-        )
+        make = by_name(method, learning_rate)
+        return lambda variables: make()
+    require_optimizer(method, learning_rate, "method")
 
     def clone(variables: Sequence[Any]) -> Any:
         # An optimizer keeps moments, and two runs must not share them.
-        _check_free(method, variables)
+        check_free(method, variables)
         try:
-            return type(method).from_config(method.get_config())
-        except (AttributeError, NotImplementedError, TypeError):
+            with warnings.catch_warnings(action="ignore"):  # Keras's, about lambdas
+                return type(method).from_config(method.get_config())
+        except (AttributeError, NotImplementedError, TypeError, ValueError):
             return method
 
     return clone
+
+
+def by_name(kind: Any, learning_rate: Any) -> Callable[[], Any]:
+    """Return the function that makes an optimizer of a class of Keras's.
+
+    Args:
+        kind: The class.
+        learning_rate: A positive number, a Keras schedule, or a variable, which is
+            followed; None means the optimizer's default.
+
+    Raises:
+        InvalidArgumentError: If the learning rate is none of these.
+    """
+    rate = None if learning_rate is None else _rate(learning_rate)
+    return kind if rate is None else lambda: kind(rate)
+
+
+class Followed:
+    """The learning rate that a variable of the user's holds, as Keras takes one.
+
+    Args:
+        variable: A `tf.Variable` or a `keras.Variable`.
+    """
+
+    def __init__(self, variable: Any) -> None:
+        """Read nothing yet."""
+        self._variable = plain(variable)
+
+    def __call__(self) -> tf.Tensor:
+        """Return the rate of now."""
+        return self._variable.read_value()
+
+    def assign(self, rate: Any) -> None:
+        """Put a rate into the variable: `optimizer.learning_rate = rate` does."""
+        self._variable.assign(tf.cast(rate, self._variable.dtype))
 
 
 class KerasMethod:
@@ -159,15 +210,16 @@ def plain(variable: Any) -> tf.Variable:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def _check_free(optimizer: Any, variables: Sequence[Any]) -> None:
+def check_free(optimizer: Any, variables: Sequence[Any]) -> None:
     """Refuse an optimizer that was built for other variables than these."""
     bound = {id(plain(v)) for v in getattr(optimizer, "_trainable_variables", ())}
     if bound and not bound.issuperset(id(plain(v)) for v in variables):
         raise InvalidArgumentError(
-            "An optimizer that is bound to variables goes on with those.",
+            "A Keras optimizer moves the variables that it was built for, and no "
+            "others.",
             got=f"an instance of {type(optimizer).__name__}, built for others than "
             "those that are to be moved",
-            hint="a new instance, or its class or name with `learning_rate`",
+            hint="a new instance, or its name with `learning_rate`",
         )
 
 
@@ -178,17 +230,24 @@ def _needs_arguments(kind: type) -> bool:
     return any(p.default is p.empty for p in named)
 
 
+def _is_schedule(rate: Any) -> bool:
+    return isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
+
+
 def _rate(learning_rate: Any) -> Any:
-    if isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+    """Return what Keras takes as the learning rate that a user means."""
+    if _is_schedule(learning_rate):
         return learning_rate
+    is_variable = isinstance(learning_rate, tf.Variable | keras.Variable)
     try:
-        rate = float(learning_rate)
+        rate = float(plain(learning_rate))
     except (TypeError, ValueError):
         rate = math.nan
-    if isinstance(learning_rate, str | bool) or not (0 < rate < math.inf):
+    if isinstance(learning_rate, str | bool | np.bool_) or not (0 < rate < math.inf):
         raise InvalidArgumentError(
-            "`learning_rate` must be a positive number or a Keras schedule.",
-            got=f"learning_rate={learning_rate!r}",
+            "`learning_rate` must be a positive number, a variable of one, or a Keras "
+            "schedule.",
+            got=f"learning_rate={describe(learning_rate)}",
             hint="learning_rate=0.1, or keras.optimizers.schedules.CosineDecay(...)",
         )
-    return rate
+    return Followed(learning_rate) if is_variable else rate

@@ -83,6 +83,7 @@ class OptimizerSolver:
         self._is_exhausted = False
         self._method: Any = None
         self._kept: dict[Any, Any] = {}
+        self.blamed: tuple[list[tf.Tensor], tuple[Nest, ...]] = [], ()
         self._owners = self._make_variables()
         self.moved = [plain(owner) for owner in self._owners]
         if source is not None:
@@ -93,7 +94,7 @@ class OptimizerSolver:
             self._owners = problem.owners
             self.moved = [plain(owner) for owner in self._owners]
         self._method = KerasMethod(factory, self._owners)
-        self.name = self._method.name
+        self.name, self.optimizer = self._method.name, self._method.optimizer
         if self._method.scale() is not None:
             self._compiled = self._compile()
         self.backup = [tf.Variable(v, trainable=False) for v in self.moved]
@@ -448,10 +449,12 @@ class OptimizerSolver:
     def _blame(self, state: State) -> str:
         """Return what is not finite in the batch at hand, or with it; "" if unknown."""
         point = [variable.read_value() for variable in self.moved]
+        self.blamed = point, ()
         if self._source is None:
             return self.problem.blame(point)
         drawn = state.batch.ahead.get_value()
         arguments = self._arguments(self._source.batch(drawn))
+        self.blamed = point, arguments
         before = int(self.problem.takes_values)
         names = names_of_parts(self.problem.f, before, arguments)
         for name, leaf in zip(names, tf.nest.flatten(arguments), strict=True):

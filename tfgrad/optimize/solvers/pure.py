@@ -97,6 +97,7 @@ class PureSolver:
         self._given = self._method = method
         self._failure = code_of(getattr(method, "failure", "linesearch"))
         self._others: list[Any] = []
+        self.blamed: tuple[list[tf.Tensor], tuple[Any, ...]] = [], ()
 
     @property
     def is_eager(self) -> bool:
@@ -264,8 +265,10 @@ class PureSolver:
             self.problem.assign(self.point(state))
 
     def recover(self, state: State) -> tuple[State, str]:
-        """Ask what made the trial not finite; the current point is another."""
-        trial = unravel(state.memory.trial, self._like)
+        """Ask what made the trial not finite, or the start; see to the variables."""
+        is_start = not np.isfinite(state.evaluation.grad_max)
+        trial = unravel(state.x if is_start else state.memory.trial, self._like)
+        self.blamed = trial, ()
         blame = self.problem.blame(trial)
         self.settle(state)
         return state, blame

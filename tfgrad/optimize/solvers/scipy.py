@@ -248,6 +248,7 @@ class SciPyLoop:
             self.bad = row
             leaves = self._leaves(x)
             self.solver.problem.assign(leaves)
+            self.solver.blamed = leaves, ()
             self.blame = self.solver.problem.blame(leaves)
             new = state._replace(code=new.code)
             return new, Rows({})
