@@ -174,7 +174,7 @@ def least_squares(
         Bates and Watts (1988), Nonlinear Regression Analysis, section 2.3.
     """
     require_no("least_squares", unknown, ("loss", "f_scale"))
-    _check_loss(loss, f_scale)
+    check_loss(loss, f_scale)
     own_rules = (gtol, ftol, xtol) == (None, None, None)
     options = Options(
         wrt=wrt,
@@ -200,7 +200,8 @@ def least_squares(
     return _with_statistics(result, driver.problem, driver.options.bounds)
 
 
-def _check_loss(loss: Any, f_scale: Any) -> None:
+def check_loss(loss: Any, f_scale: Any) -> None:
+    """Refuse a loss without a name here, and a scale that is not positive."""
     if loss not in LOSSES:
         raise InvalidArgumentError(
             "`loss` must be the name of a loss.",
@@ -234,7 +235,7 @@ def _with_statistics(
         limits = Limits(fit, bounds, ())
         x = np.concatenate([np.ravel(leaf) for leaf in leaves])
         is_held = (x <= limits.lower) | (x >= limits.upper)
-        covariance = _covariance(factor.numpy(), count, float(variance), is_held)
+        covariance = covariance_of(factor.numpy(), count, float(variance), is_held)
         errors = tf.constant(np.sqrt(np.diag(covariance)))
         stderr = fit.pack(unravel(errors, leaves))
     return LeastSquaresResult(
@@ -247,7 +248,7 @@ def _with_statistics(
     )
 
 
-def _covariance(factor: Array, count: int, variance: float, is_held: Array) -> Array:
+def covariance_of(factor: Array, count: int, variance: float, is_held: Array) -> Array:
     """Return variance * inv(J'J), infinite in the rows that the data do not determine.
 
     By singular values in scaled parameters: J'J itself knows half of the digits.
@@ -264,7 +265,7 @@ def _covariance(factor: Array, count: int, variance: float, is_held: Array) -> A
         free = np.ix_(~is_held, ~is_held)
         none = np.zeros(np.sum(~is_held), bool)
         if none.size:
-            whole[free] = _covariance(factor[:, ~is_held], count, variance, none)
+            whole[free] = covariance_of(factor[:, ~is_held], count, variance, none)
         return whole
     n = factor.shape[1]
     j = factor.astype(np.float64)
