@@ -8,6 +8,7 @@ There is a block for each core; all of them run the same program.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.signatures import signature
+from tfgrad.derivatives.tracing import as_written
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.nested import Nest, either, unravel
 from tfgrad.optimize.hooks import Interrupts
@@ -40,8 +42,7 @@ computing it."""
 BLOCK_BYTES = 2**26
 """Bytes that the states and the data of a block may take up."""
 
-XLA_ROWS = 32
-"""Problems from which on a compilation with XLA is worth its second."""
+_map: Any = tf.map_fn  # the stubs know no nests of specs
 
 PAUSE = 0.1
 """Seconds between two looks for Ctrl-C, and about what a call of the program takes."""
@@ -70,6 +71,8 @@ class Plan(NamedTuple):
         tolerances: The rules that were asked for.
         steps: How many steps each may take.
         jit: As for `minimize`.
+        pays: The number of problems, of all calls of one program, from which on XLA
+            pays.
     """
 
     problem: Problem
@@ -78,6 +81,7 @@ class Plan(NamedTuple):
     tolerances: Tolerances
     steps: int
     jit: bool | str
+    pays: int
 
     @property
     def graph(self) -> Any:
@@ -97,11 +101,6 @@ class Task(NamedTuple):
     x: Array
     sides: list[Array]
     data: list[Array]
-
-    @property
-    def count(self) -> int:
-        """How many problems there are."""
-        return len(self.x)
 
 
 class Outcome(NamedTuple):
@@ -141,11 +140,14 @@ def solve(plan: Plan, task: Task, seconds: float | None) -> tuple[Outcome, bool]
     queue = _Queue(program, task)
     ends = None if seconds is None else time.perf_counter() + seconds
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    workers = min(cores or os.cpu_count() or 1, -(-task.count // program.width))
+    workers = min(cores or os.cpu_count() or 1, -(-len(task.x) // program.width))
+    # TensorFlow's graph optimiser takes as long as some blocks do.
+    as_it_is = as_written(optimized=False)
     with (
+        contextlib.nullcontext() if program.is_xla else as_it_is,
         Interrupts() as interrupts,
         ThreadPoolExecutor(workers) as pool,
-        _bar(task.count) as bar,
+        _bar(len(task.x)) as bar,
     ):
         futures = [pool.submit(queue.work) for _ in range(workers)]
         try:
@@ -178,11 +180,13 @@ class _Program(NamedTuple):
         width: How many slots it has.
         empty: The state of slots that hold nothing.
         advance: Takes and returns states; see `_compile`.
+        is_xla: Whether XLA compiles it.
     """
 
     width: int
     empty: State
     advance: Callable[..., Any]
+    is_xla: bool
 
 
 class _Queue:
@@ -211,6 +215,13 @@ class _Queue:
 
     def work(self) -> None:
         """Run one block until nothing waits."""
+        try:
+            self._work()
+        except BaseException:
+            self.stop("stopped")  # the other blocks
+            raise
+
+    def _work(self) -> None:
         width, task = self._program.width, self._task
         given = [task.x, *task.sides, *task.data]
         held = [np.repeat(array[:1], width, axis=0) for array in given]
@@ -230,7 +241,7 @@ class _Queue:
             is_new[free] = True
             began = time.perf_counter()
             # While others wait, a block that is half empty is filled again.
-            enough = width // 2 if self._next < task.count else 0
+            enough = width // 2 if self._next < len(task.x) else 0
             limits = (tf.constant(limit) for limit in (turns, enough))
             tensors = [tf.constant(array) for array in held]
             state = self._program.advance(state, tf.constant(is_new), tensors, *limits)
@@ -244,7 +255,7 @@ class _Queue:
         """Return the numbers of the next problems."""
         with self._lock:
             end = self._next if self._stopped else self._next + most
-            new = np.arange(self._next, min(end, self._task.count))
+            new = np.arange(self._next, min(end, len(self._task.x)))
             self._next += len(new)
             return new
 
@@ -272,30 +283,30 @@ def _program(plan: Plan, task: Task) -> _Program:
     graph = plan.graph
     assert graph is not None
     vectorises = is_straight(graph.get_operations())
-    jit = plan.jit is True or (
-        plan.jit == "auto"
-        and vectorises
-        and task.count >= XLA_ROWS
-        and not any(p in op for op in operations_of(graph) for p in NOT_FOR_XLA)
-    )
+    kept = plan.problem.evaluator.kept
     settings = getattr(plan.method, "settings", None)
-    key = (
-        "many", jit, plan.tolerances, plan.steps,
+    key: Any = (
+        "many", plan.tolerances, plan.steps,
         plan.method if settings is None else (type(plan.method), settings),
         tuple((a.shape[1:], a.dtype) for a in [task.x, *task.sides, *task.data]),
         signature(plan.problem.template), signature(plan.data),
     )  # fmt: skip
-    kept = plan.problem.evaluator.kept
-    compiled = kept.get(key)
-    if compiled is None:
+    kept[key] = kept.get(key, 0) + len(task.x)
+    is_for_xla = vectorises and not any(
+        part in op for op in operations_of(graph) for part in NOT_FOR_XLA
+    )
+    pays = is_for_xla and kept[key] >= plan.pays
+    jit = pays if plan.jit == "auto" else bool(plan.jit)
+    key = key, jit
+    if key not in kept:
         if not vectorises:
             _say_loop(plan.problem.name, graph)
-        compiled = kept[key] = _compile(plan, task, jit=jit, vectorises=vectorises)
-    like, advance = compiled
+        kept[key] = _compile(plan, task, jit=jit, vectorises=vectorises)
+    like, advance = kept[key]
     width = _width(task, like)
     empty = tf.nest.map_structure(lambda s: tf.zeros([width, *s.shape], s.dtype), like)
     ended = tf.fill([width], code_of("stopped"))
-    return _Program(width, empty._replace(code=ended), advance)
+    return _Program(width, empty._replace(code=ended), advance, jit)
 
 
 def _width(task: Task, like: State) -> int:
@@ -304,7 +315,7 @@ def _width(task: Task, like: State) -> int:
     size = sum(a.nbytes for a in arrays)
     size += sum(s.shape.num_elements() * s.dtype.size for s in tf.nest.flatten(like))
     fits = 2 ** int(np.log2(max(1, BLOCK_BYTES // size)))
-    return int(min(WIDEST, fits, 2 ** int(np.ceil(np.log2(task.count)))))
+    return int(min(WIDEST, fits, 2 ** int(np.ceil(np.log2(len(task.x))))))
 
 
 def _say_loop(name: str, graph: Any) -> None:
@@ -334,10 +345,10 @@ def blank_state(method: Any, x: tf.Tensor) -> State:
 
 def _compile(
     plan: Plan, task: Task, *, jit: bool, vectorises: bool
-) -> tuple[State, Callable[..., Any]]:
+) -> tuple[Any, Callable[..., Any]]:
     """Return the specs of the state of one problem, and the compiled steps of many."""
     problem, method = plan.problem, plan.method
-    leaves, n = problem.leaves, task.x.shape[1]
+    leaves = problem.leaves
     function = problem.evaluator.evaluate.function((problem.template, *plan.data), None)
     splits = 1 + len(task.sides)
     table = {ORTHOGONAL: "gtol", STANDS: "xtol", VANISHED: "target"}
@@ -349,7 +360,8 @@ def _compile(
         return flat(function(*unravel(x, leaves), *rest))._replace(aux={})
 
     def solver_of(sides: list[tf.Tensor]) -> PureSolver:
-        return PureSolver(problem, method, Box(*sides) if sides else None)
+        limits: Any = Box(sides[0], sides[1]) if sides else None
+        return PureSolver(problem, method, limits)
 
     def begun(x: tf.Tensor, sides: list[tf.Tensor], evaluation: Evaluation) -> State:
         solver = solver_of(sides)
@@ -365,7 +377,9 @@ def _compile(
         if is_blank:
             start = blank_state(method, x)
             start = start._replace(first=evaluation.value)
-            new = decide(solver, plan.tolerances, either(is_new, start, state), evaluation)
+            new = decide(
+                solver, plan.tolerances, either(is_new, start, state), evaluation
+            )
         else:
             going = decide(solver, plan.tolerances, state, evaluation)
             new = either(is_new, begun(x, sides, evaluation), going)
@@ -388,7 +402,7 @@ def _compile(
     def evaluate_all(rows: list[tf.Tensor]) -> Evaluation:
         if vectorises:
             return vectorized(evaluate, rows)
-        return tf.map_fn(evaluate, rows, fn_output_signature=evaluated)
+        return _map(evaluate, rows, fn_output_signature=evaluated)
 
     def advance(
         state: State, is_new: tf.Tensor, held: list[tf.Tensor], turns: Any, enough: Any
@@ -412,8 +426,10 @@ def _compile(
         evaluation = evaluate([x, *rest[splits - 1 :]])
         return evaluation, begun(x, list(rest[: splits - 1]), evaluation)
 
-    evaluated, like = None, blank_state(method, tf.constant(task.x[0])) if is_blank else None
-    if not is_blank or not vectorises:
+    evaluated, like = None, None
+    if is_blank and vectorises:  # a trace less
+        like = blank_state(method, tf.constant(task.x[0]))
+    else:
         arrays = [task.x, *task.sides, *task.data]
         rows = [tf.TensorSpec(a.shape[1:], a.dtype) for a in arrays]
         traced = tf.function(one, autograph=False).get_concrete_function(*rows)

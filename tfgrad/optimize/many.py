@@ -32,6 +32,12 @@ from tfgrad.optimize.stopping import RUNNING, rule_of, sentence, status_of
 
 Array = np.ndarray[Any, Any]
 
+XLA_ROWS = 32
+"""Problems from which on a compilation with XLA is worth its second: L-BFGS takes some
+hundred operations a step, tens of steps."""
+
+CLOSED = "a closure over what is the same in all rows: lambda x, y: f(x, y, a)"
+
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class ManyResult:
@@ -165,8 +171,8 @@ def minimize_many(
         x0s: The starts: float arrays, or nests of them, `[count, ...]` each, of one
             dtype. With `args`, one start without that axis serves all rows: it is taken
             for that unless each of its leaves has `count` rows.
-        *args: What else `f` takes: arrays, or nests of them, `[count, ...]` each. NumPy's
-            float arrays take the dtype of the starts.
+        *args: What else `f` takes: arrays, or nests of them, `[count, ...]` each.
+            NumPy's float arrays take the dtype of the starts.
         method: "lbfgs", or a method of your own (`tfgrad.optimize.methods.protocol`)
             that asks for no more than gradients.
         steps: How many steps each row takes at most; None means 1000.
@@ -178,8 +184,9 @@ def minimize_many(
             where it started.
         bounds: As for `minimize`, for one problem, so the same for all; or a pair of
             nests like `x0s`, with bounds for each row. Starts outside are moved in.
-        jit: Compile with XLA: True, False, or "auto": from 32 rows on, of functions
-            that XLA computes as the graph does.
+        jit: Compile with XLA: True, False, or "auto": once a program has had 32 rows in
+            all its calls (a plain function: in this call), if `f` is a function that
+            XLA is good at.
         verify: Compare the first gradient of the first row with a difference, as
             `minimize` does.
         **unknown: Refused with a TypeError that says what to write instead.
@@ -227,7 +234,8 @@ def minimize_many(
     )
     rows = Rows(x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
-    return ManyResult(**run(problem, rows, pure_method(options), options)[0])
+    fields, *_ = run(problem, rows, pure_method(options), options, XLA_ROWS)
+    return ManyResult(**fields)
 
 
 def pure_method(options: Options) -> Method:
@@ -340,7 +348,7 @@ class Rows:
 
 
 def run(
-    problem: Problem, rows: Rows, method: Method, options: Options
+    problem: Problem, rows: Rows, method: Method, options: Options, pays: int
 ) -> tuple[dict[str, Any], Outcome, list[Array]]:
     """Solve all rows; return the fields of the result, the outcome, the bounds."""
     began = time.perf_counter()
@@ -348,7 +356,9 @@ def run(
     x = np.clip(rows.x, *sides) if sides else rows.x
     problem.evaluate(tf.nest.flatten(rows.first), rows.data)
     steps = 1000 if options.steps is None else int(options.steps)
-    plan = Plan(problem, rows.data, method, options.tolerances, steps, options.jit)
+    plan = Plan(
+        problem, rows.data, method, options.tolerances, steps, options.jit, pays
+    )
     if plan.graph is None:
         raise InvalidArgumentError(
             "Many problems are solved in one compiled program.",
@@ -392,7 +402,7 @@ def _array(leaf: Any, path: str, dtype: Any) -> Array:
         raise InvalidArgumentError(
             f"`{path}` must be an array of numbers, with a row for each problem.",
             got=f"`{path}` is {describe(leaf)}",
-            hint="a closure over what is the same in all rows: lambda x, y: f(x, y, a)",
+            hint=CLOSED,
         )
     return array.astype(dtype) if array.dtype.kind == "f" else array
 
@@ -404,7 +414,7 @@ def _count(named: list[tuple[str, Array]]) -> int:
             raise InvalidArgumentError(
                 f"`{path}` must have an axis in front, with a row for each problem.",
                 got=f"`{path}` has shape ()",
-                hint="a closure over what is the same in all rows: lambda x, y: f(x, y, a)",
+                hint=CLOSED,
             )
     counts = {path: len(leaf) for path, leaf in named}
     if len(set(counts.values())) > 1:
@@ -412,7 +422,7 @@ def _count(named: list[tuple[str, Array]]) -> int:
         raise InvalidArgumentError(
             "All arguments must have the same number of rows, one for each problem.",
             got=some,
-            hint="a closure over what is the same in all rows: lambda x, y: f(x, y, a)",
+            hint=CLOSED,
         )
     count = next(iter(counts.values()))
     if count == 0:
