@@ -41,8 +41,9 @@ from tfgrad.optimize.methods.protocol import Move, Point
 FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-12
 """Of squares of singular values in scaled parameters, which are about 1."""
 
-EASED = 0.1
-"""What the damping is multiplied by where the model has been good."""
+EASED, SHRUNK = 0.1, 0.25
+"""What the damping is multiplied by where the model has been good; and the part of a
+step that the next may have where it has been bad."""
 
 
 class State(NamedTuple):
@@ -52,6 +53,8 @@ class State(NamedTuple):
         linear: R and Q'r beside it, at the current point, shape `[n, n + 1]`.
         scale: The largest norm that each column of the Jacobian has had, shape `[n]`.
         promised: How much f falls at the trial by the model.
+        radius: What the length of a step may be, in scaled parameters.
+        length: Of the step to the trial.
         damping: Of the trial.
         growth: What the damping is multiplied by if the trial fails.
         trials: How many were tried from the current point.
@@ -63,6 +66,8 @@ class State(NamedTuple):
     linear: tf.Tensor
     scale: tf.Tensor
     promised: tf.Tensor
+    radius: tf.Tensor
+    length: tf.Tensor
     damping: tf.Tensor
     growth: tf.Tensor
     trials: tf.Tensor
@@ -117,6 +122,8 @@ class Marquardt:
             linear=tf.zeros([n, n + 1], dtype),
             scale=tf.zeros([n], dtype),
             promised=one,
+            radius=zero,
+            length=zero,
             damping=FIRST_DAMPING * one,
             growth=2 * one,
             trials=tf.constant(-1),
@@ -133,7 +140,7 @@ class Marquardt:
         """Take the trial if f fell as promised; damp the next step less, or more."""
         is_first = state.trials < 0
         is_level, is_flatter = _compare(new, old, state)
-        no = -tf.ones_like(new.fun)
+        no, zero = -tf.ones_like(new.fun), tf.zeros_like(new.fun)
         ratio = tf.math.divide_no_nan(old.fun - new.fun, state.promised)
         # Where f cannot tell, the gradient can: take it, or not, and keep the damping.
         ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
@@ -142,9 +149,13 @@ class Marquardt:
         is_taken = ratio > ACCEPTABLE
         grown = tf.where(ratio < BAD, state.damping * state.growth, state.damping)
         eased = tf.maximum(state.damping * EASED, LEAST_DAMPING)
+        radius = tf.where(ratio >= GOOD, 2 * state.length, zero)
+        radius = tf.maximum(radius, state.radius)
+        radius = tf.where(ratio < BAD, SHRUNK * state.length, radius)
         least = EPSILONS[new.fun.dtype] ** 2 * tf.minimum(new.fun, 1)
         state = state._replace(
             linear=tf.where(is_taken, new.linear, state.linear),
+            radius=radius,
             damping=tf.where(ratio >= GOOD, eased, grown),
             growth=tf.where(is_taken, -no, state.growth) * 2,
             trials=tf.where(is_taken, 0, state.trials + 1),
@@ -170,6 +181,13 @@ class Marquardt:
             model = triangle(linear * tf.concat([free, tf.ones_like(free[:1])], 0))
         damped = _damped(model, tf.sqrt(state.damping) * sizes)
         step = -solved(damped)
+        # The first step is no longer than x, or than the residuals where x is zero.
+        first = tf.norm(sizes * here.x)
+        first = tf.where(first > 0, first, tf.sqrt(2 * here.fun))
+        radius = tf.where(state.radius > 0, state.radius, first)
+        length = tf.norm(sizes * step)
+        step *= tf.minimum(tf.math.divide_no_nan(radius, length), 1)
+        length = tf.minimum(length, radius)
         x = here.x + step
         if box is not None:
             x = box.clip(x)
@@ -178,16 +196,20 @@ class Marquardt:
         side = side[:, 0]
         change = tf.reduce_sum(matrix * step, 1)
         promised = -tf.reduce_sum(change * (side + change / 2))
-        state = state._replace(scale=scale, promised=promised)
+        state = state._replace(
+            scale=scale, promised=promised, radius=radius, length=length
+        )
         stands = tf.reduce_all(x == here.x)
-        pivots = tf.linalg.diag_part(matrix)
+        # Beside the others, and beside what it has been, a small one is rounding.
+        pivots = tf.linalg.diag_part(matrix) / sizes
+        least = n * EPSILONS[pivots.dtype] * tf.reduce_max(pivots)
         part = tf.math.divide_no_nan(tf.norm(side), tf.sqrt(2 * here.fun))
         is_over = stands | (state.idle >= MOST_IDLE) | (state.trials >= MOST_TRIALS)
         is_over |= ~is_known
         verdict = tf.where(is_over, STUCK, RUNS)
         if not self._is_open:
             newton = solved(model)
-            has_slope = is_known & tf.reduce_any(pivots > 0)
+            has_slope = is_known & tf.reduce_any(pivots > least)
             # Where rounding does not forbid it, the run goes on to a tenth of that.
             enough = tf.constant(tolerance(here.x.dtype), here.x.dtype)
             enough = tf.where(is_over, enough, enough / 10)
@@ -199,7 +221,7 @@ class Marquardt:
             verdict = tf.where(has_slope & (part <= enough), ORTHOGONAL, verdict)
         is_over = verdict != RUNS
         x = tf.where(is_over, here.x, x)
-        is_determined = tf.reduce_all(pivots > 0)
+        is_determined = tf.reduce_all(pivots > least)
         expected = tf.where(is_determined, promised, promised.dtype.max)
         state = state._replace(verdict=verdict)
         return Move(x, state, failed=is_over, expected=expected)
