@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tfgrad.diagnosis.explain_nan import ExplainNaN
     from tfgrad.differences import finite_difference
     from tfgrad.optimize.least_squares import LeastSquaresResult, least_squares
+    from tfgrad.optimize.many import ManyResult, minimize_many
+    from tfgrad.optimize.many_fits import ManyFitsResult, least_squares_many
     from tfgrad.optimize.minimize import descend, minimize
     from tfgrad.optimize.result import OptimizeResult
     from tfgrad.optimize.train_step import train_step
@@ -41,6 +43,8 @@ _HOMES = {
     "ExplainNaN": "tfgrad.diagnosis.explain_nan",
     "GradCheck": "tfgrad.checks.report",
     "LeastSquaresResult": "tfgrad.optimize.least_squares",
+    "ManyFitsResult": "tfgrad.optimize.many_fits",
+    "ManyResult": "tfgrad.optimize.many",
     "OptimizeResult": "tfgrad.optimize.result",
     "Run": "tfgrad.runs.run",
     "check_grads": "tfgrad.checks.gradcheck",
@@ -54,9 +58,11 @@ _HOMES = {
     "jacobian": "tfgrad.derivatives.matrices",
     "jvp": "tfgrad.derivatives.forward",
     "least_squares": "tfgrad.optimize.least_squares",
+    "least_squares_many": "tfgrad.optimize.many_fits",
     "load_run": "tfgrad.runs.reader",
     "load_runs": "tfgrad.runs.reader",
     "minimize": "tfgrad.optimize.minimize",
+    "minimize_many": "tfgrad.optimize.many",
     "plot_path": "tfgrad.runs.plots",
     "plot_runs": "tfgrad.runs.plots",
     "show": "tfgrad.runs.board",
@@ -69,6 +75,8 @@ __all__ = [
     "ExplainNaN",
     "GradCheck",
     "LeastSquaresResult",
+    "ManyFitsResult",
+    "ManyResult",
     "OptimizeResult",
     "Run",
     "check_grads",
@@ -82,9 +90,11 @@ __all__ = [
     "jacobian",
     "jvp",
     "least_squares",
+    "least_squares_many",
     "load_run",
     "load_runs",
     "minimize",
+    "minimize_many",
     "plot_path",
     "plot_runs",
     "show",

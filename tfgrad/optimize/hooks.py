@@ -155,9 +155,13 @@ class Interrupts(Hook):
 
     def rows(self, run: Driver, rows: Rows) -> None:
         """End the run if there was one."""
-        if self._caught and run.status is None:
+        if run.status is None and self.heed():
             run.end("interrupted")
-            self._is_heeded = True
+
+    def heed(self) -> bool:
+        """Return whether there was one; whoever asks ends the run."""
+        self._is_heeded = self._is_heeded or self._caught
+        return self._caught
 
     def __enter__(self) -> Self:
         """Take over the handler."""

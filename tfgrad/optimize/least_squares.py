@@ -189,7 +189,7 @@ def least_squares(
         Bates and Watts (1988), Nonlinear Regression Analysis, section 2.3.
     """
     require_no("least_squares", unknown, ("loss", "f_scale"))
-    _check_loss(loss, f_scale)
+    check_loss(loss, f_scale)
     own_rules = (gtol, ftol, xtol) == (None, None, None)
     options = Options(
         wrt=wrt,
@@ -214,7 +214,8 @@ def least_squares(
     return _with_statistics(result, driver)
 
 
-def _check_loss(loss: Any, f_scale: Any) -> None:
+def check_loss(loss: Any, f_scale: Any) -> None:
+    """Refuse a loss without a name here, and a scale that is not positive."""
     if loss not in LOSSES:
         raise InvalidArgumentError(
             "`loss` must be the name of a loss.",

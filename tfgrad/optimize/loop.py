@@ -476,35 +476,52 @@ class Loop:
     ) -> State:
         """Return the state after a step, given the evaluation of it."""
         solver = solver or self.solver
-        new = solver.accept(state, evaluation)
-        judged = judge(self._step(state, new, is_start=new.step == 0))
-        is_asked = (
-            new.accepted & (new.code != code_of("nonfinite")) & (judged != RUNNING)
-        )
-        code = tf.where(is_asked, judged, new.code)
-        after: State = solver.move(state, new._replace(code=code), evaluation, *inputs)
-        return after
+        return decide(solver, self._tolerances, state, evaluation, *inputs)
 
     def _step(self, old: State, new: State, *, is_start: Any) -> Step:
         """Return what the rules look at."""
-        expected = new.expected
-        if self.solver.knows_solutions:
-            expected = tf.constant(expected.dtype.max, expected.dtype)
-        x: tuple[list[Any], list[Any]] = ([], [])
-        if self._tolerances.xtol is not None:
-            x = self.solver.way(old, new)
-        return Step(
-            fun=new.evaluation.value,
-            grad_max=new.evaluation.grad_max,
-            x=x[0],
-            expected=expected,
-            first=new.first,
-            before_fun=old.evaluation.value,
-            before_x=x[1],
-            before_expected=old.expected,
-            is_start=is_start,
-            tolerances=self._tolerances,
-        )
+        return step_between(self.solver, self._tolerances, old, new, is_start=is_start)
+
+
+def decide(
+    solver: Any,
+    tolerances: Tolerances,
+    state: State,
+    evaluation: Evaluation,
+    *inputs: Any,
+) -> State:
+    """Return the state after a step, given the evaluation of it."""
+    new = solver.accept(state, evaluation)
+    step = step_between(solver, tolerances, state, new, is_start=new.step == 0)
+    judged = judge(step)
+    is_asked = new.accepted & (new.code != code_of("nonfinite")) & (judged != RUNNING)
+    code = tf.where(is_asked, judged, new.code)
+    after: State = solver.move(state, new._replace(code=code), evaluation, *inputs)
+    return after
+
+
+def step_between(
+    solver: Any, tolerances: Tolerances, old: State, new: State, *, is_start: Any
+) -> Step:
+    """Return what the rules look at."""
+    expected = new.expected
+    if solver.knows_solutions:
+        expected = tf.constant(expected.dtype.max, expected.dtype)
+    x: tuple[list[Any], list[Any]] = ([], [])
+    if tolerances.xtol is not None:
+        x = solver.way(old, new)
+    return Step(
+        fun=new.evaluation.value,
+        grad_max=new.evaluation.grad_max,
+        x=x[0],
+        expected=expected,
+        first=new.first,
+        before_fun=old.evaluation.value,
+        before_x=x[1],
+        before_expected=old.expected,
+        is_start=is_start,
+        tolerances=tolerances,
+    )
 
 
 def _array(values: list[Any]) -> np.ndarray[Any, Any]:

@@ -73,7 +73,7 @@ class ResidualEvaluator(Evaluator):
     def _value(
         self, recording: Recording, scale: Any
     ) -> tuple[tf.Tensor, list[tf.Tensor], Any]:
-        _check_dtypes(recording)
+        check_dtypes(recording)
         residuals = ravel(recording.outputs)
         value = losses.cost(residuals, *self.loss)
         self.fits_in_memory = _fits(recording.outputs, recording.sources)
@@ -146,7 +146,7 @@ class Residuals(Problem):
         self, *args: Any, loss: str = "linear", f_scale: float = 1.0, **options: Any
     ) -> None:
         """Check the point; nothing is traced."""
-        self.options = {"loss": loss, "f_scale": f_scale}
+        self.options = {**self.options, "loss": loss, "f_scale": f_scale}
         super().__init__(*args, **options)
         for leaf in self.leaves:
             if leaf.dtype not in DTYPES:
@@ -169,7 +169,8 @@ class Residuals(Problem):
         return matrix
 
 
-def _check_dtypes(recording: Recording) -> None:
+def check_dtypes(recording: Recording) -> None:
+    """Refuse residuals of another dtype than the parameters'."""
     leaves = (*recording.outputs, *recording.sources)
     dtypes = {leaf.dtype.name for leaf in leaves}
     if len(dtypes) > 1:

@@ -207,8 +207,8 @@ class OfFit(NamedTuple):
     variance: float
     is_held: Array
 
-    def spread(self, result: OptimizeResult) -> Spread:
-        """Return what is known of the parameters."""
+    def spread(self, result: OptimizeResult | None = None) -> Spread:
+        """Return what is known of the parameters, whatever the result."""
         return spread_of_factor(*self)
 
 

@@ -236,7 +236,7 @@ class LevenbergMarquardt:
 
     def why(self, state: State) -> tuple[str, str] | None:
         """Return the status and the sentence for a point that cannot be improved."""
-        part = f"{_tolerance(state.radius.dtype):.1g}"
+        part = f"{tolerance(state.radius.dtype):.1g}"
         return {
             ORTHOGONAL: (
                 "gtol",
@@ -275,7 +275,7 @@ class LevenbergMarquardt:
     def _verdict(self, here: Point, state: State, stands: Any) -> tf.Tensor:
         """Return what to make of the current point."""
         linear, dtype = state.linear, here.x.dtype
-        enough = tf.constant(_tolerance(dtype), dtype)
+        enough = tf.constant(tolerance(dtype), dtype)
         is_rounded = state.idle >= MOST_IDLE
         is_over = is_rounded | stands | (state.trials >= MOST_TRIALS) | ~linear.is_known
         # Where rounding does not forbid it, the run goes on to a tenth of what is
@@ -444,6 +444,6 @@ def _compare(new: Point, old: Point, state: State) -> tuple[Any, Any]:
     return is_level, after < before
 
 
-def _tolerance(dtype: tf.DType) -> float:
+def tolerance(dtype: tf.DType) -> float:
     """Return what is small enough: half of the digits."""
     return float(EPSILONS[dtype]) ** 0.5

@@ -95,7 +95,7 @@ class PureSolver:
                 hint="cast them to one dtype, or a Keras optimizer such as 'adam'",
             )
         self._given = self._method = method
-        self._failure = code_of(getattr(method, "failure", "linesearch"))
+        self.failure = code_of(getattr(method, "failure", "linesearch"))
         self._others: list[Any] = []
         self.blamed: tuple[list[tf.Tensor], tuple[Any, ...]] = [], ()
 
@@ -143,9 +143,28 @@ class PureSolver:
 
     def _begin(self, x: tf.Tensor, evaluation: Evaluation, before: Any) -> State:
         move = self._first_move(self._point(x, evaluation))
+        self._watch()
+        return self.begun(x, evaluation, move, before)
+
+    def begun(
+        self,
+        x: tf.Tensor,
+        evaluation: Evaluation,
+        move: Move | None = None,
+        before: State | None = None,
+    ) -> State:
+        """Return the state at an evaluated point where the method begins.
+
+        Args:
+            x: The point, a vector.
+            evaluation: The function there.
+            move: The method's first; None asks it.
+            before: The run until there.
+        """
+        if move is None:
+            move = self._method.init(self._point(x, evaluation))
         value = evaluation.value
         is_bad = ~(tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max))
-        self._watch()
         return State(
             x,
             _carried(self._projected(x, evaluation)),
@@ -229,7 +248,7 @@ class PureSolver:
         expected = self._expected(move, here[1])
         told = _told(move.expected, value.dtype)
         is_hidden = at_precision(here[1].value, told, state.first)
-        failure = tf.where(is_hidden, code_of("converged"), self._failure)
+        failure = tf.where(is_hidden, code_of("converged"), self.failure)
         code = tf.where(move.failed, failure, RUNNING)
         is_bad = accepted & ~is_finite
         return State(
@@ -321,7 +340,7 @@ class PureSolver:
     def why(self, state: State) -> tuple[str, str] | None:
         """Return what the method says about its memory."""
         method: Any = self._method
-        has_failed = int(state.code) in (self._failure, code_of("converged"))
+        has_failed = int(state.code) in (self.failure, code_of("converged"))
         is_own = has_failed and _knows_solutions(method)
         return method.why(state.memory.method) if is_own else None
 
@@ -365,7 +384,7 @@ class PureSolver:
         """Return the evaluation with the slope of what no bound holds."""
         if self._limits is None:
             return evaluation
-        sides = (tf.constant(b, x.dtype) for b in self._limits.sides)
+        sides = (tf.cast(b, x.dtype) for b in self._limits.sides)
         free = Bounds(*sides).reduced(self._point(x, evaluation))
         return evaluation._replace(grad_max=free.grad_max)
 

@@ -1,0 +1,462 @@
+"""`minimize_many` and `least_squares_many`: rows, statuses, blocks, errors."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfgrad
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.optimize import blocks
+
+T = np.linspace(0.0, 5.0, 50)
+
+
+def rosenbrock(x):
+    return tf.reduce_sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+
+def decay(p, y):
+    return p[0] * tf.exp(-p[1] * T) + p[2] - y
+
+
+def signals(count, noise=0.02, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = rng.uniform([1, 0.3, -0.5], [3, 2, 0.5], (count, 3))
+    clean = truth[:, :1] * np.exp(-truth[:, 1:2] * T) + truth[:, 2:]
+    return truth, clean + noise * rng.normal(size=clean.shape)
+
+
+START = np.array([1.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("jit", [False, "auto"])
+def test_each_start_ends_as_it_does_alone(jit):
+    x0s = np.random.default_rng(0).normal(size=(64, 10))
+    f = tf.function(rosenbrock)
+
+    result = tfgrad.minimize_many(f, x0s, jit=jit)
+
+    assert result.x.shape == (64, 10)
+    for i in range(0, 64, 16):
+        alone = tfgrad.minimize(f, x0s[i])
+        assert result.status[i] == alone.status == "converged"
+        np.testing.assert_allclose(result.x[i], alone.x, rtol=1e-10)
+    assert result.success.all()
+
+
+def test_the_graph_takes_the_very_steps_of_minimize():
+    x0s = np.random.default_rng(0).normal(size=(8, 10))
+    f = tf.function(rosenbrock)
+
+    result = tfgrad.minimize_many(f, x0s, jit=False)
+
+    alone = [tfgrad.minimize(f, x0) for x0 in x0s]
+    np.testing.assert_array_equal(result.nit, [one.nit for one in alone])
+    np.testing.assert_array_equal(result.nfev, [one.nfev for one in alone])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_fits_are_those_of_least_squares(jit):
+    truth, y = signals(40)
+
+    result = tfgrad.least_squares_many(decay, START, y, jit=jit)
+
+    assert result.success.all()
+    for i in (0, 7, 39):
+        alone = tfgrad.least_squares(lambda p, i=i: decay(p, y[i]), START)
+        np.testing.assert_allclose(result.x[i], alone.x, rtol=1e-7)
+        np.testing.assert_allclose(result.stderr[i], alone.stderr, rtol=1e-6)
+        np.testing.assert_allclose(result.covariance[i], alone.covariance, rtol=1e-5)
+        np.testing.assert_allclose(result.residual_std[i], alone.residual_std)
+    assert np.median(np.abs(result.x - truth)) < 0.02
+
+
+def test_a_program_is_compiled_once_however_many_blocks(monkeypatch):
+    traced = []
+    monkeypatch.setattr(blocks, "WIDEST", 16)
+    _, y = signals(100)
+
+    @tf.function
+    def misfit(p, row):
+        traced.append(1)
+        return decay(p, row)
+
+    tfgrad.least_squares_many(misfit, START, y, jit=True)
+    before = len(traced)
+    kept = next(iter(vars(misfit)["_tfgrad_evaluators"].values())).kept
+    advance = next(v[1] for v in kept.values() if isinstance(v, tuple))
+    tfgrad.least_squares_many(misfit, START, y, jit=True)
+
+    assert len(traced) == before
+    assert advance.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_row_does_not_depend_on_its_neighbours(jit, monkeypatch):
+    monkeypatch.setattr(blocks, "WIDEST", 16)
+    _, y = signals(48)
+    others = y.copy()
+    others[::2] = signals(48, noise=0.5, seed=1)[1][::2]
+    others[4] = np.nan
+    misfit = tf.function(decay)
+
+    one = tfgrad.least_squares_many(misfit, START, y, jit=jit)
+    other = tfgrad.least_squares_many(misfit, START, others, jit=jit)
+
+    np.testing.assert_array_equal(one.x[1::2], other.x[1::2])
+    np.testing.assert_array_equal(one.nfev[1::2], other.nfev[1::2])
+    assert other.status[4] == "nonfinite"
+    assert not other.success[4]
+    assert other.success[[3, 5]].all()
+
+
+def test_nests_in_and_out_and_plain_numbers():
+    def f(x, data):
+        return (x["a"] - data["target"]) ** 2 + tf.reduce_sum((x["b"] - 1.0) ** 4)
+
+    x0s = {"a": np.zeros(3), "b": np.zeros((3, 2, 2))}
+    result = tfgrad.minimize_many(f, x0s, {"target": [1.0, 2.0, 3.0]})
+
+    assert result.x["b"].shape == (3, 2, 2)
+    np.testing.assert_allclose(result.x["a"], [1, 2, 3], atol=1e-3)
+    assert result[1].x["b"].shape == (2, 2)
+    assert float(result[-1].x["a"]) == result.x["a"][2]
+
+
+def test_float32_stays_float32():
+    result = tfgrad.minimize_many(
+        lambda x, a: tf.reduce_sum((x - a) ** 2),
+        np.zeros(2, np.float32),
+        np.arange(6.0).reshape(3, 2),
+    )
+
+    assert result.x.dtype == result.fun.dtype == np.float32
+    np.testing.assert_allclose(result.x, np.arange(6.0).reshape(3, 2), atol=1e-3)
+
+
+def test_the_best_of_many_starts():
+    def waves(x):
+        return tf.sin(5 * x) + 0.1 * x**2
+
+    result = tfgrad.minimize_many(waves, np.linspace(-3, 3, 20))
+
+    grid = np.linspace(-3, 3, 100_001)
+    assert result.best.fun <= np.min(np.sin(5 * grid) + 0.1 * grid**2)
+    assert result.best.fun == np.min(result.fun)
+    assert len(result) == 20
+    assert [one.fun for one in result] == list(result.fun)
+    with pytest.raises(IndexError):
+        result[20]
+
+
+def test_a_summary_counts_the_statuses():
+    result = tfgrad.minimize_many(
+        lambda x, a: tf.sqrt(x - a) * 0 + (x - a) ** 2, np.ones(3), [0.0, 0.5, 2.0]
+    )
+
+    assert list(result.status[:2]) != ["nonfinite"] * 2
+    assert result.status[2] == "nonfinite"
+    assert "3, " in repr(result)
+    assert "1 nonfinite" in repr(result)
+    assert "not finite" in result[2].message
+    assert "nonfinite" in repr(result[2])
+
+
+def test_steps_end_rows_that_need_more():
+    x0s = np.array([[1.0, 1.0], [-1.2, 1.0]])
+
+    result = tfgrad.minimize_many(rosenbrock, x0s, steps=3)
+
+    assert list(result.status) == ["converged", "steps"]
+    assert list(result.nit) == [0, 3]
+    assert "3 steps" in result[1].message
+
+
+@pytest.mark.parametrize("rule", [{"gtol": 1e-3}, {"ftol": 1e-3}, {"xtol": 1e-3}])
+def test_rules_are_those_of_minimize(rule):
+    x0s = np.random.default_rng(3).normal(size=(4, 3))
+
+    result = tfgrad.minimize_many(rosenbrock, x0s, **rule)
+
+    alone = [tfgrad.minimize(rosenbrock, x0, **rule) for x0 in x0s]
+    assert list(result.status) == [one.status for one in alone]
+    assert list(result.nit) == [one.nit for one in alone]
+
+
+def test_a_target_for_each_row():
+    result = tfgrad.minimize_many(rosenbrock, np.zeros((2, 3)), target=1.0)
+
+    assert list(result.status) == ["target", "target"]
+    assert (result.fun <= 1).all()
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_bounds_with_and_without_rows(with_rows):
+    def f(x, a):
+        return tf.reduce_sum((x - a) ** 2)
+
+    a = np.array([[2.0, -2.0], [0.5, 0.5], [-3.0, 3.0]])
+    upper = np.ones((3, 2)) * [[1.0], [0.25], [2.0]] if with_rows else 1.0
+
+    result = tfgrad.minimize_many(f, np.zeros(2), a, bounds=(-1.0, upper))
+
+    np.testing.assert_allclose(result.x, np.clip(a, -1.0, upper), atol=1e-9)
+    assert result.success.all()
+
+
+def test_fits_within_bounds_are_those_of_least_squares():
+    _, y = signals(6)
+    bounds = ([0.0, 0.0, 0.0], [np.inf, 1.0, np.inf])
+
+    result = tfgrad.least_squares_many(decay, START, y, bounds=bounds)
+
+    assert result.success.all()
+    for i in range(6):
+        alone = tfgrad.least_squares(
+            lambda p, i=i: decay(p, y[i]), START, bounds=bounds
+        )
+        np.testing.assert_allclose(result.x[i], alone.x, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(result.stderr[i], alone.stderr, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["soft_l1", "huber", "cauchy", "arctan"])
+def test_losses_are_those_of_least_squares(loss):
+    _, y = signals(3)
+    y[:, 5] += 3.0
+    options = {"loss": loss, "f_scale": 0.1}
+
+    result = tfgrad.least_squares_many(decay, START, y, **options)
+
+    for i in range(3):
+        alone = tfgrad.least_squares(lambda p, i=i: decay(p, y[i]), START, **options)
+        np.testing.assert_allclose(result.fun[i], alone.fun, rtol=1e-8)
+        np.testing.assert_allclose(result.x[i], alone.x, rtol=1e-4)
+
+
+def test_missing_points_are_left_out():
+    _, y = signals(4)
+    y[1, 3:7] = np.nan
+    y[2] = np.nan
+
+    result = tfgrad.least_squares_many(decay, START, y, missing="drop")
+    kept = np.isfinite(y[1])
+    alone = tfgrad.least_squares(lambda p: decay(p, y[1])[kept], START)
+
+    np.testing.assert_allclose(result.x[1], alone.x, rtol=1e-7)
+    np.testing.assert_allclose(result.stderr[1], alone.stderr, rtol=1e-6)
+    assert list(result.degrees_of_freedom) == [47, 43, -3, 47]
+    assert result.success[[0, 1, 3]].all()
+    assert not result.success[2]
+    whole = tfgrad.least_squares_many(decay, START, y)
+    assert list(whole.status[1:3]) == ["nonfinite"] * 2
+
+
+def test_a_model_may_not_drop_points_by_itself():
+    def misfit(p, y):
+        return tf.sqrt(p[0] - T[:5]) - y  # NaN where p[0] < t
+
+    y = np.ones((2, 5))
+    y[0, 0] = np.nan
+
+    result = tfgrad.least_squares_many(misfit, [3.0], y, missing="drop")
+
+    np.testing.assert_allclose(
+        result.x[1],
+        tfgrad.least_squares(lambda p: misfit(p, y[1]), np.array([3.0])).x,
+        rtol=1e-6,
+    )
+    assert np.isfinite(result[0].fun)
+
+
+def test_one_result_is_that_of_least_squares():
+    _, y = signals(3)
+
+    one = tfgrad.least_squares_many(decay, START, y)[1]
+
+    assert isinstance(one, tfgrad.LeastSquaresResult)
+    np.testing.assert_allclose(one.residuals, decay(one.x, y[1]))
+    assert one.degrees_of_freedom == 47
+    assert "+-" in repr(one)
+
+
+def test_a_function_with_a_loop_is_evaluated_row_by_row_and_said_once():
+    @tf.function
+    def root(x, a):
+        y = tf.while_loop(
+            lambda i, y: i < 20, lambda i, y: (i + 1, (y + a / y) / 2), (0, a)
+        )[1]
+        return (x - y) ** 2
+
+    with pytest.warns(RuntimeWarning, match="does not vectorise"):
+        result = tfgrad.minimize_many(root, np.ones(5), np.arange(1.0, 6.0))
+    tfgrad.minimize_many(root, np.ones(5), np.arange(1.0, 6.0))  # not again: no error
+
+    np.testing.assert_allclose(result.x, np.sqrt(np.arange(1.0, 6.0)), atol=1e-6)
+
+
+def test_a_plain_function_is_never_stale():
+    factor = 1.0
+
+    def f(x, a):
+        return (x - factor * a) ** 2
+
+    first = tfgrad.minimize_many(f, 0.0, [1.0, 2.0])
+    factor = 3.0
+    second = tfgrad.minimize_many(f, 0.0, [1.0, 2.0])
+
+    np.testing.assert_allclose(first.x, [1, 2], atol=1e-3)
+    np.testing.assert_allclose(second.x, [3, 6], atol=1e-3)
+
+
+def test_a_variable_that_f_reads_is_read_anew():
+    factor = tf.Variable(1.0)
+
+    @tf.function
+    def f(x, a):
+        return (x - factor * a) ** 2
+
+    tfgrad.minimize_many(f, 0.0, [1.0, 2.0])
+    factor.assign(3.0)
+
+    np.testing.assert_allclose(
+        tfgrad.minimize_many(f, 0.0, [1.0, 2.0]).x, [3, 6], atol=1e-3
+    )
+
+
+def test_integers_among_the_arguments_select():
+    table = tf.constant([1.0, 4.0, 9.0])
+
+    result = tfgrad.minimize_many(
+        lambda x, k: (x - tf.gather(table, k)) ** 2, 0.0, np.array([2, 0])
+    )
+
+    np.testing.assert_allclose(result.x, [9, 1], atol=1e-3)
+
+
+def test_more_rows_than_slots_with_no_time_left(monkeypatch):
+    monkeypatch.setattr(blocks, "WIDEST", 8)
+    _, y = signals(64)
+
+    result = tfgrad.least_squares_many(decay, START, y, seconds=0.0)
+
+    is_left = result.status == "seconds"
+    assert is_left.any()
+    assert not result.success[is_left].any()
+    np.testing.assert_array_equal(result.x[result.nfev == 0], START[None])
+    assert np.isnan(result.fun[result.nfev == 0]).all()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals of that kind")
+def test_ctrl_c_keeps_what_is_done(monkeypatch):
+    monkeypatch.setattr(blocks, "WIDEST", 8)
+    _, y = signals(4096)
+    keep, asked = blocks._Queue._keep, threading.Event()
+
+    def keep_and_interrupt(queue, *args):
+        keep(queue, *args)
+        if queue.done and not asked.is_set():
+            asked.set()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(blocks._Queue, "_keep", keep_and_interrupt)
+
+    result = tfgrad.least_squares_many(decay, START, y)
+
+    assert result.success.any()
+    assert (result.status == "interrupted").any()
+    assert np.isfinite(result.x).all()
+
+
+ONE = np.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: tfgrad.minimize_many(rosenbrock, np.zeros((0, 2))),
+            "at least one row",
+        ),
+        (lambda: tfgrad.minimize_many(rosenbrock, 1.0), "`x0s` must have an axis"),
+        (
+            lambda: tfgrad.minimize_many(lambda x, a, b: x, 0.0, ONE, np.ones(3)),
+            r"`args\[0\]` has 2, `args\[1\]` has 3",
+        ),
+        (lambda: tfgrad.minimize_many(lambda x, a: x, 0.0, 2.0), "an axis in front"),
+        (
+            lambda: tfgrad.minimize_many(rosenbrock, {"a": ONE, "b": np.ones(3)}),
+            "same number of rows",
+        ),
+        (
+            lambda: tfgrad.minimize_many(rosenbrock, np.ones((2, 2)), method="adam"),
+            "gradients alone",
+        ),
+        (
+            lambda: tfgrad.minimize_many(rosenbrock, np.ones((2, 2)), method="newton"),
+            "method=.newton",
+        ),
+        (
+            lambda: tfgrad.minimize_many(
+                rosenbrock, np.ones((2, 2)), bounds=(ONE, np.zeros(2))
+            ),
+            "lower bound",
+        ),
+        (
+            lambda: tfgrad.minimize_many(rosenbrock, tf.Variable(np.ones((2, 2)))),
+            "holds values",
+        ),
+        (
+            lambda: tfgrad.minimize_many(lambda x, a: x, ONE, ["a", "b"]),
+            "array of numbers",
+        ),
+        (
+            lambda: tfgrad.least_squares_many(decay, START, ONE, missing="skip"),
+            "`missing`",
+        ),
+        (
+            lambda: tfgrad.least_squares_many(decay, START, ONE, loss="l1"),
+            "`loss`",
+        ),
+        (
+            lambda: tfgrad.least_squares_many(decay, np.ones(51), ONE),
+            "at most 50 parameters",
+        ),
+    ],
+)
+def test_bad_input_says_the_rule(call, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        call()
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="steps="):
+        tfgrad.minimize_many(rosenbrock, np.ones((2, 2)), maxiter=3)
+
+
+def test_errors_of_one_problem_come_as_of_minimize():
+    with pytest.raises(tfgrad.errors.ScalarObjectiveError):
+        tfgrad.minimize_many(lambda x: x, np.ones((3, 2)))
+    with pytest.raises(tfgrad.errors.NoGradientError):
+        tfgrad.minimize_many(lambda x: tf.reduce_sum(tf.round(x)), np.ones((3, 2)))
+
+
+def test_a_method_of_ones_own():
+    class Descent:
+        name = "descent"
+
+        def init(self, start):
+            return tfgrad.optimize.methods.protocol.Move(start.x - 0.1 * start.grad)
+
+        def update(self, new, old, state):
+            return tfgrad.optimize.methods.protocol.Move(new.x - 0.1 * new.grad)
+
+    result = tfgrad.minimize_many(
+        lambda x, a: (x - a) ** 2, 0.0, ONE, method=Descent(), gtol=1e-3
+    )
+
+    np.testing.assert_allclose(result.x, 1.0, atol=1e-3)
+    assert list(result.status) == ["gtol", "gtol"]

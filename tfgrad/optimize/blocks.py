@@ -1,0 +1,438 @@
+"""Many problems in blocks: a fixed number of slots, each with a problem of its own.
+
+All slots of a block take their steps together, in one compiled program of static
+shapes. What has ended leaves its slot to the next problem that waits, so no step is
+taken for nothing while there are others, and memory does not grow with their number.
+There is a block for each core; all of them run the same program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.derivatives.signatures import signature
+from tfgrad.derivatives.tracing import as_written
+from tfgrad.derivatives.vectorized import is_straight
+from tfgrad.nested import Nest, either, unravel
+from tfgrad.optimize.hooks import Interrupts
+from tfgrad.optimize.loop import decide, step_between
+from tfgrad.optimize.methods.levenberg_marquardt import ORTHOGONAL, STANDS, VANISHED
+from tfgrad.optimize.methods.protocol import Method
+from tfgrad.optimize.problem import Evaluation, Problem, flat, operations_of
+from tfgrad.optimize.solvers import State
+from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureSolver
+from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, judge
+
+Array = np.ndarray[Any, Any]
+
+WIDEST = 1024
+"""Slots of a block: its numbers are in the cache, and starting an op is cheap beside
+computing it."""
+
+BLOCK_BYTES = 2**26
+"""Bytes that the states and the data of a block may take up."""
+
+_map: Any = tf.map_fn  # the stubs know no nests of specs
+
+PAUSE = 0.1
+"""Seconds between two looks for Ctrl-C, and about what a call of the program takes."""
+
+
+class Box(NamedTuple):
+    """The bounds of one problem, shape `[n]` each."""
+
+    lower: Any
+    upper: Any
+    are_any: bool = True
+
+    @property
+    def sides(self) -> tuple[Any, Any]:
+        """The lower and the upper bounds."""
+        return self.lower, self.upper
+
+
+class Plan(NamedTuple):
+    """What a program is compiled for.
+
+    Attributes:
+        problem: One problem, evaluated once: the first.
+        data: What the first takes besides: nests of tensors.
+        method: A pure method that asks for no more than gradients.
+        tolerances: The rules that were asked for.
+        steps: How many steps each may take.
+        jit: As for `minimize`.
+        pays: The number of problems, of all calls of one program, from which on XLA
+            pays.
+    """
+
+    problem: Problem
+    data: tuple[Nest, ...]
+    method: Method
+    tolerances: Tolerances
+    steps: int
+    jit: bool | str
+    pays: int
+
+    @property
+    def graph(self) -> Any:
+        """The graph of an evaluation; None if it cannot be compiled."""
+        return self.problem.graph(self.data)
+
+
+class Task(NamedTuple):
+    """The problems: arrays with a row for each.
+
+    Attributes:
+        x: Where they start, shape `[count, n]`.
+        sides: Lower and upper bounds, `[count, n]` each; or nothing.
+        data: What each takes besides, flat.
+    """
+
+    x: Array
+    sides: list[Array]
+    data: list[Array]
+
+
+class Outcome(NamedTuple):
+    """What came of them, a row for each.
+
+    Attributes:
+        x: The points, shape `[count, n]`; where a problem has not begun, its start.
+        fun: The values there.
+        grad: The gradients there, `[count, n]`.
+        code: Why each ended, see `stopping.code_of`; RUNNING where it has not begun.
+        nit: Steps taken.
+        nfev: Evaluations.
+        linear: Of sums of squares, the linear model: `[count, n, n + 1]`.
+    """
+
+    x: Array
+    fun: Array
+    grad: Array
+    code: Array
+    nit: Array
+    nfev: Array
+    linear: Array
+
+
+def solve(plan: Plan, task: Task, seconds: float | None) -> tuple[Outcome, bool]:
+    """Solve all problems.
+
+    Args:
+        plan: How.
+        task: Which.
+        seconds: How long it may take; None: as long as it takes.
+
+    Returns:
+        The outcome, and whether Ctrl-C ended it.
+    """
+    program = _program(plan, task)
+    queue = _Queue(program, task)
+    ends = None if seconds is None else time.perf_counter() + seconds
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    workers = min(cores or os.cpu_count() or 1, -(-len(task.x) // program.width))
+    # TensorFlow's graph optimiser takes as long as some blocks do.
+    as_it_is = as_written(optimized=False)
+    with (
+        contextlib.nullcontext() if program.is_xla else as_it_is,
+        Interrupts() as interrupts,
+        ThreadPoolExecutor(workers) as pool,
+        _bar(len(task.x)) as bar,
+    ):
+        futures = [pool.submit(queue.work) for _ in range(workers)]
+        try:
+            while wait(futures, timeout=PAUSE).not_done:
+                bar.update(queue.done - bar.n)
+                if interrupts.heed():
+                    queue.stop("interrupted")
+                elif ends is not None and time.perf_counter() >= ends:
+                    queue.stop("seconds")
+        finally:
+            queue.stop("interrupted")
+    for future in futures:
+        future.result()
+    return queue.outcome, interrupts.heed()
+
+
+def _bar(count: int) -> Any:
+    """Return a progress bar that counts problems."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about widgets that a notebook lacks
+        from tqdm.auto import tqdm
+
+        return tqdm(total=count, delay=1.0, disable=None, leave=False, unit="problem")
+
+
+class _Program(NamedTuple):
+    """A compiled block.
+
+    Attributes:
+        width: How many slots it has.
+        empty: The state of slots that hold nothing.
+        advance: Takes and returns states; see `_compile`.
+        is_xla: Whether XLA compiles it.
+    """
+
+    width: int
+    empty: State
+    advance: Callable[..., Any]
+    is_xla: bool
+
+
+class _Queue:
+    """Problems that wait for a slot, and the outcome of those that have ended."""
+
+    def __init__(self, program: _Program, task: Task) -> None:
+        (count, n), dtype = task.x.shape, task.x.dtype
+        self._program, self._task = program, task
+        self._next, self._lock = 0, threading.Lock()
+        self._stopped = ""
+        self.done = 0
+        linear = getattr(program.empty.memory.method, "linear", None)
+        shape = (0, 0) if linear is None else linear.shape[1:]
+        none = np.zeros(count, np.int32)
+        self.outcome = Outcome(
+            np.array(task.x),
+            np.full(count, np.nan, dtype),
+            np.full((count, n), np.nan, dtype),
+            none, none.copy(), none.copy(),
+            np.full((count, *shape), np.nan, dtype),
+        )  # fmt: skip
+
+    def stop(self, status: str) -> None:
+        """Let all blocks end where they are."""
+        self._stopped = self._stopped or status
+
+    def work(self) -> None:
+        """Run one block until nothing waits."""
+        try:
+            self._work()
+        except BaseException:
+            self.stop("stopped")  # the other blocks
+            raise
+
+    def _work(self) -> None:
+        width, task = self._program.width, self._task
+        given = [task.x, *task.sides, *task.data]
+        held = [np.repeat(array[:1], width, axis=0) for array in given]
+        slots, state, turns = np.full(width, -1), self._program.empty, 8
+        while True:
+            free = np.flatnonzero(slots < 0)
+            new = self._take(len(free))
+            free = free[: len(new)]
+            slots[free] = new
+            if np.all(slots < 0):
+                return
+            # A call may still read what it was given before.
+            held = [array.copy() for array in held]
+            for array, source in zip(held, given, strict=True):
+                array[free] = source[new]
+            is_new = np.zeros(width, bool)
+            is_new[free] = True
+            began = time.perf_counter()
+            # While others wait, a block that is half empty is filled again.
+            enough = width // 2 if self._next < len(task.x) else 0
+            limits = (tf.constant(limit) for limit in (turns, enough))
+            tensors = [tf.constant(array) for array in held]
+            state = self._program.advance(state, tf.constant(is_new), tensors, *limits)
+            code = state.code.numpy()
+            turns *= 2 if time.perf_counter() - began < PAUSE / 2 else 1
+            if self._stopped:
+                code = np.where(code == RUNNING, code_of(self._stopped), code)
+            self._keep(slots, code, state)
+
+    def _take(self, most: int) -> Array:
+        """Return the numbers of the next problems."""
+        with self._lock:
+            end = self._next if self._stopped else self._next + most
+            new = np.arange(self._next, min(end, len(self._task.x)))
+            self._next += len(new)
+            return new
+
+    def _keep(self, slots: Array, code: Array, state: State) -> None:
+        """Write down what has ended, and free its slots."""
+        ended = np.flatnonzero((slots >= 0) & (code != RUNNING))
+        if not len(ended):
+            return
+        rows, out = slots[ended], self.outcome
+        out.x[rows] = state.x.numpy()[ended]
+        out.fun[rows] = state.evaluation.value.numpy()[ended]
+        out.grad[rows] = state.evaluation.gradient.numpy()[ended]
+        out.code[rows] = code[ended]
+        out.nit[rows] = state.step.numpy()[ended]
+        out.nfev[rows] = state.evaluations.numpy()[ended]
+        if out.linear.size:
+            out.linear[rows] = state.memory.method.linear.numpy()[ended]
+        slots[ended] = -1
+        with self._lock:
+            self.done += len(rows)
+
+
+def _program(plan: Plan, task: Task) -> _Program:
+    """Return the program, kept with a `tf.function`."""
+    graph = plan.graph
+    assert graph is not None
+    vectorises = is_straight(graph.get_operations())
+    kept = plan.problem.evaluator.kept
+    settings = getattr(plan.method, "settings", None)
+    key: Any = (
+        "many", plan.tolerances, plan.steps,
+        plan.method if settings is None else (type(plan.method), settings),
+        tuple((a.shape[1:], a.dtype) for a in [task.x, *task.sides, *task.data]),
+        signature(plan.problem.template), signature(plan.data),
+    )  # fmt: skip
+    kept[key] = kept.get(key, 0) + len(task.x)
+    is_for_xla = vectorises and not any(
+        part in op for op in operations_of(graph) for part in NOT_FOR_XLA
+    )
+    pays = is_for_xla and kept[key] >= plan.pays
+    jit = pays if plan.jit == "auto" else bool(plan.jit)
+    key = key, jit
+    if key not in kept:
+        if not vectorises:
+            _say_loop(plan.problem.name, graph)
+        kept[key] = _compile(plan, task, jit=jit, vectorises=vectorises)
+    like, advance = kept[key]
+    width = _width(task, like)
+    empty = tf.nest.map_structure(lambda s: tf.zeros([width, *s.shape], s.dtype), like)
+    ended = tf.fill([width], code_of("stopped"))
+    return _Program(width, empty._replace(code=ended), advance, jit)
+
+
+def _width(task: Task, like: State) -> int:
+    """Return the number of slots: a power of 2, so that vectors of a CPU are full."""
+    arrays = [*(a[:1] for a in (task.x, *task.sides, *task.data))]
+    size = sum(a.nbytes for a in arrays)
+    size += sum(s.shape.num_elements() * s.dtype.size for s in tf.nest.flatten(like))
+    fits = 2 ** int(np.log2(max(1, BLOCK_BYTES // size)))
+    return int(min(WIDEST, fits, 2 ** int(np.ceil(np.log2(len(task.x))))))
+
+
+def _say_loop(name: str, graph: Any) -> None:
+    warnings.warn(
+        f"`{name}` does not vectorise, as it holds loops or branches: its rows are "
+        "evaluated one after the other, which is slower.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def blank_state(method: Any, x: tf.Tensor) -> State:
+    """Return the state before the first evaluation, at `x`."""
+    zero, most = tf.zeros([], x.dtype), tf.constant(x.dtype.max, x.dtype)
+    return State(
+        x,
+        Evaluation(zero, tf.zeros_like(x), zero, {}),
+        Memory(x, method.blank(x)),
+        tf.constant(True),
+        tf.constant(RUNNING),
+        tf.constant(-1),
+        tf.constant(0),
+        most,
+        zero,
+    )
+
+
+def _compile(
+    plan: Plan, task: Task, *, jit: bool, vectorises: bool
+) -> tuple[Any, Callable[..., Any]]:
+    """Return the specs of the state of one problem, and the compiled steps of many."""
+    problem, method = plan.problem, plan.method
+    leaves = problem.leaves
+    function = problem.evaluator.evaluate.function((problem.template, *plan.data), None)
+    splits = 1 + len(task.sides)
+    table = {ORTHOGONAL: "gtol", STANDS: "xtol", VANISHED: "target"}
+
+    is_blank = hasattr(method, "blank")
+
+    def evaluate(row: list[tf.Tensor]) -> Evaluation:
+        x, *rest = row
+        return flat(function(*unravel(x, leaves), *rest))._replace(aux={})
+
+    def solver_of(sides: list[tf.Tensor]) -> PureSolver:
+        limits: Any = Box(sides[0], sides[1]) if sides else None
+        return PureSolver(problem, method, limits)
+
+    def begun(x: tf.Tensor, sides: list[tf.Tensor], evaluation: Evaluation) -> State:
+        solver = solver_of(sides)
+        state = solver.begun(x, evaluation)
+        step = step_between(
+            solver, plan.tolerances, state, state, is_start=tf.constant(True)
+        )
+        return state._replace(code=tf.where(state.code > 0, state.code, judge(step)))
+
+    def turn(row: Any) -> State:
+        state, is_new, x, sides, evaluation = row
+        solver = solver_of(sides)
+        if is_blank:
+            start = blank_state(method, x)
+            start = start._replace(first=evaluation.value)
+            new = decide(
+                solver, plan.tolerances, either(is_new, start, state), evaluation
+            )
+        else:
+            going = decide(solver, plan.tolerances, state, evaluation)
+            new = either(is_new, begun(x, sides, evaluation), going)
+        code = new.code
+        if solver.knows_solutions:
+            verdict = new.memory.method.verdict
+            is_own = (code == code_of("converged")) | (code == solver.failure)
+            for position, status in table.items():
+                holds = is_own & (verdict == position)
+                code = tf.where(holds, code_of(status), code)
+        is_used_up = (code == RUNNING) & (new.step >= plan.steps)
+        new = new._replace(code=tf.where(is_used_up, code_of("steps"), code))
+        return either(is_new | (state.code == RUNNING), new, state)
+
+    def vectorized(function: Any, nest: Any) -> Any:
+        return tf.vectorized_map(
+            function, nest, fallback_to_while_loop=False, warn=False
+        )
+
+    def evaluate_all(rows: list[tf.Tensor]) -> Evaluation:
+        if vectorises:
+            return vectorized(evaluate, rows)
+        return _map(evaluate, rows, fn_output_signature=evaluated)
+
+    def advance(
+        state: State, is_new: tf.Tensor, held: list[tf.Tensor], turns: Any, enough: Any
+    ) -> State:
+        x, sides, rest = held[0], held[1:splits], held[splits:]
+
+        def goes_on(i: Any, is_new: Any, state: State) -> Any:
+            runs = tf.cast(is_new | (state.code == RUNNING), tf.int32)
+            return (i < turns) & (tf.reduce_sum(runs) > enough)
+
+        def body(i: Any, is_new: Any, state: State) -> Any:
+            trial = tf.where(is_new[:, None], x, state.memory.trial)
+            evaluation = evaluate_all([trial, *rest])
+            rows = state, is_new, x, sides, evaluation
+            return i + 1, tf.zeros_like(is_new), vectorized(turn, rows)
+
+        start = tf.constant(0), is_new, state
+        return tf.while_loop(goes_on, body, start, parallel_iterations=1)[2]
+
+    def one(x: tf.Tensor, *rest: tf.Tensor) -> tuple[Evaluation, State]:
+        evaluation = evaluate([x, *rest[splits - 1 :]])
+        return evaluation, begun(x, list(rest[: splits - 1]), evaluation)
+
+    evaluated, like = None, None
+    if is_blank and vectorises:  # a trace less
+        like = blank_state(method, tf.constant(task.x[0]))
+    else:
+        arrays = [task.x, *task.sides, *task.data]
+        rows = [tf.TensorSpec(a.shape[1:], a.dtype) for a in arrays]
+        traced = tf.function(one, autograph=False).get_concrete_function(*rows)
+        evaluated, like = traced.structured_outputs
+    options = {"autograph": False, "jit_compile": jit or None}
+    return like, tf.function(advance, **options)

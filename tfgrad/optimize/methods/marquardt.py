@@ -1,0 +1,284 @@
+"""Levenberg-Marquardt for many small fits: all of it sums and products that vectorise.
+
+The steps and the rules are about those of `methods.levenberg_marquardt`. Its singular
+values and its search for a damping are loops whose length depends on the fit, so that
+thousands of fits in step would all wait for the slowest. Here the damping is adapted
+from one trial to the next, and a damped step costs one more QR, of n rows.
+
+References:
+    Nielsen (1999), Damping parameter in Marquardt's method, IMM report 1999-05: how
+    fast the damping grows when trial after trial fails.
+    Moré (1978), The Levenberg-Marquardt algorithm: the scaling (section 6).
+    Björck (1996), Numerical Methods for Least Squares Problems, section 2.4: modified
+    Gram-Schmidt, applied to the right side, too, solves as accurately as Householder's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfgrad.differences import EPSILONS
+from tfgrad.nested import either
+from tfgrad.optimize.methods.bounded import Bounds
+from tfgrad.optimize.methods.levenberg_marquardt import (
+    ACCEPTABLE,
+    BAD,
+    GOOD,
+    LITTLE,
+    MOST_IDLE,
+    MOST_TRIALS,
+    ORTHOGONAL,
+    RUNS,
+    STANDS,
+    STUCK,
+    VANISHED,
+    tolerance,
+)
+from tfgrad.optimize.methods.protocol import Move, Point
+
+FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-12
+"""Of squares of singular values in scaled parameters, which are about 1."""
+
+EASED, SHRUNK = 0.1, 0.25
+"""What the damping is multiplied by where the model has been good; and the part of a
+step that the next may have where it has been bad."""
+
+
+class State(NamedTuple):
+    """What the method remembers; all but `linear` and `scale` of shape `[]`.
+
+    Attributes:
+        linear: R and Q'r beside it, at the current point, shape `[n, n + 1]`.
+        scale: The largest norm that each column of the Jacobian has had, shape `[n]`.
+        promised: How much f falls at the trial by the model.
+        radius: What the length of a step may be, in scaled parameters.
+        length: Of the step to the trial.
+        damping: Of the trial.
+        growth: What the damping is multiplied by if the trial fails.
+        trials: How many were tried from the current point.
+        idle: How many of them were at the level of rounding and changed nothing.
+        least: A sum of squares that counts as none.
+        verdict: On the current point; see `methods.levenberg_marquardt`.
+    """
+
+    linear: tf.Tensor
+    scale: tf.Tensor
+    promised: tf.Tensor
+    radius: tf.Tensor
+    length: tf.Tensor
+    damping: tf.Tensor
+    growth: tf.Tensor
+    trials: tf.Tensor
+    idle: tf.Tensor
+    least: tf.Tensor
+    verdict: tf.Tensor
+
+
+class Marquardt:
+    """Damped Gauss-Newton steps, without a loop or a branch.
+
+    Args:
+        is_open: Leave it to others to say what a solution is.
+        bounds: Lower and upper bounds of x, shape `[n]` each.
+    """
+
+    name = "levenberg-marquardt"
+    failure = "trustregion"
+
+    def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
+        """Remember them."""
+        self._is_open = is_open
+        self._bounds = bounds
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What programs depend on besides arguments and bounds."""
+        return (self._is_open,)
+
+    def within(self, bounds: Any) -> Marquardt:
+        """Return the method within bounds."""
+        return Marquardt(is_open=self._is_open, bounds=bounds)
+
+    @property
+    def knows_solutions(self) -> bool:
+        """Whether the verdict says where a solution is."""
+        return not self._is_open
+
+    def why(self, state: State) -> None:
+        """Return nothing: the verdict is read of many states at once."""
+
+    def blank(self, like: tf.Tensor) -> State:
+        """Return a state whose `update` takes any point: where a fit begins.
+
+        Args:
+            like: A point, shape `[n]`.
+        """
+        n: Any = like.shape[0]
+        dtype, none = like.dtype, tf.constant(0)
+        zero, one = tf.zeros([], dtype), tf.ones([], dtype)
+        return State(
+            linear=tf.zeros([n, n + 1], dtype),
+            scale=tf.zeros([n], dtype),
+            promised=one,
+            radius=zero,
+            length=zero,
+            damping=FIRST_DAMPING * one,
+            growth=2 * one,
+            trials=tf.constant(-1),
+            idle=none,
+            least=zero,
+            verdict=none,
+        )
+
+    def init(self, start: Point) -> Move:
+        """Return the first trial."""
+        return self.update(start, start, self.blank(start.x))
+
+    def update(self, new: Point, old: Point, state: State) -> Move:
+        """Take the trial if f fell as promised; damp the next step less, or more."""
+        is_first = state.trials < 0
+        is_level, is_flatter = _compare(new, old, state)
+        no, zero = -tf.ones_like(new.fun), tf.zeros_like(new.fun)
+        ratio = tf.math.divide_no_nan(old.fun - new.fun, state.promised)
+        # Where f cannot tell, the gradient can: take it, or not, and keep the damping.
+        ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
+        ratio = tf.where(new.is_finite & (state.promised > 0), ratio, no)
+        ratio = tf.where(is_first, -no / 2, ratio)
+        is_taken = ratio > ACCEPTABLE
+        grown = tf.where(ratio < BAD, state.damping * state.growth, state.damping)
+        eased = tf.maximum(state.damping * EASED, LEAST_DAMPING)
+        radius = tf.where(ratio >= GOOD, 2 * state.length, zero)
+        radius = tf.maximum(radius, state.radius)
+        radius = tf.where(ratio < BAD, SHRUNK * state.length, radius)
+        least = EPSILONS[new.fun.dtype] ** 2 * tf.minimum(new.fun, 1)
+        state = state._replace(
+            linear=tf.where(is_taken, new.linear, state.linear),
+            radius=radius,
+            damping=tf.where(ratio >= GOOD, eased, grown),
+            growth=tf.where(is_taken, -no, state.growth) * 2,
+            trials=tf.where(is_taken, 0, state.trials + 1),
+            idle=tf.where(is_taken | ~is_level, 0, state.idle + 1),
+            least=tf.where(is_first, least, state.least),
+        )
+        here = either(is_taken, new._replace(linear=()), old._replace(linear=()))
+        return self._search(here, state)._replace(accepted=is_taken)
+
+    def _search(self, here: Point, state: State) -> Move:
+        n: Any = here.x.shape[0]
+        box = None
+        if self._bounds is not None:
+            box = Bounds(*(tf.cast(b, here.x.dtype) for b in self._bounds))
+        is_known = tf.reduce_all(tf.math.is_finite(state.linear))
+        linear = tf.where(is_known, state.linear, tf.zeros_like(state.linear))
+        norms = lengths(linear)[:n]
+        scale = tf.maximum(state.scale, norms)
+        sizes = tf.where(scale > 0, scale, tf.ones_like(scale))
+        model = linear
+        if box is not None:  # what a bound holds has no column
+            free = tf.cast(box.free(here), here.x.dtype)
+            model = triangle(linear * tf.concat([free, tf.ones_like(free[:1])], 0))
+        damped = _damped(model, tf.sqrt(state.damping) * sizes)
+        step = -solved(damped)
+        # The first step is no longer than x, or than the residuals where x is zero.
+        first = tf.norm(sizes * here.x)
+        first = tf.where(first > 0, first, tf.sqrt(2 * here.fun))
+        radius = tf.where(state.radius > 0, state.radius, first)
+        length = tf.norm(sizes * step)
+        step *= tf.minimum(tf.math.divide_no_nan(radius, length), 1)
+        length = tf.minimum(length, radius)
+        x = here.x + step
+        if box is not None:
+            x = box.clip(x)
+            step = x - here.x
+        matrix, side = tf.split(model, [n, 1], axis=1)
+        side = side[:, 0]
+        change = tf.reduce_sum(matrix * step, 1)
+        promised = -tf.reduce_sum(change * (side + change / 2))
+        state = state._replace(
+            scale=scale, promised=promised, radius=radius, length=length
+        )
+        stands = tf.reduce_all(x == here.x)
+        # Beside the others, and beside what it has been, a small one is rounding.
+        pivots = tf.linalg.diag_part(matrix) / sizes
+        least = n * EPSILONS[pivots.dtype] * tf.reduce_max(pivots)
+        part = tf.math.divide_no_nan(tf.norm(side), tf.sqrt(2 * here.fun))
+        is_over = stands | (state.idle >= MOST_IDLE) | (state.trials >= MOST_TRIALS)
+        is_over |= ~is_known
+        verdict = tf.where(is_over, STUCK, RUNS)
+        if not self._is_open:
+            newton = solved(model)
+            has_slope = is_known & tf.reduce_any(pivots > least)
+            # Where rounding does not forbid it, the run goes on to a tenth of that.
+            enough = tf.constant(tolerance(here.x.dtype), here.x.dtype)
+            enough = tf.where(is_over, enough, enough / 10)
+            is_short = tf.reduce_all(tf.abs(newton) <= enough * tf.abs(here.x))
+            stands = has_slope & is_short & ((part <= LITTLE) | is_over)
+            verdict = tf.where(stands, STANDS, verdict)
+            has_vanished = is_known & (here.fun <= state.least)
+            verdict = tf.where(has_vanished, VANISHED, verdict)
+            verdict = tf.where(has_slope & (part <= enough), ORTHOGONAL, verdict)
+        is_over = verdict != RUNS
+        x = tf.where(is_over, here.x, x)
+        is_determined = tf.reduce_all(pivots > least)
+        expected = tf.where(is_determined, promised, promised.dtype.max)
+        state = state._replace(verdict=verdict)
+        return Move(x, state, failed=is_over, expected=expected)
+
+
+def lengths(columns: tf.Tensor) -> tf.Tensor:
+    """Return the length of each column."""
+    return tf.sqrt(tf.reduce_sum(columns * columns, 0))
+
+
+def triangle(columns: tf.Tensor) -> tf.Tensor:
+    """Return R and Q'r of a matrix `[m, n + 1]`, J and r beside it: `[n, n + 1]`.
+
+    A column that is nothing but rounding beside what it was becomes zero.
+    """
+    n: Any = columns.shape[1] - 1  # type: ignore[operator]
+    least = n * EPSILONS[columns.dtype] * lengths(columns)
+    rows, rest = [], columns
+    for j, enough in enumerate(tf.split(least, n + 1)[:n]):
+        column, rest = tf.split(rest, [1, n - j], axis=1)
+        length = lengths(column)
+        length = tf.where(length > enough, length, tf.zeros_like(length))
+        unit = tf.math.divide_no_nan(column, length)
+        row = tf.reduce_sum(unit * rest, 0)
+        rest -= unit * row
+        rows.append(tf.concat([tf.zeros([j], row.dtype), length, row], 0))
+    return tf.stack(rows)
+
+
+def solved(rows: tf.Tensor) -> tf.Tensor:
+    """Return R^-1 c of R and c beside it; zero where R has no pivot."""
+    n: Any = rows.shape[0]
+    of = [tf.unstack(row) for row in tf.unstack(rows)]
+    x: dict[int, tf.Tensor] = {}
+    for i in reversed(range(n)):
+        right = of[i][n]
+        for j in x:
+            right -= of[i][j] * x[j]
+        x[i] = tf.math.divide_no_nan(right, of[i][i])
+    return tf.stack([x[i] for i in range(n)])
+
+
+def _damped(model: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
+    """Return R and Q'r of the model with a diagonal beneath it."""
+    zero = tf.zeros_like(damping)[:, None]
+    beneath = tf.concat([tf.linalg.diag(damping), zero], 1)
+    return triangle(tf.concat([model, beneath], 0))
+
+
+def _compare(new: Point, old: Point, state: State) -> tuple[Any, Any]:
+    """Return whether rounding hides what the trial changed, and if it is flatter."""
+    n: Any = old.x.shape[0]
+    size = tf.sqrt(2 * old.fun)
+    reach = tf.norm(lengths(state.linear)[:n] * old.x)
+    noise = EPSILONS[size.dtype] * size * (size + reach)
+    is_level = (tf.abs(old.fun - new.fun) <= noise) & (state.promised <= noise)
+    before, after = (
+        tf.norm(tf.math.divide_no_nan(p.grad, state.scale)) for p in (old, new)
+    )
+    return is_level, after < before
