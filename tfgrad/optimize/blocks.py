@@ -433,6 +433,8 @@ def _compile(
         arrays = [task.x, *task.sides, *task.data]
         rows = [tf.TensorSpec(a.shape[1:], a.dtype) for a in arrays]
         traced = tf.function(one, autograph=False).get_concrete_function(*rows)
-        evaluated, like = traced.structured_outputs
+        evaluated, like = tf.nest.map_structure(
+            tf.TensorSpec.from_tensor, traced.structured_outputs
+        )
     options = {"autograph": False, "jit_compile": jit or None}
     return like, tf.function(advance, **options)

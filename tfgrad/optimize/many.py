@@ -170,7 +170,7 @@ def minimize_many(
         f: `f(x, *args)` of one problem returns one float number (shape `[]`).
         x0s: The starts: float arrays, or nests of them, `[count, ...]` each, of one
             dtype. With `args`, one start without that axis serves all rows: it is taken
-            for that unless each of its leaves has `count` rows.
+            for that unless each of its leaves has `count` rows, and f takes the first.
         *args: What else `f` takes: arrays, or nests of them, `[count, ...]` each.
             NumPy's float arrays take the dtype of the starts.
         method: "lbfgs", or a method of your own (`tfgrad.optimize.methods.protocol`)
@@ -232,7 +232,7 @@ def minimize_many(
         jit=jit,
         verify=verify,
     )
-    rows = Rows(x0s, args)
+    rows = Rows(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
     fields, *_ = run(problem, rows, pure_method(options), options, XLA_ROWS)
     return ManyResult(**fields)
@@ -260,7 +260,8 @@ class Rows:
     """The starts and the arguments of many problems, checked.
 
     Args:
-        x0s: As for `minimize_many`.
+        f: As for `minimize_many`.
+        x0s: Likewise.
         args: Likewise.
 
     Attributes:
@@ -274,7 +275,7 @@ class Rows:
         InvalidArgumentError: If the numbers of rows differ, or there are none.
     """
 
-    def __init__(self, x0s: Nest, args: tuple[Nest, ...]) -> None:
+    def __init__(self, f: Any, x0s: Nest, args: tuple[Nest, ...]) -> None:
         """Check them; only starts are copied."""
         for path, leaf in named_leaves(x0s, "x0s"):
             if is_variable(leaf):
@@ -310,12 +311,16 @@ class Rows:
             self.count = _count(
                 named_leaves(tf.nest.pack_sequence_as(starts, leaves), "x0s")
             )
-        first = leaves if shared else [leaf[0] for leaf in leaves]
-        self.first = tf.nest.pack_sequence_as(starts, [tf.constant(a) for a in first])
         self.data = tuple(
             tf.nest.map_structure(lambda a: tf.constant(a[0]), nest) for nest in nests
         )
-        if sum(leaf.size for leaf in first) == 0:
+        if named and not shared and all(leaf.ndim == 1 for leaf in leaves):
+            # As many numbers as there are rows: one for each, or all for each.
+            row = tf.nest.pack_sequence_as(starts, [tf.constant(a[0]) for a in leaves])
+            shared = not _takes(f, row, self.data) and _takes(f, starts, self.data)
+        first = [tf.constant(leaf if shared else leaf[0]) for leaf in leaves]
+        self.first = tf.nest.pack_sequence_as(starts, first)
+        if sum(leaf.shape.num_elements() for leaf in first) == 0:
             raise InvalidArgumentError(
                 "A start must hold at least one number.",
                 got=f"x0s={describe(x0s)}",
@@ -391,6 +396,16 @@ def run(
 
 def _most(code: Array) -> int:
     return int(np.max(code))
+
+
+def _takes(f: Any, x: Nest, data: tuple[Nest, ...]) -> bool:
+    """Return whether f can be called so."""
+    python = getattr(f, "python_function", f)  # a tf.function would be traced for it
+    try:
+        python(x, *data)
+    except Exception:  # a user's function may raise anything
+        return False
+    return True
 
 
 def _array(leaf: Any, path: str, dtype: Any) -> Array:

@@ -204,7 +204,7 @@ def least_squares_many(
         jit=jit,
         verify=verify,
     )
-    rows = Rows(x0s, args)
+    rows = Rows(residuals, x0s, args)
     n = rows.x.shape[1]
     if n > MOST_PARAMETERS:
         raise InvalidArgumentError(
@@ -267,7 +267,8 @@ class RowEvaluator(ResidualEvaluator):
         jacobian = tf.stack(columns, 1)
         if self._drops:
             is_missing = tf.math.is_nan(residuals)
-            is_right = count_nan(residuals) <= self._missing
+            count = count_nan(residuals)
+            is_right = (count <= self._missing) & (count < tf.size(residuals))
             zero = tf.zeros([], residuals.dtype)
             residuals = tf.where(is_missing, zero, residuals)
             jacobian = tf.where(is_missing[:, None], zero, jacobian)

@@ -272,6 +272,16 @@ def test_a_model_may_not_drop_points_by_itself():
     assert np.isfinite(result[0].fun)
 
 
+def test_a_start_of_as_many_numbers_as_rows_is_taken_as_f_takes_it():
+    _, y = signals(3)  # as many as there are parameters
+
+    shared = tfgrad.least_squares_many(decay, START, y)
+    each = tfgrad.minimize_many(lambda x, a: (x - a) ** 2, START, START + 1)
+
+    assert shared.x.shape == (3, 3)
+    assert each.x.shape == (3,)
+
+
 def test_one_result_is_that_of_least_squares():
     _, y = signals(3)
 
@@ -346,7 +356,7 @@ def test_more_rows_than_slots_with_no_time_left(monkeypatch):
     is_left = result.status == "seconds"
     assert is_left.any()
     assert not result.success[is_left].any()
-    np.testing.assert_array_equal(result.x[result.nfev == 0], START[None])
+    assert (result.x[result.nfev == 0] == START).all()
     assert np.isnan(result.fun[result.nfev == 0]).all()
 
 

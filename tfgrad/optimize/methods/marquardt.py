@@ -25,6 +25,7 @@ from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import (
     ACCEPTABLE,
     BAD,
+    CLOSE,
     GOOD,
     LITTLE,
     MOST_IDLE,
@@ -38,10 +39,10 @@ from tfgrad.optimize.methods.levenberg_marquardt import (
 )
 from tfgrad.optimize.methods.protocol import Move, Point
 
-FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-12
+FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-20
 """Of squares of singular values in scaled parameters, which are about 1."""
 
-EASED, SHRUNK = 0.1, 0.25
+EASED, SHRUNK, MOST_DAMPED = 0.01, 0.25, 1e4
 """What the damping is multiplied by where the model has been good; and the part of a
 step that the next may have where it has been bad."""
 
@@ -56,7 +57,6 @@ class State(NamedTuple):
         radius: What the length of a step may be, in scaled parameters.
         length: Of the step to the trial.
         damping: Of the trial.
-        growth: What the damping is multiplied by if the trial fails.
         trials: How many were tried from the current point.
         idle: How many of them were at the level of rounding and changed nothing.
         least: A sum of squares that counts as none.
@@ -69,7 +69,6 @@ class State(NamedTuple):
     radius: tf.Tensor
     length: tf.Tensor
     damping: tf.Tensor
-    growth: tf.Tensor
     trials: tf.Tensor
     idle: tf.Tensor
     least: tf.Tensor
@@ -125,7 +124,6 @@ class Marquardt:
             radius=zero,
             length=zero,
             damping=FIRST_DAMPING * one,
-            growth=2 * one,
             trials=tf.constant(-1),
             idle=none,
             least=zero,
@@ -147,8 +145,6 @@ class Marquardt:
         ratio = tf.where(new.is_finite & (state.promised > 0), ratio, no)
         ratio = tf.where(is_first, -no / 2, ratio)
         is_taken = ratio > ACCEPTABLE
-        grown = tf.where(ratio < BAD, state.damping * state.growth, state.damping)
-        eased = tf.maximum(state.damping * EASED, LEAST_DAMPING)
         radius = tf.where(ratio >= GOOD, 2 * state.length, zero)
         radius = tf.maximum(radius, state.radius)
         radius = tf.where(ratio < BAD, SHRUNK * state.length, radius)
@@ -156,8 +152,6 @@ class Marquardt:
         state = state._replace(
             linear=tf.where(is_taken, new.linear, state.linear),
             radius=radius,
-            damping=tf.where(ratio >= GOOD, eased, grown),
-            growth=tf.where(is_taken, -no, state.growth) * 2,
             trials=tf.where(is_taken, 0, state.trials + 1),
             idle=tf.where(is_taken | ~is_level, 0, state.idle + 1),
             least=tf.where(is_first, least, state.least),
@@ -186,8 +180,14 @@ class Marquardt:
         first = tf.where(first > 0, first, tf.sqrt(2 * here.fun))
         radius = tf.where(state.radius > 0, state.radius, first)
         length = tf.norm(sizes * step)
+        excess = tf.math.divide_no_nan(length, radius)
         step *= tf.minimum(tf.math.divide_no_nan(radius, length), 1)
         length = tf.minimum(length, radius)
+        # Too long a step is cut; the next is damped to about the length that it may have.
+        more = tf.minimum(excess**1.5, MOST_DAMPED)
+        factor = tf.where(excess > 1 + CLOSE, more, tf.ones_like(more))
+        factor = tf.where(excess < GOOD, EASED * tf.ones_like(more), factor)
+        damping = tf.maximum(factor * state.damping, LEAST_DAMPING)
         x = here.x + step
         if box is not None:
             x = box.clip(x)
@@ -197,7 +197,11 @@ class Marquardt:
         change = tf.reduce_sum(matrix * step, 1)
         promised = -tf.reduce_sum(change * (side + change / 2))
         state = state._replace(
-            scale=scale, promised=promised, radius=radius, length=length
+            scale=scale,
+            promised=promised,
+            radius=radius,
+            length=length,
+            damping=damping,
         )
         stands = tf.reduce_all(x == here.x)
         # Beside the others, and beside what it has been, a small one is rounding.
