@@ -24,6 +24,10 @@ class TfgradError(Exception):
         hint: The next thing to type.
     """
 
+    # AutoGraph would raise another error, of its own kind, in place of one that passes
+    # through a user's tf.function; of one with this attribute it keeps off.
+    ag_pass_through = True
+
     def __init__(self, rule: str, *, got: str, hint: str) -> None:
         """Compose the message out of its three parts."""
         super().__init__(f"{rule}\n  got: {got}\n  try: {hint}")

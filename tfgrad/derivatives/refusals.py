@@ -54,6 +54,13 @@ def refusal_by_gradient(error: Exception, name: str) -> NoGradientError | None:
         error: What TensorFlow raised.
         name: What the user calls the function.
     """
+    missing = re.search(r"op type: (\w+)", str(error))
+    if isinstance(error, LookupError) and missing:
+        return NoGradientError(
+            f"TensorFlow has no derivative of this order of `{name}`.",
+            got=f"{missing[1]}, an op that has no gradient",
+            hint=_HINT,
+        )
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename.endswith("_grad.py"):
             values = frame.f_locals.values()
@@ -64,6 +71,12 @@ def refusal_by_gradient(error: Exception, name: str) -> NoGradientError | None:
                 got=f"{kind}: {_reason(error)}",
                 hint=_HINT,
             )
+    if isinstance(error, tf.errors.InvalidArgumentError) and "_grad/" in str(error):
+        return NoGradientError(
+            f"TensorFlow cannot compute the derivative of `{name}` here.",
+            got=_reason(error),
+            hint=_HINT,
+        )
     return None
 
 

@@ -283,9 +283,9 @@ class Traces:
         if self._check is not None:
             try:
                 self._check(answer, *nests)
-            except Exception:
+            except Exception as error:
                 del self._compiled[key]  # so that the next call is checked, too
-                raise
+                raise refusal_by_gradient(error, name_of(self._f)) or error from None
         self._checked.add(key)
         return answer
 
@@ -404,11 +404,14 @@ def _explained(concrete: Any, name: str) -> Callable[..., Any]:
     def run(*given: Any) -> Any:
         try:
             return concrete(*given)
-        except tf.errors.OpError as error:
-            refused = refusal_at_run_time(error, concrete.graph, name)
-            if refused is None:
-                raise
-            raise refused from None
+        except TfgradError:
+            raise
+        except Exception as error:
+            if isinstance(error, tf.errors.OpError):
+                refused = refusal_at_run_time(error, concrete.graph, name)
+            else:  # a tape around it asks for a gradient that there is not
+                refused = refusal_by_gradient(error, name)
+            raise refused or error from None
 
     return run
 

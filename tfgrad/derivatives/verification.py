@@ -360,14 +360,21 @@ def _direction(
     direction = [np.zeros(x.shape, x.dtype) for x in point]
     for i, (x, v) in enumerate(zip(point, direction, strict=True)):
         if moving is None or i in moving:
-            # Of a large array, a part: moving all of it costs more than evaluating.
-            first = generator.integers(max(x.size - MOST_MOVING, 0) + 1)
-            part = slice(first, first + MOST_MOVING)
+            part = moving_part(x.size)
             flat = x.reshape(-1)[part]
             v.reshape(-1)[part] = _scale(flat) * generator.normal(size=flat.shape)
             if functions.symmetric and _is_symmetric(x):
                 direction[i] = (v + np.swapaxes(v, -1, -2)) / 2
     return direction
+
+
+def moving_part(size: int) -> slice:
+    """Return which elements of an array of that size move along any direction.
+
+    Of a large array, a part: moving all of it costs more than evaluating.
+    """
+    first = np.random.default_rng(size).integers(max(size - MOST_MOVING, 0) + 1)
+    return slice(int(first), int(first) + MOST_MOVING)
 
 
 def _is_symmetric(x: Array) -> bool:
