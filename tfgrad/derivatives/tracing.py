@@ -22,7 +22,11 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import tensorflow as tf
 
-from tfgrad.derivatives.refusals import refusal_at_run_time, refusal_by_gradient
+from tfgrad.derivatives.refusals import (
+    no_gradient,
+    refusal_at_run_time,
+    refusal_by_gradient,
+)
 from tfgrad.derivatives.repairs import (
     RepairableGradientError,
     calls_repairable,
@@ -410,7 +414,7 @@ def _explained(concrete: Any, name: str) -> Callable[..., Any]:
             if isinstance(error, tf.errors.OpError):
                 refused = refusal_at_run_time(error, concrete.graph, name)
             else:  # a tape around it asks for a gradient that there is not
-                refused = refusal_by_gradient(error, name)
+                refused = refusal_by_gradient(error, name) or no_gradient(error, name)
             raise refused or error from None
 
     return run
