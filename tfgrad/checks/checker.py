@@ -27,6 +27,7 @@ from tfgrad.derivatives.soundness import (
     may_drop,
     require_whole,
 )
+from tfgrad.derivatives.verification import ASKED_RTOL
 from tfgrad.diagnosis.graphs import following, handle_of, leading_to, trace
 from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.diagnosis.path import missing_gradients
@@ -34,9 +35,6 @@ from tfgrad.diagnosis.report import no_gradient_error
 from tfgrad.diagnosis.sources import Sources
 from tfgrad.differences import EPSILONS, Array
 from tfgrad.errors import InvalidArgumentError
-
-RTOL = {tf.float64: 1e-6, tf.float32: 3e-4, tf.float16: 3e-2, tf.bfloat16: 3e-2}
-"""The relative disagreement that is allowed, by the coarsest dtype involved."""
 
 _SAME = 100
 """Machine epsilons by which two evaluations of the same function may differ."""
@@ -65,7 +63,7 @@ class Checker:
         sources: The function, and what it is differentiated with respect to.
         chosen: The modes to check.
         directions: How many directions per argument and order.
-        rtol: The relative disagreement that is allowed; None for `RTOL`.
+        rtol: The relative disagreement that is allowed; None for `ASKED_RTOL`.
         full: Look at every element of an argument that fails.
         seed: Of the random directions and weights.
     """
@@ -98,7 +96,7 @@ class Checker:
                 for a in self._point.arrays
             ],
             EPSILONS[coarsest],
-            RTOL[coarsest] if rtol is None else rtol,
+            ASKED_RTOL[coarsest] if rtol is None else rtol,
             full,
         )
 

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.checks.scalar import Point, inner
+from tfgrad.derivatives.verification import rounding_error
 from tfgrad.differences import Array
 
 
@@ -50,10 +51,6 @@ class Line:
     def noise(self, spacing: float, largest: float) -> float:
         """Return the rounding error of the values, by Hamming's differences.
 
-        Fourth differences wipe out what is smooth on the scale of their spacing, and
-        leave what changes from one value to the next (Moré and Wild 2011, SIAM J. Sci.
-        Comput. 33, 4.1).
-
         Args:
             spacing: The first spacing. It grows while the values hardly change.
             largest: The largest one.
@@ -66,8 +63,7 @@ class Line:
             if spacing >= largest:  # flat, with jumps at most: nothing is rounded here
                 return 0.0
             spacing *= 4
-        differences = np.diff([corrected for _, corrected in pairs], 4)
-        return float(np.sqrt(np.mean(differences**2) / 70))  # 70: (8 choose 4)
+        return float(rounding_error(np.array([corrected for _, corrected in pairs])))
 
     def kink(self, steps: Sequence[float], noise: float) -> tuple[float, float] | None:
         """Return the slopes on both sides, if no smaller step closes the gap.

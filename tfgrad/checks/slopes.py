@@ -1,4 +1,8 @@
-"""One slope against a finite difference: the verdict, and the elements to blame."""
+"""One slope against a finite difference: the verdict, and the elements to blame.
+
+Why the check that runs unasked has another procedure is said in
+`derivatives.verification`.
+"""
 
 from __future__ import annotations
 

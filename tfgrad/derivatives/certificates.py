@@ -19,6 +19,7 @@ from tfgrad.derivatives.replicas import Replica
 from tfgrad.derivatives.signatures import is_dynamic
 from tfgrad.derivatives.soundness import every
 from tfgrad.derivatives.verification import (
+    LARGE,
     MOST_MOVING,
     Array,
     Arrays,
@@ -26,6 +27,7 @@ from tfgrad.derivatives.verification import (
     Functions,
     coarsest,
     disagreement,
+    moving_part,
 )
 from tfgrad.diagnosis.graphs import unrepeatable
 from tfgrad.diagnosis.lines import line_of
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 Ladder = list[list[tf.Tensor]]
 """The functions that an answer has derivatives of: the outputs of each, flat."""
 
-Slopes = Callable[["Certificate", list[tf.Tensor], list[Arrays]], Sequence[float]]
+Slopes = Callable[["Certificate", Arrays, list[Arrays]], Sequence[float]]
 """From a direction, and weights of all outputs, to the slope of each weighted sum."""
 
 SUSPICIOUS = {
@@ -88,15 +90,20 @@ class Certificate:
         self._operations = list(every(concrete.graph.get_operations()))
         moving = call.sources if call.variables is not None else ()
         self._replica = Replica(concrete, moving)
-        self._lower = lower and Replica(lower, moving)
-        if self._lower is not None:
-            self.ladder = self._lower(_dynamic(call))
-            if not self._lower.is_steady(_dynamic(call)):
+        self._values: Replica | None = None
+        if lower is not None:
+            self._values = Replica(lower, moving)
+            self.ladder = self._values(_dynamic(call))
+            if not self._values.is_steady(_dynamic(call)):
                 self.ladder = []  # each evaluation is that of another function
+        elif sum(source.shape.num_elements() or 0 for source in call.sources) > LARGE:
+            # To compute the answer, too, would cost more than to trace this.
+            self._values = Replica(concrete, moving, lambda found: found[1])
 
-    def along(self, direction: Sequence[tf.Tensor]) -> Any:
+    def along(self, direction: Arrays) -> Any:
         """Return the answer for another direction."""
-        return self._run(self.call.along(direction))[0]
+        vectors = _tensors(direction, self.call.sources)
+        return self._run(self.call.along(vectors))[0]
 
     def pulled(self, weights: Sequence[Any]) -> list[Any]:
         """Return the gradient of the first function's outputs, weighted and summed."""
@@ -146,8 +153,8 @@ class Certificate:
         else:
             handles = [id(variable.handle) for variable in call.sources]
             values = dict(zip(handles, moved, strict=True))
-        if self._lower is not None:
-            ladder = self._lower(_dynamic(call), values)
+        if self._values is not None:
+            ladder = self._values(_dynamic(call), values)
         else:
             ladder = self._run(call, values)[1]
         return [_arrays(outputs) for outputs in ladder]
@@ -156,8 +163,7 @@ class Certificate:
         return self._replica(_dynamic(call), values or {})
 
     def _claimed(self, direction: Arrays, weights: list[Arrays]) -> Array:
-        vectors = _tensors(direction, self.call.sources)
-        return np.array(self._slopes(self, vectors, weights), np.float64)
+        return np.array(self._slopes(self, direction, weights), np.float64)
 
     def _source(self, functions: Functions, wrong: Disagreement) -> int:
         """Return the place of the first source by which it is wrong."""
@@ -279,7 +285,7 @@ def wrong_gradient(
         return [[np.asarray(sum(inner([u], [y]) for u, y in pairs))]]
 
     def slopes(direction: Arrays, scale: list[Arrays]) -> Array:
-        return np.array([scale[0][0] * inner(gradients, direction)])
+        return np.array([scale[0][0] * slope_along(gradients, direction)])
 
     at = _arrays(call.sources)
     functions = Functions(
@@ -318,15 +324,18 @@ def times(blocks: Sequence[Any], direction: Sequence[Any]) -> Arrays:
 
 def inner(left: Sequence[Any], right: Sequence[Any]) -> float:
     """Return the sum of the products of all elements."""
-    return sum(_product(a, b) for a, b in zip(left, right, strict=True))
+    pairs = zip(_arrays(left), _arrays(right), strict=True)
+    return sum(float(np.sum(a * b)) for a, b in pairs)
 
 
-def _product(a: Any, b: Any) -> float:
-    if (
-        np.size(a) > MOST_MOVING
-    ):  # in double precision it would cost more than the gradient
-        return float(tf.reduce_sum(tf.convert_to_tensor(a) * tf.convert_to_tensor(b)))
-    return float(np.sum(np.asarray(a, np.float64) * np.asarray(b, np.float64)))
+def slope_along(gradients: Sequence[Any], direction: Arrays) -> float:
+    """Return the slope that gradients claim along a direction of `verification`'s."""
+    total = 0.0
+    for gradient, v in zip(gradients, direction, strict=True):
+        part = moving_part(v.size)  # all else of the direction is zero
+        pair = (_view(gradient), v) if v.ndim else (np.atleast_1d(gradient), v)
+        total += inner(*([x.reshape(-1)[part]] for x in pair))
+    return total
 
 
 def redefines_slope(op: tf.Operation) -> bool:
@@ -364,8 +373,12 @@ def _view(source: Any) -> Array:
 def _moved_by(source: Any, direction: Array, t: float) -> tf.Tensor:
     """Return a source moved along a direction, in its own dtype."""
     if direction.size > MOST_MOVING:
-        v = tf.convert_to_tensor(direction)
-        return tf.convert_to_tensor(source) + tf.cast(t, v.dtype) * v
+        # One copy of all, and only the part that moves is computed with.
+        part, flat = moving_part(direction.size), tf.reshape(source, [-1])
+        moved = flat[part] + t * direction.reshape(-1)[part]
+        places = {"begin": [part.start], "end": [part.stop], "strides": [1]}
+        updated = tf.raw_ops.TensorStridedSliceUpdate(input=flat, value=moved, **places)
+        return tf.reshape(updated, source.shape)
     dtype = source.dtype.as_numpy_dtype
     return tf.constant((np.asarray(source) + t * direction).astype(dtype))
 

@@ -90,9 +90,7 @@ def derivative(
         ladder = [[lower] for lower in slopes[:-1]]
         return (slopes[-1], _coupling(first, slope) if many else None), ladder
 
-    def slopes(
-        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
-    ) -> list[float]:
+    def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
         answer, coupling = it.answer
         if coupling is not None:
             _uncoupled(answer, coupling, name_of(f))

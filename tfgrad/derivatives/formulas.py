@@ -26,12 +26,15 @@ class Repair(NamedTuple):
         reason: What is wrong with TensorFlow's.
         first: Whether it is wrong at the first order, or only where differentiated.
         applies: Takes an op, returns whether TensorFlow's is wrong for it.
+        leads: Takes an op, returns whether TensorFlow's is right for it, and that of
+            its gradient may be wrong.
     """
 
     gradient: Gradient
     reason: str
     first: bool
     applies: Callable[[tf.Operation], bool]
+    leads: Callable[[tf.Operation], bool]
 
 
 TABLE: dict[str, Repair] = {}
@@ -43,11 +46,13 @@ def _repairs(
     reason: str,
     first: bool = True,
     applies: Callable[[tf.Operation], bool] = lambda op: True,
+    leads: Callable[[tf.Operation], bool] = lambda op: False,
 ) -> Callable[[Gradient], Gradient]:
     """Put a gradient into the table, see `Repair`."""
 
     def register(gradient: Gradient) -> Gradient:
-        TABLE.update(dict.fromkeys(kinds, Repair(gradient, reason, first, applies)))
+        repair = Repair(gradient, reason, first, applies, leads)
+        TABLE.update(dict.fromkeys(kinds, repair))
         return gradient
 
     return register
@@ -117,6 +122,29 @@ def _cumprod(op: Any, grad: tf.Tensor) -> Any:
     if not reverse:
         sums = tf.reverse(sums, [axis])
     return tf.math.conj(before) * sums, None
+
+
+@_repairs(
+    "UnsortedSegmentProd",
+    reason="TensorFlow divides by x: its second derivative is NaN where that is 0",
+)
+def _segment_products(op: Any, grad: tf.Tensor) -> Any:
+    x, ids, _ = op.inputs
+    places = tf.reshape(ids, [-1])
+    rows = tf.reshape(x, tf.concat([[-1], tf.shape(x)[tf.rank(ids) :]], axis=0))
+    # Segment by segment: the product of all elements before, times that of all after.
+    order, first = tf.argsort(places, stable=True), tf.constant(0)
+    rows, places = tf.gather(rows, order), tf.gather(places, order)
+    others = tf.ones_like(rows)
+    for _ in range(2):
+        rows, places, others = (tf.reverse(t, [0]) for t in (rows, places, others))
+        same = tf.equal(_moved(places + 1, first), places + 1) & (places > -1)
+        factors = _where_rows(same, _moved(rows, first))
+        terms = _where_rows(tf.logical_not(same), tf.ones_like(rows))
+        others *= _recurrence(factors, terms, first)
+    others = tf.gather(others, tf.math.invert_permutation(order))
+    taken = _where_rows(ids > -1, tf.gather(grad, tf.maximum(ids, 0)))
+    return taken * tf.math.conj(tf.reshape(others, tf.shape(x))), None, None
 
 
 @_repairs(
@@ -197,6 +225,7 @@ def _xdivy(op: Any, grad: tf.Tensor) -> Any:
     "Pow",
     reason="TensorFlow has 0 * infinity for the slope of x**0 at 0",
     applies=lambda op: _may_be_zero(op.inputs[1]),
+    leads=lambda op: _static_value(op.inputs[1]) is not None,
 )
 def _pow(op: Any, grad: tf.Tensor) -> Any:
     x, y = op.inputs
@@ -204,6 +233,8 @@ def _pow(op: Any, grad: tf.Tensor) -> Any:
     conjugate = tf.math.conj(tf.where(constant, tf.ones_like(y), y))
     by_x = grad * conjugate * tf.pow(tf.math.conj(x), conjugate - 1)
     by_x = tf.where(constant, tf.zeros_like(by_x), by_x)
+    if _static_value(y) is not None:
+        return _summed_to(by_x, x), None
     base = tf.math.conj(x)
     usable = tf.not_equal(base, 0) if x.dtype.is_complex else base > 0
     log = tf.where(usable, tf.math.log(tf.where(usable, base, 1)), 0)
@@ -227,12 +258,17 @@ def _complex_root(op: Any, grad: tf.Tensor) -> Any:
 
 @_repairs(
     "MatrixDeterminant",
-    reason="TensorFlow forgets the conjugate",
-    applies=_is_complex,
+    reason="TensorFlow forgets the conjugate, and divides by what may be 0",
+    applies=lambda op: _is_complex(op) or _is_small(op.inputs[0]),
 )
 def _determinant(op: Any, grad: tf.Tensor) -> Any:
-    weights = grad * tf.math.conj(op.outputs[0])
-    return weights[..., tf.newaxis, tf.newaxis] * _inverse_adjoint(op.inputs[0])
+    x = op.inputs[0]
+    if _is_small(x):
+        weights, slopes = grad, tf.linalg.adjoint(_adjugate(x))
+    else:
+        weights = grad * tf.math.conj(op.outputs[0])
+        slopes = _inverse_adjoint(x)
+    return tf.reshape(weights, tf.concat([tf.shape(grad), [1, 1]], axis=0)) * slopes
 
 
 @_repairs(
@@ -385,6 +421,28 @@ def _projective_transform(op: Any, grad: tf.Tensor) -> Any:
     return [*found, *(None for _ in op.inputs[2:])]
 
 
+@_repairs("RGBToHSV", reason="TensorFlow's is wrong where a color is negative")
+def _hue(op: Any, grad: tf.Tensor) -> Any:
+    images = op.inputs[0]
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        red, green, blue = tf.unstack(images, axis=-1)
+        value = tf.maximum(tf.maximum(red, green), blue)
+        spread = value - tf.minimum(tf.minimum(red, green), blue)
+        by = tf.where(spread > 0, spread, 1)
+        saturation = tf.where(value > 0, spread / tf.where(value > 0, value, 1), 0)
+        sixths = tf.where(
+            tf.equal(value, red),
+            (green - blue) / by,
+            tf.where(
+                tf.equal(value, green), 2 + (blue - red) / by, 4 + (red - green) / by
+            ),
+        )
+        hue = tf.where(spread > 0, sixths / 6, 0)  # of a whole turn more, the same
+        colors = tf.stack([hue, saturation, value], axis=-1)
+    return tape.gradient([colors], [images], [grad])[0]
+
+
 @_repairs(
     "RFFT",
     "RFFT2D",
@@ -444,6 +502,33 @@ def _bessel(op: Any, grad: tf.Tensor) -> Any:
     at_zero = tf.equal(x, 0)
     inner = lower - y / tf.where(at_zero, tf.ones_like(x), x)
     return grad * tf.where(at_zero, tf.constant(0.5, x.dtype), inner)
+
+
+@_repairs("BesselI1e", reason="TensorFlow's second derivative at 0 is NaN")
+def _scaled_bessel(op: Any, grad: tf.Tensor) -> Any:
+    x, y = op.inputs[0], op.outputs[0]
+    at_zero = tf.equal(x, 0)
+    slope = tf.math.special.bessel_i0e(x) - y * tf.sign(x)
+    inner = slope - y / tf.where(at_zero, tf.ones_like(x), x)
+    return grad * tf.where(at_zero, tf.constant(0.5, x.dtype), inner)
+
+
+@_repairs("Spence", reason="TensorFlow's second derivative at 1 is NaN")
+def _spence(op: Any, grad: tf.Tensor) -> Any:
+    u = op.inputs[0] - 1
+    near = tf.abs(u) < 0.01  # the series of log(1 + u) / u, of which 9 terms are enough
+    series = tf.math.polyval([tf.constant(1 / k, u.dtype) for k in range(9, 0, -1)], -u)
+    far = tf.where(near, tf.ones_like(u), u)
+    return -grad * tf.where(near, series, tf.math.log1p(far) / far)
+
+
+@_repairs(
+    "Softsign",
+    reason="right by itself; the op that it is made of has no gradient",
+    first=False,
+)
+def _softsign(op: Any, grad: tf.Tensor) -> Any:
+    return grad / (1 + tf.abs(op.inputs[0])) ** 2
 
 
 @_repairs("SoftsignGrad", reason="TensorFlow has no gradient for it")
@@ -622,6 +707,27 @@ def _usable(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     """Return where the logarithm of y counts: not where 0 times it is put to 0."""
     has_log = tf.not_equal(y, 0) if y.dtype.is_complex else y > 0
     return has_log | tf.not_equal(x, 0)
+
+
+def _is_small(x: tf.Tensor) -> bool:
+    """Return whether matrices are of a size for which rounding spoils no recurrence."""
+    return x.shape.rank is not None and x.shape[-1] in (1, 2, 3, 4)
+
+
+def _adjugate(x: tf.Tensor) -> tf.Tensor:
+    """Return the determinant times the inverse, where there is no inverse, too.
+
+    By the recurrence of Faddeev and LeVerrier (Gantmacher 1959, The Theory of Matrices,
+    chapter IV.5), which divides by whole numbers only.
+    """
+    size: Any = x.shape[-1]
+    identity = tf.eye(size, dtype=x.dtype)
+    found = tf.zeros_like(x) + identity
+    for k in range(1, size):
+        product = x @ found
+        trace = tf.linalg.trace(product)[..., tf.newaxis, tf.newaxis]
+        found = trace / k * identity - product
+    return found
 
 
 def _inverse_adjoint(x: tf.Tensor) -> tf.Tensor:

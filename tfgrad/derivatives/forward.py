@@ -129,9 +129,7 @@ def _push(
         dy = tf.nest.pack_sequence_as(recording.output, pushed)
         return (recording.output, dy, recording.aux), [recording.outputs]
 
-    def slopes(
-        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
-    ) -> list[float]:
+    def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
         return [inner(tf.nest.flatten(it.along(v)[1]), weights[0])]
 
     return transform(

@@ -9,7 +9,13 @@ from typing import Any
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call, require_bool, transform
-from tfgrad.derivatives.certificates import Certificate, Ladder, inner, times
+from tfgrad.derivatives.certificates import (
+    Certificate,
+    Ladder,
+    inner,
+    slope_along,
+    times,
+)
 from tfgrad.derivatives.forward import push_forward
 from tfgrad.derivatives.outputs import float_outputs, objective, with_aux
 from tfgrad.derivatives.recording import Recording
@@ -95,9 +101,7 @@ def jacobian(
         answer = tf.nest.pack_sequence_as(recording.output, packed)
         return ((answer, recording.aux) if has_aux else answer), [recording.outputs]
 
-    def slopes(
-        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
-    ) -> list[float]:
+    def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
         blocks = tf.nest.flatten(it.answer[0] if has_aux else it.answer)
         return [inner(times(blocks, v), weights[0])]
 
@@ -177,11 +181,9 @@ def hessian(
         gradient, (value, _) = _gradient(has_aux)(call)
         return [value, gradient]
 
-    def slopes(
-        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
-    ) -> list[float]:
+    def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
         blocks = tf.nest.flatten(it.answer[0] if has_aux else it.answer)
-        first = float(weights[0][0]) * inner(it.ladder[1], v)
+        first = float(weights[0][0]) * slope_along(it.ladder[1], v)
         return [first, inner(times(blocks, v), weights[1])]
 
     return transform(
@@ -248,12 +250,10 @@ def hvp(
         ladder = [value, recording.outputs]
         return ((answer, aux) if has_aux else answer), ladder
 
-    def slopes(
-        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
-    ) -> list[float]:
+    def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
         found = it.along(v)
         products = tf.nest.flatten(found[0] if has_aux else found)
-        first = float(weights[0][0]) * inner(it.ladder[1], v)
+        first = float(weights[0][0]) * slope_along(it.ladder[1], v)
         return [first, inner(products, weights[1])]
 
     return transform(

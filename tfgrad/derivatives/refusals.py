@@ -54,17 +54,35 @@ def refusal_by_gradient(error: Exception, name: str) -> NoGradientError | None:
         error: What TensorFlow raised.
         name: What the user calls the function.
     """
+    missing = re.search(r"op type: (\w+)", str(error))
+    if isinstance(error, LookupError) and missing:
+        return NoGradientError(
+            f"TensorFlow has no derivative of this order of `{name}`.",
+            got=f"{missing[1]}, an op that has no gradient",
+            hint=_HINT,
+        )
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename.endswith("_grad.py"):
             values = frame.f_locals.values()
             op = next((value for value in values if hasattr(value, "get_attr")), None)
             kind = frame.f_code.co_name.strip("_") if op is None else op.type
-            return NoGradientError(
-                f"TensorFlow has no derivative of this order of `{name}`.",
-                got=f"{kind}: {_reason(error)}",
-                hint=_HINT,
-            )
+            return no_gradient(error, name, f"{kind}: ")
+    if isinstance(error, tf.errors.InvalidArgumentError) and "_grad/" in str(error):
+        return NoGradientError(
+            f"TensorFlow cannot compute the derivative of `{name}` here.",
+            got=_reason(error),
+            hint=_HINT,
+        )
     return None
+
+
+def no_gradient(error: Exception, name: str, where: str = "") -> NoGradientError:
+    """Return the error for what TensorFlow raised while it built a derivative."""
+    return NoGradientError(
+        f"TensorFlow has no derivative of this order of `{name}`.",
+        got=f"{where}{_reason(error)}",
+        hint=_HINT,
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -90,7 +90,7 @@ def mark(operations: Iterable[tf.Operation], *, calls: bool = False) -> None:
         calls: Also those in functions that are called: they are none of the user's.
     """
     for op in operations:
-        if is_repairable(op) and not is_marked(op):
+        if (is_repairable(op) or _leads(op)) and not is_marked(op):
             value = tf.compat.v1.AttrValue(s=f"{_PREFIX}{op.type}".encode())
             # There is no public way to mark an op that is in a branch or a loop.
             op._set_attr(_MARK, value)
@@ -114,6 +114,11 @@ def is_repairable(op: tf.Operation) -> bool:
     repair = TABLE.get(op.type)
     # What has integers alone, as the product of a shape has, is not differentiated.
     return repair is not None and _has_slope(op) and repair.applies(op)
+
+
+def _leads(op: tf.Operation) -> bool:
+    repair = TABLE.get(op.type)
+    return repair is not None and _has_slope(op) and repair.leads(op)
 
 
 def _has_slope(op: tf.Operation) -> bool:

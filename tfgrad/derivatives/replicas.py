@@ -6,7 +6,7 @@ what it reads by itself is read from copies, and what it writes is written to th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -21,11 +21,21 @@ class Replica:
     Args:
         concrete: The function. Nobody else may call it meanwhile.
         moving: Variables to give other values, too.
+        part: From an answer to the part that is wanted, if all else is not to be
+            computed.
     """
 
-    def __init__(self, concrete: Any, moving: Sequence[tf.Variable] = ()) -> None:
+    def __init__(
+        self,
+        concrete: Any,
+        moving: Sequence[tf.Variable] = (),
+        part: Callable[[Any], Any] | None = None,
+    ) -> None:
         """Copy nothing yet."""
         self._concrete = concrete
+        self._runs = concrete
+        if part is not None:  # the call in it is inlined, and what is left out pruned
+            self._runs = tf.function(lambda *t: part(concrete(*t)), autograph=False)
         handles = {id(handle) for handle in concrete.captured_inputs}
         written = any(map(writes, every(concrete.graph.get_operations())))
         self._writes = written
@@ -73,6 +83,6 @@ class Replica:
             ]
         )
         try:
-            return self._concrete(*tensors)
+            return self._runs(*tensors)
         finally:
             self._concrete.set_external_captures(before)

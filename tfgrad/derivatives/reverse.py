@@ -16,13 +16,14 @@ from tfgrad.derivatives.calls import (
     require_function,
     transform,
 )
-from tfgrad.derivatives.certificates import Certificate, Ladder, inner
+from tfgrad.derivatives.certificates import Certificate, Ladder, slope_along
 from tfgrad.derivatives.keeping import kept
 from tfgrad.derivatives.outputs import float_outputs, objective, with_aux
 from tfgrad.derivatives.recording import Recording, dense, refusals_explained
 from tfgrad.derivatives.soundness import require_right_kernels
 from tfgrad.derivatives.tracing import as_written, is_compiling, not_converted
 from tfgrad.derivatives.verification import Arrays
+from tfgrad.errors import NoGradientError
 from tfgrad.nested import Nest, weak_dtype
 
 
@@ -183,11 +184,9 @@ def _gradient_transform(
         gradient = call.pack(recording.gradients())
         return answer_with(recording, gradient), [recording.outputs]
 
-    def slopes(
-        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
-    ) -> list[float]:
+    def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
         gradient = gradient_in(it.answer)
-        return [float(weights[0][0]) * inner(tf.nest.flatten(gradient), v)]
+        return [float(weights[0][0]) * slope_along(tf.nest.flatten(gradient), v)]
 
     return transform(f, body, slopes=slopes if verify else None, opens=True, **options)
 
@@ -240,17 +239,32 @@ def vjp(
     # The tape must tell apart two arguments that are one tensor.
     args = tf.nest.map_structure(tf.identity, args)
     sources, nests = tf.nest.flatten(args), (args, kwargs, argnums, None, None)
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        tape.watch(sources)
-        y, aux = compiled(*nests)
-    outputs, runs_folded = tf.nest.flatten(y), compiled.folds_wrongly(*nests)
+
+    def recorded(persistent: bool) -> tuple[Any, Any, Any]:
+        keep = {"persistent": persistent, "watch_accessed_variables": False}
+        with tf.GradientTape(**keep) as tape:
+            tape.watch(sources)
+            return tape, *compiled(*nests)
+
+    is_kept = True
+    try:
+        tape, y, aux = recorded(persistent=True)
+    except NoGradientError:
+        # A tape that is kept asks for the gradients of gradients, which there may not
+        # be. Then f is verified without a tape, and each pull-back evaluates it anew.
+        compiled(*nests)
+        is_kept = False
+        tape, y, aux = recorded(persistent=False)
+    runs_folded = compiled.folds_wrongly(*nests)
 
     @not_converted
     def pullback(cotangent: Nest) -> Any:
         weights = direction_in_tensors(cotangent, y, "cotangent", "the output")
         unfolded = as_written() if runs_folded else contextlib.nullcontext()
         with refusals_explained(compiled.name), unfolded:
-            found = tape.gradient(outputs, sources, tf.nest.flatten(weights))
+            used, outputs, _ = (tape, y, aux) if is_kept else recorded(persistent=False)
+            flat = map(tf.nest.flatten, (outputs, sources, weights))
+            found = used.gradient(*flat)
         pairs = zip(found, sources, strict=True)
         return tf.nest.pack_sequence_as(args, [dense(g, x) for g, x in pairs])
 
@@ -270,9 +284,9 @@ def _forward(f: Callable[..., Any], has_aux: bool, jit: bool, verify: bool) -> C
             require_right_kernels(pulled, call.name, own=is_compiling())
         return (recording.output, recording.aux), [recording.outputs]
 
-    def slopes(
-        it: Certificate, v: list[tf.Tensor], weights: list[Arrays]
-    ) -> list[float]:
-        return [inner(it.pulled(weights[0]), v)]
+    def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
+        return [slope_along(it.pulled(weights[0]), v)]
 
-    return Compiled(f, body, jit=jit, slopes=slopes if verify else None, opens=True)
+    # No dimension is left open: what is compiled has no gradients in it that could show
+    # that one of its ops has to know its shape.
+    return Compiled(f, body, jit=jit, slopes=slopes if verify else None)

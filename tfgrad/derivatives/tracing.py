@@ -22,7 +22,11 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import tensorflow as tf
 
-from tfgrad.derivatives.refusals import refusal_at_run_time, refusal_by_gradient
+from tfgrad.derivatives.refusals import (
+    no_gradient,
+    refusal_at_run_time,
+    refusal_by_gradient,
+)
 from tfgrad.derivatives.repairs import (
     RepairableGradientError,
     calls_repairable,
@@ -283,9 +287,9 @@ class Traces:
         if self._check is not None:
             try:
                 self._check(answer, *nests)
-            except Exception:
+            except Exception as error:
                 del self._compiled[key]  # so that the next call is checked, too
-                raise
+                raise refusal_by_gradient(error, name_of(self._f)) or error from None
         self._checked.add(key)
         return answer
 
@@ -404,11 +408,14 @@ def _explained(concrete: Any, name: str) -> Callable[..., Any]:
     def run(*given: Any) -> Any:
         try:
             return concrete(*given)
-        except tf.errors.OpError as error:
-            refused = refusal_at_run_time(error, concrete.graph, name)
-            if refused is None:
-                raise
-            raise refused from None
+        except TfgradError:
+            raise
+        except Exception as error:
+            if isinstance(error, tf.errors.OpError):
+                refused = refusal_at_run_time(error, concrete.graph, name)
+            else:  # a tape around it asks for a gradient that there is not
+                refused = refusal_by_gradient(error, name) or no_gradient(error, name)
+            raise refused or error from None
 
     return run
 

@@ -7,6 +7,12 @@ wrong if the differences to both sides of the point agree with each other, at on
 and at a shorter one, along every direction tried, and not with the derivative. At a
 kink they do not, where rounding hides the slope nothing is said, and a function that
 draws random numbers has no differences.
+
+`check_grads` has a procedure of its own, in `checks.slopes`. It is asked, so it answers
+in any case, "inconclusive" included; it moves one argument at a time, spends a hundred
+evaluations on a verdict, and names elements. Here all move together, two evaluations
+settle what is right, and doubt is silence. What both have to agree on stands here: the
+tolerances, and how the rounding error of values is measured.
 """
 
 from __future__ import annotations
@@ -31,6 +37,9 @@ STEPS = 5
 
 RTOL = {tf.float64: 1e-4, tf.float32: 2e-2, tf.float16: 0.2, tf.bfloat16: 0.3}
 """Relative disagreement that passes, by the coarsest dtype involved."""
+
+ASKED_RTOL = {tf.float64: 1e-6, tf.float32: 3e-4, tf.float16: 3e-2, tf.bfloat16: 3e-2}
+"""The same where a check is asked for, and extrapolates before it compares."""
 
 LARGE, LARGE_RTOL = 2**20, 0.1
 """From how many elements on an evaluation costs too much for more than this part."""
@@ -339,16 +348,21 @@ def _wrong(
 
 
 def _noise(line: _Line, step: float) -> Array:
-    """Return three times the rounding error of the values.
+    """Return three times the rounding error of the values."""
+    values = np.array([line(k * step / 8) for k in range(-4, 5)])
+    return 3 * rounding_error(values)
+
+
+def rounding_error(values: Array) -> Array:
+    """Return that of nine or so values, evenly spaced along the first axis.
 
     Fourth differences wipe out what is smooth on the scale of their spacing, and leave
     what changes from one value to the next (Moré and Wild 2011, SIAM J. Sci. Comput.
     33, 4.1).
     """
-    values = np.array([line(k * step / 8) for k in range(-4, 5)])
     differences = np.diff(values, 4, axis=0)
     root_mean_square: Array = np.sqrt(np.mean(differences**2, axis=0) / 70)
-    return 3 * root_mean_square  # 70: (8 choose 4)
+    return root_mean_square  # 70: (8 choose 4)
 
 
 def _direction(
@@ -360,14 +374,21 @@ def _direction(
     direction = [np.zeros(x.shape, x.dtype) for x in point]
     for i, (x, v) in enumerate(zip(point, direction, strict=True)):
         if moving is None or i in moving:
-            # Of a large array, a part: moving all of it costs more than evaluating.
-            first = generator.integers(max(x.size - MOST_MOVING, 0) + 1)
-            part = slice(first, first + MOST_MOVING)
+            part = moving_part(x.size)
             flat = x.reshape(-1)[part]
             v.reshape(-1)[part] = _scale(flat) * generator.normal(size=flat.shape)
             if functions.symmetric and _is_symmetric(x):
                 direction[i] = (v + np.swapaxes(v, -1, -2)) / 2
     return direction
+
+
+def moving_part(size: int) -> slice:
+    """Return which elements of an array of that size move along any direction.
+
+    Of a large array, a part: moving all of it costs more than evaluating.
+    """
+    first = np.random.default_rng(size).integers(max(size - MOST_MOVING, 0) + 1)
+    return slice(int(first), int(first) + MOST_MOVING)
 
 
 def _is_symmetric(x: Array) -> bool:

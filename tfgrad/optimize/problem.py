@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call
-from tfgrad.derivatives.certificates import inner, verify
+from tfgrad.derivatives.certificates import slope_along, verify
 from tfgrad.derivatives.outputs import objective
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.signatures import is_dynamic, signature
@@ -167,7 +167,7 @@ class Evaluator:
             answer,
             variables=variables,
             outputs=lambda evaluation: [evaluation.value],
-            slope=lambda v, weights: float(weights[0]) * inner(gradient, v),
+            slope=lambda v, weights: float(weights[0]) * slope_along(gradient, v),
             name=self.name,
             names=[path for path, _ in named_leaves(nest, root)],
         )
