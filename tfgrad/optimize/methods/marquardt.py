@@ -183,7 +183,7 @@ class Marquardt:
         excess = tf.math.divide_no_nan(length, radius)
         step *= tf.minimum(tf.math.divide_no_nan(radius, length), 1)
         length = tf.minimum(length, radius)
-        # Too long a step is cut; the next is damped to about the length that it may have.
+        # Too long a step is cut; the next is damped to about the length allowed.
         more = tf.minimum(excess**1.5, MOST_DAMPED)
         factor = tf.where(excess > 1 + CLOSE, more, tf.ones_like(more))
         factor = tf.where(excess < GOOD, EASED * tf.ones_like(more), factor)
