@@ -4,8 +4,9 @@ For each op of `tf.raw_ops` that has a gradient, inputs are made up: generic one
 special points (zeros, ties, repeated rows). The derivatives of orders one and two, on
 several roads, are held against differences of values in double precision. Ops for which
 no inputs could be made up are listed. A line that is indented is to be looked at: what
-a cast rounds counts as wrong here, and so does what has other signs under XLA, as
-singular vectors have. Run it by hand; `raw_ops.txt` is what it printed:
+a cast rounds counts as wrong here, and so do a second derivative with a small kink at
+the point (Elu) and what has other signs under XLA, as singular vectors have. Run it by
+hand; `raw_ops.txt` is what it printed:
 
     python benchmarks/raw_ops.py --grad --hvp [first letters of ops]
 """
