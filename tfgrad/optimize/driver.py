@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tfgrad.derivatives.tracing import as_written
 from tfgrad.errors import InvalidArgumentError
@@ -133,6 +134,7 @@ class Driver:
         callback: Any = None,
     ) -> None:
         """Check what can be checked; nothing is traced or written."""
+        _check_alone(f)
         watching = [] if callback is None else [Callback(callback)]
         check_log(options.log)
         before = x0 if isinstance(x0, OptimizeResult) else None
@@ -406,6 +408,17 @@ class Driver:
                 self.saved = resume.with_outcome(self, self.saved)
             else:
                 self.loop.solver.settle(self.state)
+
+
+def _check_alone(f: Any) -> None:
+    """Refuse to run inside of what is traced: the answer would have no derivative."""
+    if not tf.executing_eagerly():
+        raise InvalidArgumentError(
+            "A minimisation runs by itself, not inside a tf.function or a transform.",
+            got=f"`{name_of(f)}` to be minimised while a graph is traced",
+            hint="tfgrad.solution(f, x0, *args) there, which has a derivative; or call "
+            "it outside, it compiles itself",
+        )
 
 
 def _check_closed(f: Any) -> None:

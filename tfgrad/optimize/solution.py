@@ -1,0 +1,455 @@
+"""`solution`: a minimiser as a differentiable function of what it depends on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
+from tfgrad.derivatives.calls import require_function
+from tfgrad.derivatives.keeping import kept
+from tfgrad.derivatives.matrices import hessian, hvp
+from tfgrad.derivatives.repairs import mark
+from tfgrad.derivatives.reverse import grad
+from tfgrad.derivatives.signatures import is_dynamic
+from tfgrad.derivatives.tracing import (
+    Traces,
+    converted,
+    not_converted,
+    traced_operations,
+)
+from tfgrad.diagnosis.number_causes import INDEFINITE, UNSOLVED
+from tfgrad.differences import EPSILONS
+from tfgrad.errors import ConvergenceError, InvalidArgumentError
+from tfgrad.nested import (
+    Nest,
+    describe,
+    name_of,
+    named_leaves,
+    ravel,
+    to_tensors,
+    unravel,
+    weak_dtype,
+)
+from tfgrad.optimize.chain import Stage, make_stages
+from tfgrad.optimize.constraints import Limits, require_support
+from tfgrad.optimize.implicit import (
+    MOST_FOR_MATRIX,
+    Args,
+    Outside,
+    System,
+    attached,
+    refined,
+    withheld,
+)
+from tfgrad.optimize.loop import Loop
+from tfgrad.optimize.methods.bounded import Bounds
+from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
+from tfgrad.optimize.methods.protocol import Method
+from tfgrad.optimize.options import check_count, check_flag
+from tfgrad.optimize.problem import Evaluation, Problem
+from tfgrad.optimize.residuals import DTYPES, Residuals
+from tfgrad.optimize.solvers.pure import PureSolver
+from tfgrad.optimize.stopping import Tolerances, rule_of, sentence, status_of
+
+NO_MORE = ("nonfinite", "unbounded", "steps")
+"""Statuses with which a run has not arrived, whatever Newton steps from there find."""
+
+
+class Settings(NamedTuple):
+    """How a problem is solved.
+
+    Attributes:
+        method: The method.
+        residuals: Whether f returns residuals.
+        gauss_newton: Whether the derivative takes J'J for the Hessian.
+        steps: The most steps of the method.
+        bounds: Lower and upper bounds of the elements of x, of any length; None for no
+            bounds.
+    """
+
+    method: Method
+    residuals: bool
+    gauss_newton: bool
+    steps: int
+    bounds: tuple[tuple[float, ...], tuple[float, ...]] | None
+
+
+class Report(NamedTuple):
+    """How a solution was found; all of shape `[]`.
+
+    Attributes:
+        code: How the method ended.
+        step: After how many steps.
+        fun: The value of f there.
+        grad_max: The largest |element| of its gradient.
+        error: See `implicit.Minimum`.
+        least: The least curvature, see `implicit.Factor`.
+    """
+
+    code: tf.Tensor
+    step: tf.Tensor
+    fun: tf.Tensor
+    grad_max: tf.Tensor
+    error: tf.Tensor
+    least: tf.Tensor
+
+
+@not_converted
+def solution(
+    f: Callable[..., Any],
+    x0: Nest,
+    *args: Any,
+    method: Any = "lbfgs",
+    residuals: bool = False,
+    gauss_newton: bool = False,
+    steps: int = 1000,
+    bounds: Any = None,
+) -> Nest:
+    """Return the minimiser x of `f(x, *args)`, differentiable by all that f reads.
+
+    Use it where a minimisation is part of what is differentiated: hyper-parameters,
+    bilevel problems, layers that solve something, calibration. `minimize` has no
+    derivative, and refuses to be differentiated.
+
+    The derivative is that of the implicit function theorem, and not of the steps: at x
+    the gradient of f vanishes whatever the arguments are, so a change of them moves x
+    by minus the inverse Hessian times the change of the gradient. It costs a solution
+    of linear equations with the Hessian, whatever the number of steps: up to 200
+    numbers in x by Cholesky's factors, formed once for all weights of x; beyond, by
+    conjugate gradients on products with it. It can be differentiated again.
+
+    Called by itself, it compiles f once if f is a `tf.function`, or reads nothing that
+    may change; else at each call. Inside a `tf.function` or a transform, all of it is
+    part of that trace, the minimisation one loop of it.
+
+    Args:
+        f: Returns one float number (shape `[]`), smooth where its minimum is. Arguments,
+            tensors that it closes over and variables that it reads by itself are all
+            sources: the derivative by them is there for whoever asks for it, a tape or
+            a transform (by `wrt=` for variables).
+        x0: Where to start: float tensors, arrays, numbers, nests of them, of one dtype.
+            The last solution is a good start. The answer does not depend on it, nor
+            has it a derivative by it.
+        *args: What f takes besides: nests of tensors, arrays, numbers.
+        method: "lbfgs", "newton", or a method of your own (see
+            `tfgrad.optimize.methods.protocol`). The rules by which it ends are those of
+            `minimize`; then Newton steps make x exact to rounding, so that the
+            derivative has at least half of the digits of the dtype.
+        residuals: f returns residuals, as for `least_squares`, and the minimum is that
+            of half the sum of their squares, found by Levenberg-Marquardt.
+        gauss_newton: With `residuals`, take J'J for the Hessian, without the term with
+            second derivatives of the residuals: cheaper, never indefinite, and exact
+            only where the residuals vanish at the solution.
+        steps: How many steps the method may take.
+        bounds: What x must lie between, as for `minimize`. An element that is held by
+            its bound does not move: its derivative is zero, and that of the others is
+            what it is with that element fixed.
+
+    Returns:
+        x, structured like `x0`. Inside a trace it is NaN where there is no solution, or
+        none with a derivative; `tfgrad.explain` then names this function and why.
+
+    Raises:
+        InvalidArgumentError: If an argument breaks its rule; nothing was traced.
+        ConvergenceError: Called by itself, if the method did not arrive at a solution,
+            or if the Hessian there is not positive, so that the solution is no minimum,
+            or one of many.
+        NoGradientError: While it is differentiated, if a path from a source to the
+            gradient of f is cut.
+
+    Example:
+        >>> def ridge(w, penalty):
+        ...     return (w - 3) ** 2 + penalty * w**2  # least at 3 / (1 + penalty)
+        >>> float(solution(ridge, 0.0, 1.0))
+        1.5
+        >>> import tfgrad
+        >>> slope = tfgrad.grad(lambda penalty: solution(ridge, 0.0, penalty))
+        >>> print(f"{slope(1.0):.4f}")  # -3 / (1 + penalty)**2
+        -0.7500
+
+    References:
+        `tfgrad.optimize.implicit` for those.
+    """
+    require_function(f)
+    for name, flag in (("residuals", residuals), ("gauss_newton", gauss_newton)):
+        check_flag(name, flag)
+    check_count("steps", steps)
+    weak = weak_dtype(x0, args)
+    point = _checked_point(x0, weak, residuals)
+    names = parameter_names(f)(1 + len(args))[1:]
+    arguments, _ = arguments_in_tensors(args, {}, (), names, weak)
+    settings = Settings(
+        _method(method, residuals, bounds),
+        residuals,
+        _checked_gauss_newton(gauss_newton, residuals),
+        int(steps),
+        _checked_bounds(f, point, bounds),
+    )
+    if not tf.executing_eagerly():
+        x, _ = _solve(settings, converted(f), point, arguments)
+        return x
+    traces = kept(_traces, f, settings)
+    x, report = traces(point, arguments)
+    _require_solved(f, report)
+    return x
+
+
+def _traces(f: Callable[..., Any], settings: Settings) -> Traces:
+    return Traces(functools.partial(_solve, settings), f, jit=False)
+
+
+def _solve(
+    settings: Settings, f: Callable[..., Any], x0: Nest, args: tuple[Nest, ...]
+) -> tuple[Nest, Report]:
+    """Return the solution with its derivative, and how it was found: in a trace."""
+    if tf.executing_eagerly():
+        raise InvalidArgumentError(
+            "The function has to stay within TensorFlow, so that it can be traced.",
+            got=f"`{name_of(f)}`, which leaves it",
+            hint="the same in tf.math or tf.experimental.numpy",
+        )
+    before = len(traced_operations())
+    leaves = [tf.stop_gradient(leaf) for leaf in tf.nest.flatten(x0)]
+    start = ravel(leaves)
+
+    tensors = list(filter(is_dynamic, tf.nest.flatten(args)))
+
+    @functools.wraps(f)
+    def of_vector(x: tf.Tensor, tensors: Args = tensors) -> Any:
+        left = iter(tensors)
+        filled = [next(left) if is_dynamic(a) else a for a in tf.nest.flatten(args)]
+        point = tf.nest.pack_sequence_as(x0, unravel(x, leaves))
+        return f(point, *tf.nest.pack_sequence_as(args, filled))
+
+    vars(of_vector).pop("__wrapped__")  # its signature is not that of f
+    limits = None
+    if settings.bounds is not None:
+        limits = _Box(*(np.array(side) for side in settings.bounds))
+    kind = Residuals if settings.residuals else Problem
+    problem = kind(of_vector, start, None, has_aux=False, verify=False)
+    solver = _Solver(problem, settings.method, limits)
+    last = Loop(solver, Tolerances(), planned=settings.steps, jit=False).whole(
+        settings.steps
+    )
+    names = parameter_names(f)(1 + len(args))[1:]
+    system = _system(settings, problem, limits, tensors, args, names)
+    minimum = refined(system, tf.stop_gradient(last.x), start, tensors)
+    # Nothing of this is differentiated, so none of it has to be repaired for that.
+    mark(traced_operations()[before:], calls=True)
+    error = tf.constant(EPSILONS[start.dtype] ** 0.5, start.dtype)
+    solved = (minimum.error <= error) & ~_is_in(last.code, NO_MORE)
+    is_positive = minimum.factor.least > 0
+    x = withheld(minimum.x, solved | ~is_positive, UNSOLVED)
+    x = withheld(x, is_positive, INDEFINITE)
+    x = attached(system, minimum.factor, x, tensors)
+    report = Report(
+        last.code,
+        last.step,
+        last.evaluation.value,
+        last.evaluation.grad_max,
+        minimum.error,
+        minimum.factor.least,
+    )
+    answer = tf.nest.pack_sequence_as(x0, unravel(x, leaves))
+    return answer, Report(*map(tf.stop_gradient, report))
+
+
+class _Solver(PureSolver):
+    """A pure method whose steps nobody records."""
+
+    lag = 0
+
+    def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def _watch(self) -> None:
+        """Read nothing: nobody goes on from here."""
+
+
+class _Box:
+    """Bounds of a vector, as a solver takes them."""
+
+    are_any = True
+
+    def __init__(self, lower: Any, upper: Any) -> None:
+        """Keep them."""
+        self.lower, self.upper = self.sides = lower, upper
+
+
+def _system(
+    settings: Settings,
+    problem: Any,
+    limits: Any,
+    tensors: Args,
+    args: tuple[Nest, ...],
+    names: tuple[str, ...],
+) -> System:
+    """Return the equations of the minimum of a function of one vector."""
+    of_vector, like = problem.f, problem.leaves[0]
+
+    def f(x: tf.Tensor, args: list[tf.Tensor]) -> tf.Tensor:
+        value = of_vector(x, args)
+        if not settings.residuals:
+            return value
+        parts = tf.nest.flatten(value)
+        return tf.add_n([tf.reduce_sum(tf.square(part)) for part in parts]) / 2
+
+    f.__name__ = problem.name
+    gradient, second = grad(f, verify=False), hessian(f, verify=False)
+    times, matrix = hvp(f, verify=False), second
+
+    def product(x: tf.Tensor, v: tf.Tensor, args: Args) -> tf.Tensor:
+        return times(x, list(args), v)
+
+    if settings.gauss_newton:
+
+        def product(x: tf.Tensor, v: tf.Tensor, args: Args) -> tf.Tensor:
+            own = functools.partial(of_vector, tensors=args)
+            linear = Residuals(own, x, None, has_aux=False, verify=False)
+            return linear.hvp(x, v)
+
+        def matrix(x: tf.Tensor, args: Args) -> tf.Tensor:
+            n = like.shape[0]
+            return tf.map_fn(lambda v: product(x, v, args), tf.eye(n, dtype=x.dtype))
+
+    bounds = None
+    if limits is not None:
+        bounds = Bounds(*(tf.constant(side, like.dtype) for side in limits.sides))
+    paths = [n for a, root in zip(args, names, strict=True) for n in named_leaves(a, root)]
+    n = like.shape[0]
+    return System(
+        name=problem.name,
+        names=tuple(path for path, leaf in paths if is_dynamic(leaf)),
+        gradient=lambda x, args: gradient(x, list(args)),
+        product=product,
+        matrix=matrix if n is not None and n <= MOST_FOR_MATRIX else None,
+        outside=_outside(problem, tensors),
+        bounds=bounds,
+    )
+
+
+def _outside(problem: Problem, tensors: Args) -> list[Outside]:
+    """Return the float tensors and variables that f reads besides its arguments."""
+    graph = problem.graph()
+    variables = {id(variable.handle): variable for variable in graph.variables}
+    own = set(map(id, tensors))
+    found = []
+    for tensor in graph.external_captures:
+        variable = variables.get(id(tensor))
+        if variable is not None and variable.dtype.is_floating:
+            found.append(Outside(variable.name, variable))
+        elif tensor.dtype.is_floating and id(tensor) not in own:
+            found.append(Outside("a tensor that it closes over", tensor))
+    return found
+
+
+def _is_in(code: tf.Tensor, statuses: tuple[str, ...]) -> tf.Tensor:
+    from tfgrad.optimize.stopping import code_of
+
+    codes = tf.constant([0, *map(code_of, statuses)])
+    return tf.reduce_any(code == codes)
+
+
+def _require_solved(f: Callable[..., Any], report: Report) -> None:
+    """Refuse a solution that is none, or that has no derivative.
+
+    Raises:
+        ConvergenceError: In these cases, with the numbers.
+    """
+    name, numbers = name_of(f), Report(*(part.numpy() for part in report))
+    dtype = report.error.dtype
+    status = status_of(int(numbers.code)) or "steps"
+    if not numbers.least > 0:
+        raise ConvergenceError(
+            f"The Hessian of `{name}` at its solution must be positive: elsewhere it has "
+            "no derivative.",
+            got=f"a least curvature of {numbers.least:.3g}, where the largest is about "
+            f"1, {_where(numbers)}",
+            hint="another start, if that is a saddle; a small ridge, as 1e-6 times the "
+            "sum of squares of x, if the minimum is one of many",
+        )
+    if not numbers.error <= EPSILONS[dtype] ** 0.5 or status in NO_MORE:
+        how = sentence(status, step=int(numbers.step), nonfinite="A number is not finite.", **Tolerances()._asdict()) if not rule_of(status).is_solution else "Newton steps"
+        raise ConvergenceError(
+            f"The minimisation of `{name}` must arrive at a solution.",
+            got=f"status {status!r} {_where(numbers)}; {how} "
+            f"a Newton step of {numbers.error:.2g} of x, at most "
+            f"{EPSILONS[dtype] ** 0.5:.2g} is allowed",
+            hint="more steps=; a nearer start; method='newton'; tfgrad.minimize of it, "
+            "which has a history",
+        )
+
+
+def _where(report: Report) -> str:
+    return (
+        f"after {report.step} steps, where f is {report.fun:.6g} and the largest element "
+        f"of its gradient {report.grad_max:.3g}"
+    )
+
+
+def _checked_point(x0: Nest, weak: tf.DType, residuals: bool) -> Nest:
+    """Return the start in tensors of one dtype."""
+    point = to_tensors(x0, "x0", weak)
+    leaves = tf.nest.flatten(point)
+    dtypes = {leaf.dtype for leaf in leaves}
+    is_known = not residuals or dtypes <= set(DTYPES)
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        names = " and ".join(sorted(dtype.name for dtype in dtypes)) or "nothing"
+        raise InvalidArgumentError(
+            "`x0` must hold numbers of one dtype, float32 or float64.",
+            got=f"x0={describe(x0)}, of {names}",
+            hint="np.float64 for all of it",
+        )
+    return point
+
+
+def _method(method: Any, residuals: bool, bounds: Any) -> Method:
+    """Return the pure method that is meant."""
+    if residuals:
+        if method != "lbfgs":
+            raise InvalidArgumentError(
+                "With `residuals`, the method is Levenberg-Marquardt.",
+                got=f"method={method!r}",
+                hint="no method; or f that returns half the sum of squares",
+            )
+        return LevenbergMarquardt()
+    stages: list[Stage] = make_stages(method, None, has_data=False)
+    if len(stages) > 1 or not isinstance(stages[0].method, Method):
+        raise InvalidArgumentError(
+            "`solution` takes a method that is a pure function, and one of them.",
+            got=f"method={method!r}",
+            hint='"lbfgs" or "newton"',
+        )
+    require_support(stages[0].name, stages[0].method, bounds, ())
+    return stages[0].method
+
+
+def _checked_gauss_newton(gauss_newton: bool, residuals: bool) -> bool:
+    if gauss_newton and not residuals:
+        raise InvalidArgumentError(
+            "`gauss_newton` is about residuals.",
+            got="gauss_newton=True without residuals=True",
+            hint="f that returns residuals, and residuals=True",
+        )
+    return gauss_newton
+
+
+def _checked_bounds(f: Any, point: Nest, bounds: Any) -> Any:
+    """Return the bounds of x as a vector, in plain numbers."""
+    if bounds is None:
+        return None
+    for leaf in tf.nest.flatten(point):
+        if not leaf.shape.is_fully_defined():
+            raise InvalidArgumentError(
+                "Within bounds, the shape of `x0` must be known.",
+                got=f"x0={describe(leaf)}",
+                hint="tf.ensure_shape(x0, ...)",
+            )
+    limits = Limits(Problem(f, point, None, has_aux=False), bounds, ())
+    return tuple(limits.lower.tolist()), tuple(limits.upper.tolist())
