@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfgrad.derivatives.recording import dense
+from tfgrad.derivatives.tapes import unrecorded
 from tfgrad.diagnosis.graphs import trace
 from tfgrad.diagnosis.number_causes import INDEFINITE
 from tfgrad.diagnosis.path import find_cuts
@@ -148,9 +149,7 @@ class _Newton(NamedTuple):
     before: tf.Tensor
 
 
-def refined(
-    system: System, x: tf.Tensor, start: tf.Tensor, args: Args
-) -> Minimum:
+def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minimum:
     """Return the minimum that x is near, after Newton steps with the Hessian.
 
     Args:
@@ -190,8 +189,7 @@ def refined(
     factor = Factor(x, triangle, x, tf.ones([], dtype))
     first = _Newton(x, tf.zeros_like(x), factor, huge, huge)
     _, end = tf.while_loop(goes_on, body, (0, first), parallel_iterations=1)
-    x = tf.stop_gradient(system.clip(end.x + end.step))
-    return Minimum(x, _local(end.factor, tf.stop_gradient), end.error)
+    return Minimum(system.clip(end.x + end.step), end.factor, end.error)
 
 
 def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Tensor:
@@ -240,7 +238,7 @@ def divided(
     @tf.custom_gradient
     def quotient(x: tf.Tensor, u: tf.Tensor, *given: tf.Tensor) -> Any:
         args = given[: len(given) - len(system.outside)]
-        v, found = _solved(system, x, args, factor, u, None)
+        v, found = unrecorded(lambda: _solved(system, x, args, factor, u, None))
         v = withheld(v, found.least > 0, INDEFINITE)
 
         def back(w: tf.Tensor) -> Any:
@@ -272,9 +270,7 @@ def withheld(x: tf.Tensor, holds: Any, name: str) -> tf.Tensor:
     return x + tf.math.divide(nothing, tf.cast(holds, x.dtype), name=name)
 
 
-def _factorised(
-    system: System, x: tf.Tensor, args: Args, free: tf.Tensor
-) -> Factor:
+def _factorised(system: System, x: tf.Tensor, args: Args, free: tf.Tensor) -> Factor:
     """Return H of the free variables, factorised if it can be formed."""
     one = tf.ones([], x.dtype)
     if system.matrix is None:
@@ -416,7 +412,11 @@ def _require_uncut(
     names = [*system.names, *(source.name for source in system.outside)]
     roots = [*traced.inputs[1 : len(specs)], *(places.get(id(h)) for h in handles)]
     for name, root, is_missing in zip(names, roots, missing, strict=True):
-        if not is_missing or root is None or not root.dtype.is_floating | (root.dtype == tf.resource):
+        if (
+            not is_missing
+            or root is None
+            or not root.dtype.is_floating | (root.dtype == tf.resource)
+        ):
             continue
         for cut in filter(None, find_cuts(traced.graph, traced.outputs, [root])):
             raise no_gradient_error(system.name, name, cut)

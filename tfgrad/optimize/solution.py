@@ -13,21 +13,17 @@ from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
 from tfgrad.derivatives.calls import require_function
 from tfgrad.derivatives.keeping import kept
 from tfgrad.derivatives.matrices import hessian, hvp
-from tfgrad.derivatives.repairs import mark
 from tfgrad.derivatives.reverse import grad
 from tfgrad.derivatives.signatures import is_dynamic
-from tfgrad.derivatives.tracing import (
-    Traces,
-    converted,
-    not_converted,
-    traced_operations,
-)
+from tfgrad.derivatives.tapes import constant
+from tfgrad.derivatives.tracing import Traces, converted, not_converted
 from tfgrad.diagnosis.number_causes import INDEFINITE, UNSOLVED
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import ConvergenceError, InvalidArgumentError
 from tfgrad.nested import (
     Nest,
     describe,
+    is_variable,
     name_of,
     named_leaves,
     ravel,
@@ -54,10 +50,13 @@ from tfgrad.optimize.options import check_count, check_flag
 from tfgrad.optimize.problem import Evaluation, Problem
 from tfgrad.optimize.residuals import DTYPES, Residuals
 from tfgrad.optimize.solvers.pure import PureSolver
-from tfgrad.optimize.stopping import Tolerances, rule_of, sentence, status_of
+from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, status_of
 
 NO_MORE = ("nonfinite", "unbounded", "steps")
 """Statuses with which a run has not arrived, whatever Newton steps from there find."""
+
+
+LEVENBERG_MARQUARDT = LevenbergMarquardt()
 
 
 class Settings(NamedTuple):
@@ -128,10 +127,10 @@ def solution(
     part of that trace, the minimisation one loop of it.
 
     Args:
-        f: Returns one float number (shape `[]`), smooth where its minimum is. Arguments,
-            tensors that it closes over and variables that it reads by itself are all
-            sources: the derivative by them is there for whoever asks for it, a tape or
-            a transform (by `wrt=` for variables).
+        f: Returns one float number (shape `[]`), smooth where its minimum is. There is
+            a derivative by its arguments, by tensors that it closes over and by
+            variables that it reads, for whoever asks: a tape, or a transform (by `wrt=`
+            for variables).
         x0: Where to start: float tensors, arrays, numbers, nests of them, of one dtype.
             The last solution is a good start. The answer does not depend on it, nor
             has it a derivative by it.
@@ -180,7 +179,7 @@ def solution(
         check_flag(name, flag)
     check_count("steps", steps)
     weak = weak_dtype(x0, args)
-    point = _checked_point(x0, weak, residuals)
+    point = _checked_point(x0, weak)
     names = parameter_names(f)(1 + len(args))[1:]
     arguments, _ = arguments_in_tensors(args, {}, (), names, weak)
     settings = Settings(
@@ -213,50 +212,54 @@ def _solve(
             got=f"`{name_of(f)}`, which leaves it",
             hint="the same in tf.math or tf.experimental.numpy",
         )
-    before = len(traced_operations())
     leaves = [tf.stop_gradient(leaf) for leaf in tf.nest.flatten(x0)]
-    start = ravel(leaves)
-
     tensors = list(filter(is_dynamic, tf.nest.flatten(args)))
 
-    @functools.wraps(f)
-    def of_vector(x: tf.Tensor, tensors: Args = tensors) -> Any:
+    def of_vector(x: tf.Tensor, tensors: Args) -> Any:
         left = iter(tensors)
         filled = [next(left) if is_dynamic(a) else a for a in tf.nest.flatten(args)]
         point = tf.nest.pack_sequence_as(x0, unravel(x, leaves))
         return f(point, *tf.nest.pack_sequence_as(args, filled))
 
-    vars(of_vector).pop("__wrapped__")  # its signature is not that of f
-    limits = None
-    if settings.bounds is not None:
-        limits = _Box(*(np.array(side) for side in settings.bounds))
-    kind = Residuals if settings.residuals else Problem
-    problem = kind(of_vector, start, None, has_aux=False, verify=False)
-    solver = _Solver(problem, settings.method, limits)
-    last = Loop(solver, Tolerances(), planned=settings.steps, jit=False).whole(
-        settings.steps
-    )
-    names = parameter_names(f)(1 + len(args))[1:]
-    system = _system(settings, problem, limits, tensors, args, names)
-    minimum = refined(system, tf.stop_gradient(last.x), start, tensors)
-    # Nothing of this is differentiated, so none of it has to be repaired for that.
-    mark(traced_operations()[before:], calls=True)
+    of_vector.__name__ = name_of(f)
+    roots = zip(args, parameter_names(f)(1 + len(args))[1:], strict=True)
+    paths = [pair for nest, root in roots for pair in named_leaves(nest, root)]
+    names = tuple(path for path, leaf in paths if is_dynamic(leaf))
+    start = ravel(leaves)
+    system = _system(settings, of_vector, start, names)
+
+    def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
+        problem = _problem(settings, of_vector, start, tensors)
+        solver = _Solver(problem, settings.method, _Box.of(settings))
+        loop = Loop(solver, Tolerances(), planned=settings.steps, jit=False)
+        last = loop.whole(settings.steps)
+        minimum = refined(system, last.x, start, tensors)
+        code, evaluation = last.code, last.evaluation
+        how = code, last.step, evaluation.value, evaluation.grad_max
+        return minimum, Report(*how, minimum.error, minimum.factor.least)
+
+    (minimum, report), outside = constant(forward, start, *tensors)
+    system = system._replace(outside=_named(outside))
     error = tf.constant(EPSILONS[start.dtype] ** 0.5, start.dtype)
-    solved = (minimum.error <= error) & ~_is_in(last.code, NO_MORE)
-    is_positive = minimum.factor.least > 0
-    x = withheld(minimum.x, solved | ~is_positive, UNSOLVED)
+    is_positive: Any = minimum.factor.least > 0
+    has_arrived = (minimum.error <= error) & _is_none(report.code, NO_MORE)
+    x = withheld(minimum.x, has_arrived | ~is_positive, UNSOLVED)
     x = withheld(x, is_positive, INDEFINITE)
     x = attached(system, minimum.factor, x, tensors)
-    report = Report(
-        last.code,
-        last.step,
-        last.evaluation.value,
-        last.evaluation.grad_max,
-        minimum.error,
-        minimum.factor.least,
-    )
-    answer = tf.nest.pack_sequence_as(x0, unravel(x, leaves))
-    return answer, Report(*map(tf.stop_gradient, report))
+    return tf.nest.pack_sequence_as(x0, unravel(x, leaves)), report
+
+
+def _problem(
+    settings: Settings, of_vector: Callable[..., Any], x: tf.Tensor, args: Args
+) -> Any:
+    """Return the problem of a function of one vector, with the arguments given."""
+
+    def f(x: tf.Tensor) -> Any:
+        return of_vector(x, args)
+
+    f.__name__ = of_vector.__name__
+    kind = Residuals if settings.residuals else Problem
+    return kind(f, x, None, has_aux=False, verify=False)
 
 
 class _Solver(PureSolver):
@@ -281,17 +284,19 @@ class _Box:
         """Keep them."""
         self.lower, self.upper = self.sides = lower, upper
 
+    @classmethod
+    def of(cls, settings: Settings) -> Any:
+        """Return the bounds in the settings; None if there are none."""
+        return settings.bounds and cls(*map(np.array, settings.bounds))
+
 
 def _system(
     settings: Settings,
-    problem: Any,
-    limits: Any,
-    tensors: Args,
-    args: tuple[Nest, ...],
+    of_vector: Callable[..., Any],
+    like: tf.Tensor,
     names: tuple[str, ...],
 ) -> System:
     """Return the equations of the minimum of a function of one vector."""
-    of_vector, like = problem.f, problem.leaves[0]
 
     def f(x: tf.Tensor, args: list[tf.Tensor]) -> tf.Tensor:
         value = of_vector(x, args)
@@ -300,60 +305,50 @@ def _system(
         parts = tf.nest.flatten(value)
         return tf.add_n([tf.reduce_sum(tf.square(part)) for part in parts]) / 2
 
-    f.__name__ = problem.name
+    f.__name__ = of_vector.__name__
+    n: Any = like.shape[0]
+    box = _Box.of(settings)
+    is_small = n is not None and n <= MOST_FOR_MATRIX
     gradient, second = grad(f, verify=False), hessian(f, verify=False)
-    times, matrix = hvp(f, verify=False), second
+    times = hvp(f, verify=False)
 
-    def product(x: tf.Tensor, v: tf.Tensor, args: Args) -> tf.Tensor:
-        return times(x, list(args), v)
+    def along(x: tf.Tensor, v: tf.Tensor, args: Args) -> tf.Tensor:
+        if not settings.gauss_newton:
+            return times(x, list(args), v)
+        return _problem(settings, of_vector, x, args).hvp(x, v)
 
-    if settings.gauss_newton:
+    def matrix(x: tf.Tensor, args: Args) -> tf.Tensor:
+        if not settings.gauss_newton:
+            return second(x, list(args))
+        return tf.map_fn(lambda v: along(x, v, args), tf.eye(n, dtype=x.dtype))
 
-        def product(x: tf.Tensor, v: tf.Tensor, args: Args) -> tf.Tensor:
-            own = functools.partial(of_vector, tensors=args)
-            linear = Residuals(own, x, None, has_aux=False, verify=False)
-            return linear.hvp(x, v)
-
-        def matrix(x: tf.Tensor, args: Args) -> tf.Tensor:
-            n = like.shape[0]
-            return tf.map_fn(lambda v: product(x, v, args), tf.eye(n, dtype=x.dtype))
-
-    bounds = None
-    if limits is not None:
-        bounds = Bounds(*(tf.constant(side, like.dtype) for side in limits.sides))
-    paths = [n for a, root in zip(args, names, strict=True) for n in named_leaves(a, root)]
-    n = like.shape[0]
     return System(
-        name=problem.name,
-        names=tuple(path for path, leaf in paths if is_dynamic(leaf)),
+        name=of_vector.__name__,
+        names=names,
         gradient=lambda x, args: gradient(x, list(args)),
-        product=product,
-        matrix=matrix if n is not None and n <= MOST_FOR_MATRIX else None,
-        outside=_outside(problem, tensors),
-        bounds=bounds,
+        product=along,
+        matrix=matrix if is_small else None,
+        outside=[],
+        bounds=box and Bounds(*(tf.constant(b, like.dtype) for b in box.sides)),
     )
 
 
-def _outside(problem: Problem, tensors: Args) -> list[Outside]:
+def _named(outside: list[Any]) -> list[Outside]:
     """Return the float tensors and variables that f reads besides its arguments."""
-    graph = problem.graph()
-    variables = {id(variable.handle): variable for variable in graph.variables}
-    own = set(map(id, tensors))
-    found = []
-    for tensor in graph.external_captures:
-        variable = variables.get(id(tensor))
-        if variable is not None and variable.dtype.is_floating:
-            found.append(Outside(variable.name, variable))
-        elif tensor.dtype.is_floating and id(tensor) not in own:
-            found.append(Outside("a tensor that it closes over", tensor))
-    return found
+    return [
+        Outside(
+            source.name if is_variable(source) else "a tensor that it closes over",
+            source,
+        )
+        for source in outside
+        if source.dtype.is_floating
+    ]
 
 
-def _is_in(code: tf.Tensor, statuses: tuple[str, ...]) -> tf.Tensor:
-    from tfgrad.optimize.stopping import code_of
-
-    codes = tf.constant([0, *map(code_of, statuses)])
-    return tf.reduce_any(code == codes)
+def _is_none(code: tf.Tensor, statuses: tuple[str, ...]) -> tf.Tensor:
+    """Return whether a run goes by none of these statuses, and is over."""
+    codes = tf.constant([RUNNING, *map(code_of, statuses)])
+    return tf.reduce_all(code != codes)
 
 
 def _require_solved(f: Callable[..., Any], report: Report) -> None:
@@ -362,43 +357,38 @@ def _require_solved(f: Callable[..., Any], report: Report) -> None:
     Raises:
         ConvergenceError: In these cases, with the numbers.
     """
-    name, numbers = name_of(f), Report(*(part.numpy() for part in report))
-    dtype = report.error.dtype
+    found: Any = [part.numpy() for part in report]
+    name, numbers = name_of(f), Report(*found)
     status = status_of(int(numbers.code)) or "steps"
+    where = (
+        f"after {numbers.step} steps (status {status!r}), where f is "
+        f"{numbers.fun:.6g} and its largest slope {numbers.grad_max:.3g}"
+    )
     if not numbers.least > 0:
         raise ConvergenceError(
-            f"The Hessian of `{name}` at its solution must be positive: elsewhere it has "
-            "no derivative.",
-            got=f"a least curvature of {numbers.least:.3g}, where the largest is about "
-            f"1, {_where(numbers)}",
+            f"`{name}` must bend up in all directions at its solution, else that is no "
+            "minimum, or one of many, without a derivative.",
+            got=f"a least curvature of {numbers.least:.3g} (of the Hessian, scaled to "
+            f"ones on its diagonal) {where}",
             hint="another start, if that is a saddle; a small ridge, as 1e-6 times the "
             "sum of squares of x, if the minimum is one of many",
         )
-    if not numbers.error <= EPSILONS[dtype] ** 0.5 or status in NO_MORE:
-        how = sentence(status, step=int(numbers.step), nonfinite="A number is not finite.", **Tolerances()._asdict()) if not rule_of(status).is_solution else "Newton steps"
+    enough = EPSILONS[report.error.dtype] ** 0.5
+    if not numbers.error <= enough or status in NO_MORE:
         raise ConvergenceError(
             f"The minimisation of `{name}` must arrive at a solution.",
-            got=f"status {status!r} {_where(numbers)}; {how} "
-            f"a Newton step of {numbers.error:.2g} of x, at most "
-            f"{EPSILONS[dtype] ** 0.5:.2g} is allowed",
+            got=f"a last Newton step of {numbers.error:.2g} of x, for {enough:.2g} at "
+            f"most, {where}",
             hint="more steps=; a nearer start; method='newton'; tfgrad.minimize of it, "
-            "which has a history",
+            "whose result has a history",
         )
 
 
-def _where(report: Report) -> str:
-    return (
-        f"after {report.step} steps, where f is {report.fun:.6g} and the largest element "
-        f"of its gradient {report.grad_max:.3g}"
-    )
-
-
-def _checked_point(x0: Nest, weak: tf.DType, residuals: bool) -> Nest:
+def _checked_point(x0: Nest, weak: tf.DType) -> Nest:
     """Return the start in tensors of one dtype."""
     point = to_tensors(x0, "x0", weak)
     leaves = tf.nest.flatten(point)
     dtypes = {leaf.dtype for leaf in leaves}
-    is_known = not residuals or dtypes <= set(DTYPES)
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
         names = " and ".join(sorted(dtype.name for dtype in dtypes)) or "nothing"
         raise InvalidArgumentError(
@@ -418,8 +408,8 @@ def _method(method: Any, residuals: bool, bounds: Any) -> Method:
                 got=f"method={method!r}",
                 hint="no method; or f that returns half the sum of squares",
             )
-        return LevenbergMarquardt()
-    stages: list[Stage] = make_stages(method, None, has_data=False)
+        return LEVENBERG_MARQUARDT
+    stages: list[Stage] = _stages(method)
     if len(stages) > 1 or not isinstance(stages[0].method, Method):
         raise InvalidArgumentError(
             "`solution` takes a method that is a pure function, and one of them.",
@@ -428,6 +418,12 @@ def _method(method: Any, residuals: bool, bounds: Any) -> Method:
         )
     require_support(stages[0].name, stages[0].method, bounds, ())
     return stages[0].method
+
+
+@functools.cache
+def _stages(method: Any) -> list[Stage]:
+    """Return the stages of a chain: the same methods for the same name."""
+    return make_stages(method, None, has_data=False)
 
 
 def _checked_gauss_newton(gauss_newton: bool, residuals: bool) -> bool:
