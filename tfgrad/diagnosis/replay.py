@@ -118,7 +118,7 @@ def _renamed(graph: Any) -> Any:
                 called.name += mark
     for node in definition.node:
         if node.op.endswith("PartitionedCall"):
-            (body,) = bodies(graph.get_operation_by_name(node.name))
+            (body,) = bodies(graph.get_operation_by_name(node.name), opaque=True)
             _CALLED[node.attr["f"].func.name] = body
             node.attr["_gradient_op_type"].s = b"TfgradCall"
     return definition

@@ -176,11 +176,11 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
         factor = _factorised(system, x, args, free)
         step, factor = _solved(system, x, args, factor, -gradient, LOOSE)
         step = system.clip(x + step) - x
-        sizes = (_length(system, x, args, v) for v in (x, x - start))
+        sizes = [_length(system, x, args, v) for v in (x, x - start)]
         # Of a Newton step s: s'H s = -g's.
         fall = -tf.reduce_sum(step * free * gradient)
         length = tf.sqrt(tf.maximum(fall, 0))
-        error = length / tf.maximum(*sizes)
+        error = length / tf.maximum(sizes[0], sizes[1])
         error = tf.where(length > 0, error, tf.zeros_like(length))
         return i + 1, _Newton(x, step, factor, error, here.error)
 
@@ -207,6 +207,7 @@ def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Ten
         args = given[: len(given) - len(system.outside)]
 
         def back(u: tf.Tensor) -> Any:
+            _require_uncut(system, x, args)
             # This is another graph; a third one may not reach what is in the first.
             at, here, own = _local((factor, x, args), tf.identity)
             here = attached(system, at, here, own)
@@ -383,27 +384,29 @@ def _pulled(
         before: Tensors.
         args: The arguments, which the function reads by itself.
         weights: Of the output.
-
-    Raises:
-        NoGradientError: If a path from one of them to the output exists, but is cut.
     """
     watched = [*before, *args, *(source.watched for source in system.outside)]
     floats = [source for source in watched if source.dtype.is_floating]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(floats)
         output = function(before)
-    found = iter(tape.gradient(output, floats, output_gradients=weights))
+    given: Any = weights
+    found = iter(tape.gradient(output, floats, output_gradients=given))
     gradients = [next(found) if x.dtype.is_floating else None for x in watched]
-    if any(gradient is None for gradient in gradients):
-        own = gradients[len(before) :]
-        _require_uncut(system, weights, args, [gradient is None for gradient in own])
     return [dense(g, x) for g, x in zip(gradients, watched, strict=True)]
 
 
-def _require_uncut(
-    system: System, like: tf.Tensor, args: Args, missing: list[bool]
-) -> None:
-    """Refuse sources that the gradient of f depends on by an op without a gradient."""
+def _require_uncut(system: System, like: tf.Tensor, args: Args) -> None:
+    """Refuse what the gradient of f depends on by an op that has no gradient.
+
+    Args:
+        system: The equations.
+        like: A tensor like x.
+        args: The arguments.
+
+    Raises:
+        NoGradientError: If there is such a path.
+    """
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (like, *args)]
     traced = trace(lambda x, *args: system.gradient(x, args), specs)
     captured = zip(traced.captured_inputs, traced.graph.internal_captures, strict=True)
@@ -411,12 +414,9 @@ def _require_uncut(
     handles = [getattr(s.watched, "handle", s.watched) for s in system.outside]
     names = [*system.names, *(source.name for source in system.outside)]
     roots = [*traced.inputs[1 : len(specs)], *(places.get(id(h)) for h in handles)]
-    for name, root, is_missing in zip(names, roots, missing, strict=True):
-        if (
-            not is_missing
-            or root is None
-            or not root.dtype.is_floating | (root.dtype == tf.resource)
-        ):
-            continue
-        for cut in filter(None, find_cuts(traced.graph, traced.outputs, [root])):
+    pairs = zip(names, roots, strict=True)
+    known = [(n, r) for n, r in pairs if r is not None and not r.dtype.is_integer]
+    cuts = find_cuts(traced.graph, traced.outputs, [root for _, root in known])
+    for (name, _), cut in zip(known, cuts, strict=True):
+        if cut is not None:
             raise no_gradient_error(system.name, name, cut)

@@ -242,8 +242,9 @@ def _solve(
     system = system._replace(outside=_named(outside))
     error = tf.constant(EPSILONS[start.dtype] ** 0.5, start.dtype)
     is_positive: Any = minimum.factor.least > 0
-    has_arrived = (minimum.error <= error) & _is_none(report.code, NO_MORE)
-    x = withheld(minimum.x, has_arrived | ~is_positive, UNSOLVED)
+    has_arrived = (minimum.error <= error) | ~is_positive
+    has_arrived &= _is_none(report.code, NO_MORE)
+    x = withheld(minimum.x, has_arrived, UNSOLVED)
     x = withheld(x, is_positive, INDEFINITE)
     x = attached(system, minimum.factor, x, tensors)
     return tf.nest.pack_sequence_as(x0, unravel(x, leaves)), report
@@ -364,6 +365,15 @@ def _require_solved(f: Callable[..., Any], report: Report) -> None:
         f"after {numbers.step} steps (status {status!r}), where f is "
         f"{numbers.fun:.6g} and its largest slope {numbers.grad_max:.3g}"
     )
+    enough = EPSILONS[report.error.dtype] ** 0.5
+    if status in NO_MORE or not (numbers.error <= enough or numbers.least <= 0):
+        raise ConvergenceError(
+            f"The minimisation of `{name}` must arrive at a solution.",
+            got=f"a last Newton step of {numbers.error:.2g} of x, for {enough:.2g} at "
+            f"most, {where}",
+            hint="more steps=; a nearer start; method='newton'; tfgrad.minimize of it, "
+            "whose result has a history",
+        )
     if not numbers.least > 0:
         raise ConvergenceError(
             f"`{name}` must bend up in all directions at its solution, else that is no "
@@ -372,15 +382,6 @@ def _require_solved(f: Callable[..., Any], report: Report) -> None:
             f"ones on its diagonal) {where}",
             hint="another start, if that is a saddle; a small ridge, as 1e-6 times the "
             "sum of squares of x, if the minimum is one of many",
-        )
-    enough = EPSILONS[report.error.dtype] ** 0.5
-    if not numbers.error <= enough or status in NO_MORE:
-        raise ConvergenceError(
-            f"The minimisation of `{name}` must arrive at a solution.",
-            got=f"a last Newton step of {numbers.error:.2g} of x, for {enough:.2g} at "
-            f"most, {where}",
-            hint="more steps=; a nearer start; method='newton'; tfgrad.minimize of it, "
-            "whose result has a history",
         )
 
 
