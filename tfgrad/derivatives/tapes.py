@@ -1,4 +1,4 @@
-"""What no tape sees: constants of a derivative, however they are computed.
+"""What no tape sees: constants of a derivative, and runs that have none.
 
 In a graph, a tape that watches what goes into a function builds the gradient of the
 function as soon as it is called, of its loops, too: minutes, for nothing. A tape
@@ -7,12 +7,14 @@ belongs to a thread. So what is a constant is traced in a thread of its own.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python import pywrap_tfe  # there is no public way to ask a thread
 
 from tfgrad.diagnosis.graphs import make_opaque
 
@@ -57,3 +59,47 @@ def constant(
 
     answer, outside = unrecorded(run)
     return tf.nest.map_structure(tf.stop_gradient, answer), outside
+
+
+def is_watched(source: Any) -> bool:
+    """Return whether a tape, or a forward accumulator, records what reads a source.
+
+    Args:
+        source: A tensor or a variable. A tape that watches what is read watches it
+            from then on.
+    """
+    value = source.read_value() if isinstance(source, tf.Variable) else source
+    return bool(pywrap_tfe.TFE_Py_TapeSetPossibleGradientTypes((value,)))
+
+
+_is_paused: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "is_paused", default=False
+)
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Let no tape that is open record what runs in the block."""
+    if pywrap_tfe.TFE_Py_TapeSetIsEmpty() or pywrap_tfe.TFE_Py_TapeSetIsStopped():
+        yield
+        return
+    token = _is_paused.set(True)
+    pywrap_tfe.TFE_Py_TapeSetStopOnThread()
+    try:
+        yield
+    finally:
+        pywrap_tfe.TFE_Py_TapeSetRestartOnThread()
+        _is_paused.reset(token)
+
+
+@contextlib.contextmanager
+def resumed() -> Iterator[None]:
+    """Let tapes record again in the block, inside of `paused`."""
+    if not _is_paused.get() or not pywrap_tfe.TFE_Py_TapeSetIsStopped():
+        yield
+        return
+    pywrap_tfe.TFE_Py_TapeSetRestartOnThread()
+    try:
+        yield
+    finally:
+        pywrap_tfe.TFE_Py_TapeSetStopOnThread()

@@ -28,7 +28,6 @@ from tfgrad.derivatives.tapes import unrecorded
 from tfgrad.diagnosis.graphs import trace
 from tfgrad.diagnosis.number_causes import INDEFINITE
 from tfgrad.diagnosis.path import find_cuts
-from tfgrad.diagnosis.report import no_gradient_error
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.protocol import Point
@@ -55,42 +54,25 @@ Args = Sequence[tf.Tensor]
 """The tensors among the arguments of f besides x, flat."""
 
 
-class Outside(NamedTuple):
-    """A float tensor or a variable that f reads by itself.
-
-    Attributes:
-        name: What the user calls it.
-        watched: The tensor, or the variable.
-    """
-
-    name: str
-    watched: Any
-
-    @property
-    def value(self) -> tf.Tensor:
-        """Its value, as a tensor of the graph that is traced."""
-        return tf.convert_to_tensor(self.watched)
-
-
 class System(NamedTuple):
     """The equations that hold at a minimum of f(x, *args).
 
     Attributes:
         name: What the user calls f.
-        names: What the user calls the args.
+        value: From x and the args to f.
         gradient: From x, shape `[n]`, and the args to the gradient g there.
         product: From x, v and the args to H v; with `gauss_newton`, to J'J v.
         matrix: From x and the args to H, shape `[n, n]`; None where n is too large.
-        outside: What f reads besides them.
+        outside: The float tensors and the variables that f reads besides them.
         bounds: What x is within; None if there are no bounds.
     """
 
     name: str
-    names: tuple[str, ...]
+    value: Callable[[tf.Tensor, Args], tf.Tensor]
     gradient: Callable[[tf.Tensor, Args], tf.Tensor]
     product: Callable[[tf.Tensor, tf.Tensor, Args], tf.Tensor]
     matrix: Callable[[tf.Tensor, Args], tf.Tensor] | None
-    outside: list[Outside]
+    outside: list[Any]
     bounds: Bounds | None
 
     def free(self, x: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
@@ -207,7 +189,7 @@ def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Ten
         args = given[: len(given) - len(system.outside)]
 
         def back(u: tf.Tensor) -> Any:
-            _require_uncut(system, x, args)
+            are_cut = unrecorded(lambda: _are_cut(system, x, args))
             # This is another graph; a third one may not reach what is in the first.
             at, here, own = _local((factor, x, args), tf.identity)
             here = attached(system, at, here, own)
@@ -216,11 +198,13 @@ def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Ten
             def gradient(_: list[tf.Tensor]) -> tf.Tensor:
                 return system.gradient(here, own)
 
-            return tf.zeros_like(x), *_pulled(system, gradient, [], own, -v)
+            found = _pulled(system, gradient, [], own, -v)
+            pairs = zip(found, are_cut, strict=True)
+            return tf.zeros_like(x), *(None if is_cut else g for g, is_cut in pairs)
 
         return tf.identity(x), back
 
-    return minimum(x, *args, *(source.value for source in system.outside))
+    return minimum(x, *args, *map(tf.convert_to_tensor, system.outside))
 
 
 def divided(
@@ -256,7 +240,7 @@ def divided(
 
         return v, back
 
-    return quotient(x, u, *args, *(source.value for source in system.outside))
+    return quotient(x, u, *args, *map(tf.convert_to_tensor, system.outside))
 
 
 def withheld(x: tf.Tensor, holds: Any, name: str) -> tf.Tensor:
@@ -385,7 +369,7 @@ def _pulled(
         args: The arguments, which the function reads by itself.
         weights: Of the output.
     """
-    watched = [*before, *args, *(source.watched for source in system.outside)]
+    watched = [*before, *args, *system.outside]
     floats = [source for source in watched if source.dtype.is_floating]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(floats)
@@ -396,27 +380,28 @@ def _pulled(
     return [dense(g, x) for g, x in zip(gradients, watched, strict=True)]
 
 
-def _require_uncut(system: System, like: tf.Tensor, args: Args) -> None:
-    """Refuse what the gradient of f depends on by an op that has no gradient.
+def _are_cut(system: System, like: tf.Tensor, args: Args) -> list[bool]:
+    """Return, for args and what is outside, whether a path to f' is cut.
 
     Args:
         system: The equations.
         like: A tensor like x.
         args: The arguments.
-
-    Raises:
-        NoGradientError: If there is such a path.
     """
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (like, *args)]
-    traced = trace(lambda x, *args: system.gradient(x, args), specs)
+
+    def slope(x: tf.Tensor, *args: tf.Tensor) -> Any:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            value = system.value(x, args)
+        return tape.gradient(value, x)  # right or not, the paths are these
+
+    traced = trace(slope, specs)
     captured = zip(traced.captured_inputs, traced.graph.internal_captures, strict=True)
     places = {id(outer): inner for outer, inner in captured}
-    handles = [getattr(s.watched, "handle", s.watched) for s in system.outside]
-    names = [*system.names, *(source.name for source in system.outside)]
+    handles = [getattr(s, "handle", s) for s in system.outside]
     roots = [*traced.inputs[1 : len(specs)], *(places.get(id(h)) for h in handles)]
-    pairs = zip(names, roots, strict=True)
-    known = [(n, r) for n, r in pairs if r is not None and not r.dtype.is_integer]
-    cuts = find_cuts(traced.graph, traced.outputs, [root for _, root in known])
-    for (name, _), cut in zip(known, cuts, strict=True):
-        if cut is not None:
-            raise no_gradient_error(system.name, name, cut)
+    known = [r for r in roots if r is not None and not r.dtype.is_integer]
+    found = find_cuts(traced.graph, traced.outputs, known)
+    cuts = {root.ref() for root, cut in zip(known, found, strict=True) if cut}
+    return [root is not None and root.ref() in cuts for root in roots]

@@ -436,6 +436,12 @@ class Problem:
         own = {id(variable) for variable in self.variables}
         return [v for v in self.evaluator.evaluate.variables() if id(v) not in own]
 
+    def reads(self) -> list[Any]:
+        """Return the float variables and tensors that f reads by itself."""
+        traces = self.evaluator.evaluate
+        floats = [v for v in traces.variables() if v.dtype.is_floating]
+        return [*floats, *traces.captured()]
+
     def for_xla(self, *, is_bound: bool) -> Problem | None:
         """Return the problem in a form that a loop under XLA compiles once.
 

@@ -23,9 +23,7 @@ from tfgrad.errors import ConvergenceError, InvalidArgumentError
 from tfgrad.nested import (
     Nest,
     describe,
-    is_variable,
     name_of,
-    named_leaves,
     ravel,
     to_tensors,
     unravel,
@@ -36,7 +34,6 @@ from tfgrad.optimize.constraints import Limits, require_support
 from tfgrad.optimize.implicit import (
     MOST_FOR_MATRIX,
     Args,
-    Outside,
     System,
     attached,
     refined,
@@ -222,11 +219,8 @@ def _solve(
         return f(point, *tf.nest.pack_sequence_as(args, filled))
 
     of_vector.__name__ = name_of(f)
-    roots = zip(args, parameter_names(f)(1 + len(args))[1:], strict=True)
-    paths = [pair for nest, root in roots for pair in named_leaves(nest, root)]
-    names = tuple(path for path, leaf in paths if is_dynamic(leaf))
     start = ravel(leaves)
-    system = _system(settings, of_vector, start, names)
+    system = _system(settings, of_vector, start)
 
     def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
         problem = _problem(settings, of_vector, start, tensors)
@@ -239,7 +233,8 @@ def _solve(
         return minimum, Report(*how, minimum.error, minimum.factor.least)
 
     (minimum, report), outside = constant(forward, start, *tensors)
-    system = system._replace(outside=_named(outside))
+    floats = [source for source in outside if source.dtype.is_floating]
+    system = system._replace(outside=floats)
     error = tf.constant(EPSILONS[start.dtype] ** 0.5, start.dtype)
     is_positive: Any = minimum.factor.least > 0
     has_arrived = (minimum.error <= error) | ~is_positive
@@ -295,7 +290,6 @@ def _system(
     settings: Settings,
     of_vector: Callable[..., Any],
     like: tf.Tensor,
-    names: tuple[str, ...],
 ) -> System:
     """Return the equations of the minimum of a function of one vector."""
 
@@ -325,25 +319,13 @@ def _system(
 
     return System(
         name=of_vector.__name__,
-        names=names,
+        value=lambda x, args: f(x, list(args)),
         gradient=lambda x, args: gradient(x, list(args)),
         product=along,
         matrix=matrix if is_small else None,
         outside=[],
         bounds=box and Bounds(*(tf.constant(b, like.dtype) for b in box.sides)),
     )
-
-
-def _named(outside: list[Any]) -> list[Outside]:
-    """Return the float tensors and variables that f reads besides its arguments."""
-    return [
-        Outside(
-            source.name if is_variable(source) else "a tensor that it closes over",
-            source,
-        )
-        for source in outside
-        if source.dtype.is_floating
-    ]
 
 
 def _is_none(code: tf.Tensor, statuses: tuple[str, ...]) -> tf.Tensor:
