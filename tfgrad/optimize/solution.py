@@ -392,7 +392,8 @@ def _method(method: Any, residuals: bool, bounds: Any) -> Method:
                 hint="no method; or f that returns half the sum of squares",
             )
         return LEVENBERG_MARQUARDT
-    stages: list[Stage] = _stages(method)
+    by_name = isinstance(method, str)
+    stages = _stages(method) if by_name else make_stages(method, None, has_data=False)
     if len(stages) > 1 or not isinstance(stages[0].method, Method):
         raise InvalidArgumentError(
             "`solution` takes a method that is a pure function, and one of them.",
@@ -404,7 +405,7 @@ def _method(method: Any, residuals: bool, bounds: Any) -> Method:
 
 
 @functools.cache
-def _stages(method: Any) -> list[Stage]:
+def _stages(method: str) -> list[Stage]:
     """Return the stages of a chain: the same methods for the same name."""
     return make_stages(method, None, has_data=False)
 
