@@ -37,7 +37,7 @@ def losses(xp: Any, total: Any, matvec: Any, softplus: Any) -> dict[str, Any]:
 
 
 def measured(call: Any) -> dict[str, Any]:
-    """Return the seconds of calls after the first, with other penalties, and numbers."""
+    """Return the seconds of a first call and of others, and what the first found."""
     began = time.perf_counter()
     value, slope = call(-1.0)
     first, seconds = time.perf_counter() - began, []
