@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-_RUN_EAGERLY = threading.Lock()
+_RUN_EAGERLY = threading.RLock()
 _is_inlining: ContextVar[bool] = ContextVar("is_inlining", default=False)
 
 _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",

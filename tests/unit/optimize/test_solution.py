@@ -276,6 +276,7 @@ def watching(run):
         lambda a: next(tfgrad.descend(lambda x: (x - a) ** 2, np.float64(0))),
         lambda a: tfgrad.least_squares(lambda x: x - [a, a], np.zeros(2)),
     ],
+    ids=["minimize", "descend", "least_squares"],
 )
 def test_a_minimisation_of_what_a_tape_watches_names_solution(run):
     with pytest.raises(InvalidArgumentError, match=r"tfgrad\.solution"):
