@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tfgrad.optimize.many_fits import ManyFitsResult, least_squares_many
     from tfgrad.optimize.minimize import descend, minimize
     from tfgrad.optimize.result import OptimizeResult
+    from tfgrad.optimize.solution import solution
     from tfgrad.optimize.train_step import train_step
     from tfgrad.runs.board import show
     from tfgrad.runs.plots import plot_path, plot_runs
@@ -66,6 +67,7 @@ _HOMES = {
     "plot_path": "tfgrad.runs.plots",
     "plot_runs": "tfgrad.runs.plots",
     "show": "tfgrad.runs.board",
+    "solution": "tfgrad.optimize.solution",
     "train_step": "tfgrad.optimize.train_step",
     "value_and_grad": "tfgrad.derivatives.reverse",
     "vjp": "tfgrad.derivatives.reverse",
@@ -98,6 +100,7 @@ __all__ = [
     "plot_path",
     "plot_runs",
     "show",
+    "solution",
     "train_step",
     "value_and_grad",
     "vjp",

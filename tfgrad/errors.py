@@ -6,6 +6,7 @@ TfgradError
 ├── ScalarObjectiveError   (ValueError)       one number was needed, not this
 ├── NoGradientError        (ValueError)       a path to the output exists, but is cut
 ├── WrongDerivativeError   (ArithmeticError)  a derivative failed its verification
+├── ConvergenceError       (ArithmeticError)  an inner problem was not solved
 ├── GradientMismatchError  (AssertionError)   autodiff and differences disagree
 └── RunError               (OSError)          a run cannot be written, read or shown
 ```
@@ -58,6 +59,10 @@ class NoGradientError(TfgradError, ValueError):
 
 class WrongDerivativeError(TfgradError, ArithmeticError):
     """A derivative failed its own verification and was withheld."""
+
+
+class ConvergenceError(TfgradError, ArithmeticError):
+    """An inner problem was not solved, or its solution has no derivative."""
 
 
 class GradientMismatchError(TfgradError, AssertionError):

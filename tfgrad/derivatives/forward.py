@@ -23,6 +23,7 @@ from tfgrad.derivatives.keeping import kept
 from tfgrad.derivatives.outputs import float_outputs, with_aux
 from tfgrad.derivatives.recording import Recording, dense, refusals_explained
 from tfgrad.derivatives.soundness import every
+from tfgrad.derivatives.tapes import resumed
 from tfgrad.derivatives.tracing import not_converted
 from tfgrad.derivatives.verification import Arrays
 from tfgrad.diagnosis.lines import line_of
@@ -98,7 +99,8 @@ def push_forward(
     recording.require_right(twice=True)
     before = len(recording.operations)
     cotangents = [tf.zeros_like(output) for output in recording.outputs]
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+    tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
+    with resumed(), tape:
         tape.watch(cotangents)
         pulled = recording.pull(cotangents)
     made = recording.operations[before:]

@@ -16,6 +16,7 @@ from tfgrad.derivatives.certificates import wrong_gradient
 from tfgrad.derivatives.refusals import refusal_by_gradient
 from tfgrad.derivatives.repairs import require_right, unrepaired
 from tfgrad.derivatives.soundness import every, may_drop, require_whole
+from tfgrad.derivatives.tapes import resumed
 from tfgrad.derivatives.tracing import (
     is_compiling,
     leaves_tensorflow,
@@ -68,7 +69,7 @@ class Recording:
         self._is_inner = around is not None
         if around is not None:
             around.has_inner = True
-        with self._tape, _set(inside):
+        with resumed(), self._tape, _set(inside):
             self._tape.watch(call.sources)
             returned = function(call)
         self._has_inner = inside.has_inner

@@ -261,6 +261,11 @@ class Traces:
                 found |= {id(read[handle]): read[handle] for handle in handles}
         return list(found.values())
 
+    def captured(self) -> list[tf.Tensor]:
+        """Return the float tensors that the traces read by themselves."""
+        traced = (c for _, c in self._compiled.values() if c is not None)
+        return [x for c in traced for x in c.captured_inputs if x.dtype.is_floating]
+
     def operations(self, *nests: Any) -> list[str]:
         """Return the types of the ops in that graph; none if it runs eagerly."""
         graph = self.graph(*nests)

@@ -7,11 +7,13 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import tensorflow as tf
 
 _RUN_EAGERLY = threading.RLock()
+_is_inlining: ContextVar[bool] = ContextVar("is_inlining", default=False)
 
 _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
            "ResourceStridedSliceAssign", "RngReadAndSkip", "RngSkip",
@@ -69,13 +71,18 @@ def trace(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> Any:
 @contextlib.contextmanager
 def inlined() -> Iterator[None]:
     """Within it, the ops of a nested tf.function go into the caller's graph."""
+    if _is_inlining.get():  # of this thread, or of the one that waits for it
+        yield
+        return
     with _RUN_EAGERLY, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tf.data warns that the flag is not for it
         before = tf.config.functions_run_eagerly()
         tf.config.run_functions_eagerly(True)
+        token = _is_inlining.set(True)
         try:
             yield
         finally:
+            _is_inlining.reset(token)
             tf.config.run_functions_eagerly(before)
 
 
@@ -132,8 +139,23 @@ def written_variables(traced: Any) -> list[tf.Variable]:
     return [v for v, h in handles if h is not None and is_written(traced.graph, h)]
 
 
-def bodies(op: tf.Operation) -> list[Any]:
-    """Return the graphs of the functions that a call, conditional or loop runs."""
+_OPAQUE = "_tfgrad_opaque"
+
+
+def make_opaque(op: tf.Operation) -> None:
+    """Let nobody look into a call: its answer is a constant of every derivative."""
+    op._set_attr(_OPAQUE, tf.compat.v1.AttrValue(b=True))  # there is no public way
+
+
+def bodies(op: tf.Operation, *, opaque: bool = False) -> list[Any]:
+    """Return the graphs of the functions that a call, conditional or loop runs.
+
+    Args:
+        op: The op.
+        opaque: Look into a call that nobody is to look into, too.
+    """
+    if not opaque and "Call" in op.type and op.node_def.attr[_OPAQUE].b:
+        return []
     found = []
     for attribute in _BODIES.get(op.type, ()):
         value = op.get_attr(attribute)

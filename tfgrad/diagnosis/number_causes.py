@@ -91,6 +91,22 @@ _SLOPES = {
     "Lgamma": Cause("tf.math.lgamma", "its slope at zero is infinite", _DOUBLE),
 }
 
+UNSOLVED, INDEFINITE = "tfgrad_unsolved", "tfgrad_indefinite"
+"""What the ops are called by which `tfgrad.solution` withholds a number."""
+
+_NAMED = {
+    UNSOLVED: Cause(
+        "tfgrad.solution",
+        "its inner minimisation did not arrive at a solution",
+        "more steps=, another start, or the same call by itself, which says why",
+    ),
+    INDEFINITE: Cause(
+        "tfgrad.solution",
+        "the Hessian at its solution is not positive, so it has no derivative",
+        "another start, or a small ridge; the same call by itself has the numbers",
+    ),
+}
+
 
 def cause_of_zero(op: tf.Operation) -> Cause:
     """Return the words for an op whose gradient is zero in every element."""
@@ -100,6 +116,9 @@ def cause_of_zero(op: tf.Operation) -> Cause:
 
 def cause_of_nonfinite(op: tf.Operation, *, backward: bool) -> Cause:
     """Return the words for an op that turns finite numbers into NaN or infinity."""
+    for name, cause in _NAMED.items():
+        if name in op.name:
+            return cause
     if backward:
         reason = "its gradient is not finite here"
         return _SLOPES.get(op.type, Cause(_label(op), reason, _DOUBLE))

@@ -60,11 +60,13 @@ def replay(
         returns the reduced values of `tensors`, and their reduced gradients or None.
     """
 
-    def run(inputs: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+    def run(inputs: Sequence[Any], cotangents: Sequence[Any], sloped: bool) -> Any:
         copies = _copy(graph, list(map(tf.identity, inputs)), [*tensors, *outputs])
         inner, ends = copies[: len(tensors)], copies[len(tensors) :]
         here = tf.compat.v1.get_default_graph()
-        slopes = gradients(here, ends, inner, list(cotangents))
+        slopes = [None for _ in inner]
+        if sloped:
+            slopes = gradients(here, ends, inner, list(cotangents))
         dense = [None if g is None else tf.convert_to_tensor(g) for g in slopes]
         return list(map(reported, inner)), list(map(reported, dense))
 
@@ -76,7 +78,12 @@ def replay(
 
     def replayed(inputs: Sequence[Any], cotangents: Sequence[Any]) -> Any:
         # Called directly, a fifth explanation would have TensorFlow warn of retracing.
-        return compiled.get_concrete_function(inputs, cotangents)(inputs, cotangents)
+        traced = compiled.get_concrete_function(inputs, cotangents, sloped=True)
+        try:
+            return traced(inputs, cotangents, sloped=True)
+        except TypeError:  # a tf.custom_gradient that refers to the original graph
+            traced = compiled.get_concrete_function(inputs, cotangents, sloped=False)
+            return traced(inputs, cotangents, sloped=False)
 
     return replayed
 
@@ -118,7 +125,7 @@ def _renamed(graph: Any) -> Any:
                 called.name += mark
     for node in definition.node:
         if node.op.endswith("PartitionedCall"):
-            (body,) = bodies(graph.get_operation_by_name(node.name))
+            (body,) = bodies(graph.get_operation_by_name(node.name), opaque=True)
             _CALLED[node.attr["f"].func.name] = body
             node.attr["_gradient_op_type"].s = b"TfgradCall"
     return definition

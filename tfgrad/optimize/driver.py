@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
+from tfgrad.derivatives.tapes import is_watched, paused, resumed
 from tfgrad.derivatives.tracing import as_written
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, name_of
+from tfgrad.nested import Nest, describe, name_of
 from tfgrad.optimize import resume
 from tfgrad.optimize.chain import Chain, make_stages
 from tfgrad.optimize.checkpoint import Checkpoints
@@ -135,6 +136,7 @@ class Driver:
         callback: Any = None,
     ) -> None:
         """Check what can be checked; nothing is traced or written."""
+        _check_alone(f)
         self.hooks: list[Hook] = [ProgressBar(), *watching(callback)]
         check_log(options.log)
         before = x0 if isinstance(x0, OptimizeResult) else None
@@ -238,6 +240,7 @@ class Driver:
         if self.saved is None:
             self.make_loop(pulled)
             self.state, rows = self.loop.start()
+            _check_unwatched(self.problem)
         else:
             self.state, rows = resume.go_on(self, self.saved, pulled)
         self.record.keep(rows)
@@ -393,11 +396,13 @@ class Driver:
             )
         return self.chain.message(said, self.step)
 
-    def _compiling(self) -> AbstractContextManager[None]:
-        """Return the context in which functions are traced and called."""
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Trace and call functions in the block; no tape of the user's sees it."""
         is_long = self.training is not None or (self.planned or ENDLESS) >= LOOP_STEPS
         is_optimizer = not isinstance(self.chain.stage.method, Method)
-        return as_written(optimized=is_long and is_optimizer)
+        with paused(), as_written(optimized=is_long and is_optimizer):
+            yield
 
     def _end(self, error: BaseException | None, begun: Sequence[Hook]) -> None:
         """Finish, put away what was done, and let the hooks end."""
@@ -416,6 +421,36 @@ class Driver:
                 self.saved = resume.with_outcome(self, self.saved)
             else:
                 self.loop.solver.settle(self.state)
+
+
+def _check_alone(f: Any) -> None:
+    """Refuse to run inside of what is traced: the answer would have no derivative."""
+    if not tf.executing_eagerly():
+        raise InvalidArgumentError(
+            "A minimisation runs by itself, not inside a tf.function or a transform.",
+            got=f"`{name_of(f)}` to be minimised while a graph is traced",
+            hint="tfgrad.solution(f, x0, *args) there, which has a derivative; or call "
+            "it outside, it compiles itself",
+        )
+
+
+def _check_unwatched(problem: Problem) -> None:
+    """Refuse a function of what a tape watches: the answer has no derivative by it.
+
+    The variables that are moved do not count: they are given new values.
+    """
+    moved = {id(variable) for variable in problem.variables}
+    with resumed():
+        for source in problem.reads():
+            if id(source) not in moved and is_watched(source):
+                raise InvalidArgumentError(
+                    "A minimisation cannot be differentiated by what its function "
+                    "depends on.",
+                    got=f"`{problem.name}` reads {describe(source)}, which a tape "
+                    "watches",
+                    hint="tfgrad.solution(f, x0, *args), which has a derivative; or "
+                    "the call outside of the tape, or tf.stop_gradient of it",
+                )
 
 
 def _check_closed(f: Any) -> None:

@@ -244,6 +244,22 @@ class Loop:
             rows = rows if is_start else rows.part(slice(-1))
         return state, rows
 
+    def whole(self, limit: int) -> State:
+        """Take up to `limit` steps within the trace that is being made.
+
+        Returns:
+            The last state. There are no rows, and nobody looks beside a saddle.
+        """
+        state, _ = self.solver.init()
+        code = judge(self._step(state, state, is_start=tf.constant(True)))
+        code = tf.where(state.code == RUNNING, code, state.code)
+        state = state._replace(code=code)
+        chunk = self._compile_chunk(self.solver, state, is_xla=False)
+        packed = chunk.packing.pack(state)
+        _, packed, _ = chunk.run(tf.constant(limit), packed)
+        last: State = chunk.packing.unpack(packed)
+        return last
+
     def _by(self, form: Form, state: State, limit: int) -> tuple[State, dict[str, Any]]:
         take = self._call if form.name == "calls" else self._take
         return take(form, state, limit)
@@ -424,7 +440,7 @@ class Loop:
         looked = tf.function(look, autograph=False).get_concrete_function(specs)
         rows: dict[str, tf.TensorSpec] = looked.structured_outputs
         width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
-        capacity = max(1, ROW_BYTES // width)
+        capacity = ROW_BYTES // max(1, min(width, ROW_BYTES))
 
         def run(limit: tf.Tensor, packed: list[tf.Tensor], *inputs: Any) -> Any:
             size = capacity if is_xla else limit  # XLA needs to know it

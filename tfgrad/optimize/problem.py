@@ -437,6 +437,12 @@ class Problem:
         own = {id(variable) for variable in self.variables}
         return [v for v in self.evaluator.evaluate.variables() if id(v) not in own]
 
+    def reads(self) -> list[Any]:
+        """Return the float variables and tensors that f reads by itself."""
+        traces = self.evaluator.evaluate
+        floats = [v for v in traces.variables() if v.dtype.is_floating]
+        return [*floats, *traces.captured()]
+
     def for_xla(self, *, is_bound: bool) -> Problem | None:
         """Return the problem in a form that a loop under XLA compiles once.
 
@@ -613,12 +619,6 @@ def _check_sources(f: Any, x0: Nest, wrt: Nest) -> None:
             got=f"f={describe(f)}",
             hint="tfgrad.minimize(lambda x: (x + 1) ** 2, 0.0)",
         )
-    if not tf.executing_eagerly():
-        raise InvalidArgumentError(
-            "A minimisation runs by itself, not inside a tf.function.",
-            got=f"`{name_of(f)}` to be minimised while a graph is traced",
-            hint="call it outside of the tf.function, which it compiles itself",
-        )
     if x0 is not None and wrt is not None:
         raise InvalidArgumentError(
             "Either `x0` holds the values to start from, or `wrt` names the variables.",
@@ -645,7 +645,7 @@ def _checked_start(x0: Nest) -> Nest:
                 hint="minimize(f, wrt=variable), or variable.numpy() as the start",
             )
     point = to_tensors(x0, "x0")
-    if sum(leaf.shape.num_elements() for leaf in tf.nest.flatten(point)) == 0:
+    if all(leaf.shape.num_elements() == 0 for leaf in tf.nest.flatten(point)):
         raise InvalidArgumentError(
             "`x0` must hold at least one number.",
             got=f"x0={describe(x0)}",

@@ -201,7 +201,10 @@ class LBFGS:
     def init(self, start: Point) -> Move:
         """Return a step down the gradient, a tenth of x or of |f| / |g|."""
         n: Any = start.x.shape[0]
-        memory = self._memory or (MEMORY_OF_FEW if n <= FEW else MEMORY)
+        is_few = n is not None and n <= FEW
+        memory = self._memory or (MEMORY_OF_FEW if is_few else MEMORY)
+        if n is None:  # in a trace for any
+            n = tf.size(start.x)
         if self._bounds is not None:
             return bounded.init(start, self._box(start.x), memory)
         m = memory + 1

@@ -125,8 +125,7 @@ class PureSolver:
         start = self.problem.start()
         if self._limits is not None:
             x = ravel(start)
-            inside = self._limits.clip(np.asarray(x, np.float64))
-            start = unravel(tf.constant(inside, x.dtype), self._like)
+            start = unravel(self._box(x).clip(x), self._like)
         return self.begin(start)
 
     def begin(self, x: list[tf.Tensor], before: State | None = None) -> Any:
@@ -384,9 +383,12 @@ class PureSolver:
         """Return the evaluation with the slope of what no bound holds."""
         if self._limits is None:
             return evaluation
-        sides = (tf.cast(b, x.dtype) for b in self._limits.sides)
-        free = Bounds(*sides).reduced(self._point(x, evaluation))
+        free = self._box(x).reduced(self._point(x, evaluation))
         return evaluation._replace(grad_max=free.grad_max)
+
+    def _box(self, x: tf.Tensor) -> Bounds:
+        assert self._limits is not None
+        return Bounds(*(tf.cast(b, x.dtype) for b in self._limits.sides))
 
     def _watch(self) -> None:
         """Remember the variables that f reads and does not write, as they are."""

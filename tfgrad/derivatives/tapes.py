@@ -1,0 +1,105 @@
+"""What no tape sees: constants of a derivative, and runs that have none.
+
+In a graph, a tape that watches what goes into a function builds the gradient of the
+function as soon as it is called, of its loops, too: minutes, for nothing. A tape
+belongs to a thread. So what is a constant is traced in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python import pywrap_tfe  # there is no public way to ask a thread
+
+from tfgrad.diagnosis.graphs import make_opaque
+
+
+def unrecorded(function: Callable[[], Any]) -> Any:
+    """Return what a function of ops returns, traced where no tape is open."""
+    graph, context = tf.compat.v1.get_default_graph(), contextvars.copy_context()
+    scope = graph.get_name_scope()
+
+    def run() -> Any:
+        with graph.as_default(), tf.name_scope(f"{scope}/" if scope else ""):
+            return function()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(context.run, run).result()
+
+
+def constant(
+    function: Callable[..., Any], *tensors: tf.Tensor
+) -> tuple[Any, list[Any]]:
+    """Return what a function returns, without a derivative, and what else it reads.
+
+    It is one op in the graph that is being traced, and nobody looks into that for what
+    has to be differentiated.
+
+    Args:
+        function: Takes tensors, returns a nest of them.
+        *tensors: What it takes.
+
+    Returns:
+        The answer; and the tensors and variables that the function reads by itself.
+    """
+
+    def run() -> Any:
+        specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
+        traced = tf.function(function, autograph=False).get_concrete_function(*specs)
+        answer = traced(*tensors)
+        make_opaque(tf.nest.flatten(answer)[0].op)
+        variables = {id(v.handle): v for v in traced.graph.variables}
+        captured = traced.graph.external_captures
+        return answer, [variables.get(id(tensor), tensor) for tensor in captured]
+
+    answer, outside = unrecorded(run)
+    return tf.nest.map_structure(tf.stop_gradient, answer), outside
+
+
+def is_watched(source: Any) -> bool:
+    """Return whether a tape, or a forward accumulator, records what reads a source.
+
+    Args:
+        source: A tensor or a variable. A tape that watches what is read watches it
+            from then on.
+    """
+    value = source.read_value() if isinstance(source, tf.Variable) else source
+    return bool(pywrap_tfe.TFE_Py_TapeSetPossibleGradientTypes((value,)))
+
+
+_is_paused: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "is_paused", default=False
+)
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Let no tape that is open record what runs in the block."""
+    if pywrap_tfe.TFE_Py_TapeSetIsEmpty() or pywrap_tfe.TFE_Py_TapeSetIsStopped():
+        yield
+        return
+    token = _is_paused.set(True)
+    pywrap_tfe.TFE_Py_TapeSetStopOnThread()
+    try:
+        yield
+    finally:
+        pywrap_tfe.TFE_Py_TapeSetRestartOnThread()
+        _is_paused.reset(token)
+
+
+@contextlib.contextmanager
+def resumed() -> Iterator[None]:
+    """Let tapes record again in the block, inside of `paused`."""
+    if not _is_paused.get() or not pywrap_tfe.TFE_Py_TapeSetIsStopped():
+        yield
+        return
+    pywrap_tfe.TFE_Py_TapeSetRestartOnThread()
+    try:
+        yield
+    finally:
+        pywrap_tfe.TFE_Py_TapeSetStopOnThread()

@@ -1,0 +1,407 @@
+"""The derivative of a minimum: what the implicit function theorem says of it.
+
+At a minimum x of f(x, s) the gradient g(x, s) of the free variables vanishes whatever s
+is. So H dx + dg/ds ds = 0, with the Hessian H, and a weight u of x weighs s by
+-v' dg/ds, where H v = u. The sources s are whatever f reads besides x: arguments,
+tensors that it closes over, variables.
+
+All of it is made of ops, and can be differentiated again: the derivative of v = H^-1 u
+takes another solution of the same equations.
+
+References:
+    Nocedal and Wright (2006), Numerical Optimization, 2nd edition: theorem A.2 (the
+    implicit function theorem), algorithm 5.2 (conjugate gradients), section 3.5
+    (Newton's method near a solution).
+    Blondel et al. (2022), Efficient and modular implicit differentiation, NeurIPS 35:
+    the same for arguments of any solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfgrad.derivatives.recording import dense
+from tfgrad.derivatives.tapes import unrecorded
+from tfgrad.diagnosis.graphs import trace
+from tfgrad.diagnosis.number_causes import INDEFINITE
+from tfgrad.diagnosis.path import find_cuts
+from tfgrad.differences import EPSILONS
+from tfgrad.optimize.methods.bounded import Bounds
+from tfgrad.optimize.methods.protocol import Point
+
+MOST_FOR_MATRIX = 200
+"""Numbers in x up to which the Hessian is formed and factorised; of more, conjugate
+gradients take products with it."""
+
+MOST_STEPS = 20
+"""Newton steps after the method's own; near a minimum one or two double all digits."""
+
+PRODUCTS = 10
+"""Products with H for each of n variables that conjugate gradients may take: n would do
+without rounding."""
+
+ENOUGH = 0.75
+"""The power of the dtype's epsilon at which Newton steps and residuals of conjugate
+gradients are small; they have to be so at the power of a half: half of the digits."""
+
+LOOSE = 1e-3
+"""The residual up to which a Newton step is solved for: it is corrected by the next."""
+
+Args = Sequence[tf.Tensor]
+"""The tensors among the arguments of f besides x, flat."""
+
+
+class System(NamedTuple):
+    """The equations that hold at a minimum of f(x, *args).
+
+    Attributes:
+        name: What the user calls f.
+        value: From x and the args to f.
+        gradient: From x, shape `[n]`, and the args to the gradient g there.
+        product: From x, v and the args to H v; with `gauss_newton`, to J'J v.
+        matrix: From x and the args to H, shape `[n, n]`; None where n is too large.
+        outside: The float tensors and the variables that f reads besides them.
+        bounds: What x is within; None if there are no bounds.
+    """
+
+    name: str
+    value: Callable[[tf.Tensor, Args], tf.Tensor]
+    gradient: Callable[[tf.Tensor, Args], tf.Tensor]
+    product: Callable[[tf.Tensor, tf.Tensor, Args], tf.Tensor]
+    matrix: Callable[[tf.Tensor, Args], tf.Tensor] | None
+    outside: list[Any]
+    bounds: Bounds | None
+
+    def free(self, x: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+        """Return 1 for each variable that no bound holds, and 0 for the others."""
+        if self.bounds is None:
+            return tf.ones_like(x)
+        is_free = self.bounds.free(Point(x, tf.zeros([], x.dtype), gradient))
+        return tf.cast(is_free, x.dtype)
+
+    def clip(self, x: tf.Tensor) -> tf.Tensor:
+        """Return the nearest point within the bounds."""
+        return x if self.bounds is None else self.bounds.clip(x)
+
+
+class Factor(NamedTuple):
+    """H at a minimum, of the free variables, ready to be divided by.
+
+    Attributes:
+        free: 1 for each free variable, 0 for the others, shape `[n]`.
+        triangle: Cholesky's L of H scaled to a diagonal of ones; without a matrix, x.
+        scale: What H was scaled by.
+        least: The least curvature that was seen, as a part of the largest: of scaled H
+            the least eigenvalue if it is not positive, else 1; without a matrix, that
+            along the conjugate directions.
+    """
+
+    free: tf.Tensor
+    triangle: tf.Tensor
+    scale: tf.Tensor
+    least: tf.Tensor
+
+
+class Minimum(NamedTuple):
+    """A minimum, and how it was found.
+
+    Attributes:
+        x: Where, shape `[n]`; held as a constant.
+        factor: H there.
+        error: The length of the last Newton step, relative to x, or to how far x went
+            from the start if that is more; both measured by the Hessian, so that no
+            units matter. Shape `[]`.
+    """
+
+    x: tf.Tensor
+    factor: Factor
+    error: tf.Tensor
+
+
+class _Newton(NamedTuple):
+    """A point on the way, and the Newton step from there."""
+
+    x: tf.Tensor
+    step: tf.Tensor
+    factor: Factor
+    error: tf.Tensor
+    before: tf.Tensor
+
+
+def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minimum:
+    """Return the minimum that x is near, after Newton steps with the Hessian.
+
+    Args:
+        system: The equations.
+        x: Where a method ended, shape `[n]`.
+        start: Where it began.
+        args: The arguments.
+    """
+    epsilon, dtype = EPSILONS[x.dtype], x.dtype
+    enough = tf.constant(epsilon**ENOUGH, dtype)
+    last = tf.constant(epsilon**0.5, dtype)
+    huge = tf.constant(dtype.max, dtype)
+
+    def goes_on(i: Any, at: _Newton) -> Any:
+        # Where rounding forbids more, the steps get no shorter.
+        is_shorter = (i <= 1) | (at.error < at.before / 2)
+        is_large = (at.error > last) | (at.error > enough) & is_shorter
+        return is_large & (i < MOST_STEPS) & (at.factor.least > 0)
+
+    def body(i: Any, here: _Newton) -> Any:
+        x = system.clip(here.x + here.step)
+        gradient = system.gradient(x, args)
+        free = system.free(x, gradient)
+        factor = _factorised(system, x, args, free)
+        step, factor = _solved(system, x, args, factor, -gradient, LOOSE)
+        step = system.clip(x + step) - x
+        sizes = [_length(system, x, args, v) for v in (x, x - start)]
+        # Of a Newton step s: s'H s = -g's.
+        fall = -tf.reduce_sum(step * free * gradient)
+        length = tf.sqrt(tf.maximum(fall, 0))
+        error = length / tf.maximum(sizes[0], sizes[1])
+        error = tf.where(length > 0, error, tf.zeros_like(length))
+        return i + 1, _Newton(x, step, factor, error, here.error)
+
+    n = 0 if system.matrix is None else x.shape[0]
+    triangle = tf.eye(n, dtype=dtype) if n else x
+    factor = Factor(x, triangle, x, tf.ones([], dtype))
+    first = _Newton(x, tf.zeros_like(x), factor, huge, huge)
+    _, end = tf.while_loop(goes_on, body, (0, first), parallel_iterations=1)
+    return Minimum(system.clip(end.x + end.step), end.factor, end.error)
+
+
+def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Tensor:
+    """Return x with the derivative of a minimum by all that f reads besides.
+
+    Args:
+        system: The equations.
+        factor: H at x.
+        x: The minimum, a constant of shape `[n]`.
+        args: The arguments.
+    """
+
+    @tf.custom_gradient
+    def minimum(x: tf.Tensor, *given: tf.Tensor) -> Any:
+        args = given[: len(given) - len(system.outside)]
+
+        def back(u: tf.Tensor) -> Any:
+            are_cut = unrecorded(lambda: _are_cut(system, x, args))
+            # This is another graph; a third one may not reach what is in the first.
+            at, here, own = _local((factor, x, args), tf.identity)
+            here = attached(system, at, here, own)
+            v = divided(system, at, here, u, own)
+
+            def gradient(_: list[tf.Tensor]) -> tf.Tensor:
+                return system.gradient(here, own)
+
+            found = _pulled(system, gradient, [], own, -v)
+            pairs = zip(found, are_cut, strict=True)
+            return tf.zeros_like(x), *(None if is_cut else g for g, is_cut in pairs)
+
+        return tf.identity(x), back
+
+    return minimum(x, *args, *map(tf.convert_to_tensor, system.outside))
+
+
+def divided(
+    system: System, factor: Factor, x: tf.Tensor, u: tf.Tensor, args: Args
+) -> tf.Tensor:
+    """Return v with H v = u, of the free variables, and zeros elsewhere.
+
+    Args:
+        system: The equations.
+        factor: H at x.
+        x: The minimum.
+        u: Shape `[n]`.
+        args: The arguments.
+    """
+
+    @tf.custom_gradient
+    def quotient(x: tf.Tensor, u: tf.Tensor, *given: tf.Tensor) -> Any:
+        args = given[: len(given) - len(system.outside)]
+        v, found = unrecorded(lambda: _solved(system, x, args, factor, u, None))
+        v = withheld(v, found.least > 0, INDEFINITE)
+
+        def back(w: tf.Tensor) -> Any:
+            # dv = H^-1 (du - dH v), and H is symmetric.
+            at, here, weight, own = _local((factor, x, u, args), tf.identity)
+            s = divided(system, at, here, w, own)
+            v = divided(system, at, here, weight, own)
+
+            def product(before: list[tf.Tensor]) -> tf.Tensor:
+                return at.free * system.product(before[0], v, own)
+
+            by_x, *others = _pulled(system, product, [here], own, -s)
+            return by_x, s, *others
+
+        return v, back
+
+    return quotient(x, u, *args, *map(tf.convert_to_tensor, system.outside))
+
+
+def withheld(x: tf.Tensor, holds: Any, name: str) -> tf.Tensor:
+    """Return x, or NaN where something does not hold.
+
+    Args:
+        x: A tensor.
+        holds: What has to hold, shape `[]`.
+        name: What to call the op that makes the NaN: `explain` knows it.
+    """
+    nothing = tf.zeros([], x.dtype)
+    return x + tf.math.divide(nothing, tf.cast(holds, x.dtype), name=name)
+
+
+def _factorised(system: System, x: tf.Tensor, args: Args, free: tf.Tensor) -> Factor:
+    """Return H of the free variables, factorised if it can be formed."""
+    one = tf.ones([], x.dtype)
+    if system.matrix is None:
+        return Factor(free, x, free, one)
+    n: Any = x.shape[0]
+    matrix = system.matrix(x, args)
+    is_known = tf.reduce_all(tf.math.is_finite(matrix))
+    matrix = tf.where(is_known, matrix, tf.zeros_like(matrix))
+    matrix = free[:, None] * (matrix + tf.transpose(matrix)) / 2 * free
+    matrix += tf.linalg.diag(1 - free)
+    sizes = tf.abs(tf.linalg.diag_part(matrix))
+    scale = tf.math.rsqrt(tf.where(sizes > 0, sizes, tf.ones_like(sizes)))
+    scaled = scale[:, None] * matrix * scale
+    triangle = tf.linalg.cholesky(scaled)
+    pivots = tf.linalg.diag_part(triangle) ** 2
+    is_positive = tf.reduce_all(pivots > n * EPSILONS[x.dtype])
+    least = tf.cond(
+        is_positive,
+        lambda: one,
+        # Rounding may let a singular matrix look positive.
+        lambda: tf.minimum(tf.reduce_min(tf.linalg.eigvalsh(scaled)), 0),
+    )
+    triangle = tf.where(is_positive, triangle, tf.eye(n, dtype=x.dtype))
+    return Factor(free, triangle, scale, least)
+
+
+def _solved(
+    system: System,
+    x: tf.Tensor,
+    args: Args,
+    factor: Factor,
+    u: tf.Tensor,
+    part: float | None,
+) -> tuple[tf.Tensor, Factor]:
+    """Return v with H v = u, and the factor with the least curvature that was met.
+
+    Args:
+        system: The equations.
+        x: Where.
+        args: The arguments.
+        factor: H there.
+        u: Shape `[n]`.
+        part: The part of u that may be left of it; None for half of the digits.
+    """
+    u = factor.free * u
+    if system.matrix is not None:
+        both = factor.triangle, (factor.scale * u)[:, None]
+        return factor.scale * tf.linalg.cholesky_solve(*both)[:, 0], factor
+    v, least = _conjugate_gradients(
+        lambda d: factor.free * system.product(x, d, args), u, part
+    )
+    return v, factor._replace(least=tf.minimum(factor.least, least))
+
+
+def _conjugate_gradients(
+    product: Callable[[tf.Tensor], tf.Tensor], u: tf.Tensor, part: float | None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the solution, and the least curvature relative to the largest (5.2).
+
+    That is 0, as of a direction without any, where the solution has less than half of
+    the digits.
+    """
+    epsilon, dtype = EPSILONS[u.dtype], u.dtype
+    enough = epsilon**ENOUGH if part is None else part
+    size, n = tf.norm(u), tf.size(u)
+
+    def goes_on(i: Any, v: Any, r: Any, d: Any, least: Any, most: Any) -> Any:
+        return (least > 0) & (tf.norm(r) > enough * size) & (i < PRODUCTS * n + 10)
+
+    def body(i: Any, v: Any, r: Any, d: Any, least: Any, most: Any) -> Any:
+        h, square = product(d), tf.reduce_sum(r * r)
+        bend = tf.reduce_sum(d * h)
+        curvature = bend / tf.reduce_sum(d * d)
+        most = tf.maximum(most, tf.abs(curvature))
+        least = tf.minimum(least, curvature / most)
+        least = tf.where(tf.math.is_finite(curvature), least, tf.zeros_like(least))
+        t = tf.where(bend > 0, square / bend, tf.zeros_like(bend))
+        v, r = v + t * d, r - t * h
+        return i + 1, v, r, r + tf.reduce_sum(r * r) / square * d, least, most
+
+    one = tf.ones([], dtype)
+    start = (0, tf.zeros_like(u), u, u, one, tf.zeros([], dtype))
+    _, v, r, _, least, _ = tf.while_loop(goes_on, body, start, parallel_iterations=1)
+    is_solved = tf.norm(r) <= max(enough, epsilon**0.5) * size
+    return v, tf.where(is_solved | (least <= 0), least, tf.zeros_like(least))
+
+
+def _length(system: System, x: tf.Tensor, args: Args, v: tf.Tensor) -> tf.Tensor:
+    """Return the length of v, measured by H at x: the root of v'H v."""
+    bend = tf.reduce_sum(v * system.product(x, v, args))
+    return tf.sqrt(tf.maximum(bend, 0))
+
+
+def _local(nest: Any, function: Callable[[tf.Tensor], tf.Tensor]) -> Any:
+    return tf.nest.map_structure(function, nest)
+
+
+def _pulled(
+    system: System,
+    function: Callable[[list[tf.Tensor]], tf.Tensor],
+    before: list[tf.Tensor],
+    args: Args,
+    weights: tf.Tensor,
+) -> list[tf.Tensor]:
+    """Return the gradient of a weighted output by `before`, args and what is outside.
+
+    Args:
+        system: The equations.
+        function: Returns the output, given `before`.
+        before: Tensors.
+        args: The arguments, which the function reads by itself.
+        weights: Of the output.
+    """
+    watched = [*before, *args, *system.outside]
+    floats = [source for source in watched if source.dtype.is_floating]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(floats)
+        output = function(before)
+    given: Any = weights
+    found = iter(tape.gradient(output, floats, output_gradients=given))
+    gradients = [next(found) if x.dtype.is_floating else None for x in watched]
+    return [dense(g, x) for g, x in zip(gradients, watched, strict=True)]
+
+
+def _are_cut(system: System, like: tf.Tensor, args: Args) -> list[bool]:
+    """Return, for args and what is outside, whether a path to f' is cut.
+
+    Args:
+        system: The equations.
+        like: A tensor like x.
+        args: The arguments.
+    """
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (like, *args)]
+
+    def slope(x: tf.Tensor, *args: tf.Tensor) -> Any:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            value = system.value(x, args)
+        return tape.gradient(value, x)  # right or not, the paths are these
+
+    traced = trace(slope, specs)
+    captured = zip(traced.captured_inputs, traced.graph.internal_captures, strict=True)
+    places = {id(outer): inner for outer, inner in captured}
+    handles = [getattr(s, "handle", s) for s in system.outside]
+    roots = [*traced.inputs[1 : len(specs)], *(places.get(id(h)) for h in handles)]
+    known = [r for r in roots if r is not None and not r.dtype.is_integer]
+    found = find_cuts(traced.graph, traced.outputs, known)
+    cuts = {root.ref() for root, cut in zip(known, found, strict=True) if cut}
+    return [root is not None and root.ref() in cuts for root in roots]

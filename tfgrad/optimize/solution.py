@@ -1,0 +1,435 @@
+"""`solution`: a minimiser as a differentiable function of what it depends on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
+from tfgrad.derivatives.calls import require_function
+from tfgrad.derivatives.keeping import kept
+from tfgrad.derivatives.matrices import hessian, hvp
+from tfgrad.derivatives.reverse import grad
+from tfgrad.derivatives.signatures import is_dynamic
+from tfgrad.derivatives.tapes import constant
+from tfgrad.derivatives.tracing import Traces, converted, not_converted
+from tfgrad.diagnosis.number_causes import INDEFINITE, UNSOLVED
+from tfgrad.differences import EPSILONS
+from tfgrad.errors import ConvergenceError, InvalidArgumentError
+from tfgrad.nested import (
+    Nest,
+    describe,
+    name_of,
+    ravel,
+    to_tensors,
+    unravel,
+    weak_dtype,
+)
+from tfgrad.optimize.chain import Stage, make_stages
+from tfgrad.optimize.constraints import Limits, require_support
+from tfgrad.optimize.implicit import (
+    MOST_FOR_MATRIX,
+    Args,
+    System,
+    attached,
+    refined,
+    withheld,
+)
+from tfgrad.optimize.loop import Loop
+from tfgrad.optimize.methods.bounded import Bounds
+from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
+from tfgrad.optimize.methods.protocol import Method
+from tfgrad.optimize.options import check_count, check_flag
+from tfgrad.optimize.problem import Evaluation, Problem
+from tfgrad.optimize.residuals import DTYPES, Residuals
+from tfgrad.optimize.solvers.pure import PureSolver
+from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, status_of
+
+NO_MORE = ("nonfinite", "unbounded", "steps")
+"""Statuses with which a run has not arrived, whatever Newton steps from there find."""
+
+
+LEVENBERG_MARQUARDT = LevenbergMarquardt()
+
+
+class Settings(NamedTuple):
+    """How a problem is solved.
+
+    Attributes:
+        method: The method.
+        residuals: Whether f returns residuals.
+        gauss_newton: Whether the derivative takes J'J for the Hessian.
+        steps: The most steps of the method.
+        bounds: Lower and upper bounds of the elements of x, of any length; None for no
+            bounds.
+    """
+
+    method: Method
+    residuals: bool
+    gauss_newton: bool
+    steps: int
+    bounds: tuple[tuple[float, ...], tuple[float, ...]] | None
+
+
+class Report(NamedTuple):
+    """How a solution was found; all of shape `[]`.
+
+    Attributes:
+        code: How the method ended.
+        step: After how many steps.
+        fun: The value of f there.
+        grad_max: The largest |element| of its gradient.
+        error: See `implicit.Minimum`.
+        least: The least curvature, see `implicit.Factor`.
+    """
+
+    code: tf.Tensor
+    step: tf.Tensor
+    fun: tf.Tensor
+    grad_max: tf.Tensor
+    error: tf.Tensor
+    least: tf.Tensor
+
+
+@not_converted
+def solution(
+    f: Callable[..., Any],
+    x0: Nest,
+    *args: Any,
+    method: Any = "lbfgs",
+    residuals: bool = False,
+    gauss_newton: bool = False,
+    steps: int = 1000,
+    bounds: Any = None,
+) -> Nest:
+    """Return the minimiser x of `f(x, *args)`, differentiable by all that f reads.
+
+    Use it where a minimisation is part of what is differentiated: hyper-parameters,
+    bilevel problems, layers that solve something, calibration. `minimize` has no
+    derivative, and refuses to be differentiated.
+
+    The derivative is that of the implicit function theorem, and not of the steps: at x
+    the gradient of f vanishes whatever the arguments are, so a change of them moves x
+    by minus the inverse Hessian times the change of the gradient. It costs a solution
+    of linear equations with the Hessian, whatever the number of steps: up to 200
+    numbers in x by Cholesky's factors, formed once for all weights of x; beyond, by
+    conjugate gradients on products with it. It can be differentiated again.
+
+    Called by itself, it compiles f once if f is a `tf.function`, or reads nothing that
+    may change; else at each call. Inside a `tf.function` or a transform, all of it is
+    part of that trace, the minimisation one loop of it.
+
+    Args:
+        f: Returns one float number (shape `[]`), smooth where its minimum is. There is
+            a derivative by its arguments, by tensors that it closes over and by
+            variables that it reads, for whoever asks: a tape, or a transform (by `wrt=`
+            for variables).
+        x0: Where to start: float tensors, arrays, numbers, nests of them, of one dtype.
+            The last solution is a good start. The answer does not depend on it, nor
+            has it a derivative by it.
+        *args: What f takes besides: nests of tensors, arrays, numbers.
+        method: "lbfgs", "newton", or a method of your own (see
+            `tfgrad.optimize.methods.protocol`). The rules by which it ends are those of
+            `minimize`; then Newton steps make x exact to rounding, so that the
+            derivative has at least half of the digits of the dtype.
+        residuals: f returns residuals, as for `least_squares`, and the minimum is that
+            of half the sum of their squares, found by Levenberg-Marquardt.
+        gauss_newton: With `residuals`, take J'J for the Hessian, without the term with
+            second derivatives of the residuals: cheaper, never indefinite, and exact
+            only where the residuals vanish at the solution.
+        steps: How many steps the method may take.
+        bounds: What x must lie between, as for `minimize`. An element that is held by
+            its bound does not move: its derivative is zero, and that of the others is
+            what it is with that element fixed.
+
+    Returns:
+        x, structured like `x0`. Inside a trace it is NaN where there is no solution, or
+        none with a derivative; `tfgrad.explain` then names this function and why.
+
+    Raises:
+        InvalidArgumentError: If an argument breaks its rule; nothing was traced.
+        ConvergenceError: Called by itself, if the method did not arrive at a solution,
+            or if the Hessian there is not positive, so that the solution is no minimum,
+            or one of many.
+        NoGradientError: While it is differentiated, if a path from a source to the
+            gradient of f is cut.
+
+    Example:
+        >>> def ridge(w, penalty):
+        ...     return (w - 3) ** 2 + penalty * w**2  # least at 3 / (1 + penalty)
+        >>> float(solution(ridge, 0.0, 1.0))
+        1.5
+        >>> import tfgrad
+        >>> slope = tfgrad.grad(lambda penalty: solution(ridge, 0.0, penalty))
+        >>> print(f"{slope(1.0):.4f}")  # -3 / (1 + penalty)**2
+        -0.7500
+
+    References:
+        `tfgrad.optimize.implicit` for those.
+    """
+    require_function(f)
+    for name, flag in (("residuals", residuals), ("gauss_newton", gauss_newton)):
+        check_flag(name, flag)
+    check_count("steps", steps)
+    weak = weak_dtype(x0, args)
+    point = _checked_point(x0, weak)
+    names = parameter_names(f)(1 + len(args))[1:]
+    arguments, _ = arguments_in_tensors(args, {}, (), names, weak)
+    settings = Settings(
+        _method(method, residuals, bounds),
+        residuals,
+        _checked_gauss_newton(gauss_newton, residuals),
+        int(steps),
+        _checked_bounds(f, point, bounds),
+    )
+    if not tf.executing_eagerly():
+        x, _ = _solve(settings, converted(f), point, arguments)
+        return x
+    traces = kept(_traces, f, settings)
+    x, report = traces(point, arguments)
+    _require_solved(f, report)
+    return x
+
+
+def _traces(f: Callable[..., Any], settings: Settings) -> Traces:
+    return Traces(functools.partial(_solve, settings), f, jit=False)
+
+
+def _solve(
+    settings: Settings, f: Callable[..., Any], x0: Nest, args: tuple[Nest, ...]
+) -> tuple[Nest, Report]:
+    """Return the solution with its derivative, and how it was found: in a trace."""
+    if tf.executing_eagerly():
+        raise InvalidArgumentError(
+            "The function has to stay within TensorFlow, so that it can be traced.",
+            got=f"`{name_of(f)}`, which leaves it",
+            hint="the same in tf.math or tf.experimental.numpy",
+        )
+    leaves = [tf.stop_gradient(leaf) for leaf in tf.nest.flatten(x0)]
+    tensors = list(filter(is_dynamic, tf.nest.flatten(args)))
+
+    def of_vector(x: tf.Tensor, tensors: Args) -> Any:
+        left = iter(tensors)
+        filled = [next(left) if is_dynamic(a) else a for a in tf.nest.flatten(args)]
+        point = tf.nest.pack_sequence_as(x0, unravel(x, leaves))
+        return f(point, *tf.nest.pack_sequence_as(args, filled))
+
+    of_vector.__name__ = name_of(f)
+    start = ravel(leaves)
+    system = _system(settings, of_vector, start)
+
+    def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
+        problem = _problem(settings, of_vector, start, tensors)
+        solver = _Solver(problem, settings.method, _Box.of(settings))
+        loop = Loop(solver, Tolerances(), planned=settings.steps, jit=False)
+        last = loop.whole(settings.steps)
+        minimum = refined(system, last.x, start, tensors)
+        code, evaluation = last.code, last.evaluation
+        how = code, last.step, evaluation.value, evaluation.grad_max
+        return minimum, Report(*how, minimum.error, minimum.factor.least)
+
+    (minimum, report), outside = constant(forward, start, *tensors)
+    floats = [source for source in outside if source.dtype.is_floating]
+    system = system._replace(outside=floats)
+    error = tf.constant(EPSILONS[start.dtype] ** 0.5, start.dtype)
+    is_positive: Any = minimum.factor.least > 0
+    has_arrived = (minimum.error <= error) | ~is_positive
+    has_arrived &= _is_none(report.code, NO_MORE)
+    x = withheld(minimum.x, has_arrived, UNSOLVED)
+    x = withheld(x, is_positive, INDEFINITE)
+    x = attached(system, minimum.factor, x, tensors)
+    return tf.nest.pack_sequence_as(x0, unravel(x, leaves)), report
+
+
+def _problem(
+    settings: Settings, of_vector: Callable[..., Any], x: tf.Tensor, args: Args
+) -> Any:
+    """Return the problem of a function of one vector, with the arguments given."""
+
+    def f(x: tf.Tensor) -> Any:
+        return of_vector(x, args)
+
+    f.__name__ = of_vector.__name__
+    kind = Residuals if settings.residuals else Problem
+    return kind(f, x, None, has_aux=False, verify=False)
+
+
+class _Solver(PureSolver):
+    """A pure method whose steps nobody records."""
+
+    lag = 0
+
+    def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def _watch(self) -> None:
+        """Read nothing: nobody goes on from here."""
+
+
+class _Box:
+    """Bounds of a vector, as a solver takes them."""
+
+    are_any = True
+
+    def __init__(self, lower: Any, upper: Any) -> None:
+        """Keep them."""
+        self.lower, self.upper = self.sides = lower, upper
+
+    @classmethod
+    def of(cls, settings: Settings) -> Any:
+        """Return the bounds in the settings; None if there are none."""
+        return settings.bounds and cls(*map(np.array, settings.bounds))
+
+
+def _system(
+    settings: Settings,
+    of_vector: Callable[..., Any],
+    like: tf.Tensor,
+) -> System:
+    """Return the equations of the minimum of a function of one vector."""
+
+    def f(x: tf.Tensor, args: list[tf.Tensor]) -> tf.Tensor:
+        value = of_vector(x, args)
+        if not settings.residuals:
+            return value
+        parts = tf.nest.flatten(value)
+        return tf.add_n([tf.reduce_sum(tf.square(part)) for part in parts]) / 2
+
+    f.__name__ = of_vector.__name__
+    n: Any = like.shape[0]
+    box = _Box.of(settings)
+    is_small = n is not None and n <= MOST_FOR_MATRIX
+    gradient, second = grad(f, verify=False), hessian(f, verify=False)
+    times = hvp(f, verify=False)
+
+    def along(x: tf.Tensor, v: tf.Tensor, args: Args) -> tf.Tensor:
+        if not settings.gauss_newton:
+            return times(x, list(args), v)
+        return _problem(settings, of_vector, x, args).hvp(x, v)
+
+    def matrix(x: tf.Tensor, args: Args) -> tf.Tensor:
+        if not settings.gauss_newton:
+            return second(x, list(args))
+        return tf.map_fn(lambda v: along(x, v, args), tf.eye(n, dtype=x.dtype))
+
+    return System(
+        name=of_vector.__name__,
+        value=lambda x, args: f(x, list(args)),
+        gradient=lambda x, args: gradient(x, list(args)),
+        product=along,
+        matrix=matrix if is_small else None,
+        outside=[],
+        bounds=box and Bounds(*(tf.constant(b, like.dtype) for b in box.sides)),
+    )
+
+
+def _is_none(code: tf.Tensor, statuses: tuple[str, ...]) -> tf.Tensor:
+    """Return whether a run goes by none of these statuses, and is over."""
+    codes = tf.constant([RUNNING, *map(code_of, statuses)])
+    return tf.reduce_all(code != codes)
+
+
+def _require_solved(f: Callable[..., Any], report: Report) -> None:
+    """Refuse a solution that is none, or that has no derivative.
+
+    Raises:
+        ConvergenceError: In these cases, with the numbers.
+    """
+    found: Any = [part.numpy() for part in report]
+    name, numbers = name_of(f), Report(*found)
+    status = status_of(int(numbers.code)) or "steps"
+    where = (
+        f"after {numbers.step} steps (status {status!r}), where f is "
+        f"{numbers.fun:.6g} and its largest slope {numbers.grad_max:.3g}"
+    )
+    enough = EPSILONS[report.error.dtype] ** 0.5
+    if status in NO_MORE or not (numbers.error <= enough or numbers.least <= 0):
+        raise ConvergenceError(
+            f"The minimisation of `{name}` must arrive at a solution.",
+            got=f"a last Newton step of {numbers.error:.2g} of x, for {enough:.2g} at "
+            f"most, {where}",
+            hint="more steps=; a nearer start; method='newton'; tfgrad.minimize of it, "
+            "whose result has a history",
+        )
+    if not numbers.least > 0:
+        raise ConvergenceError(
+            f"`{name}` must bend up in all directions at its solution, else that is no "
+            "minimum, or one of many, without a derivative.",
+            got=f"a least curvature of {numbers.least:.3g} (of the Hessian, scaled to "
+            f"ones on its diagonal) {where}",
+            hint="another start, if that is a saddle; a small ridge, as 1e-6 times the "
+            "sum of squares of x, if the minimum is one of many",
+        )
+
+
+def _checked_point(x0: Nest, weak: tf.DType) -> Nest:
+    """Return the start in tensors of one dtype."""
+    point = to_tensors(x0, "x0", weak)
+    leaves = tf.nest.flatten(point)
+    dtypes = {leaf.dtype for leaf in leaves}
+    if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+        names = " and ".join(sorted(dtype.name for dtype in dtypes)) or "nothing"
+        raise InvalidArgumentError(
+            "`x0` must hold numbers of one dtype, float32 or float64.",
+            got=f"x0={describe(x0)}, of {names}",
+            hint="np.float64 for all of it",
+        )
+    return point
+
+
+def _method(method: Any, residuals: bool, bounds: Any) -> Method:
+    """Return the pure method that is meant."""
+    if residuals:
+        if method != "lbfgs":
+            raise InvalidArgumentError(
+                "With `residuals`, the method is Levenberg-Marquardt.",
+                got=f"method={method!r}",
+                hint="no method; or f that returns half the sum of squares",
+            )
+        return LEVENBERG_MARQUARDT
+    by_name = isinstance(method, str)
+    stages = _stages(method) if by_name else make_stages(method, None, has_data=False)
+    if len(stages) > 1 or not isinstance(stages[0].method, Method):
+        raise InvalidArgumentError(
+            "`solution` takes a method that is a pure function, and one of them.",
+            got=f"method={method!r}",
+            hint='"lbfgs" or "newton"',
+        )
+    require_support(stages[0].name, stages[0].method, bounds, ())
+    return stages[0].method
+
+
+@functools.cache
+def _stages(method: str) -> list[Stage]:
+    """Return the stages of a chain: the same methods for the same name."""
+    return make_stages(method, None, has_data=False)
+
+
+def _checked_gauss_newton(gauss_newton: bool, residuals: bool) -> bool:
+    if gauss_newton and not residuals:
+        raise InvalidArgumentError(
+            "`gauss_newton` is about residuals.",
+            got="gauss_newton=True without residuals=True",
+            hint="f that returns residuals, and residuals=True",
+        )
+    return gauss_newton
+
+
+def _checked_bounds(f: Any, point: Nest, bounds: Any) -> Any:
+    """Return the bounds of x as a vector, in plain numbers."""
+    if bounds is None:
+        return None
+    for leaf in tf.nest.flatten(point):
+        if not leaf.shape.is_fully_defined():
+            raise InvalidArgumentError(
+                "Within bounds, the shape of `x0` must be known.",
+                got=f"x0={describe(leaf)}",
+                hint="tf.ensure_shape(x0, ...)",
+            )
+    limits = Limits(Problem(f, point, None, has_aux=False), bounds, ())
+    return tuple(limits.lower.tolist()), tuple(limits.upper.tolist())
