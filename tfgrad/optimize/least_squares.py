@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.derivatives.tracing import as_written
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, named_leaves, unravel
+from tfgrad.nested import Nest, named_leaves, ravel, unravel
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.driver import Driver
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
@@ -221,7 +222,9 @@ def _with_statistics(
 ) -> LeastSquaresResult:
     """Return the result with what residuals and Jacobian at its point say."""
     leaves = tf.nest.flatten(result.x)
-    residuals = fit.evaluate(leaves).linear.residuals
+    with as_written(optimized=False):
+        linear = fit.at(ravel(leaves)).linear
+    residuals = linear.residuals
     count = sum(np.size(leaf) for leaf in tf.nest.flatten(residuals))
     freedom = count - sum(np.size(leaf) for leaf in leaves)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -230,7 +233,7 @@ def _with_statistics(
         )
     covariance = stderr = None
     if fit.fits_in_memory:
-        factor, count = fit.factor(leaves)
+        factor = fit.factor(leaves, linear)
         limits = Limits(fit, bounds, ())
         x = np.concatenate([np.ravel(leaf) for leaf in leaves])
         is_held = (x <= limits.lower) | (x >= limits.upper)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
 from tfgrad.optimize import stopping
+from tfgrad.optimize.compiled import compiled, kept, shapes_of
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.problem import Evaluation
 from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
@@ -39,6 +39,9 @@ GROWTH = 64
 ROW_BYTES = 2**20
 """Memory for the rows of one chunk; XLA sets it aside whatever the chunk's length."""
 
+LARGE = 2**18
+"""Numbers from which on a vector is held in a variable, so that it is not copied."""
+
 TURNS = 8
 """Evaluations that a compiled chunk may take per step; a line search takes one to
 three."""
@@ -47,26 +50,15 @@ GROUP = 8
 """Scalars in one vector: of more operands, XLA makes a kernel each (measured with
 TensorFlow 2.21)."""
 
-SMALL_TENSOR = 4096
-"""Elements up to which a tensor is copied rather than handed over by itself."""
-
-MOST_KEPT = 64
-"""Compiled steps that are kept; the least recently used goes first."""
-
-KEPT: OrderedDict[Any, Any] = OrderedDict()
-"""The steps that know nothing of the function, compiled once for all of them."""
-
 
 class Packing:
     """A nest as few tensors: what a compiled loop carries from turn to turn.
 
     A scalar costs a loop as much as a small vector: a buffer to carry, and a kernel to
-    compute it. So the scalars of a nest travel together. A call from Python costs some
-    microseconds for each tensor; there all that is small travels together.
+    compute it. So the scalars of a nest travel together.
 
     Args:
         like: A nest of the structure, shapes and dtypes.
-        is_for_calls: Whether it is handed to a function from Python at each step.
 
     >>> packing = Packing({"a": tf.constant(1.0), "b": [tf.constant(2.0), tf.ones(3)]})
     >>> packed = packing.pack({"a": 1.0, "b": [2.0, tf.ones(3)]})
@@ -74,65 +66,35 @@ class Packing:
     [[1.0, 2.0], [1.0, 1.0, 1.0]]
     """
 
-    def __init__(self, like: Nest, *, is_for_calls: bool = False) -> None:
-        """Group what is small by dtype."""
+    def __init__(self, like: Nest) -> None:
+        """Group the scalars by dtype."""
         leaves = [_spec(leaf) for leaf in tf.nest.flatten(like)]
         self._structure = tf.nest.pack_sequence_as(like, leaves)
-        most = SMALL_TENSOR if is_for_calls else 1
-        small: dict[tf.DType, list[int]] = {}
+        scalars: dict[tf.DType, list[int]] = {}
         for i, leaf in enumerate(leaves):
-            is_tensor = isinstance(leaf, tf.TensorSpec)
-            if is_tensor and (is_for_calls or leaf.shape.rank == 0):
-                count = leaf.shape.num_elements()
-                if count is not None and count <= most:
-                    small.setdefault(leaf.dtype, []).append(i)
-        size = len(leaves) if is_for_calls else GROUP
+            if isinstance(leaf, tf.TensorSpec) and leaf.shape.rank == 0:
+                scalars.setdefault(leaf.dtype, []).append(i)
         self._groups = [
-            [(i, leaves[i].shape) for i in indices[k : k + size]]
-            for indices in small.values()
-            for k in range(0, len(indices), size)
+            indices[k : k + GROUP]
+            for indices in scalars.values()
+            for k in range(0, len(indices), GROUP)
         ]
-        grouped = {i for group in self._groups for i, _ in group}
+        grouped = {i for group in self._groups for i in group}
         self._others = [i for i in range(len(leaves)) if i not in grouped]
 
     def pack(self, nest: Nest) -> list[Any]:
         """Return the tensors that hold the leaves of a nest."""
         leaves = tf.nest.flatten(nest)
-        vectors = [
-            tf.concat([tf.reshape(leaves[i], [-1]) for i, _ in group], 0)
-            if any(shape.rank for _, shape in group)
-            else tf.stack([leaves[i] for i, _ in group])
-            for group in self._groups
-        ]
+        vectors = [tf.stack([leaves[i] for i in group]) for group in self._groups]
         return vectors + [leaves[i] for i in self._others]
 
     def unpack(self, tensors: Sequence[Any]) -> Any:
         """Return the nest whose leaves they hold: the inverse of `pack`."""
         leaves = dict(zip(self._others, tensors[len(self._groups) :], strict=True))
         for group, vector in zip(self._groups, tensors, strict=False):
-            if any(shape.rank for _, shape in group):
-                parts = tf.split(vector, [shape.num_elements() for _, shape in group])
-                pairs = zip(group, parts, strict=True)
-                leaves |= {i: tf.reshape(part, shape) for (i, shape), part in pairs}
-            else:
-                pairs = zip(group, tf.unstack(vector), strict=True)
-                leaves |= {i: scalar for (i, _), scalar in pairs}
+            leaves |= dict(zip(group, tf.unstack(vector), strict=True))
         ordered = [leaf for _, leaf in sorted(leaves.items())]
         return tf.nest.pack_sequence_as(self._structure, ordered)
-
-
-class Turn(NamedTuple):
-    """A compiled step after its evaluation.
-
-    Attributes:
-        packing: Of the state.
-        run: Takes the packed state and the leaves of an evaluation without aux values;
-            returns `[code, accepted, step]`, the expected fall, the leaves of the next
-            query, and the packed state.
-    """
-
-    packing: Packing
-    run: Callable[..., Any]
 
 
 class Chunk(NamedTuple):
@@ -142,8 +104,8 @@ class Chunk(NamedTuple):
         packing: Of the state.
         capacity: How many steps it can take at most.
         run: Takes the limit and the packed state; returns how many rows there are, the
-            packed state and the columns.
-        evaluate: Takes the packed state; returns the next evaluation.
+            packed state, but for its variables, and the columns.
+        evaluate: Takes what `Solver.query` returns; returns the evaluation there.
     """
 
     packing: Packing
@@ -192,21 +154,40 @@ class Loop:
     def start(self) -> tuple[State, Rows]:
         """Return where the run begins, and its row if it was evaluated."""
         state, evaluation = self.solver.init()
+        state = held(state)
         if evaluation is None:
             return state, Rows({})
         return self._judged(state, evaluation)
 
     def _judged(self, state: State, evaluation: Evaluation) -> tuple[State, Rows]:
         """Return a state just begun, with the code of the rules, and its row."""
-        code = int(state.code) or int(
-            judge(self._step(state, state, is_start=tf.constant(True)))
-        )
-        state = state._replace(code=tf.constant(code))
+        if int(state.code) == RUNNING:
+            asked = (
+                state.evaluation.value,
+                state.evaluation.grad_max,
+                state.expected,
+                state.first,
+            )
+            key = "start", self._tolerances, stopping.RULES, shapes_of(asked)
+            knows = self.solver.knows_solutions
+            rules = kept(None, (*key, knows), lambda: compiled(self._first, *asked))
+            state = state._replace(code=rules(*asked))
         row = self.row(state, evaluation)
-        if code == code_of("nonfinite"):
+        if int(state.code) == code_of("nonfinite"):
             self.bad = row
             state, self.blame = self.solver.recover(state)
         return state, row
+
+    def _first(self, fun: Any, grad_max: Any, expected: Any, first: Any) -> tf.Tensor:
+        """Return the code of the rules at a start."""
+        if self.solver.knows_solutions:
+            expected = tf.constant(expected.dtype.max, expected.dtype)
+        return judge(
+            Step(
+                fun, grad_max, [fun], expected, first, fun, [fun], expected,
+                tf.constant(True), self._tolerances,
+            )
+        )  # fmt: skip
 
     def row(self, state: State, evaluation: Evaluation) -> Rows:
         """Return the one row of the current point."""
@@ -280,19 +261,16 @@ class Loop:
         rows: list[dict[str, Any]] = []
         query, evaluations = self.solver.query(state), int(state.evaluations)
         inputs = self.solver.inputs(state, limit)
-        packed: Any = None
+        state = tf.nest.map_structure(tf.convert_to_tensor, state)  # none is held
+        leaves, turn = tf.nest.flatten(state), None
         while True:
             evaluation = self.solver.evaluate(query)
             row = self.solver.row(query if self.solver.lag else None, evaluation)
-            known = tf.nest.flatten(evaluation._replace(aux={}))
-            if packed is None:
+            if turn is None:
                 turn = self._turn(state, evaluation)
-                packed = turn.packing.pack(state)
-            counts, expected, *rest = turn.run(*packed, *known, *inputs)
-            leaves = len(rest) - len(packed)
-            queried, packed = rest[:leaves], rest[leaves:]
-            query = queried[0] if queried else ()
-            code, accepted, _ = counts.numpy().tolist()
+            known = tf.nest.flatten(evaluation._replace(aux={}))
+            flags, query, expected, leaves = turn(*leaves, *known, *inputs)
+            code, accepted = flags.numpy()
             evaluations += 1
             if accepted:
                 taken += 1
@@ -302,7 +280,7 @@ class Loop:
                 break
         names = rows[0] if rows else ()
         columns = {name: _array([each[name] for each in rows]) for name in names}
-        return turn.packing.unpack(packed), columns
+        return tf.nest.pack_sequence_as(state, leaves), columns
 
     def _take_eagerly(self, state: State) -> tuple[State, dict[str, Any]]:
         """Take one step that no trace can hold."""
@@ -311,41 +289,20 @@ class Loop:
         columns = {name: _array([value]) for name, value in row.items()}
         return self._decide(state, evaluation, *self.solver.inputs(state, 1)), columns
 
-    def _turn(self, state: State, evaluation: Evaluation) -> Turn:
+    def _turn(self, state: State, evaluation: Evaluation) -> Callable[..., Any]:
         """Return the compiled rest of a step, a new one if none is kept."""
-        kept, key = self.solver.kept()
-        kept = KEPT if kept is None else kept
         known = evaluation._replace(aux={})
-        leaves = tf.nest.flatten((state, known))
-        specs = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        key = "turn", key, self._tolerances, stopping.RULES, specs
-        if key not in kept:
-            kept[key] = self._compile_turn(state, known)
-            if len(kept) > MOST_KEPT and kept is KEPT:
-                KEPT.popitem(last=False)
-        if kept is KEPT:
-            KEPT.move_to_end(key)
-        turn: Turn = kept[key]
-        return turn
 
-    def _compile_turn(self, state: State, evaluation: Evaluation) -> Turn:
-        packing = Packing(state, is_for_calls=True)
-        packed = packing.pack(state)
-
-        def run(*tensors: tf.Tensor) -> Any:
-            state = packing.unpack(tensors[: len(packed)])
-            known = tf.nest.pack_sequence_as(evaluation, tensors[len(packed) :])
+        def run(state: State, known: Evaluation) -> Any:
             state = self._decide(state, known)
-            counts = tf.stack(
-                [state.code, tf.cast(state.accepted, tf.int32), state.step]
-            )
-            query = tf.nest.flatten(self.solver.query(state))
-            return [counts, state.expected, *query, *packing.pack(state)]
+            flags = tf.stack([state.code, tf.cast(state.accepted, tf.int32)])
+            query = self.solver.query(state)
+            return flags, query, state.expected, tf.nest.flatten(state)
 
-        specs = map(tf.TensorSpec.from_tensor, [*packed, *tf.nest.flatten(evaluation)])
-        return Turn(
-            packing, tf.function(run, autograph=False).get_concrete_function(*specs)
-        )
+        place, key = self.solver.kept()
+        key = "turn", key, self._tolerances, stopping.RULES, shapes_of((state, known))
+        made: Callable[..., Any] = kept(place, key, lambda: compiled(run, state, known))
+        return made
 
     # --- in compiled chunks ---
 
@@ -353,21 +310,20 @@ class Loop:
         self, form: Form, state: State, limit: int
     ) -> tuple[State, dict[str, Any]]:
         """Take a chunk of steps in one call."""
+        state = held(state)
         is_new = form.name not in self._chunks
         if is_new and not self._prepare(form, state):
             form = self.solver.form(state, self._planned, self._jit)
             return self._by(form, state, limit)
         chunk = self._chunks[form.name]
         began, length = time.perf_counter(), min(limit, self._length, chunk.capacity)
-        inputs = self.solver.inputs(state, length)
-        counts, packed, columns = chunk.run(
-            tf.constant(length), chunk.packing.pack(state), *inputs
-        )
+        inputs, given = self.solver.inputs(state, length), chunk.packing.pack(state)
+        counts, packed, columns = chunk.run(tf.constant(length), given, *inputs)
         taken = int(counts)
         growth = CHUNK_SECONDS / (time.perf_counter() - began)
         self._length = max(1, int(max(taken, 1) * min(GROWTH, growth)))
         rows = {name: column.numpy()[:taken] for name, column in columns.items()}
-        state = chunk.packing.unpack(packed)
+        state = chunk.packing.unpack(_filled(given, packed))
         if is_new and form.name == "xla" and not self._agrees(chunk, state):
             self.solver.kept_with_f()[0][NO_XLA] = True
             del self._chunks[form.name]
@@ -378,21 +334,21 @@ class Loop:
         self._length = 1
         is_xla = form.name == "xla"
         solver = self.solver.for_xla() if is_xla else self.solver
-        kept, key = self.solver.kept_with_f()
+        place, key = self.solver.kept_with_f()
         if solver is None and self._jit is True:
             solver = self.solver  # compiled anew at each call, but as it is asked
         if solver is None:
-            kept[NO_XLA] = True
+            place[NO_XLA] = True
             return False
         specs = tuple(map(_key, tf.nest.flatten(state)))
         key = form.name, key, self._tolerances, stopping.RULES, specs
-        if key not in kept:
+        if key not in place:
             chunk = self._compile_chunk(solver, state, is_xla=is_xla)
             if is_xla and not self._agrees(chunk, state):
-                kept[NO_XLA] = True
+                place[NO_XLA] = True
                 return False
-            kept[key] = chunk
-        self._chunks[form.name] = kept[key]
+            place[key] = chunk
+        self._chunks[form.name] = place[key]
         return True
 
     def _agrees(self, chunk: Chunk, state: State) -> bool:
@@ -402,26 +358,23 @@ class Loop:
         """
         if self._jit is True:
             return True
+        query = self.solver.query(state)
         try:
-            ours = chunk.evaluate(chunk.packing.pack(state))
+            ours = chunk.evaluate(query)
         except tf.errors.OpError:  # XLA has no kernel for something in it
             return False
-        return _agree(ours, self.solver.evaluate(self.solver.query(state)))
+        return _agree(ours, self.solver.evaluate(query))
 
     def _compile_chunk(self, solver: Solver, state: State, *, is_xla: bool) -> Chunk:
         packing, carried = Packing(state), Packing((0, 0, state))
         jit = is_xla or None
 
-        def evaluate(packed: list[tf.Tensor]) -> Evaluation:
-            return solver.evaluate(solver.query(packing.unpack(packed)))
-
-        def look(packed: list[tf.Tensor]) -> Any:
-            query = solver.query(packing.unpack(packed))
+        def look(query: Any) -> Any:
             row = solver.row(query if solver.lag else None, solver.evaluate(query))
             return {**row, "expected": state.expected} if solver.lag else row
 
-        specs = [_spec(tensor) for tensor in packing.pack(state)]
-        looked = tf.function(look, autograph=False).get_concrete_function(specs)
+        query = tf.nest.map_structure(_spec, solver.query(state))
+        looked = tf.function(look, autograph=False).get_concrete_function(query)
         rows: dict[str, tf.TensorSpec] = looked.structured_outputs
         width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
         capacity = max(1, ROW_BYTES // width)
@@ -453,7 +406,7 @@ class Loop:
                 taken += tf.cast(after.accepted, tf.int32)
                 return carried.pack((taken, turns + 1, after)), written
 
-            start = carried.pack((0, 0, packing.unpack(packed)))
+            start = carried.pack((0, 0, packing.unpack(list(map(_value, packed)))))
             tensors, arrays = tf.while_loop(
                 goes_on, body, (start, arrays), parallel_iterations=1
             )
@@ -463,12 +416,20 @@ class Loop:
                 name: array.stack() if is_xla else array.gather(tf.range(taken))
                 for name, array in arrays.items()
             }
-            return taken, packing.pack(last), columns
+            ended, others = packing.pack(last), []
+            for there, tensor in zip(packed, ended, strict=True):
+                if isinstance(there, tf.Variable):
+                    there.assign(tensor)  # which XLA does where it is
+                else:
+                    others.append(tensor)
+            return taken, others, columns
 
         # Functions of their own: TensorFlow counts the traces of each name.
         own = functools.partial
         compiled = tf.function(own(run), autograph=False, jit_compile=jit)
-        evaluated = tf.function(own(evaluate), autograph=False, jit_compile=jit)
+        evaluated = tf.function(
+            own(solver.evaluate), autograph=False, jit_compile=jit
+        )
         return Chunk(packing, capacity, compiled, evaluated)
 
     def _decide(
@@ -505,6 +466,33 @@ class Loop:
             is_start=is_start,
             tolerances=self._tolerances,
         )
+
+
+def held(state: State) -> State:
+    """Return a state whose large vectors are variables: XLA writes them in place.
+
+    A tensor that is handed from call to call is copied by each. What is read of a
+    variable stays as it is: then the next write is not in place.
+    """
+    return tf.nest.map_structure(
+        lambda leaf: tf.Variable(leaf, trainable=False) if _is_large(leaf) else leaf,
+        state,
+    )
+
+
+def _is_large(leaf: Any) -> bool:
+    count = leaf.shape.num_elements() if isinstance(leaf, tf.Tensor) else None
+    return count is not None and count >= LARGE
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
+
+
+def _filled(given: list[Any], others: list[Any]) -> list[Any]:
+    """Return the leaves of a state, its variables among them."""
+    left = iter(others)
+    return [leaf if isinstance(leaf, tf.Variable) else next(left) for leaf in given]
 
 
 def _array(values: list[Any]) -> np.ndarray[Any, Any]:

@@ -162,16 +162,14 @@ class Residuals(Problem):
         assert isinstance(self.evaluator, ResidualEvaluator)
         return self.evaluator.fits_in_memory
 
-    def factor(self, x: list[tf.Tensor]) -> tuple[tf.Tensor, int]:
-        """Return R with R'R = J'J at a point, J itself or a triangle, and m."""
-        assert isinstance(self.evaluator, ResidualEvaluator)
-        linear = self.evaluate(x).linear
-        count = static_size(tf.nest.flatten(linear.residuals)) or 0
+    def factor(self, x: list[tf.Tensor], linear: Linear) -> tf.Tensor:
+        """Return R with R'R = J'J at a point: J itself, or a triangle."""
         n = linear.matrix.shape[0]
         if n <= MOST_FOR_QR:
-            return linear.matrix[:, :n], count
+            return linear.matrix[:, :n]
+        assert isinstance(self.evaluator, ResidualEvaluator)
         matrix: tf.Tensor = self.evaluator.jacobian(self.arguments(x))
-        return matrix, count
+        return matrix
 
 
 def _check_dtypes(recording: Recording) -> None:
@@ -210,7 +208,10 @@ def _reduced(jacobian: tf.Tensor, residuals: tf.Tensor, slope: tf.Tensor) -> tf.
     # QR of what is not finite may not end.
     is_known = tf.reduce_all(tf.math.is_finite(both))
     both = tf.where(is_known, both, tf.zeros_like(both))
-    missing = tf.maximum(n - tf.shape(both)[0], 0)
-    triangle = tf.linalg.qr(tf.pad(both, [[0, missing], [0, 0]])).r[:n]
+    m = both.shape[0]
+    if m is None or m < n:
+        missing = tf.maximum(n - tf.shape(both)[0], 0)
+        both = tf.pad(both, [[0, missing], [0, 0]])
+    triangle = tf.linalg.qr(both).r[:n]
     triangle = tf.where(is_known, triangle, tf.constant(float("nan"), triangle.dtype))
     return tf.ensure_shape(triangle, [n, n + 1])

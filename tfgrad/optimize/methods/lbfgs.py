@@ -207,8 +207,10 @@ class LBFGS:
         m = memory + 1
         dtype, zero = start.x.dtype, tf.zeros_like(start.fun)
         square = tf.zeros([m, m], dtype)
+        # Zeros that depend on something: a graph keeps a copy of what is constant.
+        none = tf.where(tf.math.is_finite(start.fun), zero, zero)
         empty = Memory(
-            tf.zeros([m, 2, n], dtype), tf.zeros([m, 2], dtype), square,
+            tf.broadcast_to(none, [m, 2, n]), tf.zeros([m, 2], dtype), square,
             tf.zeros([m], dtype), square, zero, tf.constant(0),
         )  # fmt: skip
         progress, first = expectation.start_of(start)

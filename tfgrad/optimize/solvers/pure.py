@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import tensorflow as tf
 from tfgrad.derivatives.signatures import signature
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either, ravel, unravel
+from tfgrad.optimize.compiled import compiled, kept, shapes_of
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.convergence import at_precision
@@ -38,12 +38,6 @@ SAVED = 2e-4, 1e-7
 AT_ONCE = 20
 """The number of evaluations up to which XLA that would pay later begins at once."""
 
-INITS: OrderedDict[Any, Any] = OrderedDict()
-"""First moves of methods, compiled."""
-
-MOST_KEPT = 64
-"""Compiled functions that are kept; the oldest goes first."""
-
 VECTOR = "x as a vector"
 """The column of points until their leaves have names."""
 
@@ -58,6 +52,16 @@ class Memory(NamedTuple):
 
     trial: tf.Tensor
     method: Any
+
+
+class Start(NamedTuple):
+    """What a run begins from: an evaluated point, and what was counted before it."""
+
+    x: tf.Tensor
+    evaluation: Evaluation
+    first: tf.Tensor
+    step: tf.Tensor
+    evaluations: tf.Tensor
 
 
 class PureSolver:
@@ -138,23 +142,35 @@ class PureSolver:
         evaluation = flat(self.problem.evaluate(x))
         if isinstance(self._given, Bindable):
             self._method = self._given.bind(self.problem)
-        return self._begin(ravel(x), evaluation, before), evaluation
+        start = Start(
+            ravel(x),
+            evaluation._replace(aux={}),
+            evaluation.value if before is None else before.first,
+            tf.constant(0) if before is None else before.step + 1,
+            tf.constant(1) if before is None else before.evaluations + 1,
+        )
+        place, key = self.kept()
+        key = "start", key, shapes_of(start)
+        begun = kept(place, key, lambda: compiled(self._begin, start))
+        self._watch()
+        return begun(*tf.nest.flatten(start)), evaluation
 
-    def _begin(self, x: tf.Tensor, evaluation: Evaluation, before: Any) -> State:
-        move = self._first_move(self._point(x, evaluation))
+    def _begin(self, start: Start) -> State:
+        """Return where a run begins: the method's first move is part of it."""
+        x, evaluation = start.x, start.evaluation
+        move = self._method.init(self._point(x, evaluation))
         value = evaluation.value
         is_bad = ~(tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max))
-        self._watch()
         return State(
             x,
             _carried(self._projected(x, evaluation)),
-            Memory(move.x, _tensors(move.state)),
+            Memory(move.x, tf.nest.map_structure(tf.convert_to_tensor, move.state)),
             tf.constant(True),
             tf.where(is_bad, code_of("nonfinite"), RUNNING),
-            tf.constant(0) if before is None else before.step + 1,
-            tf.constant(1) if before is None else before.evaluations + 1,
+            start.step,
+            start.evaluations,
             self._expected(move, evaluation),
-            value if before is None else before.first,
+            start.first,
         )
 
     def _expected(self, move: Move, evaluation: Evaluation) -> tf.Tensor:
@@ -166,22 +182,6 @@ class PureSolver:
     def prepare(self, state: State) -> State:
         """Return the state as it is."""
         return state
-
-    def _first_move(self, point: Point) -> Move:
-        """Return the first move: compiled once for all functions, if it is of none."""
-        _, key = self.kept()
-        if self._method is not self._given:
-            return self._method.init(point)
-        leaves = tf.nest.flatten(point)
-        key = key, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        if key not in INITS:
-            specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, point)
-            function = tf.function(self._method.init, autograph=False)
-            INITS[key] = function.get_concrete_function(specs)
-            if len(INITS) > MOST_KEPT:
-                INITS.popitem(last=False)
-        move: Move = INITS[key](*leaves)
-        return move
 
     def inputs(self, state: State, limit: int) -> tuple[Any, ...]:
         """Return nothing: the function takes the point alone."""
@@ -402,10 +402,6 @@ def _check_unconstrained(name: str, owners: Any) -> None:
 
 def _carried(evaluation: Evaluation) -> Evaluation:
     return evaluation._replace(aux={}, linear=())
-
-
-def _tensors(nest: Any) -> Any:
-    return tf.nest.map_structure(tf.convert_to_tensor, nest)
 
 
 def _told(expected: Any, dtype: tf.DType) -> tf.Tensor:
