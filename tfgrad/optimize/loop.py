@@ -149,7 +149,7 @@ class Loop:
         self._tolerances = tolerances
         self._planned, self._jit, self._clock = planned, jit, clock
         self._length = 1
-        self._chunks: dict[str, Chunk] = {}
+        self._doubted: Chunk | None = None
 
     def start(self) -> tuple[State, Rows]:
         """Return where the run begins, and its row if it was evaluated."""
@@ -309,13 +309,47 @@ class Loop:
     def _take(
         self, form: Form, state: State, limit: int
     ) -> tuple[State, dict[str, Any]]:
-        """Take a chunk of steps in one call."""
+        """Take a chunk of steps in one call; the first one, of one step, is a trial."""
         state = held(state)
-        is_new = form.name not in self._chunks
-        if is_new and not self._prepare(form, state):
-            form = self.solver.form(state, self._planned, self._jit)
-            return self._by(form, state, limit)
-        chunk = self._chunks[form.name]
+        chunk, place, key = self._chunk(form, state)
+        if chunk is not None and key in place:
+            return self._run(chunk, state, limit)
+        is_doubted = form.name == "xla" and self._jit is not True
+        try:
+            if chunk is None or (is_doubted and not self._predicts(chunk, state)):
+                return self._without_xla(state, limit)
+            self._length = 1
+            after, rows = self._run(chunk, state, 1)
+        except tf.errors.OpError:  # XLA has no kernel for something in it
+            if not is_doubted:
+                raise
+            return self._without_xla(state, limit)
+        if is_doubted and not self._confirms(after):
+            if not any(isinstance(leaf, tf.Variable) for leaf in tf.nest.flatten(state)):
+                return self._without_xla(state, limit)
+            self.solver.kept_with_f()[0][NO_XLA] = True
+            return self._begun_at(after)
+        if int(after.step) > int(state.step) or not is_doubted:
+            place[key] = chunk
+        return after, rows
+
+    def _without_xla(self, state: State, limit: int) -> tuple[State, dict[str, Any]]:
+        """Take the steps in another form, now and later on."""
+        self.solver.kept_with_f()[0][NO_XLA] = True
+        form = self.solver.form(state, self._planned, self._jit)
+        return self._by(form, state, limit)
+
+    def _begun_at(self, after: State) -> tuple[State, dict[str, Any]]:
+        """Begin anew at the point of a state of which nothing else is right."""
+        before = after._replace(step=after.step - 1)
+        state, evaluation = self.solver.begin(self.solver.point(after), before)
+        row = {**self.solver.row(state.x, evaluation), "expected": state.expected}
+        return held(state), {name: _array([value]) for name, value in row.items()}
+
+    def _run(
+        self, chunk: Chunk, state: State, limit: int
+    ) -> tuple[State, dict[str, Any]]:
+        """Take steps in one call."""
         began, length = time.perf_counter(), min(limit, self._length, chunk.capacity)
         inputs, given = self.solver.inputs(state, length), chunk.packing.pack(state)
         counts, packed, columns = chunk.run(tf.constant(length), given, *inputs)
@@ -323,47 +357,42 @@ class Loop:
         growth = CHUNK_SECONDS / (time.perf_counter() - began)
         self._length = max(1, int(max(taken, 1) * min(GROWTH, growth)))
         rows = {name: column.numpy()[:taken] for name, column in columns.items()}
-        state = chunk.packing.unpack(_filled(given, packed))
-        if is_new and form.name == "xla" and not self._agrees(chunk, state):
-            self.solver.kept_with_f()[0][NO_XLA] = True
-            del self._chunks[form.name]
-        return state, rows
+        return chunk.packing.unpack(_filled(given, packed)), rows
 
-    def _prepare(self, form: Form, state: State) -> bool:
-        """Compile the chunk; return False if XLA cannot, or rounds otherwise."""
-        self._length = 1
-        is_xla = form.name == "xla"
-        solver = self.solver.for_xla() if is_xla else self.solver
+    def _chunk(self, form: Form, state: State) -> tuple[Chunk | None, Any, Any]:
+        """Return the chunk, None if XLA cannot; where it is to be kept, and its key."""
         place, key = self.solver.kept_with_f()
-        if solver is None and self._jit is True:
-            solver = self.solver  # compiled anew at each call, but as it is asked
-        if solver is None:
-            place[NO_XLA] = True
-            return False
         specs = tuple(map(_key, tf.nest.flatten(state)))
         key = form.name, key, self._tolerances, stopping.RULES, specs
-        if key not in place:
-            chunk = self._compile_chunk(solver, state, is_xla=is_xla)
-            if is_xla and not self._agrees(chunk, state):
-                place[NO_XLA] = True
-                return False
-            place[key] = chunk
-        self._chunks[form.name] = place[key]
-        return True
+        chunk = place.get(key) or self._doubted
+        if chunk is not None:
+            return chunk, place, key
+        is_xla = form.name == "xla"
+        solver = self.solver.for_xla() if is_xla else self.solver
+        if solver is None and self._jit is True:
+            solver = self.solver  # compiled anew at each call, but as it is asked
+        if solver is not None:
+            chunk = self._doubted = self._compile_chunk(solver, state, is_xla=is_xla)
+        return chunk, place, key
 
-    def _agrees(self, chunk: Chunk, state: State) -> bool:
-        """Return whether XLA computes what the graph does, but for rounding.
+    def _predicts(self, chunk: Chunk, state: State) -> bool:
+        """Return whether XLA's next evaluation is that of the graph, but for rounding.
 
-        It is asked with `jit="auto"` only.
+        It is asked where an optimizer moves variables, which nothing puts back.
         """
-        if self._jit is True:
+        if self.solver.lag:
             return True
         query = self.solver.query(state)
-        try:
-            ours = chunk.evaluate(query)
-        except tf.errors.OpError:  # XLA has no kernel for something in it
-            return False
-        return _agree(ours, self.solver.evaluate(query))
+        return _agree(chunk.evaluate(query), self.solver.evaluate(query))
+
+    def _confirms(self, after: State) -> bool:
+        """Return whether the graph's evaluation of the point is XLA's, likewise."""
+        if not self.solver.lag:
+            return True
+        x, ours = tf.nest.map_structure(
+            tf.convert_to_tensor, (after.x, after.evaluation)
+        )
+        return _agree(ours, self.solver.evaluate(x))
 
     def _compile_chunk(self, solver: Solver, state: State, *, is_xla: bool) -> Chunk:
         packing, carried = Packing(state), Packing((0, 0, state))
