@@ -1,6 +1,9 @@
 """The time from a new function to the answer, tracing and all, against it by hand."""
 
+import json
+import os
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -123,7 +126,35 @@ def test_a_new_fit_to_its_answer(report):
     summarised(report, question, found, {"median": "1.0", "worst": "-"})
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no clock that is fine enough")
+def measured(tool, n):
+    """Return what a tool measured of 100 steps at n; None if it is not installed."""
+    python = os.environ.get("TFGRAD_PEERS", sys.executable)
+    python = sys.executable if tool == "tfgrad" else python
+    module = {"scipy": "scipy, tensorflow"}.get(tool, tool)
+    if subprocess.run(
+        [python, "-c", f"import {module}"], capture_output=True
+    ).returncode:
+        return None
+    command = [python, str(HERE / "scale_peer.py"), tool, str(n)]
+    found = subprocess.run(command, capture_output=True, check=True, text=True)
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["scipy", "optax"])
+@pytest.mark.parametrize("n", [100, 10_000, 1_000_000, 4_000_000])
+def test_a_hundred_steps_of_any_size(report, n, tool):
+    theirs, ours = measured(tool, n), measured("tfgrad", n)
+    if theirs is None:
+        pytest.skip(f"{tool} is not installed beside TFGRAD_PEERS")
+
+    question = f"100 steps of L-BFGS, {n:,} variables, all counted, against {tool}"
+    report(question, ours["seconds"], theirs["seconds"], "s", "not slower")
+    if n >= 1_000_000:
+        asked = f"{question}: memory over the start"
+        report(asked, ours["vectors"], theirs["vectors"], "vectors", "50")
+
+
 def test_a_compiled_function_fitted_again(report, interleaved):
     generator = np.random.default_rng(0)
     t = np.linspace(0, 4, 60)

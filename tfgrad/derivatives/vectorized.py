@@ -7,7 +7,6 @@ ops. It needs graphs without control flow: through a loop it fails, or ends the 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -166,9 +165,9 @@ def _units(outputs: Sequence[tf.Tensor], index: int) -> list[tf.Tensor]:
 
 def _in_shape(tensor: tf.Tensor, *like: tf.Tensor) -> tf.Tensor:
     """Return a tensor in the shapes of others, one after the other: known or not."""
-    shape = functools.reduce(
-        tf.TensorShape.concatenate, (other.shape for other in like)
-    )
+    shape = tf.TensorShape([])
+    for other in like:
+        shape = shape.concatenate(other.shape)
     if shape.is_fully_defined():
         return tf.reshape(tensor, shape)
     found = tf.reshape(tensor, tf.concat([tf.shape(other) for other in like], axis=0))

@@ -373,7 +373,9 @@ class Problem:
             return at
         key = "at", signature(self.template)
         if key not in self.evaluator.kept:
-            self.evaluator.kept[key] = Traces(lambda _, x: evaluate(x), self.f, jit=False)
+            self.evaluator.kept[key] = Traces(
+                lambda _, x: evaluate(x), self.f, jit=False
+            )
         kept: Callable[[tf.Tensor], Evaluation] = self.evaluator.kept[key]
         return kept
 

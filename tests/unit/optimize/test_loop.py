@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.optimize import compiled, stopping
-from tfgrad.optimize.loop import GROUP, Packing
+from tfgrad.optimize.chunks import GROUP, Packing
 from tfgrad.optimize.methods.protocol import Move
 from tfgrad.optimize.stopping import Rule
 
@@ -185,8 +185,8 @@ def test_xla_compiles_the_loop_once_for_every_method(tmp_path):
 
     counts = [line.split() for line in run.stdout.splitlines()]
     assert len(counts) == 12
-    for *what, compiled, steps in counts:
-        assert int(compiled) == 1, what
+    for *what, count, steps in counts:
+        assert int(count) == 1, what
         assert int(steps) > 2
 
 

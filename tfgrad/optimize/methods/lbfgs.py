@@ -261,6 +261,9 @@ class LBFGS:
         told = expectation.told(expected, before.expected, here.fun, sized)
         hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * narrowed.noise
         last = tf.where(hidden, tf.zeros_like(expected), expected)
+        # Where f is uncertain by more than its size tells, a fall by that may be left.
+        is_noisy = narrowed.noise > LEVEL * EPSILONS[new.fun.dtype] * tf.abs(here.fun)
+        last = tf.where(is_noisy, tf.maximum(last, narrowed.noise), last)
         told = tf.where(failed, last, told)
         is_kink = expectation.is_kink(here, progress, expected)
         told = tf.where(is_kink, told.dtype.max, told)

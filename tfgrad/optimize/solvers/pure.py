@@ -64,7 +64,7 @@ class Start(NamedTuple):
     evaluations: tf.Tensor
 
 
-class PureSolver:
+class PureSolver(Solver):
     """Evaluate the trial, ask the method what to make of it.
 
     Args:
@@ -101,11 +101,6 @@ class PureSolver:
         self._given = self._method = method
         self._failure = code_of(getattr(method, "failure", "linesearch"))
         self._others: list[Any] = []
-
-    @property
-    def is_eager(self) -> bool:
-        """Whether the method has to run outside of a trace: never."""
-        return False
 
     @property
     def knows_solutions(self) -> bool:
@@ -179,14 +174,6 @@ class PureSolver:
         expected = _told(move.expected, dtype)
         return tf.where(evaluation.grad_max == 0, tf.zeros([], dtype), expected)
 
-    def prepare(self, state: State) -> State:
-        """Return the state as it is."""
-        return state
-
-    def inputs(self, state: State, limit: int) -> tuple[Any, ...]:
-        """Return nothing: the function takes the point alone."""
-        return ()
-
     def query(self, state: State) -> Any:
         """Return the trial."""
         return state.memory.trial
@@ -248,16 +235,6 @@ class PureSolver:
         """Return the current point and the one before."""
         return [new.x], [old.x]
 
-    def move(
-        self, old: State, new: State, evaluation: Evaluation, *inputs: Any
-    ) -> State:
-        """Return the state as it is: the next trial is part of it."""
-        return new
-
-    def has_next(self, state: State) -> Any:
-        """Return that there is a trial."""
-        return True
-
     def settle(self, state: State) -> None:
         """Put the user's variables to the current point."""
         if self.problem.variables:
@@ -281,14 +258,6 @@ class PureSolver:
             return state, None
         found: tuple[State, Evaluation] = self.begin(unravel(lower, self._like), state)
         return found
-
-    def finish(self, state: State) -> tuple[State, Evaluation | None]:
-        """Return the state as it is: its point was evaluated and recorded."""
-        return state, None
-
-    def look(self, state: State) -> Evaluation:
-        """Return the evaluation of the current point."""
-        return state.evaluation
 
     def refresh(self, state: State) -> State:
         """Begin anew where the variables are if one that f reads was changed."""
@@ -349,9 +318,6 @@ class PureSolver:
         if isinstance(self._given, Bindable):
             solver._method = self._given.bind(problem)
         return solver
-
-    def close(self) -> None:
-        """Do nothing: nothing was borrowed."""
 
     def _point(self, x: tf.Tensor, evaluation: Evaluation) -> Point:
         linear = getattr(evaluation.linear, "matrix", ())
