@@ -296,8 +296,9 @@ def held(state: State) -> State:
 
 
 def _is_large(leaf: Any) -> bool:
-    count = leaf.shape.num_elements() if isinstance(leaf, tf.Tensor) else None
-    return count is not None and count >= LARGE
+    if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
+        return False
+    return (leaf.shape.num_elements() or 0) >= LARGE
 
 
 def _value(leaf: Any) -> Any:
