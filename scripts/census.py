@@ -28,8 +28,8 @@ def passed(call: Callable[[], Any]) -> tuple[int, int, int]:
     """Return how many functions and files of ours a call passes, and how deep.
 
     It is the second call: what modules do when they are imported, and what a method
-    compiles once in a process, is no part of it. Comprehensions and the like are part of
-    the function that they stand in.
+    compiles once in a process, is no part of it. Comprehensions and the like are part
+    of the function that they stand in.
     """
     call()
     functions: set[tuple[str, int]] = set()
