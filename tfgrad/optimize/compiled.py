@@ -21,8 +21,11 @@ def direct(concrete: Any) -> Callable[..., Any]:
     Their number and dtypes are not looked at, which takes three quarters of the time of
     a call of some microseconds; and no tape records it.
     """
-    function, captured = concrete.inference_fn, list(concrete.captured_inputs)
-    return lambda *tensors: function.call_preflattened([*tensors, *captured])
+    captured = list(concrete.captured_inputs)
+    # It holds `concrete`, with which its graph would go.
+    return lambda *tensors: concrete.inference_fn.call_preflattened(
+        [*tensors, *captured]
+    )
 
 
 def compiled(function: Callable[..., Any], *nests: Any) -> Callable[..., Any]:

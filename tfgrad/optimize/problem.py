@@ -368,7 +368,10 @@ class Problem:
             def at(x: tf.Tensor) -> Evaluation:
                 if not tf.executing_eagerly():  # as part of a loop
                     return evaluate(x)
-                return flat(call(*unravel(x, leaves)))
+                try:
+                    return flat(call(*unravel(x, leaves)))
+                except tf.errors.OpError:  # which the other one explains
+                    return evaluate(x)
 
             return at
         key = "at", signature(self.template)
