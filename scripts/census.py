@@ -20,8 +20,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 ROOT = Path(__file__).parents[1] / "tfgrad"
 
 
+NO_FUNCTIONS = ("<module>", "<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")
+"""Code that is part of something else."""
+
+
 def passed(call: Callable[[], Any]) -> tuple[int, int, int]:
-    """Return how many functions and files of ours a call passes, and how deep."""
+    """Return how many functions and files of ours a call passes, and how deep.
+
+    It is the second call: what modules do when they are imported, and what a method
+    compiles once in a process, is no part of it. Comprehensions and the like are part
+    of the function that they stand in.
+    """
+    call()
     functions: set[tuple[str, int]] = set()
     depth = deepest = 0
     ours = str(ROOT) + os.sep
@@ -31,7 +41,7 @@ def passed(call: Callable[[], Any]) -> tuple[int, int, int]:
         code = frame.f_code
         if event not in ("call", "return") or not code.co_filename.startswith(ours):
             return
-        if code.co_name == "<module>":
+        if code.co_name in NO_FUNCTIONS:
             return
         if event == "call":
             functions.add((code.co_filename, code.co_firstlineno))
@@ -62,7 +72,6 @@ def calls() -> dict[str, Callable[[], Any]]:
     def loss(x: Any, y: Any) -> Any:
         return tf.reduce_mean((model(x) - y) ** 2)
 
-    place = Path(tempfile.mkdtemp())
     point = tf.constant([1.0, 2.0])
 
     def f(x: Any) -> Any:
@@ -76,8 +85,8 @@ def calls() -> dict[str, Callable[[], Any]]:
             loss,
             wrt=model,
             data=(x, x[:, :1]),
-            log=place / "logs",
-            checkpoint=place / "checkpoints",
+            log=Path(tempfile.mkdtemp()),
+            checkpoint=Path(tempfile.mkdtemp()),
         ),
         "grad(f)(x)": lambda: tfgrad.grad(f)(point),
         "hessian(f)(x)": lambda: tfgrad.hessian(f)(point),

@@ -89,9 +89,13 @@ def jvp(
 
 
 def push_forward(
-    recording: Recording,
+    recording: Recording, *, is_sound: bool = True
 ) -> Callable[[Sequence[tf.Tensor]], list[tf.Tensor]]:
     """Return the function from one tangent per source to one per output: J times them.
+
+    Args:
+        recording: Of the outputs.
+        is_sound: Whether that is known; if not, the outputs are looked at together.
 
     Raises:
         NoGradientError: If an op on the way back has no gradient of its own.
@@ -102,7 +106,8 @@ def push_forward(
     tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
     with resumed(), tape:
         tape.watch(cotangents)
-        pulled = recording.pull(cotangents)
+        pull = recording.pull if is_sound else recording.gradients
+        pulled = pull(cotangents)
     made = recording.operations[before:]
     for op in every(made):
         if op.type in _PYTHON:

@@ -19,7 +19,7 @@ from tfgrad.derivatives.certificates import (
 from tfgrad.derivatives.forward import push_forward
 from tfgrad.derivatives.outputs import float_outputs, objective, with_aux
 from tfgrad.derivatives.recording import Recording
-from tfgrad.derivatives.tracing import not_converted
+from tfgrad.derivatives.tracing import leaves_tensorflow, not_converted
 from tfgrad.derivatives.vectorized import is_straight, rows, static_size
 from tfgrad.derivatives.verification import Arrays
 from tfgrad.errors import InvalidArgumentError, NoGradientError
@@ -293,15 +293,20 @@ def jacobian_blocks(
         chunk_size: As for `jacobian`.
         jit: As for `jacobian`.
     """
-    recording.require_sound()
     sizes = map(static_size, (recording.outputs, recording.sources))
     tall = _is_tall(*sizes, jit=jit and is_straight(recording.operations))
-    if mode == "forward" or (mode == "auto" and tall):
+    is_forward = mode == "forward" or (mode == "auto" and tall)
+    # Of one output, the pull-back that columns are made of tells the same.
+    is_one = len(recording.outputs) == 1 and not leaves_tensorflow()
+    if not (is_forward and is_one):
+        recording.require_sound()
+    if is_forward:
         try:
-            return _by_columns(recording, chunk_size)
+            return _by_columns(recording, chunk_size, is_sound=not is_one)
         except NoGradientError:  # forward mode differentiates twice
             if mode == "forward":
                 raise
+            recording.require_sound()  # else it is the user's function that is cut
     return _by_rows(recording, chunk_size)
 
 
@@ -316,9 +321,11 @@ def _by_rows(recording: Recording, chunk_size: int | None) -> list[list[tf.Tenso
     )
 
 
-def _by_columns(recording: Recording, chunk_size: int | None) -> list[list[tf.Tensor]]:
+def _by_columns(
+    recording: Recording, chunk_size: int | None, *, is_sound: bool
+) -> list[list[tf.Tensor]]:
     """Return the blocks `[output][source]`, by push-forwards."""
-    push, sources = push_forward(recording), recording.sources
+    push, sources = push_forward(recording, is_sound=is_sound), recording.sources
     blocks = rows(push, sources, recording.outputs, recording.operations, chunk_size)
     return [
         [
@@ -331,10 +338,12 @@ def _by_columns(recording: Recording, chunk_size: int | None) -> list[list[tf.Te
 
 def _transposed(block: tf.Tensor, source: tf.Tensor) -> tf.Tensor:
     """Return a block of shape `source.shape + output.shape` with the two exchanged."""
+    rank, whole = source.shape.rank, block.shape.rank
+    if rank is not None and whole is not None:
+        return tf.transpose(block, [*range(rank, whole), *range(rank)])
     first = tf.rank(source)
     axes: Any = tf.concat([tf.range(first, tf.rank(block)), tf.range(first)], axis=0)
     transposed = tf.transpose(block, axes)
-    rank = source.shape.rank
     if rank is not None:
         transposed.set_shape(block.shape[rank:].concatenate(source.shape))
     return transposed

@@ -91,10 +91,14 @@ class Recording:
         Args:
             twice: What is pulled back is differentiated again.
         """
-        operations = self.operations
-        if not twice and self._call.variables is None:
-            operations = _depending(operations, self.sources)
+        operations = self.operations if twice else self._moving()
         require_right(operations, self.name, twice=twice)
+
+    def _moving(self) -> list[tf.Operation]:
+        """Return the ops that depend on the sources; of variables, all."""
+        if self._call.variables is not None:
+            return self.operations
+        return _depending(self.operations, self.sources)
 
     @property
     def name(self) -> str:
@@ -162,7 +166,7 @@ class Recording:
             found, undefined = [None] * len(self.sources), error
         if leaves_tensorflow():
             self._verify(self._dense(found), weights)
-        if may_drop(self.operations):
+        if may_drop(self._moving()):
             require_whole(
                 self._one_output(outputs),
                 *self._roots(),

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.soundness import every
@@ -22,6 +23,9 @@ PullBack = Callable[[Sequence[tf.Tensor]], list[tf.Tensor]]
 
 WORKING_MEMORY = 256 * 2**20
 """Bytes that the rows computed together may need."""
+
+FEW = 4
+"""Rows up to which each is traced by itself."""
 
 _map: Any = tf.map_fn  # the stubs know no lists of specs
 
@@ -114,6 +118,9 @@ def _in_chunks(
         )
         return found
 
+    if chunk == total <= FEW:  # to vectorise takes longer than to trace a few rows
+        found = [pull(_units(outputs, i)) for i in range(total)]
+        return [tf.stack(part) for part in zip(*found, strict=True)]
     if chunk == total:
         return vectorised(tf.range(total))
     chunks = math.ceil(total / chunk)
@@ -132,17 +139,40 @@ def _in_chunks(
 
 def _basis(outputs: Sequence[tf.Tensor], indices: tf.Tensor) -> list[tf.Tensor]:
     """Return unit cotangents by number, of shape `[len(indices), *output.shape]`."""
-    basis, first = [], tf.constant(0)
+    basis, first = [], 0
     for output in outputs:
-        size = tf.size(output)
+        size = output.shape.num_elements()
+        size = tf.size(output) if size is None else size
         # An index that belongs to another output gives zeros.
         units = tf.one_hot(indices - first, size, dtype=output.dtype)
-        shape = tf.concat([tf.shape(indices), tf.shape(output)], axis=0)
-        part = tf.reshape(units, shape)
-        part.set_shape(indices.shape.concatenate(output.shape))
-        basis.append(part)
+        basis.append(_in_shape(units, indices, output))
         first += size
     return basis
+
+
+def _units(outputs: Sequence[tf.Tensor], index: int) -> list[tf.Tensor]:
+    """Return the unit cotangents of one number, constants."""
+    units, first = [], 0
+    for output in outputs:
+        size: Any = output.shape.num_elements()
+        unit = np.zeros(size, output.dtype.as_numpy_dtype)
+        if first <= index < first + size:
+            unit[index - first] = 1
+        units.append(tf.constant(unit.reshape(output.shape)))
+        first += size
+    return units
+
+
+def _in_shape(tensor: tf.Tensor, *like: tf.Tensor) -> tf.Tensor:
+    """Return a tensor in the shapes of others, one after the other: known or not."""
+    shape = tf.TensorShape([])
+    for other in like:
+        shape = shape.concatenate(other.shape)
+    if shape.is_fully_defined():
+        return tf.reshape(tensor, shape)
+    found = tf.reshape(tensor, tf.concat([tf.shape(other) for other in like], axis=0))
+    found.set_shape(shape)
+    return found
 
 
 def _blocks(
@@ -151,15 +181,12 @@ def _blocks(
     sources: Sequence[tf.Tensor],
 ) -> list[list[tf.Tensor]]:
     """Return the rows of each source split by output, in the shapes of an answer."""
-    sizes = [tf.size(output) for output in outputs]
+    sizes = [tf.size(output) for output in outputs] if len(outputs) > 1 else []
     blocks: list[list[tf.Tensor]] = [[] for _ in outputs]
     for part, source in zip(stacked, sources, strict=True):
         parts = tf.split(part, sizes) if len(outputs) > 1 else [part]
         for row, output, block in zip(parts, outputs, blocks, strict=True):
-            shape = tf.concat([tf.shape(output), tf.shape(source)], axis=0)
-            answer = tf.reshape(row, shape)
-            answer.set_shape(output.shape.concatenate(source.shape))
-            block.append(answer)
+            block.append(_in_shape(row, output, source))
     return blocks
 
 

@@ -25,13 +25,13 @@ from tfgrad.derivatives.tracing import as_written
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.nested import Nest, either, unravel
 from tfgrad.optimize.hooks import Interrupts
-from tfgrad.optimize.loop import decide, step_between
 from tfgrad.optimize.methods.levenberg_marquardt import ORTHOGONAL, STANDS, VANISHED
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.problem import Evaluation, Problem, flat, operations_of
 from tfgrad.optimize.solvers import State
-from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureSolver
-from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, judge
+from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureSolver, Start
+from tfgrad.optimize.solvers.ruled import Ruled
+from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
 
 Array = np.ndarray[Any, Any]
 
@@ -365,23 +365,21 @@ def _compile(
 
     def begun(x: tf.Tensor, sides: list[tf.Tensor], evaluation: Evaluation) -> State:
         solver = solver_of(sides)
-        state = solver.begun(x, evaluation)
-        step = step_between(
-            solver, plan.tolerances, state, state, is_start=tf.constant(True)
-        )
-        return state._replace(code=tf.where(state.code > 0, state.code, judge(step)))
+        state = solver.begun(Start.at(x, evaluation))
+        here, rules = state.evaluation, Ruled(solver, plan.tolerances)
+        code = rules.first(here.value, here.grad_max, state.expected, state.first)
+        return state._replace(code=tf.where(state.code > 0, state.code, code))
 
     def turn(row: Any) -> State:
         state, is_new, x, sides, evaluation = row
         solver = solver_of(sides)
+        ruled = Ruled(solver, plan.tolerances)
         if is_blank:
             start = blank_state(method, x)
             start = start._replace(first=evaluation.value)
-            new = decide(
-                solver, plan.tolerances, either(is_new, start, state), evaluation
-            )
+            new = ruled.step(either(is_new, start, state), evaluation)
         else:
-            going = decide(solver, plan.tolerances, state, evaluation)
+            going = ruled.step(state, evaluation)
             new = either(is_new, begun(x, sides, evaluation), going)
         code = new.code
         if solver.knows_solutions:

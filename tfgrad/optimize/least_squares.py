@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.derivatives.tracing import as_written
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, named_leaves
+from tfgrad.nested import Nest, named_leaves, ravel
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.driver import Driver
 from tfgrad.optimize.methods.levenberg_marquardt import (
@@ -234,7 +235,8 @@ def check_loss(loss: Any, f_scale: Any) -> None:
 def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResult:
     """Return the result with what residuals and Jacobian at its point say."""
     fit, bounds = driver.problem, driver.options.bounds
-    linear = fit.evaluate(tf.nest.flatten(result.x)).linear
+    with as_written(optimized=False):
+        linear = fit.at(ravel(tf.nest.flatten(result.x))).linear
     count = sum(np.size(leaf) for leaf in tf.nest.flatten(linear.residuals))
     limits = Limits(fit, bounds, ())
     freedom = count - int(np.sum(limits.lower < limits.upper))

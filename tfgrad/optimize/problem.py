@@ -35,10 +35,14 @@ from tfgrad.nested import (
     unravel,
     variables_of,
 )
+from tfgrad.optimize.compiled import direct
 
 SMALL = 10
 """Parameters, and numbers in an aux value, up to which each step's are kept in the
 history."""
+
+FEW = 3
+"""Leaves of a point that are put together by themselves; more, in a compiled call."""
 
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 """Ops that call another graph: XLA compiles a loop around the derivative of one anew
@@ -353,18 +357,28 @@ class Problem:
     def _evaluation_of_vectors(self) -> Callable[[tf.Tensor], Evaluation]:
         """Return the function from a vector to the evaluation there."""
         leaves = self.leaves
-        is_traced = self.graph() is not None
-        if self.takes_values and len(leaves) == 1 and leaves[0].shape.rank == 1:
-            if not is_traced:
-                return lambda x: flat(self.evaluate([x]))
-            evaluate = self.evaluator.evaluate.function(*self._nests())
-            return lambda x: flat(evaluate(x))
-        if not is_traced:
-            return lambda x: flat(self.evaluate(unravel(x, leaves)))
+
+        def evaluate(x: tf.Tensor) -> Evaluation:
+            return flat(self.evaluate(unravel(x, leaves)))
+
+        if self.graph() is None:
+            return evaluate
+        if self.takes_values and len(leaves) <= FEW:
+            call = direct(self.evaluator.evaluate.concrete(*self._nests()))
+
+            def at(x: tf.Tensor) -> Evaluation:
+                if not tf.executing_eagerly():  # as part of a loop
+                    return evaluate(x)
+                try:
+                    return flat(call(*unravel(x, leaves)))
+                except tf.errors.OpError:  # which the other one explains
+                    return evaluate(x)
+
+            return at
         key = "at", signature(self.template)
         if key not in self.evaluator.kept:
             self.evaluator.kept[key] = Traces(
-                lambda f, x: flat(self.evaluate(unravel(x, leaves))), self.f, jit=False
+                lambda _, x: evaluate(x), self.f, jit=False
             )
         kept: Callable[[tf.Tensor], Evaluation] = self.evaluator.kept[key]
         return kept

@@ -14,7 +14,7 @@ from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.derivatives.vectorized import static_size
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, describe, ravel
+from tfgrad.nested import Nest, describe, ravel, unravel
 from tfgrad.optimize.methods import losses
 from tfgrad.optimize.methods.levenberg_marquardt import MOST_FOR_QR
 from tfgrad.optimize.problem import Evaluator, Problem
@@ -86,9 +86,7 @@ class ResidualEvaluator(Evaluator):
         if self.loss[0] != "linear":
             residuals, jacobian = losses.weighted(residuals, jacobian, *self.loss)
         vector = tf.linalg.matvec(jacobian, residuals, transpose_a=True)
-        sizes = [source.shape.num_elements() for source in recording.sources]
-        parts = zip(tf.split(vector, sizes), recording.sources, strict=True)
-        gradient = [tf.reshape(part, source.shape) for part, source in parts]
+        gradient = unravel(vector, recording.sources)
         matrix = _reduced(jacobian, residuals, vector)
         return value, gradient, Linear(matrix, recording.output)
 
@@ -189,10 +187,11 @@ def _fits(outputs: list[Any], sources: list[Any]) -> bool:
 def _matrix(blocks: Any, sources: list[Any]) -> tf.Tensor:
     """Return the Jacobian `[m, n]` of its blocks, one for each output and source."""
     sizes = [source.shape.num_elements() for source in sources]
-    rows = [
-        tf.concat([tf.reshape(b, [-1, n]) for b, n in zip(row, sizes, strict=True)], 1)
+    flat = [
+        [tf.reshape(b, [-1, n]) for b, n in zip(row, sizes, strict=True)]
         for row in blocks
     ]
+    rows = [row[0] if len(row) == 1 else tf.concat(row, axis=1) for row in flat]
     return rows[0] if len(rows) == 1 else tf.concat(rows, axis=0)
 
 
@@ -206,7 +205,10 @@ def _reduced(jacobian: tf.Tensor, residuals: tf.Tensor, slope: tf.Tensor) -> tf.
     # QR of what is not finite may not end.
     is_known = tf.reduce_all(tf.math.is_finite(both))
     both = tf.where(is_known, both, tf.zeros_like(both))
-    missing = tf.maximum(n - tf.shape(both)[0], 0)
-    triangle = tf.linalg.qr(tf.pad(both, [[0, missing], [0, 0]])).r[:n]
+    m = both.shape[0]
+    if m is None or m < n:
+        missing = tf.maximum(n - tf.shape(both)[0], 0)
+        both = tf.pad(both, [[0, missing], [0, 0]])
+    triangle = tf.linalg.qr(both).r[:n]
     triangle = tf.where(is_known, triangle, tf.constant(float("nan"), triangle.dtype))
     return tf.ensure_shape(triangle, [n, n + 1])

@@ -280,7 +280,9 @@ def test_under_xla_square_jacobians_of_straight_code_are_taken_by_columns(monkey
     taken = []
     way = matrices._by_columns
     monkeypatch.setattr(
-        matrices, "_by_columns", lambda *args: taken.append("columns") or way(*args)
+        matrices,
+        "_by_columns",
+        lambda *args, **options: taken.append("columns") or way(*args, **options),
     )
     straight = lambda x: tf.sin(x) * x[::-1]  # noqa: E731  one line
     looped = lambda x: tf.map_fn(lambda a: a**3, x)  # noqa: E731  one line

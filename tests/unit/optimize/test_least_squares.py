@@ -291,11 +291,11 @@ def test_many_parameters_are_fitted_without_a_matrix(monkeypatch):
 
 
 def test_eigenvalues_and_singular_values_take_the_same_path(monkeypatch):
-    from tfgrad.optimize import loop, residuals
+    from tfgrad.optimize import compiled, residuals
     from tfgrad.optimize.methods import levenberg_marquardt
 
     # What is kept was compiled for triangles.
-    monkeypatch.setattr(loop, "KEPT", OrderedDict())
+    monkeypatch.setattr(compiled, "KEPT", OrderedDict())
     monkeypatch.setattr(levenberg_marquardt, "MOST_FOR_QR", 1)
     monkeypatch.setattr(residuals, "MOST_FOR_QR", 1)
     result = tfgrad.least_squares(decay, START)

@@ -12,9 +12,10 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.optimize import loop, stopping
-from tfgrad.optimize.loop import GROUP, Packing
+from tfgrad.optimize import chunks, compiled, stopping
+from tfgrad.optimize.chunks import GROUP, Packing
 from tfgrad.optimize.methods.protocol import Move
+from tfgrad.optimize.solvers import pure
 from tfgrad.optimize.stopping import Rule
 
 
@@ -88,16 +89,16 @@ def test_two_methods_of_one_class_do_not_share_what_is_compiled():
 
 
 def test_the_update_of_a_method_is_compiled_once_for_all_functions(monkeypatch):
-    monkeypatch.setattr(loop, "KEPT", OrderedDict())
+    monkeypatch.setattr(compiled, "KEPT", OrderedDict())
     start = np.array([-1.2, 1.0])
 
     first = tfgrad.minimize(lambda x: rosenbrock(x), start)
-    kept = dict(loop.KEPT)
+    kept = dict(compiled.KEPT)
     second = tfgrad.minimize(lambda x: rosenbrock(x), start)
     tfgrad.minimize(lambda x: tf.reduce_sum((x - 3) ** 2), start)
 
-    assert len(kept) == 1
-    assert kept == loop.KEPT
+    assert len(kept) == 3  # the first move, the rules at the start, the others
+    assert kept == compiled.KEPT
     np.testing.assert_array_equal(first.history["fun"], second.history["fun"])
 
 
@@ -185,8 +186,8 @@ def test_xla_compiles_the_loop_once_for_every_method(tmp_path):
 
     counts = [line.split() for line in run.stdout.splitlines()]
     assert len(counts) == 12
-    for *what, compiled, steps in counts:
-        assert int(compiled) == 1, what
+    for *what, count, steps in counts:
+        assert int(count) == 1, what
         assert int(steps) > 2
 
 
@@ -297,6 +298,41 @@ def test_rows_of_an_embedding_stay_sparse_and_are_those_of_the_dense_gradient():
     dense = trained(lambda w, i: tf.tensordot(tf.one_hot(i, 50), w, 1))
 
     np.testing.assert_allclose(sparse, dense, rtol=1e-5)
+
+
+def test_large_states_are_written_in_place_and_what_was_read_of_them_stays(monkeypatch):
+    start = np.tile([-1.2, 1.0], 2)
+    plain = tfgrad.minimize(rosenbrock, start, jit=True)
+    monkeypatch.setattr(chunks, "LARGE", 1)
+
+    states = list(tfgrad.descend(rosenbrock, start, jit=True))
+    result = tfgrad.minimize(rosenbrock, start, jit=True)
+    more = tfgrad.minimize(rosenbrock, result, steps=5, jit=True)
+
+    np.testing.assert_array_equal(result.history["fun"], plain.history["fun"])
+    np.testing.assert_array_equal(
+        [state.x for state in states], plain.history["x"][: len(states)]
+    )
+    np.testing.assert_array_equal(result.x, plain.x)
+    assert more.nit >= result.nit
+
+
+@pytest.mark.parametrize("large", [1, chunks.LARGE])
+def test_where_xla_disagrees_the_run_goes_on_without_it(monkeypatch, large):
+    start = np.tile([-1.2, 1.0], 2)
+    monkeypatch.setattr(chunks, "LARGE", large)
+    monkeypatch.setattr(chunks, "_agree", lambda ours, theirs: False)
+    monkeypatch.setattr(pure, "SAVED", (1.0, 0.0))  # so that XLA pays at once
+
+    result = tfgrad.minimize(rosenbrock, start)
+
+    assert result.success
+    np.testing.assert_allclose(result.x, 1, rtol=1e-4)
+    steps = result.history["step"]
+    np.testing.assert_array_equal(steps, np.arange(len(steps)))
+    if large > 1:  # nothing of what XLA did is left
+        plain = tfgrad.minimize(rosenbrock, start, jit=False)
+        np.testing.assert_array_equal(result.history["fun"], plain.history["fun"])
 
 
 def test_a_graph_that_stays_a_call_is_compiled_where_that_is_asked():

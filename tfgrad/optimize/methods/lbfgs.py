@@ -210,8 +210,10 @@ class LBFGS:
         m = memory + 1
         dtype, zero = start.x.dtype, tf.zeros_like(start.fun)
         square = tf.zeros([m, m], dtype)
+        # Zeros that depend on something: a graph keeps a copy of what is constant.
+        none = tf.where(tf.math.is_finite(start.fun), zero, zero)
         empty = Memory(
-            tf.zeros([m, 2, n], dtype), tf.zeros([m, 2], dtype), square,
+            tf.broadcast_to(none, [m, 2, n]), tf.zeros([m, 2], dtype), square,
             tf.zeros([m], dtype), square, zero, tf.constant(0),
         )  # fmt: skip
         progress, first = expectation.start_of(start)
@@ -264,6 +266,9 @@ class LBFGS:
         )
         hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * narrowed.noise
         last = tf.where(hidden, tf.zeros_like(expected), expected)
+        # Where f is uncertain by more than its size tells, a fall by that may be left.
+        is_noisy = narrowed.noise > LEVEL * EPSILONS[new.fun.dtype] * tf.abs(here.fun)
+        last = tf.where(is_noisy, tf.maximum(last, narrowed.noise), last)
         told = tf.where(failed, last, told)
         is_kink = expectation.is_kink(here, progress, expected)
         told = tf.where(is_kink, told.dtype.max, told)

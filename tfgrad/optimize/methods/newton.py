@@ -66,6 +66,8 @@ class State(NamedTuple):
         first_grad: The length of the gradient at the start.
         least_grad: The largest |element| of the flattest gradient so far.
         idle: Steps in a row that neither lowered f nor flattened it.
+        noise: The most by which f changed in trials from the current point of which the
+            model expected no more than rounding.
     """
 
     step: tf.Tensor
@@ -76,6 +78,7 @@ class State(NamedTuple):
     first_grad: tf.Tensor
     least_grad: tf.Tensor
     idle: tf.Tensor
+    noise: tf.Tensor
 
 
 class Model(NamedTuple):
@@ -133,6 +136,7 @@ class Newton:
             first_grad=tf.norm(start.grad),
             least_grad=start.grad_max,
             idle=none,
+            noise=zero,
         )
         return self._search(start, state)
 
@@ -142,12 +146,15 @@ class Newton:
         # With `noise` in both, the ratio is 1 where rounding hides the decrease.
         ratio = (old.fun - new.fun + noise) / (state.predicted + noise)
         is_taken = new.is_finite & (ratio >= ACCEPTABLE)
+        is_dull = new.is_finite & (state.predicted <= noise)
+        change = tf.where(is_dull, tf.abs(new.fun - old.fun), tf.zeros_like(noise))
         here = either(is_taken, new._replace(linear=()), old._replace(linear=()))
         state = state._replace(
             radius=_radius(state, tf.where(new.is_finite, ratio, -1)),
             trials=tf.where(is_taken, 0, state.trials + 1),
             least_grad=tf.minimum(state.least_grad, here.grad_max),
             idle=tf.where(is_taken, _idle(new, old, state), state.idle),
+            noise=tf.where(is_taken, 0 * noise, tf.maximum(state.noise, change)),
         )
         stuck = (state.trials >= MOST_TRIALS) | (state.idle >= MOST_IDLE)
         return self._search(here, state, stuck)._replace(accepted=is_taken)
@@ -160,9 +167,9 @@ class Newton:
         state = state._replace(
             step=model.step, predicted=model.predicted, expected=expected
         )
-        # The last that the method has to say; before, more may lie beyond the radius.
-        is_known = model.is_inside | failed
-        told = tf.where(is_known, expected, expected.dtype.max)
+        # More may lie beyond the radius, but for the last that the method has to say.
+        told = tf.where(model.is_inside, expected, expected.dtype.max)
+        told = tf.where(failed, tf.maximum(expected, state.noise), told)
         return Move(x, state, failed=failed, expected=told)
 
     def _minimiser(self, here: Point, state: State) -> Model:

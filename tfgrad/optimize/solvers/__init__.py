@@ -7,7 +7,7 @@ that was evaluated; `move` goes on from there, unless a rule has ended the run.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -58,52 +58,80 @@ class Form(NamedTuple):
     evaluations: int = 2**62
 
 
-class Solver(Protocol):
-    """A method at work on a problem.
+class Solver:
+    """A method at work on a problem; what it says nothing about is as here.
 
     Attributes:
         name: What to call the method.
         lag: How many steps were taken when a point that was accepted is recorded, less
             those when it was evaluated: 1 for a trial, 0 for the current point.
+        is_eager: Whether `accept` and `move` have to run outside of a trace.
+        knows_solutions: Whether the method says itself where a solution is: no rule is
+            asked then.
     """
 
     name: str
     lag: int
+    is_eager: Any = False
+    knows_solutions: Any = False
 
-    @property
-    def is_eager(self) -> bool:
-        """Whether `accept` and `move` have to run outside of a trace."""
-
-    @property
-    def knows_solutions(self) -> bool:
-        """Whether the method says itself where a solution is: no rule is asked then."""
-
-    def kept(self) -> tuple[Any, Any]:
-        """Return a dict to keep compiled steps in, and what they depend on.
-
-        None in place of the dict says that they serve all functions.
-        """
-
-    def kept_with_f(self) -> tuple[Any, Any]:
-        """Return the same for what depends on the function, too."""
-
-    def for_xla(self) -> Solver | None:
-        """Return the solver in a form that XLA compiles once; None if there is none."""
+    # --- where a run is ---
 
     def init(self) -> tuple[State, Evaluation | None]:
         """Return where a run begins, and the evaluation of it, if it was made."""
+        raise NotImplementedError
+
+    def begin(self, x: list[tf.Tensor], before: State) -> tuple[State, Evaluation]:
+        """Return where a run goes on from a point, evaluated anew."""
+        raise NotImplementedError
+
+    def point(self, state: State) -> list[tf.Tensor]:
+        """Return the leaves of the current point."""
+        raise NotImplementedError
+
+    def gradient(self, evaluation: Evaluation) -> list[tf.Tensor]:
+        """Return the leaves of the gradient of an evaluation, without a loss scale."""
+        raise NotImplementedError
+
+    def variables(self) -> list[tf.Variable]:
+        """Return the variables that belong to where the run is."""
+        raise NotImplementedError
+
+    # --- a step ---
 
     def prepare(self, state: State) -> State:
         """Return the state with what the next evaluation takes at hand."""
+        return state
 
-    def inputs(self, state: State, limit: int) -> tuple[Any, ...]:
-        """Return what `move` takes besides, for a chunk of up to `limit` steps."""
+    def has_next(self, state: State) -> Any:
+        """Return whether there is something to evaluate next, shape `[]`."""
+        return True
 
     def query(self, state: State) -> Any:
         """Return what `evaluate` needs of the state."""
+        raise NotImplementedError
 
     def evaluate(self, query: Any) -> Evaluation:
         """Return the function at the point that comes next."""
+        raise NotImplementedError
+
+    def accept(self, state: State, evaluation: Evaluation) -> State:
+        """Return the state with the point that was evaluated as the current one."""
+        raise NotImplementedError
+
+    def way(self, old: State, new: State) -> tuple[list[Any], list[Any]]:
+        """Return the current point and the one before, leaf by leaf."""
+        raise NotImplementedError
+
+    def inputs(self, state: State, limit: int) -> tuple[Any, ...]:
+        """Return what `move` takes besides, for a chunk of up to `limit` steps."""
+        return ()
+
+    def move(
+        self, old: State, new: State, evaluation: Evaluation, *inputs: Any
+    ) -> State:
+        """Go on from the current point, unless the code of `new` ends the run."""
+        return new
 
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
         """Return what the history keeps of a point.
@@ -112,62 +140,24 @@ class Solver(Protocol):
             x: What `query` returned; None for the current point.
             evaluation: The function there.
         """
+        raise NotImplementedError
 
     def named(self, columns: dict[str, Any]) -> dict[str, Any]:
         """Return the columns of rows with the names of leaves for those of a vector."""
+        return columns
 
-    def accept(self, state: State, evaluation: Evaluation) -> State:
-        """Return the state with the point that was evaluated as the current one."""
+    # --- how it is compiled ---
 
-    def way(self, old: State, new: State) -> tuple[list[Any], list[Any]]:
-        """Return the current point and the one before, leaf by leaf."""
+    def kept(self) -> tuple[Any, Any]:
+        """Return a dict to keep compiled steps in, and what they depend on.
 
-    def move(
-        self, old: State, new: State, evaluation: Evaluation, *inputs: Any
-    ) -> State:
-        """Go on from the current point, unless the code of `new` ends the run."""
-
-    def has_next(self, state: State) -> Any:
-        """Return whether there is something to evaluate next, shape `[]`."""
-
-    def settle(self, state: State) -> None:
-        """Put the user's variables to the current point."""
-
-    def recover(self, state: State) -> tuple[State, str]:
-        """Go back from a point that is not finite; return also what made it so."""
-
-    def escape(self, state: State) -> tuple[State, Evaluation | None]:
-        """Leave a point that may be a maximum or a saddle, if it is one.
-
-        Returns:
-            The state that goes on beside it, and the evaluation there; or the same
-            state, and None.
+        None in place of the dict says that they serve all functions.
         """
+        raise NotImplementedError
 
-    def finish(self, state: State) -> tuple[State, Evaluation | None]:
-        """Do what is due at the end of the run.
-
-        Returns:
-            The state, and the evaluation of its point if the history lacks it.
-        """
-
-    def look(self, state: State) -> Evaluation:
-        """Return the function at the current point, where f leaves what it writes."""
-
-    def refresh(self, state: State) -> State:
-        """Return the state for what f reads now: a user may have changed it."""
-
-    def point(self, state: State) -> list[tf.Tensor]:
-        """Return the leaves of the current point."""
-
-    def gradient(self, evaluation: Evaluation) -> list[tf.Tensor]:
-        """Return the leaves of the gradient of an evaluation, without a loss scale."""
-
-    def variables(self) -> list[tf.Variable]:
-        """Return the variables that belong to where the run is."""
-
-    def why(self, state: State) -> tuple[str, str] | None:
-        """Return the method's own status and sentence, if it gave up and has some."""
+    def kept_with_f(self) -> tuple[Any, Any]:
+        """Return the same for what depends on the function, too."""
+        return self.kept()
 
     def form(self, state: State, planned: int, jit: bool | str) -> Form:
         """Return how the next steps are run.
@@ -177,6 +167,49 @@ class Solver(Protocol):
             planned: How many steps there will be in all, at most.
             jit: As for `minimize`.
         """
+        raise NotImplementedError
+
+    def for_xla(self) -> Solver | None:
+        """Return the solver in a form that XLA compiles once; None if there is none."""
+        return self
+
+    # --- between steps, and at the end ---
+
+    def settle(self, state: State) -> None:
+        """Put the user's variables to the current point."""
+
+    def look(self, state: State) -> Evaluation:
+        """Return the function at the current point, where f leaves what it writes."""
+        return state.evaluation
+
+    def refresh(self, state: State) -> State:
+        """Return the state for what f reads now: a user may have changed it."""
+        return state
+
+    def recover(self, state: State) -> tuple[State, str]:
+        """Go back from a point that is not finite; return also what made it so."""
+        raise NotImplementedError
+
+    def escape(self, state: State) -> tuple[State, Evaluation | None]:
+        """Leave a point that may be a maximum or a saddle, if it is one.
+
+        Returns:
+            The state that goes on beside it, and the evaluation there; or the same
+            state, and None.
+        """
+        return state, None
+
+    def finish(self, state: State) -> tuple[State, Evaluation | None]:
+        """Do what is due at the end of the run.
+
+        Returns:
+            The state, and the evaluation of its point if the history lacks it.
+        """
+        return state, None
+
+    def why(self, state: State) -> tuple[str, str] | None:
+        """Return the method's own status and sentence, if it gave up and has some."""
+        return None
 
     def close(self) -> None:
         """Give back what the run has borrowed."""

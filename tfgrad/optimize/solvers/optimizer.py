@@ -58,7 +58,7 @@ class Batches(NamedTuple):
     epoch: Any
 
 
-class OptimizerSolver:
+class OptimizerSolver(Solver):
     """Evaluate where the variables are, then let the optimizer move them.
 
     Args:
@@ -106,17 +106,8 @@ class OptimizerSolver:
         """Whether the updates have to run outside of a trace."""
         return not self._method.is_compiled or self._compiled is None
 
-    @property
-    def knows_solutions(self) -> bool:
-        """Whether the method says itself where a solution is: no."""
-        return False
-
     def kept(self) -> tuple[Any, Any]:
         """Return that what is compiled serves this run alone."""
-        return self._kept, None
-
-    def kept_with_f(self) -> tuple[Any, Any]:
-        """Return the same."""
         return self._kept, None
 
     def init(self) -> tuple[State, Evaluation | None]:
@@ -177,10 +168,6 @@ class OptimizerSolver:
         if rate is not None:
             row["learning_rate"] = rate
         return {**row, **evaluation.aux}
-
-    def named(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """Return the columns as they are."""
-        return columns
 
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Return the state with the current point evaluated."""
@@ -247,9 +234,6 @@ class OptimizerSolver:
         """Return whether there is a batch at hand."""
         return True if self._source is None else state.batch.ahead.has_value()
 
-    def settle(self, state: State) -> None:
-        """Do nothing: the variables are the current point."""
-
     def recover(self, state: State) -> tuple[State, str]:
         """Say what is not finite, and go back to the point before, if there is one."""
         blame = self._blame(state)
@@ -259,10 +243,6 @@ class OptimizerSolver:
             variable.assign(kept.read_value())
         state = state._replace(step=state.step - 1, evaluation=state.memory)
         return state, blame
-
-    def escape(self, state: State) -> tuple[State, Evaluation | None]:
-        """Return the state as it is: a batch says nothing about curvature."""
-        return state, None
 
     def finish(self, state: State) -> tuple[State, Evaluation | None]:
         """Let the optimizer put its averages in place; evaluate the last point.
@@ -292,10 +272,6 @@ class OptimizerSolver:
             variable.assign(value)
         return evaluation
 
-    def refresh(self, state: State) -> State:
-        """Return the state as it is: each step evaluates what f reads then."""
-        return state
-
     def point(self, state: State) -> list[tf.Tensor]:
         """Return the values of the variables."""
         return [variable.read_value() for variable in self.moved]
@@ -314,10 +290,6 @@ class OptimizerSolver:
         parts = (self.moved, self.backup, self._method.variables(), of_f)
         return list({id(v): v for part in parts for v in part}.values())
 
-    def why(self, state: State) -> tuple[str, str] | None:
-        """Return nothing: an optimizer takes all its steps."""
-        return None
-
     def form(self, state: State, planned: int, jit: bool | str) -> Form:
         """Return the compiled loop that pays for so many steps."""
         if self.is_eager:
@@ -334,17 +306,10 @@ class OptimizerSolver:
         is_fit &= jit == "auto" and not self._kept.get(NO_XLA)
         return Form("xla" if is_fit and is_long else "graph")
 
-    def for_xla(self) -> Solver | None:
-        """Return the solver itself."""
-        return self
-
     def set_rate(self, rate: Any) -> None:
         """Let the optimizer go on with another learning rate."""
         if not callable(rate):
             self._method.optimizer.learning_rate = rate
-
-    def close(self) -> None:
-        """Do nothing: nothing was borrowed."""
 
     # --- batches ---
 

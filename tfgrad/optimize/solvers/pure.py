@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ import tensorflow as tf
 from tfgrad.derivatives.signatures import signature
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either, ravel, unravel
+from tfgrad.optimize.compiled import compiled, kept, shapes_of
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.convergence import at_precision
@@ -38,12 +38,6 @@ SAVED = 2e-4, 1e-7
 AT_ONCE = 20
 """The number of evaluations up to which XLA that would pay later begins at once."""
 
-INITS: OrderedDict[Any, Any] = OrderedDict()
-"""First moves of methods, compiled."""
-
-MOST_KEPT = 64
-"""Compiled functions that are kept; the oldest goes first."""
-
 VECTOR = "x as a vector"
 """The column of points until their leaves have names."""
 
@@ -60,7 +54,30 @@ class Memory(NamedTuple):
     method: Any
 
 
-class PureSolver:
+class Start(NamedTuple):
+    """What a run begins from: an evaluated point, and what was counted before it."""
+
+    x: tf.Tensor
+    evaluation: Evaluation
+    first: tf.Tensor
+    step: tf.Tensor
+    evaluations: tf.Tensor
+
+    @classmethod
+    def at(
+        cls, x: tf.Tensor, evaluation: Evaluation, before: State | None = None
+    ) -> Start:
+        """Return the start at a point, after the run until there, if there was one."""
+        return cls(
+            x,
+            evaluation._replace(aux={}),
+            evaluation.value if before is None else before.first,
+            tf.constant(0) if before is None else before.step + 1,
+            tf.constant(1) if before is None else before.evaluations + 1,
+        )
+
+
+class PureSolver(Solver):
     """Evaluate the trial, ask the method what to make of it.
 
     Args:
@@ -100,11 +117,6 @@ class PureSolver:
         self.blamed: tuple[list[tf.Tensor], tuple[Any, ...]] = [], ()
 
     @property
-    def is_eager(self) -> bool:
-        """Whether the method has to run outside of a trace: never."""
-        return False
-
-    @property
     def knows_solutions(self) -> bool:
         """Whether the method says itself where a solution is."""
         return _knows_solutions(self._method)
@@ -138,42 +150,31 @@ class PureSolver:
         evaluation = flat(self.problem.evaluate(x))
         if isinstance(self._given, Bindable):
             self._method = self._given.bind(self.problem)
-        return self._begin(ravel(x), evaluation, before), evaluation
-
-    def _begin(self, x: tf.Tensor, evaluation: Evaluation, before: Any) -> State:
-        move = self._first_move(self._point(x, evaluation))
+        start = Start.at(ravel(x), evaluation, before)
         self._watch()
-        return self.begun(x, evaluation, move, before)
+        if not tf.executing_eagerly():  # it is part of another trace
+            return self.begun(start), evaluation
+        place, key = self.kept()
+        key = "start", key, shapes_of(start)
+        begun = kept(place, key, lambda: compiled(self.begun, start))
+        return begun(*tf.nest.flatten(start)), evaluation
 
-    def begun(
-        self,
-        x: tf.Tensor,
-        evaluation: Evaluation,
-        move: Move | None = None,
-        before: State | None = None,
-    ) -> State:
-        """Return the state at an evaluated point where the method begins.
-
-        Args:
-            x: The point, a vector.
-            evaluation: The function there.
-            move: The method's first; None asks it.
-            before: The run until there.
-        """
-        if move is None:
-            move = self._method.init(self._point(x, evaluation))
+    def begun(self, start: Start) -> State:
+        """Return where a run begins: the method's first move is part of it."""
+        x, evaluation = start.x, start.evaluation
+        move = self._method.init(self._point(x, evaluation))
         value = evaluation.value
         is_bad = ~(tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max))
         return State(
             x,
             _carried(self._projected(x, evaluation)),
-            Memory(move.x, _tensors(move.state)),
+            Memory(move.x, tf.nest.map_structure(tf.convert_to_tensor, move.state)),
             tf.constant(True),
             tf.where(is_bad, code_of("nonfinite"), RUNNING),
-            tf.constant(0) if before is None else before.step + 1,
-            tf.constant(1) if before is None else before.evaluations + 1,
+            start.step,
+            start.evaluations,
             self._expected(move, evaluation),
-            value if before is None else before.first,
+            start.first,
         )
 
     def _expected(self, move: Move, evaluation: Evaluation) -> tf.Tensor:
@@ -181,30 +182,6 @@ class PureSolver:
         dtype = evaluation.value.dtype
         expected = _told(move.expected, dtype)
         return tf.where(evaluation.grad_max == 0, tf.zeros([], dtype), expected)
-
-    def prepare(self, state: State) -> State:
-        """Return the state as it is."""
-        return state
-
-    def _first_move(self, point: Point) -> Move:
-        """Return the first move: compiled once for all functions, if it is of none."""
-        _, key = self.kept()
-        if self._method is not self._given:
-            return self._method.init(point)
-        leaves = tf.nest.flatten(point)
-        key = key, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        if key not in INITS:
-            specs = tf.nest.map_structure(tf.TensorSpec.from_tensor, point)
-            function = tf.function(self._method.init, autograph=False)
-            INITS[key] = function.get_concrete_function(specs)
-            if len(INITS) > MOST_KEPT:
-                INITS.popitem(last=False)
-        move: Move = INITS[key](*leaves)
-        return move
-
-    def inputs(self, state: State, limit: int) -> tuple[Any, ...]:
-        """Return nothing: the function takes the point alone."""
-        return ()
 
     def query(self, state: State) -> Any:
         """Return the trial."""
@@ -267,16 +244,6 @@ class PureSolver:
         """Return the current point and the one before."""
         return [new.x], [old.x]
 
-    def move(
-        self, old: State, new: State, evaluation: Evaluation, *inputs: Any
-    ) -> State:
-        """Return the state as it is: the next trial is part of it."""
-        return new
-
-    def has_next(self, state: State) -> Any:
-        """Return that there is a trial."""
-        return True
-
     def settle(self, state: State) -> None:
         """Put the user's variables to the current point."""
         if self.problem.variables:
@@ -302,14 +269,6 @@ class PureSolver:
             return state, None
         found: tuple[State, Evaluation] = self.begin(unravel(lower, self._like), state)
         return found
-
-    def finish(self, state: State) -> tuple[State, Evaluation | None]:
-        """Return the state as it is: its point was evaluated and recorded."""
-        return state, None
-
-    def look(self, state: State) -> Evaluation:
-        """Return the evaluation of the current point."""
-        return state.evaluation
 
     def refresh(self, state: State) -> State:
         """Begin anew where the variables are if one that f reads was changed."""
@@ -371,9 +330,6 @@ class PureSolver:
             solver._method = self._given.bind(problem)
         return solver
 
-    def close(self) -> None:
-        """Do nothing: nothing was borrowed."""
-
     def _point(self, x: tf.Tensor, evaluation: Evaluation) -> Point:
         linear = getattr(evaluation.linear, "matrix", ())
         value = tf.cast(evaluation.value, x.dtype)
@@ -426,10 +382,6 @@ def _check_unconstrained(name: str, owners: Any) -> None:
 
 def _carried(evaluation: Evaluation) -> Evaluation:
     return evaluation._replace(aux={}, linear=())
-
-
-def _tensors(nest: Any) -> Any:
-    return tf.nest.map_structure(tf.convert_to_tensor, nest)
 
 
 def _told(expected: Any, dtype: tf.DType) -> tf.Tensor:

@@ -1,0 +1,352 @@
+"""Many steps in one call: a compiled loop, in the graph or under XLA."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.differences import EPSILONS
+from tfgrad.nested import Nest
+from tfgrad.optimize.problem import Evaluation
+from tfgrad.optimize.solvers import NO_XLA, Form, State
+from tfgrad.optimize.solvers.ruled import Ruled
+from tfgrad.optimize.stopping import RUNNING
+
+CHUNK_SECONDS = 0.075
+"""What a chunk should take: short enough for Ctrl-C, long enough to hide a Python
+call."""
+
+GROWTH = 64
+"""How much longer a chunk may be than the one before it, which was timed."""
+
+ROW_BYTES = 2**20
+"""Memory for the rows of one chunk; XLA sets it aside whatever the chunk's length."""
+
+LARGE = 2**18
+"""Numbers from which on a vector is held in a variable, so that it is not copied."""
+
+TURNS = 8
+"""Evaluations that a compiled chunk may take per step; a line search takes one to
+three."""
+
+GROUP = 8
+"""Scalars in one vector: of more operands, XLA makes a kernel each (measured with
+TensorFlow 2.21)."""
+
+
+class Packing:
+    """A nest as few tensors: what a compiled loop carries from turn to turn.
+
+    A scalar costs a loop as much as a small vector: a buffer to carry, and a kernel to
+    compute it. So the scalars of a nest travel together.
+
+    Args:
+        like: A nest of the structure, shapes and dtypes.
+
+    >>> packing = Packing({"a": tf.constant(1.0), "b": [tf.constant(2.0), tf.ones(3)]})
+    >>> packed = packing.pack({"a": 1.0, "b": [2.0, tf.ones(3)]})
+    >>> [tensor.numpy().tolist() for tensor in packed]
+    [[1.0, 2.0], [1.0, 1.0, 1.0]]
+    """
+
+    def __init__(self, like: Nest) -> None:
+        """Group the scalars by dtype."""
+        leaves = [_spec(leaf) for leaf in tf.nest.flatten(like)]
+        self._structure = tf.nest.pack_sequence_as(like, leaves)
+        scalars: dict[tf.DType, list[int]] = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, tf.TensorSpec) and leaf.shape.rank == 0:
+                scalars.setdefault(leaf.dtype, []).append(i)
+        self._groups = [
+            indices[k : k + GROUP]
+            for indices in scalars.values()
+            for k in range(0, len(indices), GROUP)
+        ]
+        grouped = {i for group in self._groups for i in group}
+        self._others = [i for i in range(len(leaves)) if i not in grouped]
+
+    def pack(self, nest: Nest) -> list[Any]:
+        """Return the tensors that hold the leaves of a nest."""
+        leaves = tf.nest.flatten(nest)
+        vectors = [tf.stack([leaves[i] for i in group]) for group in self._groups]
+        return vectors + [leaves[i] for i in self._others]
+
+    def unpack(self, tensors: Sequence[Any]) -> Any:
+        """Return the nest whose leaves they hold: the inverse of `pack`."""
+        leaves = dict(zip(self._others, tensors[len(self._groups) :], strict=True))
+        for group, vector in zip(self._groups, tensors, strict=False):
+            leaves |= dict(zip(group, tf.unstack(vector), strict=True))
+        ordered = [leaf for _, leaf in sorted(leaves.items())]
+        return tf.nest.pack_sequence_as(self._structure, ordered)
+
+
+class Chunk(NamedTuple):
+    """A compiled loop of steps.
+
+    Attributes:
+        packing: Of the state.
+        capacity: How many steps it can take at most.
+        run: Takes the limit and the packed state; returns how many rows there are, the
+            packed state, but for its variables, and the columns.
+        evaluate: Takes what `Solver.query` returns; returns the evaluation there.
+    """
+
+    packing: Packing
+    capacity: int
+    run: Callable[..., Any]
+    evaluate: Callable[..., Any]
+
+
+class Chunks:
+    """The compiled loops of a run.
+
+    XLA may round otherwise, and get a function wrong: with `jit="auto"`, the first
+    chunk is one step, which is held against the graph.
+
+    Args:
+        ruled: What takes a step.
+        jit: As for `minimize`.
+    """
+
+    def __init__(self, ruled: Ruled, jit: bool | str) -> None:
+        """Compile nothing yet."""
+        self._ruled, self._solver, self._jit = ruled, ruled.solver, jit
+        self._doubted: dict[Any, Chunk] = {}
+        self._length = 1
+
+    def take(
+        self, form: Form, state: State, limit: int
+    ) -> tuple[State, dict[str, Any]] | None:
+        """Take a chunk of steps in one call.
+
+        Returns:
+            Where the run is then, and the rows; None if the steps are to be taken in
+            another form, now and later on.
+        """
+        state = held(state)
+        place, key = self._solver.kept_with_f()
+        specs = tuple(map(_key, tf.nest.flatten(state)))
+        key = form.name, key, self._ruled.key, specs
+        if key in place:
+            return self._run(place[key], state, limit)
+        if form.name != "xla" or self._jit is True:
+            place[key] = self._compiled(form, state)
+            return self._run(place[key], state, limit)
+        found = self._tried(form, key, state)
+        if found is None:
+            place[NO_XLA] = True
+        elif int(found[0].step) > int(state.step):
+            place[key] = self._doubted[key]
+        return found
+
+    def _tried(
+        self, form: Form, key: Any, state: State
+    ) -> tuple[State, dict[str, Any]] | None:
+        """Take one step under XLA; return None if that is not to be trusted."""
+        chunk = self._doubted.get(key) or self._compiled(form, state)
+        if chunk is None:
+            return None
+        self._doubted[key], self._length = chunk, 1
+        try:
+            if not self._predicts(chunk, state):
+                return None
+            after, rows = self._run(chunk, state, 1)
+        except tf.errors.OpError:  # XLA has no kernel for something in it
+            return None
+        if self._confirms(after):
+            return after, rows
+        is_there = not any(isinstance(t, tf.Variable) for t in tf.nest.flatten(state))
+        return None if is_there else self._begun_at(after)
+
+    def _begun_at(self, after: State) -> tuple[State, dict[str, Any]]:
+        """Begin anew at the point of a state of which nothing else is right."""
+        self._solver.kept_with_f()[0][NO_XLA] = True
+        before, point = after._replace(step=after.step - 1), self._solver.point(after)
+        state, evaluation = self._solver.begin(point, before)
+        row = {**self._solver.row(state.x, evaluation), "expected": state.expected}
+        return state, {name: array([value]) for name, value in row.items()}
+
+    def _run(
+        self, chunk: Chunk, state: State, limit: int
+    ) -> tuple[State, dict[str, Any]]:
+        """Take steps in one call."""
+        began, length = time.perf_counter(), min(limit, self._length, chunk.capacity)
+        inputs, given = self._solver.inputs(state, length), chunk.packing.pack(state)
+        counts, packed, columns = chunk.run(tf.constant(length), given, *inputs)
+        taken = int(counts)
+        growth = CHUNK_SECONDS / (time.perf_counter() - began)
+        self._length = max(1, int(max(taken, 1) * min(GROWTH, growth)))
+        rows = {name: column.numpy()[:taken] for name, column in columns.items()}
+        return chunk.packing.unpack(_filled(given, packed)), rows
+
+    def _compiled(self, form: Form, state: State) -> Any:
+        """Return a new chunk; None if f is in no form that XLA compiles once."""
+        if form.name != "xla":
+            return compile_chunk(self._ruled, state, is_xla=False)
+        solver = self._solver.for_xla()
+        if solver is None and self._jit is True:
+            solver = self._solver  # compiled anew at each call, but as it is asked
+        if solver is None:
+            return None
+        return compile_chunk(self._ruled._replace(solver=solver), state, is_xla=True)
+
+    def _predicts(self, chunk: Chunk, state: State) -> bool:
+        """Return whether XLA's next evaluation is that of the graph, but for rounding.
+
+        It is asked where an optimizer moves variables, which nothing puts back.
+        """
+        if self._solver.lag:
+            return True
+        query = self._solver.query(state)
+        return _agree(chunk.evaluate(query), self._solver.evaluate(query))
+
+    def _confirms(self, after: State) -> bool:
+        """Return whether the graph's evaluation of the point is XLA's, likewise."""
+        if not self._solver.lag:
+            return True
+        x, ours = tf.nest.map_structure(
+            tf.convert_to_tensor, (after.x, after.evaluation)
+        )
+        return _agree(ours, self._solver.evaluate(x))
+
+
+def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
+    """Return the compiled loop of steps from a state like this."""
+    solver = ruled.solver
+    packing, carried = Packing(state), Packing((0, 0, state))
+    jit = is_xla or None
+
+    def look(query: Any) -> Any:
+        row = solver.row(query if solver.lag else None, solver.evaluate(query))
+        return {**row, "expected": state.expected} if solver.lag else row
+
+    query = tf.nest.map_structure(_spec, solver.query(state))
+    looked = tf.function(look, autograph=False).get_concrete_function(query)
+    rows: dict[str, tf.TensorSpec] = looked.structured_outputs
+    width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
+    capacity = ROW_BYTES // max(1, min(width, ROW_BYTES))
+
+    def run(limit: tf.Tensor, packed: list[tf.Tensor], *inputs: Any) -> Any:
+        size = capacity if is_xla else limit  # XLA needs to know it
+        arrays = {
+            name: tf.TensorArray(spec.dtype, size, element_shape=spec.shape)
+            for name, spec in rows.items()
+        }
+
+        def goes_on(tensors: list[tf.Tensor], _: Any) -> tf.Tensor:
+            taken, turns, here = carried.unpack(tensors)
+            # A chunk of steps that are never accepted must end, too.
+            is_within = (taken < limit) & (turns < TURNS * limit)
+            on: tf.Tensor = is_within & (here.code == RUNNING)
+            return on & solver.has_next(here)
+
+        def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
+            taken, turns, here = carried.unpack(tensors)
+            query = solver.query(here)
+            evaluation = solver.evaluate(query)
+            row = solver.row(query if solver.lag else None, evaluation)
+            after = ruled.step(here, evaluation, *inputs)
+            if solver.lag:
+                row["expected"] = after.expected
+            # A row of a point that was not accepted is written over by the next.
+            written = {n: array.write(taken, row[n]) for n, array in arrays.items()}
+            taken += tf.cast(after.accepted, tf.int32)
+            return carried.pack((taken, turns + 1, after)), written
+
+        start = carried.pack((0, 0, packing.unpack(list(map(_value, packed)))))
+        tensors, arrays = tf.while_loop(
+            goes_on, body, (start, arrays), parallel_iterations=1
+        )
+        taken, _, last = carried.unpack(tensors)
+        # Of many more places than there are steps, stacking all would take long.
+        columns = {
+            name: array.stack() if is_xla else array.gather(tf.range(taken))
+            for name, array in arrays.items()
+        }
+        ended, others = packing.pack(last), []
+        for there, tensor in zip(packed, ended, strict=True):
+            if isinstance(there, tf.Variable):
+                there.assign(tensor)  # which XLA does where it is
+            else:
+                others.append(tensor)
+        return taken, others, columns
+
+    # Functions of their own: TensorFlow counts the traces of each name.
+    own = functools.partial
+    compiled = tf.function(own(run), autograph=False, jit_compile=jit)
+    evaluated = tf.function(own(solver.evaluate), autograph=False, jit_compile=jit)
+    return Chunk(packing, capacity, compiled, evaluated)
+
+
+def held(state: State) -> State:
+    """Return a state whose large vectors are variables: XLA writes them in place.
+
+    A tensor that is handed from call to call is copied by each. What is read of a
+    variable stays as it is: then the next write is not in place.
+    """
+    return tf.nest.map_structure(
+        lambda leaf: tf.Variable(leaf, trainable=False) if _is_large(leaf) else leaf,
+        state,
+    )
+
+
+def _is_large(leaf: Any) -> bool:
+    if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
+        return False
+    return (leaf.shape.num_elements() or 0) >= LARGE
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
+
+
+def _filled(given: list[Any], others: list[Any]) -> list[Any]:
+    """Return the leaves of a state, its variables among them."""
+    left = iter(others)
+    return [leaf if isinstance(leaf, tf.Variable) else next(left) for leaf in given]
+
+
+def array(values: list[Any]) -> np.ndarray[Any, Any]:
+    """Return one column of rows: scalars or vectors, stacked."""
+    # NumPy does not know the dtype of a single bfloat16 by itself.
+    dtype = values[0].dtype.as_numpy_dtype
+    return np.array([value.numpy() for value in values], dtype)
+
+
+def _spec(leaf: Any) -> Any:
+    is_plain = isinstance(leaf, bool | int | float)
+    return tf.type_spec_from_value(tf.convert_to_tensor(leaf) if is_plain else leaf)
+
+
+def _key(leaf: Any) -> Any:
+    is_numbers = isinstance(leaf, tf.Tensor | tf.Variable)
+    return (type(leaf), leaf.shape, leaf.dtype) if is_numbers else type(leaf)
+
+
+def _agree(a: Evaluation, b: Evaluation) -> bool:
+    """Return whether two evaluations of one point agree but for rounding.
+
+    Half the digits: sums taken in another order differ by more than a few last ones.
+    """
+    if not (np.isfinite(a.value) and np.isfinite(b.value)):
+        return True
+    groups = ([a.value], [b.value]), _lists(a.gradient, b.gradient)
+    for ours, theirs in groups:
+        size = max((_largest(y) for y in theirs), default=0.0)
+        for x, y in zip(ours, theirs, strict=True):
+            if not _largest(x - y) <= EPSILONS[y.dtype] ** 0.5 * size:
+                return False
+    return True
+
+
+def _lists(*gradients: Any) -> Any:
+    return tuple([g] if isinstance(g, tf.Tensor) else g for g in gradients)
+
+
+def _largest(tensor: tf.Tensor) -> float:
+    return float(np.max(np.abs(tensor), initial=0.0))
