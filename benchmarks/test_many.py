@@ -1,4 +1,4 @@
-"""Many problems at once: decay curves beside optimistix's vmap, starts of Rosenbrock."""
+"""Many problems at once: decay curves beside optimistix, starts of Rosenbrock."""
 
 import json
 import os
