@@ -90,3 +90,17 @@ def test_float32_claims_nothing_where_it_cannot_resolve_the_valley(name):
 
     assert not result.success
     assert result.nfev < 1000
+
+
+@pytest.mark.parametrize(("name", "start"), [("BoxBOD", 0), ("Hahn1", 0), ("MGH09", 0)])
+def test_rows_of_starts_reach_the_certified_parameters(name, start):
+    truth = nist["read"](name)
+    x0 = truth.starts[start]
+    x0s = x0 * (1 + 0.01 * np.random.default_rng(0).uniform(-1, 1, (8, len(x0))))
+
+    result = tfgrad.least_squares_many(nist["residuals"](name, tf), x0s)
+
+    assert result.success.all()
+    certified = np.broadcast_to(truth.certified, x0s.shape)
+    np.testing.assert_allclose(result.x, certified, rtol=1e-6)
+    np.testing.assert_allclose(result.stderr[0], truth.stderr, rtol=1e-6)

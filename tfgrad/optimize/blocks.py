@@ -48,6 +48,10 @@ PAUSE = 0.1
 """Seconds between two looks for Ctrl-C, and about what a call of the program takes."""
 
 
+MOST_TURNS = 10_000
+"""Steps of a block in one call of the program."""
+
+
 class Box(NamedTuple):
     """The bounds of one problem, shape `[n]` each."""
 
@@ -246,7 +250,8 @@ class _Queue:
             tensors = [tf.constant(array) for array in held]
             state = self._program.advance(state, tf.constant(is_new), tensors, *limits)
             code = state.code.numpy()
-            turns *= 2 if time.perf_counter() - began < PAUSE / 2 else 1
+            if time.perf_counter() - began < PAUSE / 2:
+                turns = min(2 * turns, MOST_TURNS)
             if self._stopped:
                 code = np.where(code == RUNNING, code_of(self._stopped), code)
             self._keep(slots, code, state)

@@ -419,7 +419,7 @@ def _array(leaf: Any, path: str, dtype: Any) -> Array:
             got=f"`{path}` is {describe(leaf)}",
             hint=CLOSED,
         )
-    return array.astype(dtype) if array.dtype.kind == "f" else array
+    return array.astype(dtype, copy=False) if array.dtype.kind == "f" else array
 
 
 def _count(named: list[tuple[str, Array]]) -> int:

@@ -470,3 +470,12 @@ def test_a_method_of_ones_own():
 
     np.testing.assert_allclose(result.x, 1.0, atol=1e-3)
     assert list(result.status) == ["gtol", "gtol"]
+
+
+def test_more_calls_than_a_counter_has_bits(monkeypatch):
+    monkeypatch.setattr(blocks, "WIDEST", 2)
+    _, y = signals(200)
+
+    result = tfgrad.least_squares_many(decay, START, y, jit=True)
+
+    assert result.success.all()

@@ -25,7 +25,6 @@ from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import (
     ACCEPTABLE,
     BAD,
-    CLOSE,
     GOOD,
     LITTLE,
     MOST_IDLE,
@@ -39,12 +38,11 @@ from tfgrad.optimize.methods.levenberg_marquardt import (
 )
 from tfgrad.optimize.methods.protocol import Move, Point
 
-FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-20
+FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-14
 """Of squares of singular values in scaled parameters, which are about 1."""
 
-EASED, SHRUNK, MOST_DAMPED = 0.01, 0.25, 1e4
-"""What the damping is multiplied by where the model has been good; and the part of a
-step that the next may have where it has been bad."""
+EASED = 0.1
+"""What the damping is multiplied by where the model has been good."""
 
 
 class State(NamedTuple):
@@ -54,9 +52,9 @@ class State(NamedTuple):
         linear: R and Q'r beside it, at the current point, shape `[n, n + 1]`.
         scale: The largest norm that each column of the Jacobian has had, shape `[n]`.
         promised: How much f falls at the trial by the model.
-        radius: What the length of a step may be, in scaled parameters.
-        length: Of the step to the trial.
+        cuts: Whether the trial is the first, and so no longer than x.
         damping: Of the trial.
+        growth: What the damping is multiplied by if the trial fails.
         trials: How many were tried from the current point.
         idle: How many of them were at the level of rounding and changed nothing.
         least: A sum of squares that counts as none.
@@ -66,9 +64,9 @@ class State(NamedTuple):
     linear: tf.Tensor
     scale: tf.Tensor
     promised: tf.Tensor
-    radius: tf.Tensor
-    length: tf.Tensor
+    cuts: tf.Tensor
     damping: tf.Tensor
+    growth: tf.Tensor
     trials: tf.Tensor
     idle: tf.Tensor
     least: tf.Tensor
@@ -121,9 +119,9 @@ class Marquardt:
             linear=tf.zeros([n, n + 1], dtype),
             scale=tf.zeros([n], dtype),
             promised=one,
-            radius=zero,
-            length=zero,
+            cuts=tf.constant(False),
             damping=FIRST_DAMPING * one,
+            growth=2 * one,
             trials=tf.constant(-1),
             idle=none,
             least=zero,
@@ -138,20 +136,21 @@ class Marquardt:
         """Take the trial if f fell as promised; damp the next step less, or more."""
         is_first = state.trials < 0
         is_level, is_flatter = _compare(new, old, state)
-        no, zero = -tf.ones_like(new.fun), tf.zeros_like(new.fun)
+        no = -tf.ones_like(new.fun)
         ratio = tf.math.divide_no_nan(old.fun - new.fun, state.promised)
         # Where f cannot tell, the gradient can: take it, or not, and keep the damping.
         ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
         ratio = tf.where(new.is_finite & (state.promised > 0), ratio, no)
         ratio = tf.where(is_first, -no / 2, ratio)
         is_taken = ratio > ACCEPTABLE
-        radius = tf.where(ratio >= GOOD, 2 * state.length, zero)
-        radius = tf.maximum(radius, state.radius)
-        radius = tf.where(ratio < BAD, SHRUNK * state.length, radius)
+        grown = tf.where(ratio < BAD, state.damping * state.growth, state.damping)
+        eased = tf.maximum(state.damping * EASED, LEAST_DAMPING)
         least = EPSILONS[new.fun.dtype] ** 2 * tf.minimum(new.fun, 1)
         state = state._replace(
             linear=tf.where(is_taken, new.linear, state.linear),
-            radius=radius,
+            cuts=is_first,
+            damping=tf.where(ratio >= GOOD, eased, grown),
+            growth=tf.where(is_taken, -no, state.growth) * 2,
             trials=tf.where(is_taken, 0, state.trials + 1),
             idle=tf.where(is_taken | ~is_level, 0, state.idle + 1),
             least=tf.where(is_first, least, state.least),
@@ -176,18 +175,10 @@ class Marquardt:
         damped = _damped(model, tf.sqrt(state.damping) * sizes)
         step = -solved(damped)
         # The first step is no longer than x, or than the residuals where x is zero.
-        first = tf.norm(sizes * here.x)
-        first = tf.where(first > 0, first, tf.sqrt(2 * here.fun))
-        radius = tf.where(state.radius > 0, state.radius, first)
-        length = tf.norm(sizes * step)
-        excess = tf.math.divide_no_nan(length, radius)
-        step *= tf.minimum(tf.math.divide_no_nan(radius, length), 1)
-        length = tf.minimum(length, radius)
-        # Too long a step is cut; the next is damped to about the length allowed.
-        more = tf.minimum(excess**1.5, MOST_DAMPED)
-        factor = tf.where(excess > 1 + CLOSE, more, tf.ones_like(more))
-        factor = tf.where(excess < GOOD, EASED * tf.ones_like(more), factor)
-        damping = tf.maximum(factor * state.damping, LEAST_DAMPING)
+        most = tf.norm(sizes * here.x)
+        most = tf.where(most > 0, most, tf.sqrt(2 * here.fun))
+        part = tf.math.divide_no_nan(most, tf.norm(sizes * step))
+        step *= tf.where(state.cuts, tf.minimum(part, 1), tf.ones_like(part))
         x = here.x + step
         if box is not None:
             x = box.clip(x)
@@ -196,13 +187,7 @@ class Marquardt:
         side = side[:, 0]
         change = tf.reduce_sum(matrix * step, 1)
         promised = -tf.reduce_sum(change * (side + change / 2))
-        state = state._replace(
-            scale=scale,
-            promised=promised,
-            radius=radius,
-            length=length,
-            damping=damping,
-        )
+        state = state._replace(scale=scale, promised=promised)
         stands = tf.reduce_all(x == here.x)
         # Beside the others, and beside what it has been, a small one is rounding.
         pivots = tf.linalg.diag_part(matrix) / sizes
