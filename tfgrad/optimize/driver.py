@@ -19,6 +19,7 @@ from tfgrad.optimize.chain import Chain, make_stages
 from tfgrad.optimize.checkpoint import Checkpoints
 from tfgrad.optimize.constraints import Limits, require_support
 from tfgrad.optimize.data import can_take
+from tfgrad.optimize.distribute import out_of_scope
 from tfgrad.optimize.epochs import Training, training
 from tfgrad.optimize.history import Rows, Table
 from tfgrad.optimize.hooks import Callback, Hook, ProgressBar
@@ -124,6 +125,7 @@ class Driver:
     loop: Any
     state: Any
 
+    @out_of_scope()
     def __init__(
         self,
         f: Callable[..., Any],
@@ -146,7 +148,8 @@ class Driver:
         jit = has_data and options.jit is True
         flags = {"has_aux": options.has_aux, "jit": jit, "verify": options.verify}
         self.problem = kind(f, x0, options.wrt, **flags)
-        self.training, steps = training(options, self.problem)
+        is_by_batch = stages[0].is_by_batch
+        self.training, steps = training(options, self.problem, is_by_batch=is_by_batch)
         self.options = options
         self.chain = Chain(stages, steps)
         self.record = Record()
