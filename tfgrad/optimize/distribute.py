@@ -67,12 +67,6 @@ class Replicas:
         self.is_chief = not task or _is_chief(resolver)
         self._gathering: Any = None
 
-    def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context to make variables in."""
-        return (
-            contextlib.nullcontext() if self.strategy is None else self.strategy.scope()
-        )
-
     def run(self, function: Callable[..., Any], *arguments: Nest) -> Any:
         """Return what `function` returns in each replica: the same in all of them.
 
@@ -218,6 +212,13 @@ def checked(strategy: Any) -> Any:
             hint="tf.distribute.MultiWorkerMirroredStrategy, or MirroredStrategy",
         )
     return strategy
+
+
+def scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Return the scope that variables were made in, for others that go with them."""
+    strategies = filter(None, map(strategy_of, variables))
+    strategy = next(strategies, None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
 
 
 def strategy_of(variable: Any) -> Any:

@@ -308,7 +308,7 @@ class Driver:
     def make_loop(self, pulled: bool, position: tuple[int, int] = (0, 0)) -> None:
         """Make the loop of the stage at work."""
         problem, stage, options = self.problem, self.chain.stage, self.options
-        problem.find(problem.example) if self.training is None else None
+        problem.find() if self.training is None else None
         limits = Limits(problem, options.bounds, options.constraints)
         if stage.is_scipy:
             tolerances, clock = options.tolerances, self.clock.seconds

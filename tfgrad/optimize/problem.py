@@ -405,19 +405,16 @@ class Problem:
         self._take = arguments_of(self.f, before, batch)
         self.source, self.example = source, self._take(batch)
 
-    def distribute(self, written: Sequence[tf.Variable]) -> bool:
-        """Let each replica evaluate a share of a batch; return whether there are some.
+    def distribute(self, written: Sequence[tf.Variable]) -> None:
+        """Let each replica evaluate its share of a batch, from now on.
 
         Args:
             written: The variables that f writes.
         """
-        if self.replicas.count == 1:
-            return False
-        parts = Parts(self.replicas, whole(written))
+        parts = Parts(self.replicas, written)
         self.evaluator = self.kind(
             self.f, self._differentiated, **self.options, parts=parts
         )
-        return True
 
     def _put_together(self, source: Source) -> None:
         """Let evaluations be those of all batches, from now on."""
@@ -763,7 +760,7 @@ def largest(gradient: Sequence[Any], scale: Any, dtype: tf.DType) -> tf.Tensor:
     each = [tf.reduce_max(leaf) if leaf.shape.rank else leaf for leaf in sizes]
     each = [tf.cast(leaf, dtype) for leaf in each]
     whole = each[0] if len(each) == 1 else tf.reduce_max(tf.stack(each))
-    return whole if scale is None else whole / scale
+    return whole if scale is None else whole / tf.cast(scale, dtype)
 
 
 def flat(evaluation: Evaluation) -> Evaluation:

@@ -85,7 +85,9 @@ def test_numbers_of_half_precision_are_added_up_in_float32():
     evaluation = problem.evaluate([tf.constant(0, tf.float16)])
 
     assert evaluation.value.dtype == tf.float16
-    assert (float(evaluation.value), float(evaluation.gradient[0])) == (1, -2)
+    assert float(evaluation.value) == 1
+    # Each batch rounds 1 / 1000 itself.
+    assert float(evaluation.gradient[0]) == pytest.approx(-2, rel=1e-2)
 
 
 def test_aux_floats_are_means_over_rows_and_counts_are_sums():
@@ -117,7 +119,7 @@ def test_a_loss_that_draws_random_numbers_is_refused_with_its_line():
 
 
 def test_a_cut_gradient_is_explained():
-    with pytest.raises(NoGradientError, match="Round"):
+    with pytest.raises(NoGradientError, match="tf.round"):
         tfgrad.minimize(
             lambda w, x: tf.reduce_mean((tf.round(w) - x) ** 2),
             np.float64(3),
