@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -170,6 +171,31 @@ class Replicas:
             self._gathering = tf.function(gathered, autograph=False)
         return np.asarray(self._gathering(tf.constant(numbers, tf.float64)))
 
+    def require_same(self, batch: Nest) -> None:
+        """Refuse a first batch that is another one in another worker.
+
+        Each worker takes its share of what it draws: of different batches, some rows
+        would be used twice and others never.
+
+        Raises:
+            InvalidArgumentError: If it is. All workers have to call it.
+        """
+        if not self.is_clustered:
+            return
+        leaves = tf.nest.flatten(batch, expand_composites=True)
+        sums = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in leaves]
+        own = zlib.crc32(np.array(sums, np.uint32).tobytes())
+        found = self.gather([own])[:, 0]
+        if np.any(found != found[0]):
+            raise InvalidArgumentError(
+                "All workers must draw the same batches, of which each takes its share "
+                "of the rows.",
+                got="first batches that differ between workers",
+                hint="shuffle(..., seed=1), a seed for what draws at random in the "
+                "data, and files in one order; or arrays, which are shuffled by one "
+                "seed",
+            )
+
     def _index(self) -> tf.Tensor:
         return _context().replica_id_in_sync_group
 
@@ -241,6 +267,8 @@ def whole(variables: Sequence[tf.Variable]) -> list[tf.Variable]:
     return list(found.values())
 
 
+_OF_SCOPES = ("_distribution_strategy_stack", "_variable_creator_stack")
+
 _left: contextvars.ContextVar[Any] = contextvars.ContextVar("left", default=None)
 
 
@@ -254,20 +282,23 @@ def out_of_scope() -> Iterator[None]:
     """Leave the scope of a strategy, if one is open, within the block.
 
     Optimizers refuse to move variables in a scope, and so does a trace made in it.
-    TensorFlow keeps the open scopes with the default graph of the thread, and has no
-    public name for leaving them; another thread would be out of Ctrl-C's reach.
+    TensorFlow keeps the open scopes, and how variables are made in them, with the
+    default graph of the thread. It has no public name for leaving them, and another
+    thread would be out of Ctrl-C's reach.
     """
-    is_open = tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()
-    if not is_open:
+    if not (tf.distribute.has_strategy() and tf.distribute.in_cross_replica_context()):
         yield
         return
     token = _left.set(checked(tf.distribute.get_strategy()))
     graph: Any = tf.compat.v1.get_default_graph()
-    before, graph._distribution_strategy_stack = graph._distribution_strategy_stack, []
+    kept = {name: getattr(graph, name) for name in _OF_SCOPES}
+    for name in _OF_SCOPES:
+        setattr(graph, name, [])
     try:
         yield
     finally:
-        graph._distribution_strategy_stack = before
+        for name, stack in kept.items():
+            setattr(graph, name, stack)
         _left.reset(token)
 
 

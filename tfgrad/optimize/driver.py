@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tfgrad.optimize.chain import Chain, make_stages
 from tfgrad.optimize.checkpoint import Checkpoints
 from tfgrad.optimize.constraints import Limits, require_support
 from tfgrad.optimize.data import can_take
-from tfgrad.optimize.distribute import out_of_scope
+from tfgrad.optimize.distribute import lost_worker, out_of_scope
 from tfgrad.optimize.epochs import Training, training
 from tfgrad.optimize.history import Rows, Table
 from tfgrad.optimize.hooks import Callback, Hook, ProgressBar
@@ -39,6 +38,7 @@ from tfgrad.optimize.stopping import (
     status_of,
 )
 from tfgrad.optimize.tensorboard import TensorBoard, check_log
+from tfgrad.optimize.workers import Workers
 
 GROWTH = 10
 """How many times as large as at the start f has to be for a run that diverges."""
@@ -54,6 +54,11 @@ class Clock:
     def __init__(self, budget: float | None) -> None:
         """Start."""
         self._budget, self._began = budget, time.perf_counter()
+        self._agreed: float | None = None
+
+    def agree(self, seconds: float) -> None:
+        """Let the budget be used up by what all workers have agreed on."""
+        self._agreed = seconds
 
     def seconds(self) -> float:
         """Return the seconds since the start."""
@@ -68,7 +73,8 @@ class Clock:
     @property
     def is_over(self) -> bool:
         """Whether the budget is used up."""
-        return self._budget is not None and self.seconds() >= self._budget
+        seconds = self.seconds() if self._agreed is None else self._agreed
+        return self._budget is not None and seconds >= self._budget
 
 
 class Record:
@@ -163,9 +169,9 @@ class Driver:
         if options.checkpoint is not None:
             checkpoints = Checkpoints(options.checkpoint)
             resume.find(self, checkpoints)
-        if options.log is not None:
+        if options.log is not None and self.problem.replicas.is_chief:
             self.hooks.append(TensorBoard(options.log))
-        if checkpoints is not None:
+        if checkpoints is not None and self.problem.replicas.is_chief:
             self.hooks.append(checkpoints)
         if not self.problem.takes_values and not has_data:
             _check_closed(f)
@@ -204,6 +210,8 @@ class Driver:
             return
         error: BaseException | None = None
         begun: list[Hook] = []
+        if self.problem.replicas.is_clustered:
+            self.hooks.append(Workers(self.problem.replicas))
         try:
             with self._compiling():
                 for hook in self.hooks:
@@ -224,6 +232,9 @@ class Driver:
             error = raised
             is_interrupt = isinstance(raised, KeyboardInterrupt)
             self.end("interrupted" if is_interrupt else "stopped")
+            lost = lost_worker(raised, self.problem.replicas)
+            if lost is not None:
+                raise lost from raised
             raise
         finally:
             with self._compiling():
@@ -324,6 +335,7 @@ class Driver:
             planned=self.planned or ENDLESS,
             jit=options.jit,
             clock=self.clock.seconds,
+            in_step=problem.replicas.is_clustered,
         )
 
     def _end_epoch(self, trained: Training) -> None:
@@ -388,11 +400,13 @@ class Driver:
             )
         return self.chain.message(said, self.step)
 
-    def _compiling(self) -> AbstractContextManager[None]:
-        """Return the context in which functions are traced and called."""
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Be where functions are traced and called."""
         is_long = self.training is not None or (self.planned or ENDLESS) >= LOOP_STEPS
         is_optimizer = not isinstance(self.chain.stage.method, Method)
-        return as_written(optimized=is_long and is_optimizer)
+        with out_of_scope(), as_written(optimized=is_long and is_optimizer):
+            yield
 
     def _end(self, error: BaseException | None, begun: Sequence[Hook]) -> None:
         """Finish, put away what was done, and let the hooks end."""
@@ -402,6 +416,9 @@ class Driver:
             if not hasattr(self, "state"):  # it has not begun
                 return
             ending.callback(self.loop.close)
+            if error is not None and lost_worker(error, self.problem.replicas):
+                self.saved = None  # the variables have moved within the chunk
+                return
             self.saved = resume.snapshot(self)
             if error is None:
                 self.state, rows = self.loop.finish(self.state)

@@ -15,12 +15,13 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, named_leaves, unravel
 from tfgrad.optimize.constraints import Limits
+from tfgrad.optimize.distribute import out_of_scope
 from tfgrad.optimize.driver import Driver
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.methods.losses import LOSSES
 from tfgrad.optimize.minimize import run
 from tfgrad.optimize.options import Options, require_no
-from tfgrad.optimize.residuals import Residuals
+from tfgrad.optimize.residuals import Residuals, linear_size
 from tfgrad.optimize.result import OptimizeResult, State
 from tfgrad.runs.run import Run
 
@@ -39,7 +40,7 @@ class LeastSquaresResult(OptimizeResult):
     data of known errors, divide the residuals by those.
 
     Attributes:
-        residuals: At `x`, structured as the function returns them.
+        residuals: At `x`, structured as the function returns them; None with `data`.
         degrees_of_freedom: Residuals less parameters, m - n.
         residual_std: The standard deviation of the residuals, the root of their sum of
             squares over the degrees of freedom; NaN if there are none.
@@ -77,6 +78,8 @@ def least_squares(
     x0: Nest | None = None,
     *,
     wrt: Nest | None = None,
+    data: Any = None,
+    batch_size: int | None = None,
     steps: int = 1000,
     gtol: float | None = None,
     ftol: float | None = None,
@@ -111,6 +114,10 @@ def least_squares(
             and the data float64. Or a result to go on from, as for `minimize`: 3 steps
             and 4 more are 7 to the last bit.
         wrt: Variables that `residuals` reads, as for `minimize`, in place of `x0`.
+        data: What `residuals` takes besides, batch by batch, as for `minimize`: each
+            evaluation goes through all of it, and keeps a triangle of n rows in place
+            of J, so that the data may be larger than memory.
+        batch_size: How many rows of arrays a batch has; None means 32.
         steps: How many steps to take at most.
         gtol: Stop where no element of the gradient of half the sum is larger. Without
             `gtol`, `ftol` and `xtol`, the run ends where one of three rules holds that
@@ -178,6 +185,8 @@ def least_squares(
     own_rules = (gtol, ftol, xtol) == (None, None, None)
     options = Options(
         wrt=wrt,
+        data=data,
+        batch_size=batch_size,
         # Its own rules are about sums of squares.
         method=LevenbergMarquardt(is_open=not own_rules or loss != "linear"),
         steps=steps,
@@ -216,13 +225,15 @@ def _check_loss(loss: Any, f_scale: Any) -> None:
         )
 
 
+@out_of_scope()
 def _with_statistics(
     result: OptimizeResult, fit: Residuals, bounds: Any
 ) -> LeastSquaresResult:
     """Return the result with what residuals and Jacobian at its point say."""
     leaves = tf.nest.flatten(result.x)
-    residuals = fit.evaluate(leaves).linear.residuals
-    count = sum(np.size(leaf) for leaf in tf.nest.flatten(residuals))
+    linear = fit.evaluate(leaves).linear
+    residuals = None if fit.source is not None else linear.residuals
+    count = linear_size(linear)
     freedom = count - sum(np.size(leaf) for leaf in leaves)
     with np.errstate(invalid="ignore", divide="ignore"):
         variance = (

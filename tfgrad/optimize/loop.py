@@ -161,9 +161,12 @@ class Loop:
         planned: How many steps there will be in all, at most.
         jit: As for `minimize`.
         clock: Returns the seconds since the run began.
+        in_step: Whether other processes have to take chunks of the same lengths, which
+            `adapt` then tells.
 
     Attributes:
         solver: As above.
+        elapsed: How long the last chunk took, in seconds.
         bad: A row that is not finite, where that ended the run.
         blame: Which op and line made it so, if that was found.
         succeeded: Whether the method says so, whatever the rules say.
@@ -179,9 +182,11 @@ class Loop:
         planned: int,
         jit: bool | str,
         clock: Callable[[], float] = time.perf_counter,
+        in_step: bool = False,
     ) -> None:
         """Compile nothing yet."""
         self.solver = solver
+        self.elapsed, self._taken, self._in_step = 0.0, 0, in_step
         self.bad: Rows | None = None
         self.blame = ""
         self._tolerances = tolerances
@@ -277,6 +282,8 @@ class Loop:
         if self.solver.is_eager:
             return self._take_eagerly(state)
         began, taken = time.perf_counter(), 0
+        if self._in_step:
+            limit = min(limit, self._length)
         rows: list[dict[str, Any]] = []
         query, evaluations = self.solver.query(state), int(state.evaluations)
         inputs = self.solver.inputs(state, limit)
@@ -297,12 +304,18 @@ class Loop:
             if accepted:
                 taken += 1
                 rows.append({**row, "expected": expected} if self.solver.lag else row)
-            is_late = time.perf_counter() - began > CHUNK_SECONDS
+            self.elapsed, self._taken = time.perf_counter() - began, taken
+            is_late = self.elapsed > CHUNK_SECONDS and not self._in_step
             if code or taken >= limit or evaluations >= form.evaluations or is_late:
                 break
         names = rows[0] if rows else ()
         columns = {name: _array([each[name] for each in rows]) for name in names}
         return turn.packing.unpack(packed), columns
+
+    def adapt(self, seconds: float) -> None:
+        """Let the next chunk be as long as one should be, by what the last one took."""
+        growth = CHUNK_SECONDS / seconds if seconds else 1.0
+        self._length = max(1, int(max(self._taken, 1) * min(GROWTH, growth)))
 
     def _take_eagerly(self, state: State) -> tuple[State, dict[str, Any]]:
         """Take one step that no trace can hold."""
@@ -363,9 +376,9 @@ class Loop:
         counts, packed, columns = chunk.run(
             tf.constant(length), chunk.packing.pack(state), *inputs
         )
-        taken = int(counts)
-        growth = CHUNK_SECONDS / (time.perf_counter() - began)
-        self._length = max(1, int(max(taken, 1) * min(GROWTH, growth)))
+        taken = self._taken = int(counts)
+        self.elapsed = time.perf_counter() - began
+        self.adapt(self.elapsed)
         rows = {name: column.numpy()[:taken] for name, column in columns.items()}
         state = chunk.packing.unpack(packed)
         if is_new and form.name == "xla" and not self._agrees(chunk, state):

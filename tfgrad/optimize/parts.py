@@ -43,6 +43,9 @@ class Parts:
         source: The data, all of which is gone through each time; None for a batch that
             is handed over.
         arguments: Returns what f takes of a batch of the source.
+
+    Attributes:
+        is_shared: Whether there are several replicas.
     """
 
     def __init__(
@@ -53,7 +56,8 @@ class Parts:
         arguments: Callable[[Nest], tuple[Nest, ...]] = tuple,
     ) -> None:
         """Sort what f writes."""
-        many = written if replicas.count > 1 else ()
+        self.is_shared = replicas.count > 1
+        many = written if self.is_shared else ()
         self._averages = [v for v in many if v.dtype.is_floating]
         self._seeds = [
             v for v in many if v.dtype.is_integer and v.shape.as_list() == [2]
@@ -121,8 +125,8 @@ class Parts:
             count = tf.cast(rows_of(batch), tf.float64)
             part, share = self._of_share(compute, given, batch)
             means = _map(lambda x: wide(x) * tf.cast(count, wide(x).dtype), part.means)
-            part = Part(means, _map(wide, part.sums))
-            added = _map(tf.add, total._replace(linear=()), part)
+            next_one = Part(means, _map(wide, part.sums))
+            added = _map(tf.add, total._replace(linear=()), next_one)
             linear = join(total.linear, part.linear)
             mine = count if share is None else share * count
             return added._replace(linear=linear), rows + count, own + mine

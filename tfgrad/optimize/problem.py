@@ -152,6 +152,9 @@ class Evaluator:
     ) -> Evaluation:
         """Return what `_evaluate` does, put together from parts."""
         assert self._parts is not None
+        if tf.executing_eagerly() and self._parts.is_shared:  # no trace: say why
+            traced = tf.function(self._evaluate_parts, autograph=False)
+            return traced(f, arguments, scale)
         point, batch = self._split(arguments)
         evaluate = self._evaluate
         if self._jit:
@@ -283,6 +286,9 @@ class Evaluator:
     ) -> tuple[tf.Tensor, list[Any], Any]:
         value = recording.output
         weight = None if scale is None else tf.cast(scale, value.dtype)
+        if self._parts is not None:  # it was looked at as a whole, outside of replicas
+            one = tf.ones_like(value) if weight is None else weight
+            return value, recording.pull([one]), ()
         return value, recording.gradients(weight, sparse=True), ()
 
     def _multiply(
@@ -418,6 +424,7 @@ class Problem:
 
     def _put_together(self, source: Source) -> None:
         """Let evaluations be those of all batches, from now on."""
+        self.replicas.require_same(self.example)
         arguments = self.arguments(tf.nest.flatten(self.template), self.example)
         traced = self.evaluator.evaluate.compiled(arguments, None)
         if traced is None:
@@ -491,6 +498,12 @@ class Problem:
                 hint="minimize(f, x0) for a function of values, or tf.Variable in f",
             )
         self.replicas = replicas_of(kept)
+        if self.replicas.is_clustered:
+            raise InvalidArgumentError(
+                "With several workers, `wrt` names the variables.",
+                got=f"no `wrt`; `{self.name}` reads {len(kept)} variables",
+                hint="minimize(loss, wrt=model, ...)",
+            )
         if len(kept) < len(found):
             self.evaluator = self.kind(self.f, kept, **self.options)
             self.evaluator.evaluate(batch, None)

@@ -372,6 +372,10 @@ class OptimizerSolver:
         if opens:
             self._iterator = self._source.open(int(epoch))
             ahead = self._draw()
+            if self.problem.replicas.is_clustered and bool(ahead.has_value()):
+                self.problem.replicas.require_same(
+                    self._source.batch(ahead.get_value())
+                )
         return state._replace(batch=Batches(ahead, batch.last, 0 * epoch, epoch))
 
     def prepare(self, state: State) -> State:
@@ -394,6 +398,7 @@ class OptimizerSolver:
         self._first = self._draw()
         require_batch(bool(self._first.has_value()))
         batch = source.batch(self._first.get_value())
+        self.problem.replicas.require_same(batch)
         self._spreads = spreads(self.problem.f, int(self.problem.takes_values), batch)
         self.problem.example = self._arguments(batch)
 
