@@ -82,8 +82,10 @@ def test_workers_end_where_one_process_does(count, alone, tmp_path):
             assert chief[name].shape == alone[name].shape
             assert np.all(np.isfinite(chief[name]))
         else:
+            # A hundred steps of L-BFGS magnify what rounds otherwise in the first.
+            error = 1e-5 if "lbfgs" in name else 1e-10
             np.testing.assert_allclose(
-                chief[name], alone[name], rtol=1e-9, atol=1e-11, err_msg=name
+                chief[name], alone[name], rtol=error, atol=error, err_msg=name
             )
     runs = [path for path in (tmp_path / "log").iterdir() if path.is_dir()]
     assert len(runs) == 7  # the chief's alone
