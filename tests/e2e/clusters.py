@@ -73,5 +73,5 @@ def run(count, program, *arguments, **options):
     processes = start(count, program, *arguments, **options)
     texts = outputs(processes)
     for process, text in zip(processes, texts, strict=True):
-        assert process.returncode == 0, text[-4000:]
+        assert process.returncode == 0, text[-1500:]
     return texts

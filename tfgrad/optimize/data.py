@@ -401,6 +401,24 @@ def size_of(batch: Nest) -> tf.Tensor:
     return tf.cast(rows, tf.int32)
 
 
+def require_rows(arguments: tuple[Nest, ...]) -> None:
+    """Refuse a batch whose parts cannot be cut between replicas: of different lengths.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    leaves = [leaf for leaf in tf.nest.flatten(arguments) if leaf.shape.rank != 0]
+    counts = [int(size_of(leaf)) for leaf in leaves]
+    if len(set(counts)) > 1:
+        raise InvalidArgumentError(
+            "Under a strategy, all parts of a batch must have the same number of rows: "
+            "each replica takes a share of them.",
+            got=f"parts of {', '.join(map(str, counts))} rows",
+            hint="one row for each example in every part; what all rows share as a "
+            "variable or constant",
+        )
+
+
 def rows_of(arguments: tuple[Nest, ...]) -> tf.Tensor:
     """Return how many rows all parts of a batch have, to be cut between replicas.
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfgrad.nested import Nest
-from tfgrad.optimize.data import Source, rows_of
+from tfgrad.optimize.data import Source, rows_of, size_of
 from tfgrad.optimize.distribute import Replicas
 
 
@@ -122,7 +122,8 @@ class Parts:
         def add(sums: Any, drawn: Any) -> Any:
             total, rows, own = sums
             batch = self._arguments(source.batch(drawn))
-            count = tf.cast(rows_of(batch), tf.float64)
+            rows_in = rows_of if self.is_shared else size_of
+            count = tf.cast(rows_in(batch), tf.float64)
             part, share = self._of_share(compute, given, batch)
             means = _map(lambda x: wide(x) * tf.cast(count, wide(x).dtype), part.means)
             next_one = Part(means, _map(wide, part.sums))

@@ -35,7 +35,7 @@ from tfgrad.nested import (
     unravel,
     variables_of,
 )
-from tfgrad.optimize.data import Source, arguments_of
+from tfgrad.optimize.data import Source, arguments_of, require_rows
 from tfgrad.optimize.distribute import left_scope, replicas_of, whole
 from tfgrad.optimize.parts import Part, Parts, weighted, without_nan
 
@@ -163,11 +163,9 @@ class Evaluator:
         def compute(given: Nest, batch: tuple[Nest, ...], share: Any) -> Part:
             point, scales = given
             weights = [*scales] if self.is_sum or share is None else [*scales, share]
-            weight = None
-            for each in weights:
-                weight = (
-                    each if weight is None else weight * tf.cast(each, weight.dtype)
-                )
+            # In float64: a third of the rows is no third in float32.
+            wide = [tf.cast(each, tf.float64) for each in weights]
+            weight = tf.reduce_prod(tf.stack(wide)) if wide else None
             found: Evaluation = evaluate(f, (*point, *batch), weight)
             found = found._replace(gradient=dense(found.gradient))
             return self._as_part(found, share)
@@ -417,6 +415,7 @@ class Problem:
         Args:
             written: The variables that f writes.
         """
+        require_rows(self.example)
         parts = Parts(self.replicas, written)
         self.evaluator = self.kind(
             self.f, self._differentiated, **self.options, parts=parts
@@ -425,11 +424,13 @@ class Problem:
     def _put_together(self, source: Source) -> None:
         """Let evaluations be those of all batches, from now on."""
         self.replicas.require_same(self.example)
+        if self.replicas.count > 1:
+            require_rows(self.example)
         arguments = self.arguments(tf.nest.flatten(self.template), self.example)
         traced = self.evaluator.evaluate.compiled(arguments, None)
         if traced is None:
-            require_compiled(self.name, self.replicas.count)
             like, written = self.evaluator.evaluate(arguments, None), []
+            require_compiled(self.name, self.replicas.count)
         else:
             refuse_draws(traced, self.name)
             like, written = traced.structured_outputs, written_variables(traced)
@@ -473,22 +474,17 @@ class Problem:
         self.find()
         return [variable.read_value() for variable in self.variables]
 
-    def find(self, batch: tuple[Nest, ...] = ()) -> None:
-        """Find the variables that f reads, if they were not named: trace f once.
-
-        Args:
-            batch: What f takes besides the point.
-        """
-        batch = batch or self.example
+    def find(self) -> None:
+        """Find the variables that f reads, if they were not named: trace f once."""
         if not self.takes_values and is_open(self.template):
-            self._find(batch)
+            self._find()
         if self.source is not None and not self._is_put_together:
             self._is_put_together = True
             self._put_together(self.source)
 
-    def _find(self, batch: tuple[Nest, ...]) -> None:
+    def _find(self) -> None:
         if is_open(self.evaluator.variables):
-            self.evaluator.evaluate(batch, None)
+            self.evaluator.evaluate(self.example, None)
         found = whole(self.evaluator.variables)
         kept = [v for v in found if _is_trainable(v, _keras_owners(found))]
         if not kept:
@@ -506,7 +502,7 @@ class Problem:
             )
         if len(kept) < len(found):
             self.evaluator = self.kind(self.f, kept, **self.options)
-            self.evaluator.evaluate(batch, None)
+            self.evaluator.evaluate(self.example, None)
         self.owners = kept
         self.template = kept if len(kept) > 1 else kept[0]
 

@@ -104,7 +104,8 @@ class OptimizerSolver:
         self.name = self._method.name
         is_shared = source is not None and problem.replicas.count > 1
         if is_shared:
-            if self._compiled is None:
+            if self._compiled is None:  # eagerly, f raises the user's own error
+                self._evaluated(self._first.get_value())
                 require_compiled(problem.name, problem.replicas.count)
             problem.distribute(self._written)
         if is_shared or self._method.scale() is not None:
