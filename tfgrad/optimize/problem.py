@@ -661,7 +661,7 @@ class Problem:
             return output[0] if self.has_aux else output
 
         wrt = None if self.takes_values else self.variables
-        arguments = self.arguments(x, batch)
+        arguments = self.arguments(x, batch or self.example)
         with contextlib.suppress(Exception):  # what ended is to be told in any case
             findings = explain(value, *arguments, wrt=wrt).findings
             spoiled = (each for each in findings if each.status == "non-finite")
