@@ -121,7 +121,7 @@ def _is_stateful(op: tf.Operation) -> bool:
 
 
 def written_variables(traced: Any) -> list[tf.Variable]:
-    """Return the variables that a `traced` function writes to."""
+    """Return the variables that a `traced` function writes to, in reading order."""
 
     def is_written(graph: Any, handle: tf.Tensor) -> bool:
         for op in graph.get_operations():
@@ -135,7 +135,11 @@ def written_variables(traced: Any) -> list[tf.Variable]:
                     return True
         return False
 
-    handles = ((variable, handle_of(variable, traced)) for variable in traced.variables)
+    # `traced.variables` has an order of its own in every process.
+    places = {id(x): i for i, x in enumerate(traced.captured_inputs)}
+    variables = (v for v in traced.variables if id(v.handle) in places)
+    read = sorted(variables, key=lambda variable: places[id(variable.handle)])
+    handles = ((variable, handle_of(variable, traced)) for variable in read)
     return [v for v, h in handles if h is not None and is_written(traced.graph, h)]
 
 

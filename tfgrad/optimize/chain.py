@@ -42,6 +42,11 @@ class Stage:
         """Whether it is one of SciPy's."""
         return isinstance(self.method, SciPyMethod)
 
+    @property
+    def is_by_batch(self) -> bool:
+        """Whether each step takes a batch of the data, and not all of it."""
+        return not self.is_scipy and not isinstance(self.method, Method)
+
     def solver(
         self,
         problem: Problem,
@@ -137,7 +142,7 @@ def make_stages(
     Args:
         method: As for `minimize`.
         learning_rate: For the optimizers of Keras by name among the methods.
-        has_data: The function is another one in each step: only an optimizer will do.
+        has_data: There is data: the method is one, "adam" unless it is named.
 
     Raises:
         InvalidArgumentError: If there is no such method, a list is empty, or there is
@@ -145,7 +150,7 @@ def make_stages(
     """
     if has_data:
         method = "adam" if method is None else method
-        _require_optimizer(method)
+        _require_one(method)
     if not isinstance(method, list):
         return [_stage("lbfgs" if method is None else method, learning_rate)]
     if not method:
@@ -223,16 +228,13 @@ def _no_rate(name: str, learning_rate: Any) -> InvalidArgumentError:
     )
 
 
-def _require_optimizer(method: Any) -> None:
-    kind = method
-    if isinstance(method, str):
-        kind = scipy_method(method) or named_method(method)
-    if not hasattr(kind, "apply_gradients"):
+def _require_one(method: Any) -> None:
+    if isinstance(method, list | tuple):
         raise InvalidArgumentError(
-            "With `data`, the method is one optimizer of Keras: the loss is another "
-            "one in each batch, and all other methods take it for one function.",
+            "With `data`, there is one method, and no chain: Keras's optimizers take a "
+            "batch in each step, all others take all of the data.",
             got=f"method={method!r}",
-            hint='method="adam"; or all at once: minimize(lambda: loss(x, y), wrt=...)',
+            hint='method="adam", then again with method="lbfgs"',
         )
 
 

@@ -102,6 +102,29 @@ class Chunk(NamedTuple):
     evaluate: Callable[..., Any]
 
 
+class Pace:
+    """How many steps a chunk may take, so that it takes about `CHUNK_SECONDS`.
+
+    Attributes:
+        length: The most steps of the next chunk.
+        elapsed: How long the last one took, in seconds.
+    """
+
+    def __init__(self) -> None:
+        """Begin with a chunk of one step."""
+        self.length, self.elapsed, self._taken = 1, 0.0, 0
+
+    def took(self, steps: int, seconds: float) -> None:
+        """Take note of a chunk."""
+        self._taken, self.elapsed = steps, seconds
+        self.adapt(seconds)
+
+    def adapt(self, seconds: float) -> None:
+        """Set the next length as if the last chunk had taken so many seconds."""
+        growth = CHUNK_SECONDS / seconds if seconds else 1.0
+        self.length = max(1, int(max(self._taken, 1) * min(GROWTH, growth)))
+
+
 class Chunks:
     """The compiled loops of a run.
 
@@ -111,13 +134,14 @@ class Chunks:
     Args:
         ruled: What takes a step.
         jit: As for `minimize`.
+        pace: How long a chunk may be.
     """
 
-    def __init__(self, ruled: Ruled, jit: bool | str) -> None:
+    def __init__(self, ruled: Ruled, jit: bool | str, pace: Pace) -> None:
         """Compile nothing yet."""
         self._ruled, self._solver, self._jit = ruled, ruled.solver, jit
         self._doubted: dict[Any, Chunk] = {}
-        self._length = 1
+        self._pace = pace
 
     def take(
         self, form: Form, state: State, limit: int
@@ -151,7 +175,7 @@ class Chunks:
         chunk = self._doubted.get(key) or self._compiled(form, state)
         if chunk is None:
             return None
-        self._doubted[key], self._length = chunk, 1
+        self._doubted[key], self._pace.length = chunk, 1
         try:
             if not self._predicts(chunk, state):
                 return None
@@ -175,12 +199,14 @@ class Chunks:
         self, chunk: Chunk, state: State, limit: int
     ) -> tuple[State, dict[str, Any]]:
         """Take steps in one call."""
-        began, length = time.perf_counter(), min(limit, self._length, chunk.capacity)
+        began, length = (
+            time.perf_counter(),
+            min(limit, self._pace.length, chunk.capacity),
+        )
         inputs, given = self._solver.inputs(state, length), chunk.packing.pack(state)
         counts, packed, columns = chunk.run(tf.constant(length), given, *inputs)
         taken = int(counts)
-        growth = CHUNK_SECONDS / (time.perf_counter() - began)
-        self._length = max(1, int(max(taken, 1) * min(GROWTH, growth)))
+        self._pace.took(taken, time.perf_counter() - began)
         rows = {name: column.numpy()[:taken] for name, column in columns.items()}
         return chunk.packing.unpack(_filled(given, packed)), rows
 

@@ -64,6 +64,19 @@ class Source(Protocol):
     def row(self, drawn: Any, index: int) -> str:
         """Return what to call a row of a batch in a message."""
 
+    def example(self) -> Nest:
+        """Return a batch, without a change of what the epochs yield.
+
+        Raises:
+            InvalidArgumentError: If there is none.
+        """
+
+    def fold(self, add: Callable[[Any, Any], Any], start: Any) -> Any:
+        """Return `add(... add(add(start, drawn), drawn) ...)` over one epoch.
+
+        It may be part of a trace, and knows no order of the epochs.
+        """
+
 
 def source_of(
     data: Any, batch_size: int | None, dtype: tf.DType | None = None
@@ -140,6 +153,24 @@ class Arrays:
         """Return the number of the row in the user's arrays."""
         return f"row {int(self._rows(drawn)[index])} of the data"
 
+    def example(self) -> Nest:
+        """Return the first rows."""
+        return tf.nest.map_structure(lambda a: a[: self._size], self._arrays)
+
+    def fold(self, add: Callable[[Any, Any], Any], start: Any) -> Any:
+        """Add up the batches in the order of the arrays."""
+
+        def next_one(number: tf.Tensor, sums: Any) -> Any:
+            return number + 1, add(sums, number)
+
+        first, last = (tf.constant(i, tf.int64) for i in (0, self._batches))
+        return tf.while_loop(
+            lambda number, _: number < last,
+            next_one,
+            (first, start),
+            parallel_iterations=1,
+        )[1]
+
     def __str__(self) -> str:
         """Return what the log says of it."""
         return f"{self._count} rows, {self._size} in a batch"
@@ -183,6 +214,16 @@ class Dataset:
         """Return the number of the row in its batch."""
         return f"row {index} of it"
 
+    def example(self) -> Nest:
+        """Return the first batch of an iterator of its own."""
+        for batch in self._dataset:
+            return batch
+        raise _empty("a tf.data.Dataset without elements")
+
+    def fold(self, add: Callable[[Any, Any], Any], start: Any) -> Any:
+        """Add up the batches of a new iterator."""
+        return _folded(self._dataset, add, start)
+
     def __str__(self) -> str:
         """Return what the log says of it."""
         return f"a data set of {_layout(self.spec)}"
@@ -215,7 +256,8 @@ class Batches:
         if first is None:
             raise _empty(f"data={describe(data)} yields nothing")
         self._batches: Iterator[Any] = itertools.chain([first], iterator)
-        self.spec = tf.nest.map_structure(_spec, self._arrays(first))
+        self._example = self._arrays(first)
+        self.spec = tf.nest.map_structure(_spec, self._example)
         self.batches = len(data) if hasattr(data, "__len__") else None
         self.error: Exception | None = None
         self._dataset = _plain(
@@ -239,6 +281,17 @@ class Batches:
         """Return the number of the row in its batch."""
         return f"row {index} of it"
 
+    def example(self) -> Nest:
+        """Return the first batch."""
+        return tf.nest.map_structure(tf.convert_to_tensor, self._example)
+
+    def fold(self, add: Callable[[Any, Any], Any], start: Any) -> Any:
+        """Add up the batches, made anew."""
+        made = tf.data.Dataset.from_generator(
+            lambda: self._yielded(self._iterator()), output_signature=self.spec
+        )
+        return _folded(_plain(made), add, start)
+
     def __str__(self) -> str:
         """Return what the log says of it."""
         return f"batches of {_layout(self.spec)}"
@@ -250,10 +303,13 @@ class Batches:
         return iter(data() if callable(data) else data)
 
     def _drawn(self) -> Iterator[Nest]:
+        return self._yielded(self._batches)
+
+    def _yielded(self, batches: Iterator[Any]) -> Iterator[Nest]:
         # TensorFlow would hide what goes wrong here behind an error of its own; so the
         # epoch ends, and the loop asks why.
         try:
-            for batch in self._batches:
+            for batch in batches:
                 yield self._checked(self._arrays(batch))
         except Exception as error:  # a user's code may raise anything
             self.error = error
@@ -288,6 +344,15 @@ def can_take(f: Callable[..., Any], count: int) -> bool:
     except TypeError:
         return False
     return True
+
+
+def arguments_of(
+    f: Callable[..., Any], before: int, example: Nest
+) -> Callable[[Nest], tuple[Nest, ...]]:
+    """Return the function from a batch to what `f` takes of it; see `spreads`."""
+    if spreads(f, before, example):
+        return tuple
+    return lambda batch: (batch,)
 
 
 def spreads(f: Callable[..., Any], before: int, batch: Nest) -> bool:
@@ -334,6 +399,43 @@ def size_of(batch: Nest) -> tf.Tensor:
         return tf.constant(1)
     rows = leaf.nrows() if isinstance(leaf, tf.RaggedTensor) else tf.shape(leaf)[0]
     return tf.cast(rows, tf.int32)
+
+
+def require_rows(arguments: tuple[Nest, ...]) -> None:
+    """Refuse a batch whose parts cannot be cut between replicas: of different lengths.
+
+    Raises:
+        InvalidArgumentError: If it is one.
+    """
+    leaves = [leaf for leaf in tf.nest.flatten(arguments) if leaf.shape.rank != 0]
+    counts = [int(size_of(leaf)) for leaf in leaves]
+    if len(set(counts)) > 1:
+        raise InvalidArgumentError(
+            "Under a strategy, all parts of a batch must have the same number of rows: "
+            "each replica takes a share of them.",
+            got=f"parts of {', '.join(map(str, counts))} rows",
+            hint="one row for each example in every part; what all rows share as a "
+            "variable or constant",
+        )
+
+
+def rows_of(arguments: tuple[Nest, ...]) -> tf.Tensor:
+    """Return how many rows all parts of a batch have, to be cut between replicas.
+
+    A part without a dimension has none; a batch of nothing else is one row.
+    """
+    leaves = [x for x in tf.nest.flatten(arguments) if x.shape.rank != 0]
+    counts = [size_of(leaf) for leaf in leaves]
+    if not counts:
+        return tf.constant(1)
+    others = [
+        tf.debugging.assert_equal(
+            counts[0], count, "All parts of a batch must have the same number of rows."
+        )
+        for count in counts[1:]
+    ]
+    with tf.control_dependencies([op for op in others if op is not None]):
+        return tf.identity(counts[0])
 
 
 def require_batch(has_one: bool) -> None:
@@ -392,6 +494,25 @@ def _plain(dataset: tf.data.Dataset[Any]) -> tf.data.Dataset[Any]:
     options.autotune.enabled = False
     options.experimental_optimization.inject_prefetch = False
     return dataset.with_options(options)
+
+
+def _folded(
+    dataset: tf.data.Dataset[Any], add: Callable[[Any, Any], Any], start: Any
+) -> Any:
+    """Return `Source.fold` over a data set."""
+    # `Dataset.reduce` takes several times as long.
+    iterator: Any = iter(dataset)
+
+    def next_one(_: tf.Tensor, sums: Any) -> Any:
+        ahead = iterator.get_next_as_optional()
+        has_one = ahead.has_value()
+        return has_one, tf.cond(
+            has_one, lambda: add(sums, ahead.get_value()), lambda: sums
+        )
+
+    return tf.while_loop(
+        lambda goes_on, _: goes_on, next_one, (True, start), parallel_iterations=1
+    )[1]
 
 
 def _common_length(named: list[tuple[str, tf.Tensor]]) -> int:

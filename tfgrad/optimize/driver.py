@@ -20,6 +20,7 @@ from tfgrad.optimize.chain import Chain, make_stages
 from tfgrad.optimize.checkpoint import Checkpoints
 from tfgrad.optimize.constraints import Limits, require_support
 from tfgrad.optimize.data import can_take
+from tfgrad.optimize.distribute import lost_worker, out_of_scope
 from tfgrad.optimize.epochs import Training, training
 from tfgrad.optimize.history import Rows, Table
 from tfgrad.optimize.hooks import Hook, ProgressBar
@@ -40,6 +41,7 @@ from tfgrad.optimize.stopping import (
     status_of,
 )
 from tfgrad.optimize.tensorboard import TensorBoard, check_log
+from tfgrad.optimize.workers import Workers
 
 GROWTH = 10
 """How many times as large as at the start f has to be for a run that diverges."""
@@ -55,6 +57,11 @@ class Clock:
     def __init__(self, budget: float | None) -> None:
         """Start."""
         self._budget, self._began = budget, time.perf_counter()
+        self._agreed: float | None = None
+
+    def agree(self, seconds: float) -> None:
+        """Let the budget be used up by what all workers have agreed on."""
+        self._agreed = seconds
 
     def seconds(self) -> float:
         """Return the seconds since the start."""
@@ -69,7 +76,8 @@ class Clock:
     @property
     def is_over(self) -> bool:
         """Whether the budget is used up."""
-        return self._budget is not None and self.seconds() >= self._budget
+        seconds = self.seconds() if self._agreed is None else self._agreed
+        return self._budget is not None and seconds >= self._budget
 
 
 class Record:
@@ -127,6 +135,7 @@ class Driver:
     loop: Any
     state: Any
 
+    @out_of_scope()
     def __init__(
         self,
         f: Callable[..., Any],
@@ -151,7 +160,8 @@ class Driver:
         flags = {"has_aux": options.has_aux, "jit": jit, "verify": options.verify}
         self.kind = kind
         self.problem = kind(f, x0, options.wrt, **flags)
-        self.training, steps = training(options, self.problem)
+        is_by_batch = stages[0].is_by_batch
+        self.training, steps = training(options, self.problem, is_by_batch=is_by_batch)
         self.options = options
         self.chain = Chain(stages, steps)
         self.record = Record()
@@ -164,9 +174,9 @@ class Driver:
         if options.checkpoint is not None:
             checkpoints = Checkpoints(options.checkpoint)
             resume.find(self, checkpoints)
-        if options.log is not None:
+        if options.log is not None and self.problem.replicas.is_chief:
             self.hooks.append(TensorBoard(options.log))
-        if checkpoints is not None:
+        if checkpoints is not None and self.problem.replicas.is_chief:
             self.hooks.append(checkpoints)
         if not self.problem.takes_values and not has_data:
             _check_closed(f)
@@ -210,6 +220,8 @@ class Driver:
             return
         error: BaseException | None = None
         begun: list[Hook] = []
+        if self.problem.replicas.is_clustered:
+            self.hooks.append(Workers(self.problem.replicas))
         try:
             with self._compiling():
                 for hook in self.hooks:
@@ -230,6 +242,9 @@ class Driver:
             error = raised
             is_interrupt = isinstance(raised, KeyboardInterrupt)
             self.end("interrupted" if is_interrupt else "stopped")
+            lost = lost_worker(raised, self.problem.replicas)
+            if lost is not None:
+                raise lost from raised
             raise
         finally:
             with self._compiling():
@@ -315,7 +330,7 @@ class Driver:
     def make_loop(self, pulled: bool, position: tuple[int, int] = (0, 0)) -> None:
         """Make the loop of the stage at work."""
         problem, stage, options = self.problem, self.chain.stage, self.options
-        problem.find(problem.example) if self.training is None else None
+        problem.find() if self.training is None else None
         limits = Limits(problem, options.bounds, options.constraints)
         if stage.is_scipy:
             tolerances, clock = options.tolerances, self.clock.seconds
@@ -331,6 +346,7 @@ class Driver:
             planned=self.planned or ENDLESS,
             jit=options.jit,
             clock=self.clock.seconds,
+            in_step=problem.replicas.is_clustered,
         )
 
     def _end_epoch(self, trained: Training) -> None:
@@ -401,7 +417,8 @@ class Driver:
         """Trace and call functions in the block; no tape of the user's sees it."""
         is_long = self.training is not None or (self.planned or ENDLESS) >= LOOP_STEPS
         is_optimizer = not isinstance(self.chain.stage.method, Method)
-        with paused(), as_written(optimized=is_long and is_optimizer):
+        optimized = is_long and is_optimizer
+        with out_of_scope(), paused(), as_written(optimized=optimized):
             yield
 
     def _end(self, error: BaseException | None, begun: Sequence[Hook]) -> None:
@@ -412,6 +429,9 @@ class Driver:
             if not hasattr(self, "state"):  # it has not begun
                 return
             ending.callback(self.loop.close)
+            if error is not None and lost_worker(error, self.problem.replicas):
+                self.saved = None  # the variables have moved within the chunk
+                return
             self.saved = resume.snapshot(self)
             if error is None:
                 self.state, rows = self.loop.finish(self.state)

@@ -91,18 +91,31 @@ class Training:
         return None if self.source.is_repeatable else "data"
 
 
-def training(options: Options, problem: Problem) -> tuple[Training | None, int]:
+def training(
+    options: Options, problem: Problem, *, is_by_batch: bool
+) -> tuple[Training | None, int]:
     """Return what to train on, if there is data, and for how many steps.
 
     With data and no budget at all, it is gone through once.
 
+    Args:
+        options: As for `minimize`.
+        problem: What is minimised.
+        is_by_batch: Whether a step takes a batch. Otherwise each evaluation of the
+            problem goes through all of the data from now on.
+
     Raises:
         InvalidArgumentError: If an option is for data, and there is none; if endless
-            data is to have epochs; or as `source_of` does.
+            data is to have epochs; or as `source_of` and `Problem.go_through` do.
     """
     epochs, steps, seconds = options.epochs, options.steps, options.seconds
     if options.data is None:
         _require_no(options, "batch_size", "epochs", "validation")
+        return None, STEPS if steps is None else int(steps)
+    if not is_by_batch:
+        _require_no_epochs(options)
+        source = source_of(options.data, options.batch_size, problem.dtype)
+        problem.go_through(source)
         return None, STEPS if steps is None else int(steps)
     if options.validation is not None:
         _check_validation(options.validation, problem.takes_values)
@@ -140,6 +153,18 @@ def _require_no(options: Options, *names: str) -> None:
                 f"`{name}` goes with `data`.",
                 got=f"{name}={describe(value)} without data",
                 hint="minimize(loss, wrt=model, data=(x, y), epochs=10)",
+            )
+
+
+def _require_no_epochs(options: Options) -> None:
+    for name, instead in (("epochs", "steps=100"), ("validation", "callback=")):
+        value = getattr(options, name)
+        if value is not None:
+            raise InvalidArgumentError(
+                f"`{name}` goes with a method that takes a batch in each step; all "
+                "others go through all of the data at each evaluation.",
+                got=f"{name}={describe(value)} with method={options.method!r}",
+                hint=f'{instead}, or method="adam"',
             )
 
 

@@ -16,6 +16,7 @@ from tfgrad.derivatives.tracing import as_written
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, named_leaves, ravel
 from tfgrad.optimize.constraints import Limits
+from tfgrad.optimize.distribute import out_of_scope
 from tfgrad.optimize.driver import Driver
 from tfgrad.optimize.methods.levenberg_marquardt import (
     MOST_FOR_QR,
@@ -24,7 +25,7 @@ from tfgrad.optimize.methods.levenberg_marquardt import (
 from tfgrad.optimize.methods.losses import LOSSES
 from tfgrad.optimize.minimize import run
 from tfgrad.optimize.options import Options, require_no
-from tfgrad.optimize.residuals import Residuals
+from tfgrad.optimize.residuals import Residuals, linear_size
 from tfgrad.optimize.result import OptimizeResult, State
 from tfgrad.optimize.uncertainty import OfFit, held, source_of
 from tfgrad.runs.run import Run
@@ -44,7 +45,7 @@ class LeastSquaresResult(OptimizeResult):
     data of known errors, divide the residuals by those.
 
     Attributes:
-        residuals: At `x`, structured as the function returns them.
+        residuals: At `x`, structured as the function returns them; None with `data`.
         degrees_of_freedom: Residuals less parameters, m - n; a parameter whose two
             bounds are equal is none.
         residual_std: The standard deviation of the residuals, the root of their sum of
@@ -93,6 +94,8 @@ def least_squares(
     x0: Nest | None = None,
     *,
     wrt: Nest | None = None,
+    data: Any = None,
+    batch_size: int | None = None,
     steps: int = 1000,
     gtol: float | None = None,
     ftol: float | None = None,
@@ -127,6 +130,10 @@ def least_squares(
             and the data float64. Or a result to go on from, as for `minimize`: 3 steps
             and 4 more are 7 to the last bit.
         wrt: Variables that `residuals` reads, as for `minimize`, in place of `x0`.
+        data: What `residuals` takes besides, batch by batch, as for `minimize`: each
+            evaluation goes through all of it, and keeps a triangle of n rows in place
+            of J, so that the data may be larger than memory.
+        batch_size: How many rows of arrays a batch has; None means 32.
         steps: How many steps to take at most.
         gtol: Stop where no element of the gradient of half the sum is larger. Without
             `gtol`, `ftol` and `xtol`, the run ends where one of three rules holds that
@@ -194,6 +201,8 @@ def least_squares(
     own_rules = (gtol, ftol, xtol) == (None, None, None)
     options = Options(
         wrt=wrt,
+        data=data,
+        batch_size=batch_size,
         # Its own rules are about sums of squares.
         method=LevenbergMarquardt(is_open=not own_rules or loss != "linear"),
         steps=steps,
@@ -232,12 +241,14 @@ def check_loss(loss: Any, f_scale: Any) -> None:
         )
 
 
+@out_of_scope()
 def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResult:
     """Return the result with what residuals and Jacobian at its point say."""
     fit, bounds = driver.problem, driver.options.bounds
     with as_written(optimized=False):
         linear = fit.at(ravel(tf.nest.flatten(result.x))).linear
-    count = sum(np.size(leaf) for leaf in tf.nest.flatten(linear.residuals))
+    residuals = None if fit.source is not None else linear.residuals
+    count = linear_size(linear)
     limits = Limits(fit, bounds, ())
     freedom = count - int(np.sum(limits.lower < limits.upper))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -250,7 +261,7 @@ def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResu
         triangle = linear.matrix[:, :n].numpy()
         small = OfFit(triangle, count, float(variance), held(fit, bounds, result.x))
     statistics = {
-        "residuals": linear.residuals,
+        "residuals": residuals,
         "degrees_of_freedom": freedom,
         "residual_std": np.sqrt(variance),
     }

@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfgrad.optimize.chunks import CHUNK_SECONDS, Chunks, array, compile_chunk, held
+from tfgrad.optimize.chunks import (
+    CHUNK_SECONDS,
+    Chunks,
+    Pace,
+    array,
+    compile_chunk,
+    held,
+)
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.problem import Evaluation
@@ -37,9 +44,12 @@ class Loop:
         planned: How many steps there will be in all, at most.
         jit: As for `minimize`.
         clock: Returns the seconds since the run began.
+        in_step: Whether other processes have to take chunks of the same lengths, which
+            `pace` then tells.
 
     Attributes:
         solver: As above.
+        pace: How long a chunk may be.
         bad: A row that is not finite, where that ended the run.
         blame: Which op and line made it so, if that was found.
         succeeded: Whether the method says so, whatever the rules say.
@@ -55,13 +65,15 @@ class Loop:
         planned: int,
         jit: bool | str,
         clock: Callable[[], float] = time.perf_counter,
+        in_step: bool = False,
     ) -> None:
         """Compile nothing yet."""
         self.solver = solver
+        self.pace, self._in_step = Pace(), in_step
         self.bad: Rows | None = None
         self.blame = ""
         self._ruled = Ruled(solver, tolerances)
-        self._chunks = Chunks(self._ruled, jit)
+        self._chunks = Chunks(self._ruled, jit, self.pace)
         self._planned, self._jit, self._clock = planned, jit, clock
 
     def start(self) -> tuple[State, Rows]:
@@ -180,6 +192,8 @@ class Loop:
         if self.solver.is_eager:
             return self._take_eagerly(state)
         began, taken = time.perf_counter(), 0
+        if self._in_step:
+            limit = min(limit, self.pace.length)
         rows: list[dict[str, Any]] = []
         query, evaluations = self.solver.query(state), int(state.evaluations)
         inputs = self.solver.inputs(state, limit)
@@ -197,9 +211,12 @@ class Loop:
             if accepted:
                 taken += 1
                 rows.append({**row, "expected": expected} if self.solver.lag else row)
-            is_late = time.perf_counter() - began > CHUNK_SECONDS
+            elapsed = time.perf_counter() - began
+            is_late = elapsed > CHUNK_SECONDS and not self._in_step
             if code or taken >= limit or evaluations >= form.evaluations or is_late:
                 break
+        if self._in_step:
+            self.pace.took(taken, elapsed)
         names = rows[0] if rows else ()
         columns = {name: array([each[name] for each in rows]) for name in names}
         return tf.nest.pack_sequence_as(state, leaves), columns

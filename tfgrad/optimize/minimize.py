@@ -57,8 +57,12 @@ def minimize(
 
     With `data`, each step takes a batch, which the function takes after the values:
     `loss(batch)`, or `loss(x, y)` where batches are tuples and there is a parameter for
-    each part. What the loss writes by itself (moving averages of a batch normalisation,
-    seeds of a dropout) it writes once for each step.
+    each part. With a method that is no optimizer of Keras, each evaluation is the mean
+    over all batches, weighted by rows. Variables that were made in the scope of a
+    `tf.distribute` strategy are moved by all of its replicas together, each of which
+    evaluates a share of the rows: see `docs/distribute.md`. What the loss writes by
+    itself (moving averages of a batch normalisation, seeds of a dropout) it writes once
+    for each step.
 
     Args:
         f: Returns one float number (shape `[]`) to be made small.

@@ -17,10 +17,11 @@ from tfgrad.derivatives.certificates import slope_along, verify
 from tfgrad.derivatives.outputs import objective
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.signatures import is_dynamic, signature
-from tfgrad.derivatives.soundness import may_drop
+from tfgrad.derivatives.soundness import every, may_drop
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.diagnosis.explain import explain
 from tfgrad.diagnosis.graphs import inlined, written_variables
+from tfgrad.diagnosis.lines import line_of
 from tfgrad.diagnosis.report import Explanation
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
@@ -36,6 +37,9 @@ from tfgrad.nested import (
     variables_of,
 )
 from tfgrad.optimize.compiled import direct
+from tfgrad.optimize.data import Source, arguments_of, require_rows
+from tfgrad.optimize.distribute import left_scope, replicas_of, whole
+from tfgrad.optimize.parts import Part, Parts, weighted, without_nan
 
 SMALL = 10
 """Parameters, and numbers in an aux value, up to which each step's are kept in the
@@ -83,11 +87,16 @@ class Evaluator:
         verify: Compare the first gradient of each trace with differences.
         is_inlined: Whether second derivatives, too, have to be traced without a call of
             the graph of the gradient.
+        parts: What to put evaluations together from; None for one of the whole.
+        like: An evaluation of one batch, or its specs, where `parts` go through data.
 
     Attributes:
         variables: As above; the variables that were found, after the first call.
         kept: What others compiled for this function, by a key of theirs.
     """
+
+    is_sum = False
+    """Whether the value is a sum over the rows of a batch, or else their mean."""
 
     def __init__(
         self,
@@ -98,9 +107,12 @@ class Evaluator:
         jit: bool = False,
         verify: bool = True,
         is_inlined: bool = False,
+        parts: Parts | None = None,
+        like: Any = None,
     ) -> None:
         """Compile nothing yet."""
-        self._is_inlined = is_inlined
+        self._is_inlined = is_inlined or parts is not None
+        self._parts, self._like, self._jit = parts, like, jit
         self.variables = variables
         self.has_aux = has_aux
         self.f, self.name = f, name_of(f)
@@ -109,8 +121,12 @@ class Evaluator:
         # The ops of a tf.function belong in our graph: XLA needs that, see `CALLS`.
         plain = python if callable(python) and _is_plain(f) else f
         check = self._check if verify and not is_inlined else None
-        self.evaluate = Traces(self._evaluate, plain, jit=jit, check=check)
-        self.products = Traces(self._multiply, plain, jit=False)
+        if parts is None:
+            self.evaluate = Traces(self._evaluate, plain, jit=jit, check=check)
+            self.products = Traces(self._multiply, plain, jit=False)
+        else:
+            self.evaluate = Traces(self._evaluate_parts, plain, jit=False, check=check)
+            self.products = Traces(self._multiply_parts, plain, jit=False)
 
     def record(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Recording:
         """Return the evaluation of `f` on a tape."""
@@ -134,9 +150,101 @@ class Evaluator:
         aux = small(_named(recording.aux))
         return Evaluation(value, gradient, grad_max, aux, linear)
 
+    # --- of parts ---
+
+    def _evaluate_parts(
+        self, f: Callable[..., Any], arguments: tuple[Nest, ...], scale: Any
+    ) -> Evaluation:
+        """Return what `_evaluate` does, put together from parts."""
+        assert self._parts is not None
+        if tf.executing_eagerly() and self._parts.is_shared:  # no trace: say why
+            traced = tf.function(self._evaluate_parts, autograph=False)
+            return traced(f, arguments, scale)
+        point, batch = self._split(arguments)
+        evaluate = self._evaluate
+        if self._jit:
+            evaluate = tf.function(evaluate, autograph=False, jit_compile=True)
+
+        def compute(given: Nest, batch: tuple[Nest, ...], share: Any) -> Part:
+            point, scales = given
+            weights = [*scales] if self.is_sum or share is None else [*scales, share]
+            # In float64: a third of the rows is no third in float32.
+            wide = [tf.cast(each, tf.float64) for each in weights]
+            weight = tf.reduce_prod(tf.stack(wide)) if wide else None
+            found: Evaluation = evaluate(f, (*point, *batch), weight)
+            found = found._replace(gradient=dense(found.gradient))
+            return self._as_part(found, share)
+
+        def like() -> Part:
+            return self._as_part(self._like, None)
+
+        scales = () if scale is None else (scale,)
+        part = self._parts.put_together(
+            compute, (point, scales), batch, like, self._joined
+        )
+        found = {**part.means, **part.sums}
+        value, gradient = found["value"], found["gradient"]
+        grad_max = largest(gradient, scale, value.dtype)
+        aux = {**part.means["aux"], **part.sums["aux"]}
+        return Evaluation(value, gradient, grad_max, aux, self._linear_of(part))
+
+    def _as_part(self, evaluation: Evaluation, share: Any) -> Part:
+        """Return an evaluation as a part; what is a mean of it, times its share."""
+        floats = {n: a for n, a in evaluation.aux.items() if a.dtype.is_floating}
+        counts = {n: a for n, a in evaluation.aux.items() if a.dtype.is_integer}
+        aux = {name: weighted(a, share) for name, a in floats.items()}
+        value, gradient = evaluation.value, evaluation.gradient
+        if self.is_sum:
+            both = {"value": value, "gradient": gradient}
+            return Part(
+                {"aux": aux}, {**both, "aux": counts}, self._of_linear(evaluation)
+            )
+        both = {
+            "value": weighted(value, share),
+            "gradient": [without_nan(leaf, share) for leaf in gradient],
+        }
+        return Part({**both, "aux": aux}, {"aux": counts})
+
+    def _of_linear(self, evaluation: Evaluation) -> Any:
+        """Return what the linear model of all is made of."""
+        return ()
+
+    def _joined(self, a: Any, b: Any) -> Any:
+        """Return the linear model of two parts together."""
+        return ()
+
+    def _linear_of(self, part: Part) -> Any:
+        """Return the linear model of all parts."""
+        return ()
+
+    def _multiply_parts(
+        self, f: Callable[..., Any], arguments: tuple[Nest, ...], direction: list[Any]
+    ) -> list[tf.Tensor]:
+        assert self._parts is not None
+        point, batch = self._split(arguments)
+
+        def compute(given: Nest, batch: tuple[Nest, ...], share: Any) -> Part:
+            point, direction = given
+            product = self._multiply(f, (*point, *batch), direction)
+            if self.is_sum:
+                return Part((), product)
+            return Part([without_nan(weighted(p, share), share) for p in product], ())
+
+        def like() -> Part:
+            return Part((), direction) if self.is_sum else Part(direction, ())
+
+        part = self._parts.put_together(compute, (point, direction), batch, like)
+        product: list[tf.Tensor] = part.sums if self.is_sum else part.means
+        return product
+
+    def _split(self, arguments: tuple[Nest, ...]) -> tuple[Any, Any]:
+        """Return the arguments before the batch, and those made of it."""
+        count = int(self.variables is None)
+        return arguments[:count], arguments[count:]
+
     def _require_reads(self, recording: Recording) -> None:
         """Refuse a function that reads nothing of what it is differentiated by."""
-        if tf.executing_eagerly():
+        if tf.executing_eagerly() or self._is_inlined:
             return
         if self.variables is None:
             reads = any(source.consumers() for source in recording.sources)
@@ -179,7 +287,12 @@ class Evaluator:
     def _value(
         self, recording: Recording, scale: Any
     ) -> tuple[tf.Tensor, list[Any], Any]:
-        return recording.output, recording.gradients(scale, sparse=True), ()
+        value = recording.output
+        weight = None if scale is None else tf.cast(scale, value.dtype)
+        if self._parts is not None:  # it was looked at as a whole, outside of replicas
+            one = tf.ones_like(value) if weight is None else weight
+            return value, recording.pull([one]), ()
+        return value, recording.gradients(weight, sparse=True), ()
 
     def _multiply(
         self, f: Callable[..., Any], arguments: tuple[Nest, ...], direction: list[Any]
@@ -241,6 +354,8 @@ class Problem:
         evaluator: The function, compiled.
         example: What `f` takes besides: the arguments made of a batch, if there is
             data.
+        source: The data, if each evaluation goes through all of it.
+        replicas: Who evaluates.
     """
 
     kind: type[Evaluator] = Evaluator
@@ -269,10 +384,72 @@ class Problem:
             variables = self.template = () if wrt is None else variables_of(wrt)
             self.owners = [] if wrt is None else tf.nest.flatten(open_modules(wrt))
             _check_distinct(tf.nest.flatten(variables))
-        options = {"has_aux": has_aux, "jit": jit, "verify": verify, **self.options}
-        self.evaluator = evaluator_of(self.kind, f, variables, **options)
+        flags = {"has_aux": has_aux, "jit": jit, "verify": verify}
+        self.options = {**flags, **self.options}
+        self.evaluator = evaluator_of(self.kind, f, variables, **self.options)
         self.example: tuple[Nest, ...] = ()
+        self.source: Source | None = None
+        self.replicas = left_scope() if self.takes_values else replicas_of(self.owners)
         self._at: Callable[[tf.Tensor], Evaluation] | None = None
+        self._is_put_together = False
+
+    def go_through(self, source: Source) -> None:
+        """Let each evaluation go through all batches of a source.
+
+        Raises:
+            InvalidArgumentError: If the source has no end, or cannot be gone through
+                again; if f does not take its batches.
+        """
+        is_endless = getattr(source, "is_endless", False)
+        if is_endless or not source.is_repeatable:
+            raise InvalidArgumentError(
+                "A method that takes f for one function goes through all of the data "
+                "at each evaluation.",
+                got=f"{source}, {'without end' if is_endless else 'from an iterator'}",
+                hint="arrays, a data set without .repeat(), or data=make, where make() "
+                "returns the iterator",
+            )
+        batch = source.example()
+        before = int(self.takes_values)
+        self._take = arguments_of(self.f, before, batch)
+        self.source, self.example = source, self._take(batch)
+
+    def distribute(self, written: Sequence[tf.Variable]) -> None:
+        """Let each replica evaluate its share of a batch, from now on.
+
+        Args:
+            written: The variables that f writes.
+        """
+        require_rows(self.example)
+        parts = Parts(self.replicas, written)
+        self.evaluator = self.kind(
+            self.f, self._differentiated, **self.options, parts=parts
+        )
+
+    def _put_together(self, source: Source) -> None:
+        """Let evaluations be those of all batches, from now on."""
+        self.replicas.require_same(self.example)
+        if self.replicas.count > 1:
+            require_rows(self.example)
+        arguments = self.arguments(tf.nest.flatten(self.template), self.example)
+        traced = self.evaluator.evaluate.compiled(arguments, None)
+        if traced is None:
+            like, written = self.evaluator.evaluate(arguments, None), []
+            require_compiled(self.name, self.replicas.count)
+        else:
+            refuse_draws(traced, self.name)
+            like, written = traced.structured_outputs, written_variables(traced)
+        specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in self.leaves]
+        like = like._replace(gradient=specs)
+        parts = Parts(self.replicas, whole(written), source, self._take)
+        if self.options["verify"] and not written:  # on the first batch, once
+            self.evaluator.evaluate(arguments, None)
+        options = {**self.options, "verify": False, "parts": parts, "like": like}
+        self.evaluator = self.kind(self.f, self._differentiated, **options)
+
+    @property
+    def _differentiated(self) -> Any:
+        return None if self.takes_values else self.template
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -302,17 +479,18 @@ class Problem:
         self.find()
         return [variable.read_value() for variable in self.variables]
 
-    def find(self, batch: tuple[Nest, ...] = ()) -> None:
-        """Find the variables that f reads, if they were not named: trace f once.
+    def find(self) -> None:
+        """Find the variables that f reads, if they were not named: trace f once."""
+        if not self.takes_values and is_open(self.template):
+            self._find()
+        if self.source is not None and not self._is_put_together:
+            self._is_put_together = True
+            self._put_together(self.source)
 
-        Args:
-            batch: What f takes besides the point.
-        """
-        if self.takes_values or not is_open(self.template):
-            return
+    def _find(self) -> None:
         if is_open(self.evaluator.variables):
-            self.evaluator.evaluate(batch, None)
-        found = self.evaluator.variables
+            self.evaluator.evaluate(self.example, None)
+        found = whole(self.evaluator.variables)
         kept = [v for v in found if _is_trainable(v, _keras_owners(found))]
         if not kept:
             raise InvalidArgumentError(
@@ -320,10 +498,16 @@ class Problem:
                 got=f"`{self.name}` reads none",
                 hint="minimize(f, x0) for a function of values, or tf.Variable in f",
             )
+        self.replicas = replicas_of(kept)
+        if self.replicas.is_clustered:
+            raise InvalidArgumentError(
+                "With several workers, `wrt` names the variables.",
+                got=f"no `wrt`; `{self.name}` reads {len(kept)} variables",
+                hint="minimize(loss, wrt=model, ...)",
+            )
         if len(kept) < len(found):
-            options = {"has_aux": self.has_aux, **self.options}
-            self.evaluator = self.kind(self.f, kept, **options)
-            self.evaluator.evaluate(batch, None)
+            self.evaluator = self.kind(self.f, kept, **self.options)
+            self.evaluator.evaluate(self.example, None)
         self.owners = kept
         self.template = kept if len(kept) > 1 else kept[0]
 
@@ -343,6 +527,8 @@ class Problem:
         """
         arguments = self.arguments(x, batch)
         evaluation: Evaluation = self.evaluator.evaluate(arguments, scale)
+        if self.source is not None and self.source.error is not None:
+            raise self.source.error
         return evaluation
 
     def at(self, x: tf.Tensor) -> Evaluation:
@@ -352,7 +538,10 @@ class Problem:
         """
         if self._at is None:
             self._at = self._evaluation_of_vectors()
-        return self._at(x)
+        evaluation = self._at(x)
+        if self.source is not None and self.source.error is not None:
+            raise self.source.error
+        return evaluation
 
     def _evaluation_of_vectors(self) -> Callable[[tf.Tensor], Evaluation]:
         """Return the function from a vector to the evaluation there."""
@@ -436,6 +625,7 @@ class Problem:
 
     def refused(self, written: list[tf.Variable]) -> list[tf.Variable]:
         """Return variables that f writes to; refuse those that are moved."""
+        written = whole(written)
         moved = {id(variable) for variable in self.variables}
         for variable in written:
             if id(variable) in moved:
@@ -449,7 +639,8 @@ class Problem:
     def others(self) -> list[tf.Variable]:
         """Return the other variables that f reads: seeds, averages, what is frozen."""
         own = {id(variable) for variable in self.variables}
-        return [v for v in self.evaluator.evaluate.variables() if id(v) not in own]
+        read = whole(self.evaluator.evaluate.variables())
+        return [v for v in read if id(v) not in own]
 
     def reads(self) -> list[Any]:
         """Return the float variables and tensors that f reads by itself."""
@@ -464,8 +655,11 @@ class Problem:
             is_bound: Whether the method takes second derivatives.
 
         Returns:
-            None if f calls a graph that cannot be made part of its own.
+            None if f calls a graph that cannot be made part of its own, or if there is
+            data to go through.
         """
+        if self.source is not None:
+            return None
         has_calls = not CALLS.isdisjoint(self.operations())
         if not has_calls and not is_bound:
             return self
@@ -500,7 +694,8 @@ class Problem:
         wrt = None if self.takes_values else self.variables
         before = [variable.read_value() for variable in self.variables]
         try:
-            return explain(value, *self.arguments(x, batch), wrt=wrt)
+            arguments = self.arguments(x, batch or self.example)
+            return explain(value, *arguments, wrt=wrt)
         finally:
             self.assign(before)
 
@@ -519,7 +714,7 @@ class Problem:
         other = type(self).__new__(type(self))
         vars(other).update(vars(self))
         other._at = None
-        options = {"has_aux": self.has_aux, "is_inlined": True, **self.options}
+        options = {**self.options, "jit": False, "is_inlined": True}
         other.evaluator = self.kind(self.f, self.evaluator.variables, **options)
         written = self.written()
         values = [variable.read_value() for variable in written]
@@ -603,7 +798,7 @@ def largest(gradient: Sequence[Any], scale: Any, dtype: tf.DType) -> tf.Tensor:
     each = [tf.reduce_max(leaf) if leaf.shape.rank else leaf for leaf in sizes]
     each = [tf.cast(leaf, dtype) for leaf in each]
     whole = each[0] if len(each) == 1 else tf.reduce_max(tf.stack(each))
-    return whole if scale is None else whole / scale
+    return whole if scale is None else whole / tf.cast(scale, dtype)
 
 
 def flat(evaluation: Evaluation) -> Evaluation:
@@ -624,6 +819,28 @@ def _named(aux: Any) -> dict[str, Any]:
     if aux is None:
         return {}
     return dict(aux) if isinstance(aux, dict) else {"aux": aux}
+
+
+def refuse_draws(traced: Any, name: str) -> None:
+    """Refuse a function that draws random numbers where it has to have one value."""
+    for op in every(traced.graph.get_operations()):
+        if any(part in op.type for part in ("Random", "Multinomial", "Rng")):
+            raise InvalidArgumentError(
+                "A method that takes f for one function needs the same value at the "
+                "same point.",
+                got=f"`{name}` draws random numbers: {op.type} at {line_of(op)}",
+                hint='training=False in the loss, or method="adam"',
+            )
+
+
+def require_compiled(name: str, count: int) -> None:
+    """Refuse a function that leaves TensorFlow where there are replicas."""
+    if count > 1:
+        raise InvalidArgumentError(
+            "Under a strategy, the function must be made of tf functions.",
+            got=f"`{name}`, which cannot be compiled, on {count} replicas",
+            hint="the same in tf.math or tf.experimental.numpy; NumPy in the data",
+        )
 
 
 def _check_sources(f: Any, x0: Nest, wrt: Nest) -> None:

@@ -17,7 +17,8 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, ravel, unravel
 from tfgrad.optimize.methods import losses
 from tfgrad.optimize.methods.levenberg_marquardt import MOST_FOR_QR
-from tfgrad.optimize.problem import Evaluator, Problem
+from tfgrad.optimize.parts import Part
+from tfgrad.optimize.problem import Evaluation, Evaluator, Problem
 
 DTYPES = (tf.float32, tf.float64)
 """The dtypes that TensorFlow factorises matrices in."""
@@ -36,11 +37,14 @@ class Linear(NamedTuple):
         matrix: Of up to `MOST_FOR_QR` parameters, the upper triangle R that QR leaves
             of J, and Q'r beside it; of more, J'J and J'r. Shape `[n, n + 1]`. Empty
             where J is too large to be formed.
-        residuals: r, as the user's function returns it.
+        residuals: r, as the user's function returns it; empty if r is too long to be
+            kept: put together from parts of the data.
+        count: How many residuals there are then, shape `[]`.
     """
 
     matrix: Any
     residuals: Nest
+    count: Any = ()
 
 
 class ResidualEvaluator(Evaluator):
@@ -52,6 +56,7 @@ class ResidualEvaluator(Evaluator):
     """
 
     fits_in_memory = True
+    is_sum = True
 
     def __init__(
         self, *args: Any, loss: str = "linear", f_scale: float = 1.0, **options: Any
@@ -89,6 +94,33 @@ class ResidualEvaluator(Evaluator):
         gradient = unravel(vector, recording.sources)
         matrix = _reduced(jacobian, residuals, vector)
         return value, gradient, Linear(matrix, recording.output)
+
+    def _of_linear(self, evaluation: Evaluation) -> Any:
+        residuals = tf.nest.flatten(evaluation.linear.residuals)
+        if any(isinstance(leaf, tf.TypeSpec) for leaf in residuals):
+            count: Any = tf.TensorSpec([], tf.int32)
+        else:
+            count = tf.add_n([tf.size(leaf) for leaf in residuals])
+        return {"matrix": evaluation.linear.matrix, "count": count}
+
+    def _joined(self, a: Any, b: Any) -> Any:
+        """Return the triangle of both, stacked, from that of each; or the sum of J'J.
+
+        QR of the stack of two triangles is that of the stack of what they are of
+        (Demmel et al. 2012, Communication-optimal parallel and sequential QR and LU
+        factorizations, section 3), with all of the digits, which J'J would halve.
+        """
+        count = a["count"] + b["count"]
+        matrix = a["matrix"]
+        if not tf.is_tensor(matrix):  # it is too large to be formed
+            return {"matrix": (), "count": count}
+        if matrix.shape[0] > MOST_FOR_QR:
+            return {"matrix": matrix + b["matrix"], "count": count}
+        both = tf.concat([matrix, b["matrix"]], axis=0)
+        return {"matrix": _triangle(both), "count": count}
+
+    def _linear_of(self, part: Part) -> Linear:
+        return Linear(part.linear["matrix"], (), part.linear["count"])
 
     def _multiply(
         self, f: Callable[..., Any], arguments: tuple[Nest, ...], direction: list[Any]
@@ -167,6 +199,12 @@ class Residuals(Problem):
         return matrix
 
 
+def linear_size(linear: Linear) -> int:
+    """Return how many residuals a linear model is of."""
+    leaves = tf.nest.flatten(linear.residuals)
+    return int(linear.count) if not leaves else int(sum(map(tf.size, leaves)))
+
+
 def check_dtypes(recording: Recording) -> None:
     """Refuse residuals of another dtype than the parameters'."""
     leaves = (*recording.outputs, *recording.sources)
@@ -201,7 +239,13 @@ def _reduced(jacobian: tf.Tensor, residuals: tf.Tensor, slope: tf.Tensor) -> tf.
     if n > MOST_FOR_QR:
         square = tf.matmul(jacobian, jacobian, transpose_a=True)
         return tf.concat([square, slope[:, None]], axis=1)
-    both = tf.concat([jacobian, residuals[:, None]], axis=1)
+    return _triangle(tf.concat([jacobian, residuals[:, None]], axis=1))
+
+
+def _triangle(both: tf.Tensor) -> tf.Tensor:
+    """Return R and, beside it, Q'r: of a Jacobian J and, in the last column, r."""
+    columns: Any = both.shape[1]
+    n = columns - 1
     # QR of what is not finite may not end.
     is_known = tf.reduce_all(tf.math.is_finite(both))
     both = tf.where(is_known, both, tf.zeros_like(both))

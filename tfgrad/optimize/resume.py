@@ -357,7 +357,7 @@ def _end_at_once(run: Driver, saved: Saved) -> None:
     """Take the result of a run that has ended, if its function is this one."""
     assert saved.outcome is not None
     problem, outcome = run.problem, saved.outcome
-    problem.find(problem.example)
+    problem.find()
     with put_back_on_error(problem):
         problem.restart(outcome.x)
         if run.training is None:

@@ -293,15 +293,17 @@ class TensorBoard(Hook):
         if is_due and run.step > self._last_histogram:
             self._last_histogram = run.step
             solver = run.loop.solver
-            evaluation = solver.look(run.state)
-            leaves = solver.point(run.state), solver.gradient(evaluation)
+            leaves: list[Leaves] = [solver.point(run.state), []]
+            if not run.problem.replicas.is_clustered:  # all evaluate, or none
+                leaves[1] = solver.gradient(solver.look(run.state))
             point, gradient = ([np.asarray(x) for x in part] for part in leaves)
             self._submit(self._write_histograms, run.step, point, gradient)
 
     def _write_histograms(self, step: int, point: Leaves, gradient: Leaves) -> None:
         assert self._run is not None
-        for name, x, slope in zip(self._names, point, gradient, strict=True):
+        for name, x in zip(self._names, point, strict=True):
             self._run.histogram(f"parameters/{name}", x, step)
+        for name, slope in zip(self._names, gradient, strict=False):
             self._run.histogram(f"gradients/{name}", slope, step)
 
     def _write_result(

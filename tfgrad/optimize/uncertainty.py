@@ -314,6 +314,7 @@ def _first(only: Any) -> Any:
 def source_of(driver: Driver, fit: OfFit | None = None) -> OfFunction:
     """Return what a result keeps of its function; nothing is computed."""
     problem, options = driver.problem, driver.options
+    has_data = driver.training is not None or problem.source is not None
     obstacle = "constraints" if options.constraints else ""
     return OfFunction(
         f=problem.f,
@@ -321,7 +322,7 @@ def source_of(driver: Driver, fit: OfFit | None = None) -> OfFunction:
         kind=driver.kind,
         has_aux=problem.has_aux,
         bounds=options.bounds,
-        obstacle=obstacle if driver.training is None else "data",
+        obstacle="data" if has_data else obstacle,
         fit=fit,
     )
 

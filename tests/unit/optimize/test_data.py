@@ -496,9 +496,21 @@ BAD = {
     "an array and a word": ({"data": (X, "y")}, "must be arrays, a tf.data.Dataset"),
     "an array of objects": ({"data": np.array([object()])}, "made of arrays"),
     "three parts for two": ({"data": (X, Y, Y)}, "the loss takes a batch"),
-    "a full-batch method": (
-        {"data": dataset(), "method": "lbfgs"},
-        "one optimizer of Keras",
+    "a chain": (
+        {"data": dataset(), "method": [("adam", 5), "lbfgs"]},
+        "one method, and no chain",
+    ),
+    "epochs of a method that takes all at once": (
+        {"data": dataset(), "method": "lbfgs", "epochs": 3},
+        "takes a batch in each step",
+    ),
+    "endless data for a method that takes all": (
+        {"data": dataset().repeat(), "method": "lbfgs"},
+        "all of the data at each evaluation",
+    ),
+    "an iterator for a method that takes all": (
+        {"data": iter([(X, Y)]), "method": "newton"},
+        "all of the data at each evaluation",
     ),
     "epochs of endless data": (
         {"data": dataset().repeat(), "epochs": 2},

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import describe
+from tfgrad.optimize.distribute import scope_of
 
 
 @functools.cache
@@ -145,7 +146,7 @@ class KerasMethod:
         # rounded to float32.
         double = all(tf.as_dtype(v.dtype) == tf.float64 for v in self._variables)
         self._floatx = "float64" if double else keras.config.floatx()
-        with self._precision():
+        with self._precision(), scope_of(self._variables):
             self.optimizer = factory(self._variables)
             kind = self.optimizer
             self.is_compiled = hasattr(kind, "build") and hasattr(kind, "variables")

@@ -24,7 +24,14 @@ from tfgrad.optimize.data import (
     spreads,
 )
 from tfgrad.optimize.methods.keras_optimizer import Factory, KerasMethod, plain
-from tfgrad.optimize.problem import SMALL, Evaluation, Problem, dense, operations_of
+from tfgrad.optimize.problem import (
+    SMALL,
+    Evaluation,
+    Problem,
+    dense,
+    operations_of,
+    require_compiled,
+)
 from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA
 from tfgrad.optimize.stopping import RUNNING, rule_of, status_of
@@ -90,15 +97,21 @@ class OptimizerSolver(Solver):
             self._open_first(source)
         self._compiled = self._compile()
         if not self.moved:  # they were found by the trace
-            problem.find(problem.example)
+            problem.find()
             self._owners = problem.owners
             self.moved = [plain(owner) for owner in self._owners]
+        self._written = self._written_by_f()
         self._method = KerasMethod(factory, self._owners)
         self.name, self.optimizer = self._method.name, self._method.optimizer
-        if self._method.scale() is not None:
+        is_shared = source is not None and problem.replicas.count > 1
+        if is_shared:
+            if self._compiled is None:  # eagerly, f raises the user's own error
+                self._evaluated(self._first.get_value())
+                require_compiled(problem.name, problem.replicas.count)
+            problem.distribute(self._written)
+        if is_shared or self._method.scale() is not None:
             self._compiled = self._compile()
         self.backup = [tf.Variable(v, trainable=False) for v in self.moved]
-        self._written = self._written_by_f()
         self._before = [tf.Variable(v, trainable=False) for v in self._written]
 
     @property
@@ -326,6 +339,10 @@ class OptimizerSolver(Solver):
         if opens:
             self._iterator = self._source.open(int(epoch))
             ahead = self._draw()
+            if self.problem.replicas.is_clustered and bool(ahead.has_value()):
+                self.problem.replicas.require_same(
+                    self._source.batch(ahead.get_value())
+                )
         return state._replace(batch=Batches(ahead, batch.last, 0 * epoch, epoch))
 
     def prepare(self, state: State) -> State:
@@ -348,6 +365,7 @@ class OptimizerSolver(Solver):
         self._first = self._draw()
         require_batch(bool(self._first.has_value()))
         batch = source.batch(self._first.get_value())
+        self.problem.replicas.require_same(batch)
         self._spreads = spreads(self.problem.f, int(self.problem.takes_values), batch)
         self.problem.example = self._arguments(batch)
 

@@ -304,7 +304,8 @@ class PureSolver(Solver):
 
     def form(self, state: State, planned: int, jit: bool | str) -> Form:
         """Return XLA from the evaluation on at which it pays."""
-        if self.problem.evaluator.kept.get(NO_XLA) and jit == "auto":
+        is_kept_from = self.problem.evaluator.kept.get(NO_XLA) and jit == "auto"
+        if is_kept_from or self.problem.source is not None:
             return Form("calls")
         operations = self.problem.operations()
         if not operations or jit is False:  # it runs eagerly, or shall

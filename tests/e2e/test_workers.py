@@ -1,0 +1,190 @@
+"""Runs in two and three processes of one cluster, against one process alone."""
+
+import signal
+
+import numpy as np
+import pytest
+
+from tests.e2e.clusters import outputs, run, start
+
+CASES = """
+keras.backend.set_floatx("float64")
+LAYERS, OPTIMIZERS = keras.layers, keras.optimizers
+random = np.random.default_rng(0)
+X = random.normal(size=(53, 4))
+Y = np.sin(X @ random.normal(size=(4, 1)))
+WORDS = random.integers(0, 40, size=(53, 3)).astype("int32")
+
+def model_of(kind):
+    keras.utils.set_random_seed(1)
+    first = [keras.Input([4])]
+    if kind == "sparse":
+        first = [keras.Input([3], dtype="int32"), LAYERS.Embedding(40, 2)]
+        first.append(LAYERS.Flatten())
+    between = {
+        "synchronized": [LAYERS.BatchNormalization(synchronized=True)],
+        "averages": [LAYERS.BatchNormalization()],
+        "dropout": [LAYERS.Dropout(0.3, seed=5)],
+    }.get(kind, [])
+    hidden = LAYERS.Dense(8, activation="tanh")
+    return keras.Sequential([*first, hidden, *between, LAYERS.Dense(1)])
+
+def schedule():
+    return OPTIMIZERS.schedules.CosineDecay(0.05, 100)
+
+METHODS = {
+    "sgd": lambda: OPTIMIZERS.SGD(0.1),
+    "adam": lambda: OPTIMIZERS.Adam(
+        schedule(), clipnorm=0.1, use_ema=True, ema_overwrite_frequency=4
+    ),
+    "lbfgs": lambda: "lbfgs",
+}
+CASES = [("plain", "sgd", 15), ("plain", "adam", 15), ("plain", "lbfgs", 100)]
+CASES += [(k, "adam", 3) for k in ("synchronized", "sparse", "averages", "dropout")]
+found = {}
+for kind, method, epochs in CASES:
+    with scope():
+        model = model_of(kind)
+    def loss(x, y):
+        return tf.reduce_mean((model(x, training=True) - y) ** 2)
+    budget = {"steps": epochs} if method == "lbfgs" else {"epochs": epochs}
+    result = tfgrad.minimize(
+        loss, wrt=model, data=(WORDS if kind == "sparse" else X, Y), batch_size=8,
+        method=METHODS[method](), log=sys.argv[1] + "/log",
+        checkpoint=f"{sys.argv[1]}/{kind}-{method}", **budget,
+    )
+    weights = np.concatenate([np.ravel(w) for w in model.get_weights()])
+    found[f"{kind} {method}"] = weights
+    found[f"{kind} {method} fun"] = result.history["fun"]
+np.savez(f"{sys.argv[1]}/{WORKER}.npz", **found)
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("alone")
+    run(0, CASES, directory)
+    return np.load(directory / "-1.npz")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_workers_end_where_one_process_does(count, alone, tmp_path):
+    run(count, CASES, tmp_path)
+
+    chief = np.load(tmp_path / "0.npz")
+    for worker in range(1, count):
+        other = np.load(tmp_path / f"{worker}.npz")
+        for name in chief.files:
+            np.testing.assert_array_equal(chief[name], other[name], err_msg=name)
+    for name in alone.files:
+        if "averages" in name or "dropout" in name:
+            # Each replica normalises by its own rows, and drops other units.
+            assert chief[name].shape == alone[name].shape
+            assert np.all(np.isfinite(chief[name]))
+        else:
+            # A hundred steps of L-BFGS magnify what rounds otherwise in the first.
+            error = 1e-5 if "lbfgs" in name else 1e-10
+            np.testing.assert_allclose(
+                chief[name], alone[name], rtol=error, atol=error, err_msg=name
+            )
+    runs = [path for path in (tmp_path / "log").iterdir() if path.is_dir()]
+    assert len(runs) == 7  # the chief's alone
+
+
+LONG = """
+random = np.random.default_rng(0)
+X = random.normal(size=(403, 4))
+Y = np.sin(X @ random.normal(size=(4, 1)))
+keras.backend.set_floatx("float64")
+with scope():
+    keras.utils.set_random_seed(1)
+    hidden = keras.layers.Dense(8, activation="tanh")
+    model = keras.Sequential([keras.Input([4]), hidden, keras.layers.Dense(1)])
+def loss(x, y):
+    return tf.reduce_mean((model(x) - y) ** 2)
+def told(state):
+    print("step", state.step, flush=True)
+result = tfgrad.minimize(
+    loss, wrt=model, data=(X, Y), batch_size=16, steps=int(sys.argv[2]),
+    method="adam", checkpoint=sys.argv[1], callback=told,
+)
+weights = np.concatenate([np.ravel(w) for w in model.get_weights()])
+print("ended", result.status, result.nit, weights.tobytes().hex(), flush=True)
+"""
+
+
+def until(process, step):
+    """Read what a process prints, up to a step."""
+    for line in process.stdout:
+        if line.startswith("step") and int(line.split()[1]) >= step:
+            return
+
+
+def ended(text):
+    """Return status, steps and weights that a process has printed."""
+    (line,) = (line for line in text.splitlines() if line.startswith("ended"))
+    return line.split()[1:]
+
+
+def test_a_worker_that_is_killed_ends_the_others_with_what_to_do(tmp_path):
+    steps = 3000
+    whole = {ended(text)[2] for text in run(2, LONG, tmp_path / "whole", steps)}
+    for victim, moment in ((1, 150), (0, 40)):
+        directory = tmp_path / str(victim)
+        workers = start(2, LONG, directory, steps)
+        until(workers[victim], moment)
+        workers[victim].kill()
+        text = outputs(workers)[1 - victim]
+
+        assert workers[1 - victim].returncode == 1
+        assert "All workers of a run have to live until it ends." in text
+        assert "start them again with the same TF_CONFIG" in text
+        resumed = {ended(text)[2] for text in run(2, LONG, directory, steps)}
+        assert resumed == whole
+    assert len(whole) == 1
+
+
+def test_ctrl_c_in_one_worker_ends_all_at_the_same_step(tmp_path):
+    workers = start(2, LONG, tmp_path, 10**6)
+    until(workers[1], 50)
+    workers[1].send_signal(signal.SIGINT)
+
+    first, second = (ended(text) for text in outputs(workers))
+
+    assert first == second
+    assert first[0] == "interrupted"
+    assert int(first[1]) >= 50
+
+
+REFUSED = """
+random = np.random.default_rng(0)
+X = random.normal(size=(48, 4))
+with scope():
+    w = tf.Variable(np.zeros(4))
+def loss(x):
+    return tf.reduce_mean((w - x) ** 2)
+def refused(name, **options):
+    try:
+        tfgrad.minimize(loss, wrt=w, **options)
+    except Exception as error:
+        print("refused", name, "|", str(error).replace(chr(10), " "), flush=True)
+dataset = tf.data.Dataset.from_tensor_slices(X).batch(8)
+refused("shuffle", data=dataset.shuffle(6))
+refused("all", data=dataset.shuffle(6), method="lbfgs")
+refused("arrays", data=X + WORKER)
+refused("callback", data=X, callback=print if WORKER == 0 else None)
+result = tfgrad.minimize(loss, wrt=w, data=dataset.shuffle(6, seed=1), epochs=2)
+print("done", result.nit)
+"""
+
+
+def test_data_that_differ_between_workers_are_found_out():
+    for text in run(2, REFUSED):
+        lines = [line for line in text.splitlines() if line.startswith("refused")]
+        found = dict(line.removeprefix("refused ").split(" | ") for line in lines)
+        assert set(found) == {"shuffle", "all", "arrays", "callback"}
+        for name in ("shuffle", "all", "arrays"):
+            assert "All workers must draw the same batches" in found[name]
+            assert "seed=1" in found[name]
+        assert "a callback in 1 of 2 workers" in found["callback"]
+        assert "done 12" in text

@@ -1,0 +1,196 @@
+"""An evaluation put together from those of parts: of batches, of replicas' shares.
+
+The mean over all rows is the sum of the means of the parts, each times its share of the
+rows; so is the gradient. A part without rows, whose mean would be NaN, counts as 0. A
+sum over rows, as `least_squares` has it, is the sum of the parts' sums. Numbers of half
+precision are added up in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfgrad.nested import Nest
+from tfgrad.optimize.data import Source, rows_of, size_of
+from tfgrad.optimize.distribute import Replicas
+
+
+class Part(NamedTuple):
+    """What one part comes to.
+
+    Attributes:
+        means: A nest of what is a mean over the rows of a batch, times this part's
+            share of them.
+        sums: A nest of what is a sum over rows.
+        linear: What a linear model is made of; empty if there is none.
+    """
+
+    means: Any
+    sums: Any
+    linear: Any = ()
+
+
+class Parts:
+    """How what is computed of parts becomes one.
+
+    Args:
+        replicas: Who computes a share of each batch.
+        written: The variables that f writes: float ones are averages, which become the
+            mean of the replicas'; integers of shape `[2]` are Keras's seeds.
+        source: The data, all of which is gone through each time; None for a batch that
+            is handed over.
+        arguments: Returns what f takes of a batch of the source.
+
+    Attributes:
+        is_shared: Whether there are several replicas.
+    """
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        written: Sequence[tf.Variable],
+        source: Source | None = None,
+        arguments: Callable[[Nest], tuple[Nest, ...]] = tuple,
+    ) -> None:
+        """Sort what f writes."""
+        self.is_shared = replicas.count > 1
+        many = written if self.is_shared else ()
+        self._averages = [v for v in many if v.dtype.is_floating]
+        self._seeds = [
+            v for v in many if v.dtype.is_integer and v.shape.as_list() == [2]
+        ]
+        self._replicas, self._source, self._arguments = replicas, source, arguments
+
+    def put_together(
+        self,
+        compute: Callable[[Nest, tuple[Nest, ...], Any], Part],
+        given: Nest,
+        batch: tuple[Nest, ...],
+        like: Callable[[], Part],
+        join: Callable[[Any, Any], Any] = lambda a, b: (),
+    ) -> Part:
+        """Return what all parts come to.
+
+        Args:
+            compute: Takes `given`, what f takes of a batch, and the part's share of its
+                rows (shape `[]`, None for all of them).
+            given: What is the same for all parts: a nest of tensors.
+            batch: What f takes of the batch, if there is no source.
+            like: Returns what a part looks like: a nest of specs or tensors.
+            join: Returns the linear model of two parts together.
+        """
+        replicas = self._replicas
+
+        def one(given: Nest, batch: tuple[Nest, ...]) -> Any:
+            with replicas.own_masks(self._seeds):
+                if self._source is None:
+                    part, share = self._of_share(compute, given, batch)
+                else:
+                    part, share = self._of_all(compute, given, like(), join)
+            return self._total(part, share, join)
+
+        part, averages = replicas.run(one, given, batch)
+        for variable, mean in zip(self._averages, averages, strict=True):
+            variable.assign(mean)
+        return part
+
+    def _of_share(
+        self, compute: Callable[..., Part], given: Nest, batch: tuple[Nest, ...]
+    ) -> tuple[Part, Any]:
+        """Return what this replica's share of a batch comes to, and the share."""
+        if self._replicas.count == 1:
+            return compute(given, batch, None), None
+        rows = rows_of(batch)
+        mine, own = self._replicas.share(batch, rows)
+        share = tf.cast(own, tf.float64) / tf.cast(rows, tf.float64)
+        return compute(given, mine, share), share
+
+    def _of_all(
+        self,
+        compute: Callable[..., Part],
+        given: Nest,
+        like: Part,
+        join: Callable[[Any, Any], Any],
+    ) -> tuple[Part, Any]:
+        """Return the same of the share of all batches of the source."""
+        source = self._source
+        assert source is not None
+
+        def add(sums: Any, drawn: Any) -> Any:
+            total, rows, own = sums
+            batch = self._arguments(source.batch(drawn))
+            rows_in = rows_of if self.is_shared else size_of
+            count = tf.cast(rows_in(batch), tf.float64)
+            part, share = self._of_share(compute, given, batch)
+            means = _map(lambda x: wide(x) * tf.cast(count, wide(x).dtype), part.means)
+            next_one = Part(means, _map(wide, part.sums))
+            added = _map(tf.add, total._replace(linear=()), next_one)
+            linear = join(total.linear, part.linear)
+            mine = count if share is None else share * count
+            return added._replace(linear=linear), rows + count, own + mine
+
+        zeros = _map(lambda x: tf.zeros(x.shape, wide_dtype(x.dtype)), like)
+        none = tf.zeros([], tf.float64)
+        total, rows, own = source.fold(add, (zeros, none, none))
+        means = _map(lambda x: x / tf.cast(rows, x.dtype), total.means)
+        narrow = _map(
+            lambda x, y: tf.cast(x, y.dtype), total._replace(means=means), like
+        )
+        return narrow, own / rows
+
+    def _total(
+        self, part: Part, share: Any, join: Callable[[Any, Any], Any]
+    ) -> tuple[Part, list[tf.Tensor]]:
+        """Return the sum over the replicas, and the mean of the averages."""
+        replicas = self._replicas
+        if replicas.count == 1:
+            return part, []
+        averages = [
+            tf.math.multiply_no_nan(v.read_value(), tf.cast(share, v.dtype))
+            for v in self._averages
+        ]
+        linear = _map(replicas.stacked, part.linear)
+        parts = (part._replace(linear=linear), averages)
+        totals = replicas.total(tf.nest.flatten(parts))
+        part, averages = tf.nest.pack_sequence_as(parts, totals)
+        if tf.nest.flatten(linear):
+            each = [
+                _map(lambda x, i=i: x[i], part.linear) for i in range(replicas.count)
+            ]
+            joined = each[0]
+            for other in each[1:]:
+                joined = join(joined, other)
+            part = part._replace(linear=joined)
+        return part, averages
+
+
+def weighted(tensor: tf.Tensor, share: Any) -> tf.Tensor:
+    """Return a mean over some of the rows, times their share of all: 0 for no rows."""
+    if share is None:
+        return tensor
+    return tf.math.multiply_no_nan(tensor, tf.cast(share, tensor.dtype))
+
+
+def without_nan(tensor: tf.Tensor, share: Any) -> tf.Tensor:
+    """Return a gradient that was weighted, with 0 for what no rows have made NaN."""
+    if share is None:
+        return tensor
+    is_none = (share == 0) & ~tf.math.is_finite(tensor)
+    return tf.where(is_none, tf.zeros_like(tensor), tensor)
+
+
+def wide(tensor: tf.Tensor) -> tf.Tensor:
+    """Return a tensor in the dtype that it is added up in."""
+    return tf.cast(tensor, wide_dtype(tensor.dtype))
+
+
+def wide_dtype(dtype: tf.DType) -> tf.DType:
+    """Return the dtype that numbers are added up in: float32 for half precision."""
+    return tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
+
+
+def _map(function: Callable[..., Any], *nests: Any) -> Any:
+    return tf.nest.map_structure(function, *nests)
