@@ -257,9 +257,13 @@ def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResu
         )
     n = limits.lower.size
     small = None
-    if n <= MOST_FOR_QR and isinstance(linear.matrix, tf.Tensor):
-        triangle = linear.matrix[:, :n].numpy()
-        small = OfFit(triangle, count, float(variance), held(fit, bounds, result.x))
+    is_there = n <= MOST_FOR_QR or fit.source is not None  # else J can be had again
+    if is_there and isinstance(linear.matrix, tf.Tensor):
+        factor = linear.matrix[:, :n].numpy()
+        if n > MOST_FOR_QR:  # it is J'J
+            roots, v = np.linalg.eigh(factor)
+            factor = np.sqrt(np.maximum(roots, 0))[:, None] * v.T
+        small = OfFit(factor, count, float(variance), held(fit, bounds, result.x))
     statistics = {
         "residuals": residuals,
         "degrees_of_freedom": freedom,
