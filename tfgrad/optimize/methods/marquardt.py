@@ -106,6 +106,9 @@ class Marquardt:
     def why(self, state: State) -> None:
         """Return nothing: the verdict is read of many states at once."""
 
+    def _box(self, like: tf.Tensor) -> Bounds:
+        return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
+
     def blank(self, like: tf.Tensor) -> State:
         """Return a state whose `update` takes any point: where a fit begins.
 
@@ -135,7 +138,11 @@ class Marquardt:
     def update(self, new: Point, old: Point, state: State) -> Move:
         """Take the trial if f fell as promised; damp the next step less, or more."""
         is_first = state.trials < 0
-        is_level, is_flatter = _compare(new, old, state)
+        ends = new, old
+        if self._bounds is not None:  # what a bound holds is not to become flat
+            box = self._box(new.x)
+            ends = box.reduced(new), box.reduced(old)
+        is_level, is_flatter = _compare(*ends, state)
         no = -tf.ones_like(new.fun)
         ratio = tf.math.divide_no_nan(old.fun - new.fun, state.promised)
         # Where f cannot tell, the gradient can: take it, or not, and keep the damping.
@@ -162,7 +169,7 @@ class Marquardt:
         n: Any = here.x.shape[0]
         box = None
         if self._bounds is not None:
-            box = Bounds(*(tf.cast(b, here.x.dtype) for b in self._bounds))
+            box = self._box(here.x)
         is_known = tf.reduce_all(tf.math.is_finite(state.linear))
         linear = tf.where(is_known, state.linear, tf.zeros_like(state.linear))
         norms = lengths(linear)[:n]
