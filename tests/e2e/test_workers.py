@@ -127,7 +127,7 @@ def ended(text):
 
 
 def test_a_worker_that_is_killed_ends_the_others_with_what_to_do(tmp_path):
-    steps = 3000
+    steps = 1200
     whole = {ended(text)[2] for text in run(2, LONG, tmp_path / "whole", steps)}
     for victim, moment in ((1, 150), (0, 40)):
         directory = tmp_path / str(victim)
