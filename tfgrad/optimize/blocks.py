@@ -24,10 +24,11 @@ from tfgrad.derivatives.signatures import signature
 from tfgrad.derivatives.tracing import as_written
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.nested import Nest, either, unravel
+from tfgrad.optimize.evaluator import Evaluation, flat, operations_of
 from tfgrad.optimize.hooks import Interrupts
 from tfgrad.optimize.methods.levenberg_marquardt import ORTHOGONAL, STANDS, VANISHED
 from tfgrad.optimize.methods.protocol import Method
-from tfgrad.optimize.problem import Evaluation, Problem, flat, operations_of
+from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.solvers import State
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureSolver, Start
 from tfgrad.optimize.solvers.ruled import Ruled

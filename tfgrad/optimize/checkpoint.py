@@ -20,9 +20,9 @@ import tensorflow as tf
 from tfgrad.errors import RunError, TfgradError
 from tfgrad.optimize import resume
 from tfgrad.optimize.chain import Chain
+from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.hooks import Hook
-from tfgrad.optimize.problem import Evaluation
 from tfgrad.optimize.resume import Identity, Outcome, Saved
 from tfgrad.optimize.solvers import State
 from tfgrad.runs.directory import Claim, check, claim

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
-from tfgrad.optimize.problem import Evaluation
+from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.solvers import NO_XLA, Form, State
 from tfgrad.optimize.solvers.ruled import Ruled
 from tfgrad.optimize.stopping import RUNNING

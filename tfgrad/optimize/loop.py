@@ -28,8 +28,8 @@ from tfgrad.optimize.chunks import (
     held,
 )
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
+from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
-from tfgrad.optimize.problem import Evaluation
 from tfgrad.optimize.solvers import Form, Solver, State
 from tfgrad.optimize.solvers.ruled import Ruled
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of

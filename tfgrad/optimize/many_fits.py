@@ -253,9 +253,10 @@ class RowEvaluator(ResidualEvaluator):
         self._missing = tf.add_n([tf.constant(0), *map(count_nan, leaves)])
         return super().record(f, arguments)
 
-    def _value(
+    def value(
         self, recording: Recording, scale: Any
     ) -> tuple[tf.Tensor, list[tf.Tensor], Any]:
+        """Return half the sum of squares, its gradient, and the linear model."""
         check_dtypes(recording)
         residuals = ravel(recording.outputs)
         recording.require_sound()

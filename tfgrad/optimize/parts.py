@@ -1,4 +1,4 @@
-"""An evaluation put together from those of parts: of batches, of replicas' shares.
+"""Evaluations put together from those of parts: of batches, of replicas' shares.
 
 The mean over all rows is the sum of the means of the parts, each times its share of the
 rows; so is the gradient. A part without rows, whose mean would be NaN, counts as 0. A
@@ -13,9 +13,18 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfgrad.derivatives.recording import Recording
+from tfgrad.derivatives.tracing import Traces
 from tfgrad.nested import Nest
 from tfgrad.optimize.data import Source, rows_of, size_of
 from tfgrad.optimize.distribute import Replicas
+from tfgrad.optimize.evaluator import (
+    Evaluation,
+    Evaluator,
+    largest,
+    python_of,
+    small,
+)
 
 
 class Part(NamedTuple):
@@ -165,6 +174,131 @@ class Parts:
                 joined = join(joined, other)
             part = part._replace(linear=joined)
         return part, averages
+
+
+class EvaluatorOfParts:
+    """What an `Evaluator` computes, put together from parts.
+
+    Args:
+        of_part: Evaluates one; its second derivatives call no graph. That f is sound
+            was seen in an evaluation of one batch, outside of replicas.
+        parts: How they become one.
+        like: An evaluation of one batch, or its specs, where `parts` go through data.
+        jit: Compile the evaluation of a part with XLA.
+
+    Attributes:
+        of_part: As above.
+        variables: See `Evaluator`.
+        kept: See `Evaluator`.
+    """
+
+    is_sum = False
+    """Whether the value is a sum over the rows of a batch, or else their mean."""
+
+    def __init__(
+        self, of_part: Evaluator, parts: Parts, like: Any = None, *, jit: bool = False
+    ) -> None:
+        """Compile nothing yet."""
+        self.of_part, self.variables = of_part, of_part.variables
+        self.kept: dict[Any, Any] = {}
+        self._parts, self._like, self._jit = parts, like, jit
+        self.evaluate = Traces(self._evaluate, python_of(of_part.f), jit=False)
+        self.products = Traces(self._multiply, python_of(of_part.f), jit=False)
+
+    def _evaluate(
+        self, f: Callable[..., Any], arguments: tuple[Nest, ...], scale: Any
+    ) -> Evaluation:
+        if tf.executing_eagerly() and self._parts.is_shared:  # no trace: say why
+            traced = tf.function(self._evaluate, autograph=False)
+            return traced(f, arguments, scale)
+        point, batch = self._split(arguments)
+        evaluate = self._evaluate_part
+        if self._jit:
+            evaluate = tf.function(evaluate, autograph=False, jit_compile=True)
+
+        def compute(given: Nest, batch: tuple[Nest, ...], share: Any) -> Part:
+            point, scales = given
+            weights = [*scales] if self.is_sum or share is None else [*scales, share]
+            # In float64: a third of the rows is no third in float32.
+            wide = [tf.cast(each, tf.float64) for each in weights]
+            weight = tf.reduce_prod(tf.stack(wide)) if wide else None
+            return self.as_part(evaluate(f, (*point, *batch), weight), share)
+
+        def like() -> Part:
+            return self.as_part(self._like, None)
+
+        scales = () if scale is None else (scale,)
+        part = self._parts.put_together(
+            compute, (point, scales), batch, like, self.joined
+        )
+        found = {**part.means, **part.sums}
+        value, gradient = found["value"], found["gradient"]
+        grad_max = largest(gradient, scale, value.dtype)
+        aux = {**part.means["aux"], **part.sums["aux"]}
+        return Evaluation(value, gradient, grad_max, aux, self.linear_of(part))
+
+    def _evaluate_part(
+        self, f: Callable[..., Any], arguments: tuple[Nest, ...], weight: Any
+    ) -> Evaluation:
+        recording = self.of_part.record(f, arguments)
+        value, gradient, linear = self.value(recording, weight)
+        grad_max = largest(gradient, weight, value.dtype)
+        return Evaluation(value, gradient, grad_max, small(recording.aux), linear)
+
+    def value(
+        self, recording: Recording, weight: Any
+    ) -> tuple[tf.Tensor, list[tf.Tensor], Any]:
+        """Return the value, the gradient times a weight, and a linear model."""
+        value = recording.output
+        one = tf.ones_like(value) if weight is None else tf.cast(weight, value.dtype)
+        return value, recording.pull([one]), ()
+
+    def as_part(self, evaluation: Evaluation, share: Any) -> Part:
+        """Return an evaluation as a part; what is a mean of it, times its share."""
+        aux = evaluation.aux.items()
+        floats = {n: weighted(a, share) for n, a in aux if a.dtype.is_floating}
+        counts = {n: a for n, a in aux if a.dtype.is_integer}
+        value, gradient = evaluation.value, evaluation.gradient
+        if self.is_sum:
+            sums = {"value": value, "gradient": gradient, "aux": counts}
+            return Part({"aux": floats}, sums)
+        means = {
+            "value": weighted(value, share),
+            "gradient": [without_nan(leaf, share) for leaf in gradient],
+        }
+        return Part({**means, "aux": floats}, {"aux": counts})
+
+    def joined(self, a: Any, b: Any) -> Any:
+        """Return the linear model of two parts together."""
+        return ()
+
+    def linear_of(self, part: Part) -> Any:
+        """Return the linear model of all parts."""
+        return ()
+
+    def _multiply(
+        self, f: Callable[..., Any], arguments: tuple[Nest, ...], direction: list[Any]
+    ) -> list[tf.Tensor]:
+        point, batch = self._split(arguments)
+
+        def compute(given: Nest, batch: tuple[Nest, ...], share: Any) -> Part:
+            point, direction = given
+            product = self.of_part.multiply(f, (*point, *batch), direction)
+            if self.is_sum:
+                return Part((), product)
+            return Part([without_nan(weighted(p, share), share) for p in product], ())
+
+        def like() -> Part:
+            return Part((), direction) if self.is_sum else Part(direction, ())
+
+        part = self._parts.put_together(compute, (point, direction), batch, like)
+        product: list[tf.Tensor] = part.sums if self.is_sum else part.means
+        return product
+
+    def _split(self, arguments: tuple[Nest, ...]) -> tuple[Any, Any]:
+        """Return the arguments before the batch, and those made of it."""
+        count = int(self.variables is None)
+        return arguments[:count], arguments[count:]
 
 
 def weighted(tensor: tf.Tensor, share: Any) -> tf.Tensor:

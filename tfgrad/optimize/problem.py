@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
-from tfgrad.derivatives.calls import Call
-from tfgrad.derivatives.certificates import slope_along, verify
-from tfgrad.derivatives.outputs import objective
-from tfgrad.derivatives.recording import Recording
-from tfgrad.derivatives.signatures import is_dynamic, signature
-from tfgrad.derivatives.soundness import every, may_drop
+from tfgrad.derivatives.signatures import signature
+from tfgrad.derivatives.soundness import every
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.diagnosis.explain import explain
 from tfgrad.diagnosis.graphs import inlined, written_variables
@@ -39,11 +34,15 @@ from tfgrad.nested import (
 from tfgrad.optimize.compiled import direct
 from tfgrad.optimize.data import Source, arguments_of, require_rows
 from tfgrad.optimize.distribute import left_scope, replicas_of, whole
-from tfgrad.optimize.parts import Part, Parts, weighted, without_nan
-
-SMALL = 10
-"""Parameters, and numbers in an aux value, up to which each step's are kept in the
-history."""
+from tfgrad.optimize.evaluator import (
+    Evaluation,
+    Evaluator,
+    evaluator_of,
+    flat,
+    is_open,
+    operations_of,
+)
+from tfgrad.optimize.parts import EvaluatorOfParts, Parts
 
 FEW = 3
 """Leaves of a point that are put together by themselves; more, in a compiled call."""
@@ -51,285 +50,6 @@ FEW = 3
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 """Ops that call another graph: XLA compiles a loop around the derivative of one anew
 for each value that the loop is called with."""
-
-
-class Evaluation(NamedTuple):
-    """The function at one point.
-
-    Attributes:
-        value: Its value, shape `[]`.
-        gradient: The gradient, times the loss scale that was asked for: a list with a
-            tensor (or `tf.IndexedSlices` with distinct rows) for each leaf; of
-            `Problem.at`, a vector. Empty where it is not carried along.
-        grad_max: Its largest |element|, without the scale.
-        aux: The numbers that the function returned besides, if they are few.
-        linear: For sums of squares, the linear model: see `residuals.Residuals`.
-    """
-
-    value: tf.Tensor
-    gradient: Any
-    grad_max: tf.Tensor
-    aux: dict[str, tf.Tensor]
-    linear: Any = ()
-
-
-class Evaluator:
-    """A user's function and its derivatives, compiled once for each signature.
-
-    A `tf.function` keeps its evaluator, so that it is traced once for all runs.
-
-    Args:
-        f: The function.
-        variables: What it is differentiated by: a nest of variables; None for its first
-            argument; the empty tuple for all trainable variables that it reads.
-        has_aux: `f` returns `(value, aux)`.
-        jit: Compile with XLA by itself, whatever loop it is part of.
-        verify: Compare the first gradient of each trace with differences.
-        is_inlined: Whether second derivatives, too, have to be traced without a call of
-            the graph of the gradient.
-        parts: What to put evaluations together from; None for one of the whole.
-        like: An evaluation of one batch, or its specs, where `parts` go through data.
-
-    Attributes:
-        variables: As above; the variables that were found, after the first call.
-        kept: What others compiled for this function, by a key of theirs.
-    """
-
-    is_sum = False
-    """Whether the value is a sum over the rows of a batch, or else their mean."""
-
-    def __init__(
-        self,
-        f: Callable[..., Any],
-        variables: Nest,
-        *,
-        has_aux: bool,
-        jit: bool = False,
-        verify: bool = True,
-        is_inlined: bool = False,
-        parts: Parts | None = None,
-        like: Any = None,
-    ) -> None:
-        """Compile nothing yet."""
-        self._is_inlined = is_inlined or parts is not None
-        self._parts, self._like, self._jit = parts, like, jit
-        self.variables = variables
-        self.has_aux = has_aux
-        self.f, self.name = f, name_of(f)
-        self.kept: dict[Any, Any] = {}
-        python = getattr(f, "python_function", None)
-        # The ops of a tf.function belong in our graph: XLA needs that, see `CALLS`.
-        plain = python if callable(python) and _is_plain(f) else f
-        check = self._check if verify and not is_inlined else None
-        if parts is None:
-            self.evaluate = Traces(self._evaluate, plain, jit=jit, check=check)
-            self.products = Traces(self._multiply, plain, jit=False)
-        else:
-            self.evaluate = Traces(self._evaluate_parts, plain, jit=False, check=check)
-            self.products = Traces(self._multiply_parts, plain, jit=False)
-
-    def record(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Recording:
-        """Return the evaluation of `f` on a tape."""
-        call = self.call(f, arguments)
-        return Recording(objective(self.has_aux), call, has_aux=self.has_aux)
-
-    def call(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Call:
-        """Return the call of `f`, to be differentiated."""
-        return Call(f, self.name, ("x",), arguments, {}, 0, self.variables)
-
-    def _evaluate(
-        self, f: Callable[..., Any], arguments: tuple[Nest, ...], scale: Any
-    ) -> Evaluation:
-        recording = self.record(f, arguments)
-        if is_open(self.variables):
-            self.variables = list(recording.sources)
-        else:
-            self._require_reads(recording)
-        value, gradient, linear = self._value(recording, scale)
-        grad_max = largest(gradient, scale, value.dtype)
-        aux = small(_named(recording.aux))
-        return Evaluation(value, gradient, grad_max, aux, linear)
-
-    # --- of parts ---
-
-    def _evaluate_parts(
-        self, f: Callable[..., Any], arguments: tuple[Nest, ...], scale: Any
-    ) -> Evaluation:
-        """Return what `_evaluate` does, put together from parts."""
-        assert self._parts is not None
-        if tf.executing_eagerly() and self._parts.is_shared:  # no trace: say why
-            traced = tf.function(self._evaluate_parts, autograph=False)
-            return traced(f, arguments, scale)
-        point, batch = self._split(arguments)
-        evaluate = self._evaluate
-        if self._jit:
-            evaluate = tf.function(evaluate, autograph=False, jit_compile=True)
-
-        def compute(given: Nest, batch: tuple[Nest, ...], share: Any) -> Part:
-            point, scales = given
-            weights = [*scales] if self.is_sum or share is None else [*scales, share]
-            # In float64: a third of the rows is no third in float32.
-            wide = [tf.cast(each, tf.float64) for each in weights]
-            weight = tf.reduce_prod(tf.stack(wide)) if wide else None
-            found: Evaluation = evaluate(f, (*point, *batch), weight)
-            found = found._replace(gradient=dense(found.gradient))
-            return self._as_part(found, share)
-
-        def like() -> Part:
-            return self._as_part(self._like, None)
-
-        scales = () if scale is None else (scale,)
-        part = self._parts.put_together(
-            compute, (point, scales), batch, like, self._joined
-        )
-        found = {**part.means, **part.sums}
-        value, gradient = found["value"], found["gradient"]
-        grad_max = largest(gradient, scale, value.dtype)
-        aux = {**part.means["aux"], **part.sums["aux"]}
-        return Evaluation(value, gradient, grad_max, aux, self._linear_of(part))
-
-    def _as_part(self, evaluation: Evaluation, share: Any) -> Part:
-        """Return an evaluation as a part; what is a mean of it, times its share."""
-        floats = {n: a for n, a in evaluation.aux.items() if a.dtype.is_floating}
-        counts = {n: a for n, a in evaluation.aux.items() if a.dtype.is_integer}
-        aux = {name: weighted(a, share) for name, a in floats.items()}
-        value, gradient = evaluation.value, evaluation.gradient
-        if self.is_sum:
-            both = {"value": value, "gradient": gradient}
-            return Part(
-                {"aux": aux}, {**both, "aux": counts}, self._of_linear(evaluation)
-            )
-        both = {
-            "value": weighted(value, share),
-            "gradient": [without_nan(leaf, share) for leaf in gradient],
-        }
-        return Part({**both, "aux": aux}, {"aux": counts})
-
-    def _of_linear(self, evaluation: Evaluation) -> Any:
-        """Return what the linear model of all is made of."""
-        return ()
-
-    def _joined(self, a: Any, b: Any) -> Any:
-        """Return the linear model of two parts together."""
-        return ()
-
-    def _linear_of(self, part: Part) -> Any:
-        """Return the linear model of all parts."""
-        return ()
-
-    def _multiply_parts(
-        self, f: Callable[..., Any], arguments: tuple[Nest, ...], direction: list[Any]
-    ) -> list[tf.Tensor]:
-        assert self._parts is not None
-        point, batch = self._split(arguments)
-
-        def compute(given: Nest, batch: tuple[Nest, ...], share: Any) -> Part:
-            point, direction = given
-            product = self._multiply(f, (*point, *batch), direction)
-            if self.is_sum:
-                return Part((), product)
-            return Part([without_nan(weighted(p, share), share) for p in product], ())
-
-        def like() -> Part:
-            return Part((), direction) if self.is_sum else Part(direction, ())
-
-        part = self._parts.put_together(compute, (point, direction), batch, like)
-        product: list[tf.Tensor] = part.sums if self.is_sum else part.means
-        return product
-
-    def _split(self, arguments: tuple[Nest, ...]) -> tuple[Any, Any]:
-        """Return the arguments before the batch, and those made of it."""
-        count = int(self.variables is None)
-        return arguments[:count], arguments[count:]
-
-    def _require_reads(self, recording: Recording) -> None:
-        """Refuse a function that reads nothing of what it is differentiated by."""
-        if tf.executing_eagerly() or self._is_inlined:
-            return
-        if self.variables is None:
-            reads = any(source.consumers() for source in recording.sources)
-        else:
-            graph = tf.compat.v1.get_default_graph()
-            read = {id(tensor) for tensor in graph.external_captures}
-            reads = any(id(variable.handle) in read for variable in recording.sources)
-        if not reads:
-            what = "of its argument" if self.variables is None else "of `wrt`"
-            raise InvalidArgumentError(
-                "The function must depend on what it is minimised over.",
-                got=f"`{self.name}` reads nothing {what}",
-                hint="compute what depends on it inside of the function",
-            )
-
-    def _check(
-        self, answer: Evaluation, arguments: tuple[Nest, ...], scale: Any
-    ) -> None:
-        """Refuse a first gradient that differences of f disagree with."""
-        concrete = None
-        if tf.executing_eagerly() and scale is None:
-            concrete = self.evaluate.concrete(arguments, scale)
-        if concrete is None:  # it is part of another trace, or runs eagerly
-            return
-        is_of_values = self.variables is None
-        variables = [] if is_of_values else tf.nest.flatten(self.variables)
-        nest, root = (arguments[0], "x") if is_of_values else (self.variables, "wrt")
-        gradient = dense(answer.gradient)
-        verify(
-            concrete,
-            list(filter(is_dynamic, tf.nest.flatten(arguments))),
-            answer,
-            variables=variables,
-            outputs=lambda evaluation: [evaluation.value],
-            slope=lambda v, weights: float(weights[0]) * slope_along(gradient, v),
-            name=self.name,
-            names=[path for path, _ in named_leaves(nest, root)],
-        )
-
-    def _value(
-        self, recording: Recording, scale: Any
-    ) -> tuple[tf.Tensor, list[Any], Any]:
-        value = recording.output
-        weight = None if scale is None else tf.cast(scale, value.dtype)
-        if self._parts is not None:  # it was looked at as a whole, outside of replicas
-            one = tf.ones_like(value) if weight is None else weight
-            return value, recording.pull([one]), ()
-        return value, recording.gradients(weight, sparse=True), ()
-
-    def _multiply(
-        self, f: Callable[..., Any], arguments: tuple[Nest, ...], direction: list[Any]
-    ) -> list[tf.Tensor]:
-        # Reverse over reverse, as in tfgrad.hvp: no op of TensorFlow refuses it.
-        call = self.call(f, arguments)
-        if self._is_sound(arguments):
-            recording = Recording(
-                lambda call: dense(self.evaluate(call.args, None).gradient), call
-            )
-        else:  # the trace of the gradient lacks a term: f is traced again, repaired
-            recording = Recording(
-                lambda call: self.record(call.f, call.args).gradients(), call
-            )
-        return recording.gradients(direction)
-
-    def _is_sound(self, arguments: tuple[Nest, ...]) -> bool:
-        """Return whether the trace of the gradient can be differentiated as it is."""
-        if self._is_inlined:
-            return False
-        graph = self.evaluate.graph(arguments, None)
-        return graph is not None and not may_drop(graph.get_operations())
-
-
-def evaluator_of(
-    kind: type[Evaluator], f: Callable[..., Any], variables: Nest, **options: Any
-) -> Evaluator:
-    """Return the evaluator of a function: that of a `tf.function` is kept with it."""
-    if not hasattr(f, "python_function"):
-        return kind(f, variables, **options)
-    owned = vars(f).setdefault("_tfgrad_evaluators", {})
-    ids = None if variables is None else (*map(id, tf.nest.flatten(variables)),)
-    key = kind, ids, tuple(options.items())
-    if key not in owned:
-        owned[key] = kind(f, variables, **options)
-    kept: Evaluator = owned[key]
-    return kept
 
 
 class Problem:
@@ -359,6 +79,7 @@ class Problem:
     """
 
     kind: type[Evaluator] = Evaluator
+    kind_of_parts: type[EvaluatorOfParts] = EvaluatorOfParts
     options: Mapping[str, Any] = MappingProxyType({})  # of the evaluator
     has_hessian = True  # `hvp` multiplies by it
 
@@ -386,6 +107,7 @@ class Problem:
             _check_distinct(tf.nest.flatten(variables))
         flags = {"has_aux": has_aux, "jit": jit, "verify": verify}
         self.options = {**flags, **self.options}
+        self.evaluator: Evaluator | EvaluatorOfParts
         self.evaluator = evaluator_of(self.kind, f, variables, **self.options)
         self.example: tuple[Nest, ...] = ()
         self.source: Source | None = None
@@ -421,10 +143,7 @@ class Problem:
             written: The variables that f writes.
         """
         require_rows(self.example)
-        parts = Parts(self.replicas, written)
-        self.evaluator = self.kind(
-            self.f, self._differentiated, **self.options, parts=parts
-        )
+        self._take_apart(Parts(self.replicas, written))
 
     def _put_together(self, source: Source) -> None:
         """Let evaluations be those of all batches, from now on."""
@@ -444,12 +163,14 @@ class Problem:
         parts = Parts(self.replicas, whole(written), source, self._take)
         if self.options["verify"] and not written:  # on the first batch, once
             self.evaluator.evaluate(arguments, None)
-        options = {**self.options, "verify": False, "parts": parts, "like": like}
-        self.evaluator = self.kind(self.f, self._differentiated, **options)
+        self._take_apart(parts, like)
 
-    @property
-    def _differentiated(self) -> Any:
-        return None if self.takes_values else self.template
+    def _take_apart(self, parts: Parts, like: Any = None) -> None:
+        """Let evaluations be put together from parts, from now on."""
+        variables = None if self.takes_values else self.template
+        of_part = self.kind(self.f, variables, **self.options, is_inlined=True)
+        jit = self.options["jit"]
+        self.evaluator = self.kind_of_parts(of_part, parts, like, jit=jit)
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -748,77 +469,6 @@ def _is_trainable(variable: tf.Variable, owners: dict[int, Any]) -> bool:
     """Return whether its owner says so: a frozen layer's `keras.Variable` does not."""
     owner = owners.get(id(variable))
     return bool(variable.trainable if owner is None else owner.trainable)
-
-
-def is_open(variables: Nest) -> bool:
-    """Return whether the variables of a function are still to be found."""
-    return isinstance(variables, tuple) and not variables
-
-
-def operations_of(graph: Any) -> list[str]:
-    """Return the types of the ops of a graph and of all that it calls; none of None."""
-    if graph is None:
-        return []
-    definition = graph.as_graph_def()
-    bodies = [body.node_def for body in definition.library.function]
-    return [node.op for nodes in [definition.node, *bodies] for node in nodes]
-
-
-def small(values: dict[str, Any]) -> dict[str, tf.Tensor]:
-    """Return the numbers in nests that a history can keep, by the names of leaves."""
-    pairs = [pair for name, nest in values.items() for pair in named_leaves(nest, name)]
-    tensors = {
-        name: tf.convert_to_tensor(leaf)
-        for name, leaf in pairs
-        if isinstance(leaf, tf.Tensor | int | float)
-    }
-    count = sum(tensor.shape.num_elements() or SMALL + 1 for tensor in tensors.values())
-    return tensors if count <= SMALL else {}
-
-
-def dense(gradient: Sequence[Any]) -> list[tf.Tensor]:
-    """Return the gradient with dense tensors for `tf.IndexedSlices`."""
-    return [
-        tf.math.unsorted_segment_sum(leaf.values, leaf.indices, _rows(leaf))
-        if isinstance(leaf, tf.IndexedSlices)
-        else leaf
-        for leaf in gradient
-    ]
-
-
-def _rows(slices: tf.IndexedSlices) -> Any:
-    shape: Any = slices.dense_shape
-    return shape[0]
-
-
-def largest(gradient: Sequence[Any], scale: Any, dtype: tf.DType) -> tf.Tensor:
-    """Return the largest |element|, without the scale; an empty leaf counts as 0."""
-    values = [getattr(leaf, "values", leaf) for leaf in gradient]
-    sizes = [tf.abs(leaf) for leaf in values if leaf.shape.num_elements() != 0]
-    each = [tf.reduce_max(leaf) if leaf.shape.rank else leaf for leaf in sizes]
-    each = [tf.cast(leaf, dtype) for leaf in each]
-    whole = each[0] if len(each) == 1 else tf.reduce_max(tf.stack(each))
-    return whole if scale is None else whole / tf.cast(scale, dtype)
-
-
-def flat(evaluation: Evaluation) -> Evaluation:
-    """Return an evaluation with the gradient as one dense vector."""
-    gradient = dense(evaluation.gradient)
-    is_vector = len(gradient) == 1 and gradient[0].shape.rank == 1
-    return evaluation._replace(gradient=gradient[0] if is_vector else ravel(gradient))
-
-
-def _is_plain(function: Any) -> bool:
-    """Return whether a tf.function asks for nothing that its Python function lacks."""
-    asks = ("_jit_compile", "input_signature")
-    is_asking = any(getattr(function, name, None) for name in asks)
-    return inspect.isfunction(function.python_function) and not is_asking
-
-
-def _named(aux: Any) -> dict[str, Any]:
-    if aux is None:
-        return {}
-    return dict(aux) if isinstance(aux, dict) else {"aux": aux}
 
 
 def refuse_draws(traced: Any, name: str) -> None:

@@ -15,10 +15,11 @@ from tfgrad.derivatives.tracing import Traces
 from tfgrad.derivatives.vectorized import static_size
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, ravel, unravel
+from tfgrad.optimize.evaluator import Evaluation, Evaluator
 from tfgrad.optimize.methods import losses
 from tfgrad.optimize.methods.levenberg_marquardt import MOST_FOR_QR
-from tfgrad.optimize.parts import Part
-from tfgrad.optimize.problem import Evaluation, Evaluator, Problem
+from tfgrad.optimize.parts import EvaluatorOfParts, Part
+from tfgrad.optimize.problem import Problem
 
 DTYPES = (tf.float32, tf.float64)
 """The dtypes that TensorFlow factorises matrices in."""
@@ -56,7 +57,6 @@ class ResidualEvaluator(Evaluator):
     """
 
     fits_in_memory = True
-    is_sum = True
 
     def __init__(
         self, *args: Any, loss: str = "linear", f_scale: float = 1.0, **options: Any
@@ -75,9 +75,10 @@ class ResidualEvaluator(Evaluator):
             persistent=True,
         )
 
-    def _value(
+    def value(
         self, recording: Recording, scale: Any
     ) -> tuple[tf.Tensor, list[tf.Tensor], Any]:
+        """Return half the sum of squares, its gradient, and the linear model."""
         check_dtypes(recording)
         residuals = ravel(recording.outputs)
         value = losses.cost(residuals, *self.loss)
@@ -95,34 +96,7 @@ class ResidualEvaluator(Evaluator):
         matrix = _reduced(jacobian, residuals, vector)
         return value, gradient, Linear(matrix, recording.output)
 
-    def _of_linear(self, evaluation: Evaluation) -> Any:
-        residuals = tf.nest.flatten(evaluation.linear.residuals)
-        if any(isinstance(leaf, tf.TypeSpec) for leaf in residuals):
-            count: Any = tf.TensorSpec([], tf.int32)
-        else:
-            count = tf.add_n([tf.size(leaf) for leaf in residuals])
-        return {"matrix": evaluation.linear.matrix, "count": count}
-
-    def _joined(self, a: Any, b: Any) -> Any:
-        """Return the triangle of both, stacked, from that of each; or the sum of J'J.
-
-        QR of the stack of two triangles is that of the stack of what they are of
-        (Demmel et al. 2012, Communication-optimal parallel and sequential QR and LU
-        factorizations, section 3), with all of the digits, which J'J would halve.
-        """
-        count = a["count"] + b["count"]
-        matrix = a["matrix"]
-        if not tf.is_tensor(matrix):  # it is too large to be formed
-            return {"matrix": (), "count": count}
-        if matrix.shape[0] > MOST_FOR_QR:
-            return {"matrix": matrix + b["matrix"], "count": count}
-        both = tf.concat([matrix, b["matrix"]], axis=0)
-        return {"matrix": _triangle(both), "count": count}
-
-    def _linear_of(self, part: Part) -> Linear:
-        return Linear(part.linear["matrix"], (), part.linear["count"])
-
-    def _multiply(
+    def multiply(
         self, f: Callable[..., Any], arguments: tuple[Nest, ...], direction: list[Any]
     ) -> list[tf.Tensor]:
         """Return J'J times a direction."""
@@ -156,6 +130,54 @@ class ResidualEvaluator(Evaluator):
         return residuals
 
 
+class ResidualEvaluatorOfParts(EvaluatorOfParts):
+    """Half the sum of squares of the residuals of all parts."""
+
+    is_sum = True
+
+    @property
+    def fits_in_memory(self) -> bool:
+        """Whether the Jacobian of a part is small enough; see `ResidualEvaluator`."""
+        assert isinstance(self.of_part, ResidualEvaluator)
+        return self.of_part.fits_in_memory
+
+    def value(
+        self, recording: Recording, weight: Any
+    ) -> tuple[tf.Tensor, list[tf.Tensor], Any]:
+        """Return half the sum of squares of a part, and so on; a sum has no weight."""
+        return self.of_part.value(recording, None)
+
+    def as_part(self, evaluation: Evaluation, share: Any) -> Part:
+        """Return an evaluation as a part, with what the linear model is made of."""
+        residuals = tf.nest.flatten(evaluation.linear.residuals)
+        if any(isinstance(leaf, tf.TypeSpec) for leaf in residuals):
+            count: Any = tf.TensorSpec([], tf.int32)
+        else:
+            count = tf.add_n([tf.size(leaf) for leaf in residuals])
+        linear = {"matrix": evaluation.linear.matrix, "count": count}
+        return super().as_part(evaluation, share)._replace(linear=linear)
+
+    def joined(self, a: Any, b: Any) -> Any:
+        """Return the triangle of both, stacked, from that of each; or the sum of J'J.
+
+        QR of the stack of two triangles is that of the stack of what they are of
+        (Demmel et al. 2012, Communication-optimal parallel and sequential QR and LU
+        factorizations, section 3), with all of the digits, which J'J would halve.
+        """
+        count = a["count"] + b["count"]
+        matrix = a["matrix"]
+        if not tf.is_tensor(matrix):  # it is too large to be formed
+            return {"matrix": (), "count": count}
+        if matrix.shape[0] > MOST_FOR_QR:
+            return {"matrix": matrix + b["matrix"], "count": count}
+        both = tf.concat([matrix, b["matrix"]], axis=0)
+        return {"matrix": _triangle(both), "count": count}
+
+    def linear_of(self, part: Part) -> Linear:
+        """Return the linear model of all parts."""
+        return Linear(part.linear["matrix"], (), part.linear["count"])
+
+
 class Residuals(Problem):
     """Half the sum of squares of residuals; see `Problem` for the arguments.
 
@@ -170,6 +192,7 @@ class Residuals(Problem):
     """
 
     kind = ResidualEvaluator
+    kind_of_parts = ResidualEvaluatorOfParts
     has_hessian = False  # `hvp` multiplies by J'J
 
     def __init__(
@@ -189,7 +212,8 @@ class Residuals(Problem):
     @property
     def fits_in_memory(self) -> bool:
         """Whether the Jacobian is small enough to be formed and factorised."""
-        assert isinstance(self.evaluator, ResidualEvaluator)
+        kinds = ResidualEvaluator, ResidualEvaluatorOfParts
+        assert isinstance(self.evaluator, kinds)
         return self.evaluator.fits_in_memory
 
     def jacobian(self, x: list[tf.Tensor]) -> tf.Tensor:

@@ -21,7 +21,8 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
-from tfgrad.optimize.problem import Evaluation, Problem
+from tfgrad.optimize.evaluator import Evaluation
+from tfgrad.optimize.problem import Problem
 
 PRODUCTS = 30
 """Products with the Hessian that a look may cost; with n of them it is exact."""

@@ -31,6 +31,7 @@ from tfgrad.nested import (
 )
 from tfgrad.optimize.chain import Stage, make_stages
 from tfgrad.optimize.constraints import Limits, require_support
+from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.implicit import (
     MOST_FOR_MATRIX,
     Args,
@@ -44,7 +45,7 @@ from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import check_count, check_flag
-from tfgrad.optimize.problem import Evaluation, Problem
+from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import DTYPES, Residuals
 from tfgrad.optimize.solvers.pure import PureSolver
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, status_of

@@ -20,10 +20,11 @@ from tfgrad.errors import InvalidArgumentError, RunError, TfgradError
 from tfgrad.nested import named_leaves
 from tfgrad.optimize.cards import point_text, problem_card, result_card
 from tfgrad.optimize.epochs import STEPS
+from tfgrad.optimize.evaluator import SMALL
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.hooks import Hook
 from tfgrad.optimize.options import ENDLESS
-from tfgrad.optimize.problem import SMALL, Problem
+from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.resume import UNFINISHED
 from tfgrad.optimize.solvers.optimizer import SIZE
 from tfgrad.runs.directory import check

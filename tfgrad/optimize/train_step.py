@@ -36,6 +36,7 @@ from tfgrad.nested import (
     variables_of,
     weak_dtype,
 )
+from tfgrad.optimize.evaluator import dense
 from tfgrad.optimize.methods.keras_optimizer import (
     by_name,
     check_free,
@@ -44,7 +45,6 @@ from tfgrad.optimize.methods.keras_optimizer import (
     require_optimizer,
 )
 from tfgrad.optimize.open_traces import OpenTraces
-from tfgrad.optimize.problem import dense
 from tfgrad.optimize.sparse import SparseRecording, summed_for
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tfgrad.optimize.problem import Evaluation
+from tfgrad.optimize.evaluator import Evaluation
 
 NO_XLA = "no XLA"
 """The key under which it is kept that XLA does not compute what the graph does."""

@@ -23,15 +23,9 @@ from tfgrad.optimize.data import (
     size_of,
     spreads,
 )
+from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, operations_of
 from tfgrad.optimize.methods.keras_optimizer import Factory, KerasMethod, plain
-from tfgrad.optimize.problem import (
-    SMALL,
-    Evaluation,
-    Problem,
-    dense,
-    operations_of,
-    require_compiled,
-)
+from tfgrad.optimize.problem import Problem, require_compiled
 from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA
 from tfgrad.optimize.stopping import RUNNING, rule_of, status_of

@@ -12,10 +12,11 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either, ravel, unravel
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
 from tfgrad.optimize.constraints import Limits
+from tfgrad.optimize.evaluator import SMALL, Evaluation, flat
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.convergence import at_precision
 from tfgrad.optimize.methods.protocol import Bindable, Explained, Method, Move, Point
-from tfgrad.optimize.problem import SMALL, Evaluation, Problem, flat
+from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.saddle import point_beside
 from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
 from tfgrad.optimize.stopping import RUNNING, code_of

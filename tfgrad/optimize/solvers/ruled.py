@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfgrad.optimize import stopping
-from tfgrad.optimize.problem import Evaluation
+from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.solvers import Solver, State
 from tfgrad.optimize.stopping import RUNNING, Step, Tolerances, code_of, judge
 

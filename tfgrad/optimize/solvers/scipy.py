@@ -33,10 +33,11 @@ import tensorflow as tf
 
 from tfgrad.nested import ravel
 from tfgrad.optimize.constraints import Array, Limits
+from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.methods.protocol import Move
 from tfgrad.optimize.methods.scipy import SciPyMethod
-from tfgrad.optimize.problem import Evaluation, Problem
+from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.saddle import point_beside
 from tfgrad.optimize.solvers import State
 from tfgrad.optimize.solvers.pure import PureSolver

@@ -1,0 +1,264 @@
+"""A user's function and its derivatives, compiled: from arguments to `Evaluation`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from tfgrad.derivatives.calls import Call
+from tfgrad.derivatives.certificates import slope_along, verify
+from tfgrad.derivatives.outputs import objective
+from tfgrad.derivatives.recording import Recording
+from tfgrad.derivatives.signatures import is_dynamic
+from tfgrad.derivatives.soundness import may_drop
+from tfgrad.derivatives.tracing import Traces
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import Nest, name_of, named_leaves, ravel
+
+SMALL = 10
+"""Parameters, and numbers in an aux value, up to which each step's are kept in the
+history."""
+
+
+class Evaluation(NamedTuple):
+    """The function at one point.
+
+    Attributes:
+        value: Its value, shape `[]`.
+        gradient: The gradient, times the loss scale that was asked for: a list with a
+            tensor (or `tf.IndexedSlices` with distinct rows) for each leaf; of
+            `Problem.at`, a vector. Empty where it is not carried along.
+        grad_max: Its largest |element|, without the scale.
+        aux: The numbers that the function returned besides, if they are few.
+        linear: For sums of squares, the linear model: see `residuals.Residuals`.
+    """
+
+    value: tf.Tensor
+    gradient: Any
+    grad_max: tf.Tensor
+    aux: dict[str, tf.Tensor]
+    linear: Any = ()
+
+
+class Evaluator:
+    """A user's function and its derivatives, compiled once for each signature.
+
+    A `tf.function` keeps its evaluator, so that it is traced once for all runs.
+
+    Args:
+        f: The function.
+        variables: What it is differentiated by: a nest of variables; None for its first
+            argument; the empty tuple for all trainable variables that it reads.
+        has_aux: `f` returns `(value, aux)`.
+        jit: Compile with XLA by itself, whatever loop it is part of.
+        verify: Compare the first gradient of each trace with differences.
+        is_inlined: Whether second derivatives, too, have to be traced without a call of
+            the graph of the gradient.
+
+    Attributes:
+        variables: As above; the variables that were found, after the first call.
+        kept: What others compiled for this function, by a key of theirs.
+    """
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        variables: Nest,
+        *,
+        has_aux: bool,
+        jit: bool = False,
+        verify: bool = True,
+        is_inlined: bool = False,
+    ) -> None:
+        """Compile nothing yet."""
+        self._is_inlined = is_inlined
+        self.variables = variables
+        self.has_aux = has_aux
+        self.f, self.name = f, name_of(f)
+        self.kept: dict[Any, Any] = {}
+        check = self._check if verify and not is_inlined else None
+        self.evaluate = Traces(self._evaluate, python_of(f), jit=jit, check=check)
+        self.products = Traces(self.multiply, python_of(f), jit=False)
+
+    def record(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Recording:
+        """Return the evaluation of `f` on a tape."""
+        call = self.call(f, arguments)
+        return Recording(objective(self.has_aux), call, has_aux=self.has_aux)
+
+    def call(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Call:
+        """Return the call of `f`, to be differentiated."""
+        return Call(f, self.name, ("x",), arguments, {}, 0, self.variables)
+
+    def _evaluate(
+        self, f: Callable[..., Any], arguments: tuple[Nest, ...], scale: Any
+    ) -> Evaluation:
+        recording = self.record(f, arguments)
+        if is_open(self.variables):
+            self.variables = list(recording.sources)
+        else:
+            self._require_reads(recording)
+        value, gradient, linear = self.value(recording, scale)
+        grad_max = largest(gradient, scale, value.dtype)
+        return Evaluation(value, gradient, grad_max, small(recording.aux), linear)
+
+    def _require_reads(self, recording: Recording) -> None:
+        """Refuse a function that reads nothing of what it is differentiated by."""
+        if tf.executing_eagerly() or self._is_inlined:
+            return
+        if self.variables is None:
+            reads = any(source.consumers() for source in recording.sources)
+        else:
+            graph = tf.compat.v1.get_default_graph()
+            read = {id(tensor) for tensor in graph.external_captures}
+            reads = any(id(variable.handle) in read for variable in recording.sources)
+        if not reads:
+            what = "of its argument" if self.variables is None else "of `wrt`"
+            raise InvalidArgumentError(
+                "The function must depend on what it is minimised over.",
+                got=f"`{self.name}` reads nothing {what}",
+                hint="compute what depends on it inside of the function",
+            )
+
+    def _check(
+        self, answer: Evaluation, arguments: tuple[Nest, ...], scale: Any
+    ) -> None:
+        """Refuse a first gradient that differences of f disagree with."""
+        concrete = None
+        if tf.executing_eagerly() and scale is None:
+            concrete = self.evaluate.concrete(arguments, scale)
+        if concrete is None:  # it is part of another trace, or runs eagerly
+            return
+        is_of_values = self.variables is None
+        variables = [] if is_of_values else tf.nest.flatten(self.variables)
+        nest, root = (arguments[0], "x") if is_of_values else (self.variables, "wrt")
+        gradient = dense(answer.gradient)
+        verify(
+            concrete,
+            list(filter(is_dynamic, tf.nest.flatten(arguments))),
+            answer,
+            variables=variables,
+            outputs=lambda evaluation: [evaluation.value],
+            slope=lambda v, weights: float(weights[0]) * slope_along(gradient, v),
+            name=self.name,
+            names=[path for path, _ in named_leaves(nest, root)],
+        )
+
+    def value(
+        self, recording: Recording, scale: Any
+    ) -> tuple[tf.Tensor, list[Any], Any]:
+        """Return the value, the gradient times a scale, and a linear model."""
+        value = recording.output
+        weight = None if scale is None else tf.cast(scale, value.dtype)
+        return value, recording.gradients(weight, sparse=True), ()
+
+    def multiply(
+        self, f: Callable[..., Any], arguments: tuple[Nest, ...], direction: list[Any]
+    ) -> list[tf.Tensor]:
+        """Return the Hessian times a direction."""
+        # Reverse over reverse, as in tfgrad.hvp: no op of TensorFlow refuses it.
+        call = self.call(f, arguments)
+        if self._is_sound(arguments):
+            recording = Recording(
+                lambda call: dense(self.evaluate(call.args, None).gradient), call
+            )
+        else:  # the trace of the gradient lacks a term: f is traced again, repaired
+            recording = Recording(
+                lambda call: self.record(call.f, call.args).gradients(), call
+            )
+        return recording.gradients(direction)
+
+    def _is_sound(self, arguments: tuple[Nest, ...]) -> bool:
+        """Return whether the trace of the gradient can be differentiated as it is."""
+        if self._is_inlined:
+            return False
+        graph = self.evaluate.graph(arguments, None)
+        return graph is not None and not may_drop(graph.get_operations())
+
+
+def evaluator_of(
+    kind: type[Evaluator], f: Callable[..., Any], variables: Nest, **options: Any
+) -> Evaluator:
+    """Return the evaluator of a function: that of a `tf.function` is kept with it."""
+    if not hasattr(f, "python_function"):
+        return kind(f, variables, **options)
+    owned = vars(f).setdefault("_tfgrad_evaluators", {})
+    ids = None if variables is None else (*map(id, tf.nest.flatten(variables)),)
+    key = kind, ids, tuple(options.items())
+    if key not in owned:
+        owned[key] = kind(f, variables, **options)
+    kept: Evaluator = owned[key]
+    return kept
+
+
+def is_open(variables: Nest) -> bool:
+    """Return whether the variables of a function are still to be found."""
+    return isinstance(variables, tuple) and not variables
+
+
+def operations_of(graph: Any) -> list[str]:
+    """Return the types of the ops of a graph and of all that it calls; none of None."""
+    if graph is None:
+        return []
+    definition = graph.as_graph_def()
+    bodies = [body.node_def for body in definition.library.function]
+    return [node.op for nodes in [definition.node, *bodies] for node in nodes]
+
+
+def small(aux: Any) -> dict[str, tf.Tensor]:
+    """Return the numbers in an aux value that a history can keep, by their names."""
+    values = aux if isinstance(aux, dict) else {} if aux is None else {"aux": aux}
+    pairs = [pair for name, nest in values.items() for pair in named_leaves(nest, name)]
+    tensors = {
+        name: tf.convert_to_tensor(leaf)
+        for name, leaf in pairs
+        if isinstance(leaf, tf.Tensor | int | float)
+    }
+    count = sum(tensor.shape.num_elements() or SMALL + 1 for tensor in tensors.values())
+    return tensors if count <= SMALL else {}
+
+
+def dense(gradient: Sequence[Any]) -> list[tf.Tensor]:
+    """Return the gradient with dense tensors for `tf.IndexedSlices`."""
+    return [
+        tf.math.unsorted_segment_sum(leaf.values, leaf.indices, _rows(leaf))
+        if isinstance(leaf, tf.IndexedSlices)
+        else leaf
+        for leaf in gradient
+    ]
+
+
+def _rows(slices: tf.IndexedSlices) -> Any:
+    shape: Any = slices.dense_shape
+    return shape[0]
+
+
+def largest(gradient: Sequence[Any], scale: Any, dtype: tf.DType) -> tf.Tensor:
+    """Return the largest |element|, without the scale; an empty leaf counts as 0."""
+    values = [getattr(leaf, "values", leaf) for leaf in gradient]
+    sizes = [tf.abs(leaf) for leaf in values if leaf.shape.num_elements() != 0]
+    each = [tf.reduce_max(leaf) if leaf.shape.rank else leaf for leaf in sizes]
+    each = [tf.cast(leaf, dtype) for leaf in each]
+    whole = each[0] if len(each) == 1 else tf.reduce_max(tf.stack(each))
+    return whole if scale is None else whole / tf.cast(scale, dtype)
+
+
+def flat(evaluation: Evaluation) -> Evaluation:
+    """Return an evaluation with the gradient as one dense vector."""
+    gradient = dense(evaluation.gradient)
+    is_vector = len(gradient) == 1 and gradient[0].shape.rank == 1
+    return evaluation._replace(gradient=gradient[0] if is_vector else ravel(gradient))
+
+
+def python_of(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the Python function of a tf.function that asks for nothing that it lacks.
+
+    Its ops belong in our graph: XLA compiles a loop around a call of another one anew
+    for each value that the loop is called with.
+    """
+    python = getattr(f, "python_function", None)
+    asks = ("_jit_compile", "input_signature")
+    is_asking = any(getattr(f, name, None) for name in asks)
+    return python if inspect.isfunction(python) and not is_asking else f
