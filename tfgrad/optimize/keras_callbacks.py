@@ -26,6 +26,7 @@ from tfgrad.optimize.history import Rows, Table
 from tfgrad.optimize.hooks import Callback, Hook
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import ENDLESS
+from tfgrad.optimize.traced import explained
 
 if TYPE_CHECKING:
     from tfgrad.optimize.driver import Driver
@@ -285,7 +286,7 @@ class _Watch:
         if run.training is not None:
             position = int(run.state.batch.epoch), int(run.state.batch.count)
         losses = [*map(float, run.record.rows.columns()["fun"][-3:])]
-        explain = functools.partial(run.problem.explained, point, *arguments)
+        explain = functools.partial(explained, run.problem, point, *arguments)
         is_loss = not np.isfinite(bad["fun"][-1])
         return Step(*position, arguments, is_loss, tuple(losses), explain)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,8 @@ import tensorflow as tf
 from tfgrad.derivatives.signatures import signature
 from tfgrad.derivatives.soundness import every
 from tfgrad.derivatives.tracing import Traces
-from tfgrad.diagnosis.explain import explain
-from tfgrad.diagnosis.graphs import inlined, written_variables
+from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.diagnosis.lines import line_of
-from tfgrad.diagnosis.report import Explanation
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
@@ -40,16 +37,11 @@ from tfgrad.optimize.evaluator import (
     evaluator_of,
     flat,
     is_open,
-    operations_of,
 )
 from tfgrad.optimize.parts import EvaluatorOfParts, Parts
 
 FEW = 3
 """Leaves of a point that are put together by themselves; more, in a compiled call."""
-
-CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
-"""Ops that call another graph: XLA compiles a loop around the derivative of one anew
-for each value that the loop is called with."""
 
 
 class Problem:
@@ -274,7 +266,7 @@ class Problem:
         if self.graph() is None:
             return evaluate
         if self.takes_values and len(leaves) <= FEW:
-            call = direct(self.evaluator.evaluate.concrete(*self._nests()))
+            call = direct(self.evaluator.evaluate.concrete((self.template,), None))
 
             def at(x: tf.Tensor) -> Evaluation:
                 if not tf.executing_eagerly():  # as part of a loop
@@ -322,46 +314,9 @@ class Problem:
         point = (self.template,) if self.takes_values else ()
         return self.evaluator.evaluate.graph((*point, *batch), scale)
 
-    def operations(self) -> list[str]:
-        """Return the types of the ops of an evaluation; none if it runs eagerly."""
-        if "operations" not in self.evaluator.kept:
-            self.evaluator.kept["operations"] = operations_of(self.graph())
-        kept: list[str] = self.evaluator.kept["operations"]
-        return kept
-
     def named(self, leaves: Sequence[Any]) -> dict[str, Any]:
         """Return the leaves of a point by their names in the history."""
         return dict(named_leaves(self.pack(leaves), "x"))
-
-    def written(self) -> list[tf.Variable]:
-        """Return the variables that f writes to; none if it runs eagerly.
-
-        Raises:
-            InvalidArgumentError: If it writes to what is minimised.
-        """
-        if self.graph() is None:
-            return []
-        traced = self.evaluator.evaluate.concrete(*self._nests())
-        return self.refused(written_variables(traced))
-
-    def refused(self, written: list[tf.Variable]) -> list[tf.Variable]:
-        """Return variables that f writes to; refuse those that are moved."""
-        written = whole(written)
-        moved = {id(variable) for variable in self.variables}
-        for variable in written:
-            if id(variable) in moved:
-                raise InvalidArgumentError(
-                    "The function must leave alone what it is minimised over.",
-                    got=f"`{self.name}` assigns to {variable.name!r}",
-                    hint="a value computed from the variable, without assign",
-                )
-        return written
-
-    def others(self) -> list[tf.Variable]:
-        """Return the other variables that f reads: seeds, averages, what is frozen."""
-        own = {id(variable) for variable in self.variables}
-        read = whole(self.evaluator.evaluate.variables())
-        return [v for v in read if id(v) not in own]
 
     def reads(self) -> list[Any]:
         """Return the float variables and tensors that f reads by itself."""
@@ -369,56 +324,14 @@ class Problem:
         floats = [v for v in traces.variables() if v.dtype.is_floating]
         return [*floats, *traces.captured()]
 
-    def for_xla(self, *, is_bound: bool) -> Problem | None:
-        """Return the problem in a form that a loop under XLA compiles once.
-
-        Args:
-            is_bound: Whether the method takes second derivatives.
-
-        Returns:
-            None if f calls a graph that cannot be made part of its own, or if there is
-            data to go through.
-        """
-        if self.source is not None:
-            return None
-        has_calls = not CALLS.isdisjoint(self.operations())
-        if not has_calls and not is_bound:
-            return self
-        key = "xla", signature(self.template)
-        if key not in self.evaluator.kept:
-            self.evaluator.kept[key] = self._inlined()
-        form: Problem | None = self.evaluator.kept[key]
-        return form
-
-    def blame(self, x: Sequence[tf.Tensor], *batch: Nest) -> str:
-        """Return which op and line are not finite at a point; "" if none is found.
-
-        Args:
-            x: The leaves of the point; the variables are there.
-            *batch: What else the user's function takes.
-        """
-        with contextlib.suppress(Exception):  # what ended is to be told in any case
-            findings = self.explained(x, *batch).findings
-            spoiled = (each for each in findings if each.status == "non-finite")
-            found = next((each.culprit for each in spoiled if each.culprit), None)
-            if found is not None:
-                return f"{found.label} at {found.where}: {found.reason}; {found.hint}"
-        return ""
-
-    def explained(self, x: Sequence[tf.Tensor], *batch: Nest) -> Explanation:
-        """Return what `explain` finds at a point; the variables stay where they are."""
-
-        def value(*arguments: Nest) -> Any:
-            output = self.f(*arguments)
-            return output[0] if self.has_aux else output
-
-        wrt = None if self.takes_values else self.variables
-        before = [variable.read_value() for variable in self.variables]
-        try:
-            arguments = self.arguments(x, batch or self.example)
-            return explain(value, *arguments, wrt=wrt)
-        finally:
-            self.assign(before)
+    def inlined(self) -> Problem:
+        """Return the same problem, to be traced anew without a call of a graph."""
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self))
+        other._at = None
+        options = {**self.options, "jit": False, "is_inlined": True}
+        other.evaluator = self.kind(self.f, self.evaluator.variables, **options)
+        return other
 
     def arguments(
         self, x: Sequence[tf.Tensor] | None, batch: tuple[Nest, ...] = ()
@@ -430,27 +343,6 @@ class Problem:
         if x is not None:
             self.assign(x)
         return batch
-
-    def _inlined(self) -> Problem | None:
-        other = type(self).__new__(type(self))
-        vars(other).update(vars(self))
-        other._at = None
-        options = {**self.options, "jit": False, "is_inlined": True}
-        other.evaluator = self.kind(self.f, self.evaluator.variables, **options)
-        written = self.written()
-        values = [variable.read_value() for variable in written]
-        with inlined(), contextlib.suppress(Exception):  # as AutoGraph's in a function
-            other.evaluate(self.start())
-        for variable, value in zip(written, values, strict=True):
-            variable.assign(value)
-        try:
-            has_calls = not CALLS.isdisjoint(operations_of(other.graph()))
-        except KeyError:  # it was not traced
-            return None
-        return None if has_calls else other
-
-    def _nests(self) -> tuple[Any, Any]:
-        return ((self.template,) if self.takes_values else ()), None
 
 
 def _keras_owners(variables: Sequence[tf.Variable]) -> dict[int, Any]:

@@ -27,6 +27,7 @@ from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.solvers import State
 from tfgrad.optimize.solvers.optimizer import SIZE
 from tfgrad.optimize.stopping import RUNNING, rule_of
+from tfgrad.optimize.traced import operations, written
 
 if TYPE_CHECKING:
     from tfgrad.optimize.driver import Driver
@@ -381,9 +382,9 @@ def put_back_on_error(problem: Problem) -> Iterator[None]:
 
 def repeats(problem: Problem) -> bool:
     """Return whether f is known to have one value at one point."""
-    operations = problem.operations()
-    is_drawn = any("Random" in operation for operation in operations)
-    return bool(operations) and not is_drawn and not problem.written()
+    types = operations(problem)
+    is_drawn = any("Random" in operation for operation in types)
+    return bool(types) and not is_drawn and not written(problem)
 
 
 # --- putting away ---

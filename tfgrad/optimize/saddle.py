@@ -23,6 +23,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.problem import Problem
+from tfgrad.optimize.traced import operations
 
 PRODUCTS = 30
 """Products with the Hessian that a look may cost; with n of them it is exact."""
@@ -49,8 +50,8 @@ def point_beside(problem: Problem, state: Any, *, products: bool) -> tf.Tensor |
             differences of gradients make up for them, as many as come to a quarter of
             what the run has cost.
     """
-    operations = problem.operations()
-    if not operations or any("Random" in operation for operation in operations):
+    types = operations(problem)
+    if not types or any("Random" in operation for operation in types):
         return None
     count = None
     if (int(state.step) and not products) or not problem.has_hessian:

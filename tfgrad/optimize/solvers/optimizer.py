@@ -29,6 +29,7 @@ from tfgrad.optimize.problem import Problem, require_compiled
 from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA
 from tfgrad.optimize.stopping import RUNNING, rule_of, status_of
+from tfgrad.optimize.traced import blame, not_moved, others
 
 SIZE = "size of the batch"
 """A column of the rows: the weight of a batch in the mean of its epoch."""
@@ -293,7 +294,7 @@ class OptimizerSolver(Solver):
     def variables(self) -> list[tf.Variable]:
         """Return what is moved, the optimizer's moments, and what else f reads."""
         # What f reads comes in reading order, the same in every process.
-        of_f = (*self.problem.others(), *self._written)
+        of_f = (*others(self.problem), *self._written)
         parts = (self.moved, self.backup, self._method.variables(), of_f)
         return list({id(v): v for part in parts for v in part}.values())
 
@@ -395,7 +396,7 @@ class OptimizerSolver(Solver):
         """Return the other variables that f writes to, as far as a trace tells."""
         if self._compiled is None:
             return []
-        return self.problem.refused(written_variables(self._compiled))
+        return not_moved(self.problem, written_variables(self._compiled))
 
     def _evaluated(self, *drawn: Any) -> Evaluation:
         """Return the evaluation, with the size of the batch among the aux values."""
@@ -428,7 +429,7 @@ class OptimizerSolver(Solver):
         point = [variable.read_value() for variable in self.moved]
         self.blamed = point, ()
         if self._source is None:
-            return self.problem.blame(point)
+            return blame(self.problem, point)
         drawn = state.batch.ahead.get_value()
         arguments = self._arguments(self._source.batch(drawn))
         self.blamed = point, arguments
@@ -444,7 +445,7 @@ class OptimizerSolver(Solver):
                 epoch, count = int(state.batch.epoch), int(state.batch.count)
                 where = f"batch {count} of epoch {epoch}"
                 return f"{where} (counted from 0) holds {value} in `{name}`{row}"
-        return self.problem.blame(point, *arguments)
+        return blame(self.problem, point, *arguments)
 
 
 def _carried(evaluation: Evaluation) -> Evaluation:

@@ -20,6 +20,7 @@ from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.saddle import point_beside
 from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
 from tfgrad.optimize.stopping import RUNNING, code_of
+from tfgrad.optimize.traced import blame, for_xla, operations, others, written
 
 NOT_FOR_XLA = (
     "Random", "Multinomial", "PyFunc", "Conv", "Pool", "Assert", "CheckNumerics",
@@ -255,9 +256,9 @@ class PureSolver(Solver):
         is_start = not np.isfinite(state.evaluation.grad_max)
         trial = unravel(state.x if is_start else state.memory.trial, self._like)
         self.blamed = trial, ()
-        blame = self.problem.blame(trial)
+        found = blame(self.problem, trial)
         self.settle(state)
-        return state, blame
+        return state, found
 
     def escape(self, state: State) -> tuple[State, Evaluation | None]:
         """Begin anew at a lower point beside a maximum or a saddle, if this is one."""
@@ -294,7 +295,7 @@ class PureSolver(Solver):
 
     def variables(self) -> list[tf.Variable]:
         """Return what else f reads: seeds, averages."""
-        return self.problem.others()
+        return others(self.problem)
 
     def why(self, state: State) -> tuple[str, str] | None:
         """Return what the method says about its memory."""
@@ -308,22 +309,22 @@ class PureSolver(Solver):
         is_kept_from = self.problem.evaluator.kept.get(NO_XLA) and jit == "auto"
         if is_kept_from or self.problem.source is not None:
             return Form("calls")
-        operations = self.problem.operations()
-        if not operations or jit is False:  # it runs eagerly, or shall
+        types = operations(self.problem)
+        if not types or jit is False:  # it runs eagerly, or shall
             return Form("calls")
         if jit is True:
             return Form("xla")
-        if any(part in op for op in operations for part in NOT_FOR_XLA):
+        if any(part in op for op in types for part in NOT_FOR_XLA):
             return Form("calls")
         size = sum(leaf.shape.num_elements() for leaf in self._like)
-        once = COMPILATION[0] + COMPILATION[1] * len(operations)
+        once = COMPILATION[0] + COMPILATION[1] * len(types)
         pays = int(once / (SAVED[0] + SAVED[1] * size))
         pays = 0 if pays < AT_ONCE else pays
         return Form("xla") if int(state.evaluations) >= pays else Form("calls", pays)
 
     def for_xla(self) -> Solver | None:
         """Return the solver in a form that XLA compiles once; None if there is none."""
-        problem = self.problem.for_xla(is_bound=self._method is not self._given)
+        problem = for_xla(self.problem, is_bound=self._method is not self._given)
         if problem is None or problem is self.problem:
             return self if problem is not None else None
         solver = PureSolver(problem, self._given)
@@ -350,9 +351,9 @@ class PureSolver(Solver):
 
     def _watch(self) -> None:
         """Remember the variables that f reads and does not write, as they are."""
-        written = {id(variable) for variable in self.problem.written()}
-        others = (v for v in self.problem.others() if id(v) not in written)
-        self._others = [(variable, variable.read_value()) for variable in others]
+        own = {id(variable) for variable in written(self.problem)}
+        rest = [v for v in others(self.problem) if id(v) not in own]
+        self._others = [(variable, variable.read_value()) for variable in rest]
 
     def _is_as_it_was(self, state: State) -> bool:
         """Return whether those, and the variables that are moved, are as they were."""

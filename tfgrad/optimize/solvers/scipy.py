@@ -47,6 +47,7 @@ from tfgrad.optimize.stopping import (
     code_of,
     judge,
 )
+from tfgrad.optimize.traced import blame
 
 FEASIBLE = 1e-6
 """By how much a point may break a limit and be called a solution: what SciPy's methods
@@ -250,7 +251,7 @@ class SciPyLoop:
             leaves = self._leaves(x)
             self.solver.problem.assign(leaves)
             self.solver.blamed = leaves, ()
-            self.blame = self.solver.problem.blame(leaves)
+            self.blame = blame(self.solver.problem, leaves)
             new = state._replace(code=new.code)
             return new, Rows({})
         return new, row

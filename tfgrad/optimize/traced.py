@@ -1,0 +1,133 @@
+"""What the trace of f tells besides its value: what it reads, writes and is made of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tfgrad.derivatives.signatures import signature
+from tfgrad.diagnosis.explain import explain
+from tfgrad.diagnosis.graphs import inlined, written_variables
+from tfgrad.diagnosis.report import Explanation
+from tfgrad.errors import InvalidArgumentError
+from tfgrad.nested import Nest
+from tfgrad.optimize.distribute import whole
+from tfgrad.optimize.evaluator import operations_of
+from tfgrad.optimize.problem import Problem
+
+CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
+"""Ops that call another graph: XLA compiles a loop around the derivative of one anew
+for each value that the loop is called with."""
+
+
+def operations(problem: Problem) -> list[str]:
+    """Return the types of the ops of an evaluation; none if it runs eagerly."""
+    kept = problem.evaluator.kept
+    if "operations" not in kept:
+        kept["operations"] = operations_of(problem.graph())
+    found: list[str] = kept["operations"]
+    return found
+
+
+def written(problem: Problem) -> list[tf.Variable]:
+    """Return the variables that f writes to; none if it runs eagerly.
+
+    Raises:
+        InvalidArgumentError: If it writes to what is minimised.
+    """
+    point = (problem.template,) if problem.takes_values else ()
+    traced = problem.evaluator.evaluate.concrete(point, None)
+    return [] if traced is None else not_moved(problem, written_variables(traced))
+
+
+def not_moved(problem: Problem, written: list[tf.Variable]) -> list[tf.Variable]:
+    """Return variables that f writes to; refuse those that are moved."""
+    written = whole(written)
+    moved = {id(variable) for variable in problem.variables}
+    for variable in written:
+        if id(variable) in moved:
+            raise InvalidArgumentError(
+                "The function must leave alone what it is minimised over.",
+                got=f"`{problem.name}` assigns to {variable.name!r}",
+                hint="a value computed from the variable, without assign",
+            )
+    return written
+
+
+def others(problem: Problem) -> list[tf.Variable]:
+    """Return the other variables that f reads: seeds, averages, what is frozen."""
+    own = {id(variable) for variable in problem.variables}
+    read = whole(problem.evaluator.evaluate.variables())
+    return [v for v in read if id(v) not in own]
+
+
+def for_xla(problem: Problem, *, is_bound: bool) -> Problem | None:
+    """Return the problem in a form that a loop under XLA compiles once.
+
+    Args:
+        problem: The problem, evaluated before.
+        is_bound: Whether the method takes second derivatives.
+
+    Returns:
+        None if f calls a graph that cannot be made part of its own, or if there is data
+        to go through.
+    """
+    if problem.source is not None:
+        return None
+    if CALLS.isdisjoint(operations(problem)) and not is_bound:
+        return problem
+    kept, key = problem.evaluator.kept, ("xla", signature(problem.template))
+    if key not in kept:
+        kept[key] = _inlined(problem)
+    form: Problem | None = kept[key]
+    return form
+
+
+def _inlined(problem: Problem) -> Problem | None:
+    other = problem.inlined()
+    before = [(variable, variable.read_value()) for variable in written(problem)]
+    with inlined(), contextlib.suppress(Exception):  # as AutoGraph's in a function
+        other.evaluate(problem.start())
+    for variable, value in before:
+        variable.assign(value)
+    try:
+        has_calls = not CALLS.isdisjoint(operations_of(other.graph()))
+    except KeyError:  # it was not traced
+        return None
+    return None if has_calls else other
+
+
+def blame(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> str:
+    """Return which op and line are not finite at a point; "" if none is found.
+
+    Args:
+        problem: The problem.
+        x: The leaves of the point; the variables are there.
+        *batch: What else the user's function takes.
+    """
+    with contextlib.suppress(Exception):  # what ended is to be told in any case
+        findings = explained(problem, x, *batch).findings
+        spoiled = (each for each in findings if each.status == "non-finite")
+        found = next((each.culprit for each in spoiled if each.culprit), None)
+        if found is not None:
+            return f"{found.label} at {found.where}: {found.reason}; {found.hint}"
+    return ""
+
+
+def explained(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> Explanation:
+    """Return what `explain` finds at a point; the variables stay where they are."""
+
+    def value(*arguments: Nest) -> Any:
+        output = problem.f(*arguments)
+        return output[0] if problem.has_aux else output
+
+    wrt = None if problem.takes_values else problem.variables
+    before = [variable.read_value() for variable in problem.variables]
+    try:
+        arguments = problem.arguments(x, batch or problem.example)
+        return explain(value, *arguments, wrt=wrt)
+    finally:
+        problem.assign(before)
