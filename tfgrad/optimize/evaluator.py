@@ -253,10 +253,9 @@ def flat(evaluation: Evaluation) -> Evaluation:
 
 
 def python_of(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the Python function of a tf.function that asks for nothing that it lacks.
+    """Return what to trace for `f`: of a tf.function without options, its body.
 
-    Its ops belong in our graph: XLA compiles a loop around a call of another one anew
-    for each value that the loop is called with.
+    Its ops belong in our graph: XLA needs that, see `traced.CALLS`.
     """
     python = getattr(f, "python_function", None)
     asks = ("_jit_compile", "input_signature")

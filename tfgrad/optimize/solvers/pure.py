@@ -164,7 +164,7 @@ class PureSolver(Solver):
     def begun(self, start: Start) -> State:
         """Return where a run begins: the method's first move is part of it."""
         x, evaluation = start.x, start.evaluation
-        move = self._method.init(self._point(x, evaluation))
+        move = self._method.init(_point(x, evaluation))
         value = evaluation.value
         is_bad = ~(tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max))
         return State(
@@ -175,15 +175,9 @@ class PureSolver(Solver):
             tf.where(is_bad, code_of("nonfinite"), RUNNING),
             start.step,
             start.evaluations,
-            self._expected(move, evaluation),
+            _expected(move, evaluation),
             start.first,
         )
-
-    def _expected(self, move: Move, evaluation: Evaluation) -> tf.Tensor:
-        """Return the fall that a rule may believe in: 0 where the gradient vanishes."""
-        dtype = evaluation.value.dtype
-        expected = _told(move.expected, dtype)
-        return tf.where(evaluation.grad_max == 0, tf.zeros([], dtype), expected)
 
     def query(self, state: State) -> Any:
         """Return the trial."""
@@ -215,15 +209,15 @@ class PureSolver(Solver):
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Let the method decide on the trial."""
         trial, remembered = state.memory
-        old = self._point(state.x, state.evaluation)
-        move = self._method.update(self._point(trial, evaluation), old, remembered)
+        old = _point(state.x, state.evaluation)
+        move = self._method.update(_point(trial, evaluation), old, remembered)
         evaluation = self._projected(trial, evaluation)
         value = evaluation.value
         is_finite = tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max)
         accepted = tf.convert_to_tensor(move.accepted)
         taken = accepted & is_finite
         here = either(taken, (trial, _carried(evaluation)), (state.x, state.evaluation))
-        expected = self._expected(move, here[1])
+        expected = _expected(move, here[1])
         told = _told(move.expected, value.dtype)
         is_hidden = at_precision(here[1].value, told, state.first)
         failure = tf.where(is_hidden, code_of("converged"), self.failure)
@@ -285,10 +279,6 @@ class PureSolver(Solver):
         """Return the leaves of the current point."""
         return unravel(state.x, self._like)
 
-    def unraveled(self, x: tf.Tensor) -> list[tf.Tensor]:
-        """Return the leaves of a vector."""
-        return unravel(x, self._like)
-
     def gradient(self, evaluation: Evaluation) -> list[tf.Tensor]:
         """Return the leaves of the gradient."""
         return unravel(evaluation.gradient, self._like)
@@ -333,16 +323,11 @@ class PureSolver(Solver):
             solver._method = self._given.bind(problem)
         return solver
 
-    def _point(self, x: tf.Tensor, evaluation: Evaluation) -> Point:
-        linear = getattr(evaluation.linear, "matrix", ())
-        value = tf.cast(evaluation.value, x.dtype)
-        return Point(x, value, evaluation.gradient, linear)
-
     def _projected(self, x: tf.Tensor, evaluation: Evaluation) -> Evaluation:
         """Return the evaluation with the slope of what no bound holds."""
         if self._limits is None:
             return evaluation
-        free = self._box(x).reduced(self._point(x, evaluation))
+        free = self._box(x).reduced(_point(x, evaluation))
         return evaluation._replace(grad_max=free.grad_max)
 
     def _box(self, x: tf.Tensor) -> Bounds:
@@ -381,6 +366,20 @@ def _check_unconstrained(name: str, owners: Any) -> None:
             got=f"{owner.name!r} with the constraint {kind}",
             hint=f'{bounds}, or an optimizer of Keras such as method="adam"',
         )
+
+
+def _point(x: tf.Tensor, evaluation: Evaluation) -> Point:
+    """Return what the method sees of an evaluation."""
+    linear = getattr(evaluation.linear, "matrix", ())
+    value = tf.cast(evaluation.value, x.dtype)
+    return Point(x, value, evaluation.gradient, linear)
+
+
+def _expected(move: Move, evaluation: Evaluation) -> tf.Tensor:
+    """Return the fall that a rule may believe in: 0 where the gradient vanishes."""
+    dtype = evaluation.value.dtype
+    expected = _told(move.expected, dtype)
+    return tf.where(evaluation.grad_max == 0, tf.zeros([], dtype), expected)
 
 
 def _carried(evaluation: Evaluation) -> Evaluation:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfgrad.nested import ravel
+from tfgrad.nested import ravel, unravel
 from tfgrad.optimize.constraints import Array, Limits
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
@@ -297,7 +297,7 @@ class SciPyLoop:
         return tf.constant(x, self.solver.problem.leaves[0].dtype)
 
     def _leaves(self, x: Array) -> list[tf.Tensor]:
-        return self.solver.unraveled(self._vector(x))
+        return unravel(self._vector(x), self.solver.problem.leaves)
 
 
 class _Session:
