@@ -223,7 +223,7 @@ def test_fits_within_bounds_are_those_of_least_squares():
         np.testing.assert_allclose(result.stderr[i], alone.stderr, rtol=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["soft_l1", "huber", "cauchy"])
+@pytest.mark.parametrize("loss", ["soft_l1", "huber", "cauchy", "arctan"])
 def test_losses_are_those_of_least_squares(loss):
     _, y = signals(3)
     y[:, 5] += 3.0
