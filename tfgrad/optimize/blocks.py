@@ -130,18 +130,17 @@ class Outcome(NamedTuple):
     linear: Array
 
 
-def solve(plan: Plan, task: Task, seconds: float | None) -> tuple[Outcome, bool]:
+def solve(program: Program, task: Task, seconds: float | None) -> tuple[Outcome, bool]:
     """Solve all problems.
 
     Args:
-        plan: How.
+        program: How.
         task: Which.
         seconds: How long it may take; None: as long as it takes.
 
     Returns:
         The outcome, and whether Ctrl-C ended it.
     """
-    program = _program(plan, task)
     queue = _Queue(program, task)
     ends = None if seconds is None else time.perf_counter() + seconds
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
@@ -178,26 +177,28 @@ def _bar(count: int) -> Any:
         return tqdm(total=count, delay=1.0, disable=None, leave=False, unit="problem")
 
 
-class _Program(NamedTuple):
+class Program(NamedTuple):
     """A compiled block.
 
     Attributes:
         width: How many slots it has.
         empty: The state of slots that hold nothing.
         advance: Takes and returns states; see `_compile`.
+        evaluate: Takes points, and what f takes besides; returns values and gradients.
         is_xla: Whether XLA compiles it.
     """
 
     width: int
     empty: State
     advance: Callable[..., Any]
+    evaluate: Callable[..., Any]
     is_xla: bool
 
 
 class _Queue:
     """Problems that wait for a slot, and the outcome of those that have ended."""
 
-    def __init__(self, program: _Program, task: Task) -> None:
+    def __init__(self, program: Program, task: Task) -> None:
         (count, n), dtype = task.x.shape, task.x.dtype
         self._program, self._task = program, task
         self._next, self._lock = 0, threading.Lock()
@@ -284,7 +285,7 @@ class _Queue:
             self.done += len(rows)
 
 
-def _program(plan: Plan, task: Task) -> _Program:
+def program_of(plan: Plan, task: Task) -> Program:
     """Return the program, kept with a `tf.function`."""
     graph = plan.graph
     assert graph is not None
@@ -308,11 +309,11 @@ def _program(plan: Plan, task: Task) -> _Program:
         if not vectorises:
             _say_loop(plan.problem.name, graph)
         kept[key] = _compile(plan, task, jit=jit, vectorises=vectorises)
-    like, advance = kept[key]
+    like, advance, evaluate = kept[key]
     width = _width(task, like)
     empty = tf.nest.map_structure(lambda s: tf.zeros([width, *s.shape], s.dtype), like)
     ended = tf.fill([width], code_of("stopped"))
-    return _Program(width, empty._replace(code=ended), advance, jit)
+    return Program(width, empty._replace(code=ended), advance, evaluate, jit)
 
 
 def _width(task: Task, like: State) -> int:
@@ -351,8 +352,8 @@ def blank_state(method: Any, x: tf.Tensor) -> State:
 
 def _compile(
     plan: Plan, task: Task, *, jit: bool, vectorises: bool
-) -> tuple[Any, Callable[..., Any]]:
-    """Return the specs of the state of one problem, and the compiled steps of many."""
+) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """Return the specs of the state of one problem; the steps of many; their values."""
     problem, method = plan.problem, plan.method
     leaves = problem.leaves
     function = problem.evaluator.evaluate.function((problem.template, *plan.data), None)
@@ -426,6 +427,10 @@ def _compile(
         start = tf.constant(0), is_new, state
         return tf.while_loop(goes_on, body, start, parallel_iterations=1)[2]
 
+    def values(rows: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        evaluation = evaluate_all(rows)
+        return evaluation.value, evaluation.gradient
+
     def one(x: tf.Tensor, *rest: tf.Tensor) -> tuple[Evaluation, State]:
         evaluation = evaluate([x, *rest[splits - 1 :]])
         return evaluation, begun(x, list(rest[: splits - 1]), evaluation)
@@ -441,4 +446,5 @@ def _compile(
             tf.TensorSpec.from_tensor, traced.structured_outputs
         )
     options = {"autograph": False, "jit_compile": jit or None}
-    return like, tf.function(advance, **options)
+    both = [tf.function(each, **options) for each in (advance, values)]
+    return like, *both

@@ -21,9 +21,10 @@ from tfgrad.nested import (
     to_tensors,
     weak_dtype,
 )
-from tfgrad.optimize.blocks import Outcome, Plan, Task, solve
+from tfgrad.optimize.blocks import Outcome, Plan, Task
 from tfgrad.optimize.chain import make_stages
 from tfgrad.optimize.constraints import Limits, require_support
+from tfgrad.optimize.many_saddles import solve_all
 from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.problem import Problem
@@ -175,7 +176,9 @@ def minimize_many(
             NumPy's float arrays take the dtype of the starts.
         method: "lbfgs", or a method of your own (`tfgrad.optimize.methods.protocol`)
             that asks for no more than gradients.
-        steps: How many steps each row takes at most; None means 1000.
+        steps: How many steps each row takes at most; None means 1000. What ended at a
+            maximum or a saddle goes on from beside it, as in `minimize`, and begins to
+            count anew.
         gtol: As for `minimize`, as are `ftol`, `xtol` and `target`, for each row.
         ftol: See `gtol`.
         xtol: See `gtol`.
@@ -353,7 +356,12 @@ class Rows:
 
 
 def run(
-    problem: Problem, rows: Rows, method: Method, options: Options, pays: int
+    problem: Problem,
+    rows: Rows,
+    method: Method,
+    options: Options,
+    pays: int,
+    is_doubtful: Callable[[Outcome], Array] | None = None,
 ) -> tuple[dict[str, Any], Outcome, list[Array]]:
     """Solve all rows; return the fields of the result, the outcome, the bounds."""
     began = time.perf_counter()
@@ -370,7 +378,8 @@ def run(
             got=f"`{problem.name}` leaves TensorFlow",
             hint="tfgrad.minimize for each row, in a loop",
         )
-    outcome, is_interrupted = solve(plan, Task(x, sides, rows.arrays), options.seconds)
+    task = Task(x, sides, rows.arrays)
+    outcome, is_interrupted = solve_all(plan, task, options.seconds, is_doubtful)
     left = "interrupted" if is_interrupted else "seconds"
     names = np.array([status_of(c) or left for c in range(_most(outcome.code) + 1)])
     solves = np.array(

@@ -15,7 +15,7 @@ from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.vectorized import static_size
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, ravel, unravel
-from tfgrad.optimize.blocks import WIDEST
+from tfgrad.optimize.blocks import WIDEST, Outcome
 from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
 from tfgrad.optimize.many import ManyResult, Rows, run
 from tfgrad.optimize.methods import losses
@@ -223,7 +223,7 @@ def least_squares_many(
         drops=missing == "drop",
     )
     method = Marquardt(is_open=not own_rules or loss != "linear")
-    fields, outcome, sides = run(problem, rows, method, options, XLA_ROWS)
+    fields, outcome, sides = run(problem, rows, method, options, XLA_ROWS, _is_doubtful)
     is_held = np.zeros(outcome.x.shape, bool)
     for side in sides:
         is_held |= outcome.x == side
@@ -234,6 +234,20 @@ def least_squares_many(
         _used=functools.partial(_used, problem, rows),
         _is_held=is_held,
     )
+
+
+def _is_doubtful(outcome: Outcome) -> Array:
+    """Return which fits may have ended at a saddle: a look at all would cost too much.
+
+    Those are that took no step, and those that a parameter does not change there, or
+    one much like another, as symmetry makes it.
+    """
+    n = outcome.x.shape[1]
+    factor = np.abs(outcome.linear[:, :, :n])
+    pivots = np.diagonal(factor, axis1=1, axis2=2)
+    epsilon = np.finfo(outcome.x.dtype).eps
+    least = epsilon**0.5 * np.linalg.norm(factor, axis=1)
+    return (outcome.nit == 0) | np.any(pivots <= least, axis=1)
 
 
 class RowEvaluator(ResidualEvaluator):

@@ -110,53 +110,96 @@ def lower_point(
         epsilon: The rounding error of the dtype that f is computed in.
         products: How many of them to take at most.
     """
-    found = _least_curvature(product, len(x), epsilon, products)
-    if found is None:
-        return None
-    least, largest, direction = found
+    points, is_lower = lower_points(
+        x[None],
+        np.array([fun]),
+        grad[None],
+        product=lambda directions: product(directions[0])[None],
+        value=lambda points: np.array([value(points[0])]),
+        epsilon=epsilon,
+        products=products,
+    )
+    return points[0] if is_lower[0] else None
+
+
+def lower_points(
+    x: Array,
+    fun: Array,
+    grad: Array,
+    *,
+    product: Callable[[Array], Array],
+    value: Callable[[Array], Array],
+    epsilon: float,
+    products: int,
+) -> tuple[Array, Any]:
+    """Return points near many stationary ones, `[rows, n]`, and where f is lower there.
+
+    Arguments are those of `lower_point`, with a row for each problem: so are what
+    `product` and `value` take and return.
+    """
+    least, largest, direction = _least_curvatures(product, x.shape, epsilon, products)
     clearly = epsilon**0.5 * largest
     # A flat direction is a way down from an exact zero of the gradient only; else the
     # point is on its slow way to a minimum that is as flat.
-    if least > -clearly and (least > clearly or np.any(grad)):
-        return None
+    is_stationary = ~np.any(grad, axis=1)
+    is_open = (least <= -clearly) | ((least <= clearly) & is_stationary)
+    if not np.any(is_open):
+        return x, is_open
     # Long enough for a fall of the third order to be seen beside rounding errors.
-    step = epsilon ** (1 / 6) * max(1.0, float(np.linalg.norm(x))) * direction
-    sides = [(value(point), point) for point in (x + step, x - step)]
-    finite = [side for side in sides if np.isfinite(side[0])]
-    if not finite:
-        return None
-    lowest, point = min(finite, key=lambda side: side[0])
+    size = epsilon ** (1 / 6) * np.maximum(1.0, np.linalg.norm(x, axis=1))
+    step = size[:, None] * direction
+    values = np.stack([value(x + step), value(x - step)])
+    is_finite = np.isfinite(values)
+    values = np.where(is_finite, values, np.inf)
+    lowest = np.min(values, axis=0)
     # Rounding bends gradients; where f bends down itself, its mean is lower, too.
     bends_down = least < -clearly
-    level = np.mean([f for f, _ in finite]) if bends_down else lowest
-    return point if level < fun - NOISE * epsilon * abs(fun) else None
+    mean = np.where(np.all(is_finite, axis=0), np.mean(values, axis=0), lowest)
+    level = np.where(bends_down, mean, lowest)
+    is_lower = is_open & (level < fun - NOISE * epsilon * np.abs(fun))
+    is_ahead = values[0] <= values[1]
+    return np.where(is_ahead[:, None], x + step, x - step), is_lower
 
 
-def _least_curvature(
-    product: Callable[[Array], Array], n: int, epsilon: float, most: int
-) -> tuple[float, float, Array] | None:
-    """Return the least curvature, the largest |curvature|, and the former's direction.
+def _least_curvatures(
+    product: Callable[[Array], Array],
+    shape: tuple[int, ...],
+    epsilon: float,
+    most: int,
+) -> tuple[Array, Array, Array]:
+    """Return least curvatures, the largest |curvatures|, and the formers' directions.
 
-    From Lanczos's method, orthogonalised in full. None if it is not finite, or if no
-    two products are allowed where there are two directions.
+    From Lanczos's method, orthogonalised in full, in each row. The least is infinite if
+    one is not finite, or if no two products are allowed where there are two directions.
     """
-    most = min(n, most, MOST_NUMBERS // n)
+    rows, n = shape
+    most = min(n, most, MOST_NUMBERS // (rows * n))
+    unknown = np.full(rows, np.inf), np.zeros(rows), np.zeros(shape)
     if most < min(n, 2):
-        return None
-    q = np.random.default_rng(0).normal(size=n)
-    basis, products = np.empty((0, n)), np.empty((0, n))
-    while len(basis) < most:
-        q = q / np.linalg.norm(q)
-        basis = np.vstack([basis, q])
-        products = np.vstack([products, product(q)])
-        if not np.all(np.isfinite(products[-1])):
-            return None
-        q = products[-1]
-        size = np.linalg.norm(q)
+        return unknown
+    q = np.broadcast_to(np.random.default_rng(0).normal(size=n), shape)
+    basis, images = np.empty((2, rows, 0, n))
+    goes_on = np.ones(rows, bool)
+    while basis.shape[1] < most and np.any(goes_on):
+        q = q / np.where(goes_on, np.linalg.norm(q, axis=1), 1.0)[:, None]
+        image = np.where(goes_on[:, None], product(q), 0.0)
+        basis = np.concatenate([basis, q[:, None]], axis=1)
+        images = np.concatenate([images, image[:, None]], axis=1)
+        q = image
         for _ in range(2):  # the second time removes what rounding left of the first
-            q = q - basis.T @ (basis @ q)
-        if np.linalg.norm(q) <= epsilon * size:
-            break  # the directions found so far are all that there are
-    small = basis @ products.T
-    values, vectors = np.linalg.eigh((small + small.T) / 2)
-    return values[0], max(abs(values)), basis.T @ vectors[:, 0]
+            q = q - np.einsum("rkn,rk->rn", basis, np.einsum("rkn,rn->rk", basis, q))
+        # Else the directions found so far are all that there are.
+        rest = np.linalg.norm(q, axis=1)
+        goes_on = goes_on & (rest > epsilon * np.linalg.norm(image, axis=1))
+        q = np.where(goes_on[:, None], q, 0.0)
+    small = np.einsum("rin,rjn->rij", basis, images)
+    is_known = np.all(np.isfinite(small), axis=(1, 2))
+    small = np.where(is_known[:, None, None], small, 0.0)
+    small = (small + np.swapaxes(small, 1, 2)) / 2
+    largest = np.max(np.abs(np.linalg.eigvalsh(small)), axis=1)
+    # Where a row ended early it has no directions: they must not be the least.
+    is_empty = ~np.any(basis, axis=2)
+    fill = np.where(is_empty, 2 * largest[:, None], 0.0)
+    values, vectors = np.linalg.eigh(small + fill[:, :, None] * np.eye(small.shape[1]))
+    direction = np.einsum("rkn,rk->rn", basis, vectors[:, :, 0])
+    return np.where(is_known, values[:, 0], np.inf), largest, direction

@@ -223,7 +223,7 @@ def test_fits_within_bounds_are_those_of_least_squares():
         np.testing.assert_allclose(result.stderr[i], alone.stderr, rtol=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["soft_l1", "huber", "cauchy"])
+@pytest.mark.parametrize("loss", ["soft_l1", "huber", "cauchy", "arctan"])
 def test_losses_are_those_of_least_squares(loss):
     _, y = signals(3)
     y[:, 5] += 3.0
@@ -479,3 +479,60 @@ def test_more_calls_than_a_counter_has_bits(monkeypatch):
     result = tfgrad.least_squares_many(decay, START, y, jit=True)
 
     assert result.success.all()
+
+
+def double_well(x):
+    return x[0] ** 2 - x[1] ** 2 + x[1] ** 4
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_rows_do_not_end_at_saddles_or_maxima(jit):
+    x0s = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.3]])  # at one, led to it, neither
+
+    result = tfgrad.minimize_many(double_well, x0s, jit=jit)
+    top = tfgrad.minimize_many(lambda x, a: tf.cos(x - a), np.zeros(3), np.zeros(3))
+
+    assert result.success.all()
+    np.testing.assert_allclose(result.fun, -0.25)
+    np.testing.assert_allclose(np.abs(result.x[:, 1]), 0.5**0.5, rtol=1e-6)
+    np.testing.assert_allclose(top.fun, -1)
+
+
+def test_rows_at_minima_stay_however_flat():
+    result = tfgrad.minimize_many(lambda x: tf.reduce_sum(x**4), np.zeros((3, 40)))
+
+    assert result.success.all()
+    assert (result.x == 0).all()
+    assert (result.nit == 0).all()
+
+
+def test_a_saddle_of_many_parameters_and_float32():
+    def f(x):  # all equal, all stay equal
+        return tf.reduce_sum((x * x - 1) ** 2) + tf.reduce_sum(x) ** 2
+
+    for dtype in (np.float32, np.float64):
+        x0s = np.ones((2, 40), dtype) * np.array([[0.0], [0.5]], dtype)
+        result = tfgrad.minimize_many(f, x0s)
+        assert (result.fun < 1).all()
+
+
+def test_fits_leave_saddles_as_least_squares_does():
+    def residuals(p):
+        return tf.stack([p[0], p[1] ** 2 - 1])
+
+    result = tfgrad.least_squares_many(residuals, [[1.0, 0.0], [0.0, 0.0]])
+
+    np.testing.assert_allclose(np.abs(result.x), [[0, 1], [0, 1]], atol=1e-6)
+    np.testing.assert_allclose(result.fun, 0, atol=1e-12)
+
+
+def test_a_row_that_leaves_a_saddle_does_not_change_its_neighbours():
+    x0s = np.random.default_rng(0).normal(size=(8, 2))
+    others = x0s.copy()
+    others[::2] = 0
+
+    one = tfgrad.minimize_many(double_well, x0s, jit=False)
+    other = tfgrad.minimize_many(double_well, others, jit=False)
+
+    np.testing.assert_array_equal(one.x[1::2], other.x[1::2])
+    np.testing.assert_array_equal(one.nfev[1::2], other.nfev[1::2])

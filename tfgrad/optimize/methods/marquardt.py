@@ -175,6 +175,11 @@ class Marquardt:
         norms = lengths(linear)[:n]
         scale = tf.maximum(state.scale, norms)
         sizes = tf.where(scale > 0, scale, tf.ones_like(scale))
+        # Where all were outliers, the scale was next to nothing, and the damping huge.
+        part = tf.math.divide_no_nan(tf.norm(state.scale), tf.norm(scale))
+        is_new = (part > 0) & (part < EPSILONS[part.dtype] ** 0.25)
+        damping = tf.where(is_new, state.damping * part**2, state.damping)
+        state = state._replace(damping=tf.maximum(damping, LEAST_DAMPING))
         model = linear
         if box is not None:  # what a bound holds has no column
             free = tf.cast(box.free(here), here.x.dtype)
@@ -218,7 +223,9 @@ class Marquardt:
         is_over = verdict != RUNS
         x = tf.where(is_over, here.x, x)
         is_determined = tf.reduce_all(pivots > least)
-        expected = tf.where(is_determined, promised, promised.dtype.max)
+        # Not what a damped step promises: a short one promises nothing anywhere.
+        expected = tf.reduce_sum(side * side) / 2
+        expected = tf.where(is_determined, expected, promised.dtype.max)
         state = state._replace(verdict=verdict)
         return Move(x, state, failed=is_over, expected=expected)
 
