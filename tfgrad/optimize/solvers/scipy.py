@@ -46,6 +46,7 @@ from tfgrad.optimize.stopping import (
     code_of,
     judge,
 )
+from tfgrad.runs.values import as_array
 
 FEASIBLE = 1e-6
 """By how much a point may break a limit and be called a solution: what SciPy's methods
@@ -286,7 +287,7 @@ class SciPyLoop:
 
     def _row(self, state: State, evaluation: Evaluation) -> Rows:
         row = self.solver.row(state.x, evaluation)
-        columns = {name: np.asarray(value)[None] for name, value in row.items()}
+        columns = {name: as_array(value)[None] for name, value in row.items()}
         columns = self.solver.named(columns)
         now = self._clock()
         return Rows({"step": np.array([int(state.step)]), **columns}).timed(now, now)
