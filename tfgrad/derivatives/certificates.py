@@ -333,8 +333,7 @@ def slope_along(gradients: Sequence[Any], direction: Arrays) -> float:
     total = 0.0
     for gradient, v in zip(gradients, direction, strict=True):
         part = moving_part(v.size)  # all else of the direction is zero
-        pair = (_view(gradient), v) if v.ndim else (np.atleast_1d(gradient), v)
-        total += inner(*([x.reshape(-1)[part]] for x in pair))
+        total += inner(*([x.reshape(-1)[part]] for x in (_view(gradient), v)))
     return total
 
 
@@ -366,8 +365,8 @@ def _view(source: Any) -> Array:
     tensor = tf.convert_to_tensor(source)
     try:
         return np.asarray(memoryview(tensor))
-    except (TypeError, ValueError, BufferError):  # NumPy has no such dtype
-        return np.asarray(tensor)
+    except (TypeError, ValueError, BufferError):  # NumPy has no such dtype by itself
+        return np.asarray(tensor, tensor.dtype.as_numpy_dtype)
 
 
 def _moved_by(source: Any, direction: Array, t: float) -> tf.Tensor:
@@ -380,7 +379,7 @@ def _moved_by(source: Any, direction: Array, t: float) -> tf.Tensor:
         updated = tf.raw_ops.TensorStridedSliceUpdate(input=flat, value=moved, **places)
         return tf.reshape(updated, source.shape)
     dtype = source.dtype.as_numpy_dtype
-    return tf.constant((np.asarray(source) + t * direction).astype(dtype))
+    return tf.constant((_view(source) + t * direction).astype(dtype))
 
 
 def _moved(call: Call, point: Arrays, evaluate: Callable[[Call], Any]) -> Any:

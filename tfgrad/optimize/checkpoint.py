@@ -61,7 +61,7 @@ class Checkpoints(Hook):
         self.path = Path(directory).expanduser()
         self._claim: Claim | None = None
         self._due = 0.0
-        self._has_warned = False
+        self._has_warned = self._is_made = False
 
     def newest(self) -> Saved | None:
         """Return the newest checkpoint that can be read; None if there is none.
@@ -115,6 +115,9 @@ class Checkpoints(Hook):
             if self._claim is not None:
                 self._claim.release()
                 self._claim = None
+                if self._is_made and error is not None:
+                    with contextlib.suppress(OSError):  # it is not empty: all is well
+                        self.path.rmdir()
 
     def open(self, run: Driver) -> None:
         """Make the directory, keep other writers out, and sweep what a crash left.
@@ -122,6 +125,7 @@ class Checkpoints(Hook):
         Raises:
             RunError: If that is not possible.
         """
+        self._is_made = not self.path.exists()
         with _about_checkpoints():
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim = claim(self.path, resume=True)

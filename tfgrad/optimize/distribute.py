@@ -240,6 +240,12 @@ def checked(strategy: Any) -> Any:
     return strategy
 
 
+def is_one_of_several() -> bool:
+    """Return whether a strategy has connected this process to others."""
+    names = (device.name for device in tf.config.list_logical_devices())
+    return len({name.partition("/device:")[0] for name in names}) > 1
+
+
 def scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """Return the scope that variables were made in, for others that go with them."""
     strategies = filter(None, map(strategy_of, variables))

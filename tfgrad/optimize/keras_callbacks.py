@@ -27,6 +27,7 @@ from tfgrad.optimize.hooks import Callback, Hook
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import ENDLESS
 from tfgrad.optimize.traced import explained
+from tfgrad.runs.values import as_array
 
 if TYPE_CHECKING:
     from tfgrad.optimize.driver import Driver
@@ -170,10 +171,10 @@ class KerasCallbacks(Hook):
             return
         self._show(run)
         solver, saved = run.loop.solver, run.saved
-        point = [np.array(leaf) for leaf in solver.point(run.state)]
+        point = [as_array(leaf).copy() for leaf in solver.point(run.state)]
         self._list.on_train_end(self._last_logs)
         self._heed(run)
-        if all(map(np.array_equal, point, solver.point(run.state))):
+        if all(map(np.array_equal, point, map(as_array, solver.point(run.state)))):
             return
         run.state = run.state._replace(evaluation=solver.look(run.state))
         run.saved = resume.snapshot(run)

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.blocks import Outcome, Plan, Program, Task, program_of, solve
-from tfgrad.optimize.problem import operations_of
+from tfgrad.optimize.evaluator import operations_of
 from tfgrad.optimize.saddle import PRODUCTS, lower_points
 from tfgrad.optimize.stopping import is_stationary
 

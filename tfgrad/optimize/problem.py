@@ -30,7 +30,12 @@ from tfgrad.nested import (
 )
 from tfgrad.optimize.compiled import direct
 from tfgrad.optimize.data import Source, arguments_of, require_rows
-from tfgrad.optimize.distribute import left_scope, replicas_of, whole
+from tfgrad.optimize.distribute import (
+    is_one_of_several,
+    left_scope,
+    replicas_of,
+    whole,
+)
 from tfgrad.optimize.evaluator import (
     Evaluation,
     Evaluator,
@@ -212,12 +217,6 @@ class Problem:
                 hint="minimize(f, x0) for a function of values, or tf.Variable in f",
             )
         self.replicas = replicas_of(kept)
-        if self.replicas.is_clustered:
-            raise InvalidArgumentError(
-                "With several workers, `wrt` names the variables.",
-                got=f"no `wrt`; `{self.name}` reads {len(kept)} variables",
-                hint="minimize(loss, wrt=model, ...)",
-            )
         if len(kept) < len(found):
             self.evaluator = self.kind(self.f, kept, **self.options)
             self.evaluator.evaluate(self.example, None)
@@ -397,6 +396,12 @@ def _check_sources(f: Any, x0: Nest, wrt: Nest) -> None:
             "Either `x0` holds the values to start from, or `wrt` names the variables.",
             got="both `x0` and `wrt`",
             hint="minimize(f, x0), or minimize(f, wrt=variables)",
+        )
+    if x0 is None and wrt is None and is_one_of_several():
+        raise InvalidArgumentError(
+            "With several workers, `wrt` names the variables: they tell who writes.",
+            got=f"neither `x0` nor `wrt` for `{name_of(f)}`",
+            hint="minimize(loss, wrt=model, ...)",
         )
 
 

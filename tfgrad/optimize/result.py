@@ -15,6 +15,7 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, named_leaves, unravel
 from tfgrad.optimize.history import History
+from tfgrad.runs.values import as_array
 
 if TYPE_CHECKING:
     from tfgrad.runs.plots import Picture
@@ -176,7 +177,7 @@ class OptimizeResult:
 
     @property
     def _dtype(self) -> Any:
-        leaves = [np.asarray(leaf) for leaf in tf.nest.flatten(self.x)]
+        leaves = [as_array(leaf) for leaf in tf.nest.flatten(self.x)]
         return np.result_type(*leaves)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -249,7 +250,7 @@ SHOWN = 4
 
 
 def _short(leaf: Any) -> str:
-    array = np.asarray(leaf)
+    array = as_array(leaf)
     if array.size <= 6:
         return np.array2string(array, precision=6, separator=", ").replace("\n", "")
     return f"shape {array.shape}, {array.dtype}"

@@ -28,6 +28,7 @@ from tfgrad.optimize.solvers import State
 from tfgrad.optimize.solvers.optimizer import SIZE
 from tfgrad.optimize.stopping import RUNNING, rule_of
 from tfgrad.optimize.traced import operations, written
+from tfgrad.runs.values import as_array
 
 if TYPE_CHECKING:
     from tfgrad.optimize.driver import Driver
@@ -201,7 +202,7 @@ def has_value(now: Any, before: Any, history: History) -> bool:
     values = history.get("fun", np.zeros(0))
     size = float(np.max(np.abs(values[np.isfinite(values)]), initial=0.0))
     a, b = float(now), float(before)
-    epsilon = EPSILONS[tf.as_dtype(np.asarray(now).dtype)] ** 0.5
+    epsilon = EPSILONS[tf.as_dtype(as_array(now).dtype)] ** 0.5
     is_near = abs(a - b) <= epsilon * min(size, abs(b) + epsilon * size)
     return a == b or bool(np.isnan(b)) or is_near
 

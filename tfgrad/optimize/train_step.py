@@ -36,6 +36,7 @@ from tfgrad.nested import (
     variables_of,
     weak_dtype,
 )
+from tfgrad.optimize.distribute import out_of_scope
 from tfgrad.optimize.evaluator import dense
 from tfgrad.optimize.methods.keras_optimizer import (
     by_name,
@@ -312,12 +313,11 @@ class TrainStep:
 
 
 def _scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Return the scope of the `tf.distribute` strategy that the variables are of."""
-    for variable in variables:
-        strategy = _strategy_of(variable)
-        if strategy is not None and strategy is not tf.distribute.get_strategy():
-            return strategy.scope()
-    return contextlib.nullcontext()
+    """Return the scope that the variables were made in: of a strategy, or of none."""
+    strategy = next(filter(None, map(_strategy_of, variables)), None)
+    if strategy is tf.distribute.get_strategy() or not variables:
+        return contextlib.nullcontext()
+    return out_of_scope() if strategy is None else strategy.scope()
 
 
 def _out_of_scope(compile: Callable[[], Any]) -> Any:

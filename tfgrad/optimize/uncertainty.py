@@ -31,6 +31,7 @@ from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import MOST_ELEMENTS, Residuals
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.resume import has_value, repeats
+from tfgrad.runs.values import as_array
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -343,7 +344,7 @@ def at_point(variables: Sequence[tf.Variable] | None, x: Nest) -> Iterator[None]
 def held(problem: Problem, bounds: Any, x: Nest) -> Array:
     """Return which parameters are at a bound, shape `[n]`."""
     limits = Limits(problem, bounds, ())
-    point = np.concatenate([np.ravel(np.asarray(leaf)) for leaf in tf.nest.flatten(x)])
+    point = np.concatenate([np.ravel(as_array(leaf)) for leaf in tf.nest.flatten(x)])
     # As the method saw them: a bound of 0.1 is another number in float32.
     lower, upper = (side.astype(point.dtype) for side in limits.sides)
     is_held: Array = (point <= lower) | (point >= upper)
@@ -394,7 +395,7 @@ def _stacked(blocks: Sequence[Any], rows: list[int], columns: list[int]) -> list
 
 
 def _sizes(x: Nest) -> list[int]:
-    return [int(np.size(leaf)) for leaf in tf.nest.flatten(x)]
+    return [as_array(leaf).size for leaf in tf.nest.flatten(x)]
 
 
 def _epsilon(x: Nest) -> float:

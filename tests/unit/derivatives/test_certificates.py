@@ -184,3 +184,11 @@ def test_ops_that_read_one_triangle_have_a_gradient_for_both(road):
 
     assert np.all(np.isfinite(ROADS[road](log_determinant, SINGLE)))
     np.testing.assert_allclose(grad(log_determinant)(SINGLE), np.linalg.inv(SINGLE))
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_a_single_number_of_16_bits_is_verified(dtype):
+    x = tf.constant(3.0, dtype)
+
+    assert float(grad(lambda x: x**2)(x)) == 6.0
+    assert float(hessian(lambda x: x**2)(x)) == 2.0

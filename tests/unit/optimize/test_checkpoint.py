@@ -5,12 +5,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.errors import InvalidArgumentError, RunError
+from tfgrad.errors import InvalidArgumentError, RunError, TfgradError
 from tfgrad.optimize import checkpoint as checkpoint_module
 from tfgrad.runs.directory import claim
 
@@ -340,3 +341,26 @@ def test_a_list_of_checkpoints_that_is_no_text_is_said(tmp_path):
 
     with pytest.raises(RunError, match="holds checkpoints of something else"):
         minimized(tmp_path, never)
+
+
+@pytest.mark.parametrize(
+    ("f", "options"),
+    [
+        (rosenbrock, {"bounds": (1, 0)}),
+        (lambda x: x, {}),
+        (rosenbrock, {"callback": keras.callbacks.ReduceLROnPlateau()}),
+    ],
+)
+def test_a_call_that_is_refused_leaves_no_directory(tmp_path, f, options):
+    place = {"checkpoint": tmp_path / "here", "log": tmp_path / "log"}
+
+    with pytest.raises(TfgradError):
+        tfgrad.minimize(f, START, **place, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_directory_of_the_users_stays(tmp_path):
+    with pytest.raises(InvalidArgumentError):
+        tfgrad.minimize(rosenbrock, START, checkpoint=tmp_path, bounds=(1, 0))
+
+    assert tmp_path.is_dir()

@@ -3,6 +3,7 @@
 import collections
 import pickle
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -565,3 +566,31 @@ def test_a_closed_run_is_no_log(tmp_path):
 
     with pytest.raises(RunError, match="A run that is closed takes no more"):
         tfgrad.minimize(parabola, 3.0, log=run)
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_a_single_number_of_16_bits_is_minimised(dtype):
+    def f(x):
+        return 2 * (x - 1) ** 2
+
+    x = tf.constant(3.0, dtype)
+    with warnings.catch_warnings(action="error"):
+        free = tfgrad.minimize(f, x)
+        bounded = tfgrad.minimize(f, x, bounds=(2, None))
+        by_scipy = tfgrad.minimize(f, x, method="scipy:l-bfgs-b")
+
+    assert [float(r.x) for r in (free, bounded, by_scipy)] == [1.0, 2.0, 1.0]
+    assert free.x.dtype == dtype
+    assert "x: 1" in str(free)
+    assert float(free.stderr) == 0.5
+    assert float(free.error_of(lambda x: 2 * x)) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_bounds_hold_some_of_many_numbers_of_16_bits(dtype):
+    def f(x):
+        return tf.reduce_sum([1, 4, 2] * (x - [2, 3, -1]) ** 2)
+
+    result = tfgrad.minimize(f, tf.constant([3, 1, 4], dtype), bounds=(0.5, None))
+
+    np.testing.assert_array_equal(tf.cast(result.x, tf.float32), [2, 3, 0.5])

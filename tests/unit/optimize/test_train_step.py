@@ -585,3 +585,17 @@ def test_a_step_says_what_it_is():
     step = tfgrad.train_step(distance, wrt=tf.Variable(1.0))
 
     assert repr(step) == "<train_step of distance by Adam>"
+
+
+def test_variables_made_outside_of_a_scope_are_stepped_in_it():
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    w = tf.Variable(1.0)
+
+    with strategy.scope():
+        step = tfgrad.train_step(
+            lambda x, y: (w * x - y) ** 2, wrt=w, optimizer="sgd", learning_rate=0.1
+        )
+        value = step(1.0, 3.0)
+
+    assert float(value) == 4.0
+    assert float(w) == pytest.approx(1.4)

@@ -253,10 +253,13 @@ def _direction(
         return tf.where(is_good, tf.linalg.matvec(rows, grad), zero)
 
     def solve(right: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+        # TensorFlow solves in no dtype of 16 bits.
+        wide = tf.float64 if grad.dtype == tf.float64 else tf.float32
+        matrix, column = (tf.cast(a, wide) for a in (triangle, right[:, None]))
         answer = tf.linalg.triangular_solve(
-            triangle, right[:, None], lower=False, adjoint=adjoint
+            matrix, column, lower=False, adjoint=adjoint
         )
-        return answer[:, 0]
+        return tf.cast(answer[:, 0], grad.dtype)
 
     b = solve(products(s), adjoint=False)
     rest = tf.linalg.matvec(yy, b) - products(y)

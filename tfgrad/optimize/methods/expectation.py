@@ -106,7 +106,8 @@ def start_of(start: Point) -> tuple[Progress, Descent]:
 
 def is_kink(here: Point, progress: Progress, expected: tf.Tensor) -> tf.Tensor:
     """Return whether f has fallen as it cannot where the gradient has not."""
-    has_fallen = (progress.first_fun - here.fun) / KINK > expected
+    kink = min(KINK, float(expected.dtype.max))  # float16 holds no million
+    has_fallen = (progress.first_fun - here.fun) / kink > expected
     return has_fallen & (progress.grad_max > FALLEN * progress.most_grad)
 
 

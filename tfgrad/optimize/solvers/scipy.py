@@ -48,6 +48,7 @@ from tfgrad.optimize.stopping import (
     judge,
 )
 from tfgrad.optimize.traced import blame
+from tfgrad.runs.values import as_array
 
 FEASIBLE = 1e-6
 """By how much a point may break a limit and be called a solution: what SciPy's methods
@@ -288,7 +289,7 @@ class SciPyLoop:
 
     def _row(self, state: State, evaluation: Evaluation) -> Rows:
         row = self.solver.row(state.x, evaluation)
-        columns = {name: np.asarray(value)[None] for name, value in row.items()}
+        columns = {name: as_array(value)[None] for name, value in row.items()}
         columns = self.solver.named(columns)
         now = self._clock()
         return Rows({"step": np.array([int(state.step)]), **columns}).timed(now, now)
