@@ -203,6 +203,9 @@ def unravel(vector: tf.Tensor, like: Iterable[Any]) -> list[tf.Tensor]:
         vector: Of shape `[n]`.
         like: Tensors, variables or specs.
     """
+    like = list(like)
+    if len(like) == 1 and like[0].shape.rank == 1:
+        return [tf.convert_to_tensor(vector)]
     shapes = [_shape_of(leaf) for leaf in like]
     if len(shapes) == 1:
         return [tf.reshape(vector, shapes[0])]

@@ -100,6 +100,8 @@ def test_a_name_that_is_like_none_is_answered_without_a_guess():
 MADE_BY = {
     "GradCheck": "check_grads",
     "LeastSquaresResult": "least_squares",
+    "ManyFitsResult": "least_squares_many",
+    "ManyResult": "minimize_many",
     "OptimizeResult": "minimize",
 }
 """Names that are not called by a user: their example is that of what makes them."""

@@ -164,7 +164,7 @@ class Chunks:
         found = self._tried(form, key, state)
         if found is None:
             place[NO_XLA] = True
-        elif int(found[0].step) > int(state.step):
+        elif int(found[0].step) > int(state.step) and not place.get(NO_XLA):
             place[key] = self._doubted[key]
         return found
 
@@ -182,6 +182,8 @@ class Chunks:
             after, rows = self._run(chunk, state, 1)
         except tf.errors.OpError:  # XLA has no kernel for something in it
             return None
+        if not self._predicts(chunk, after):  # the step itself was right
+            self._solver.kept_with_f()[0][NO_XLA] = True
         if self._confirms(after):
             return after, rows
         is_there = not any(isinstance(t, tf.Variable) for t in tf.nest.flatten(state))

@@ -351,7 +351,7 @@ def test_a_residual_that_is_cut_is_named_though_others_are_not():
         ((np.float32(1), np.float64(2)), {}, "one dtype"),
         (START, {"gtol": -1.0}, "must not be negative"),
         (START, {"steps": 0}, "whole number"),
-        (START, {"callback": 3}, "must be a function"),
+        (START, {"callback": 3}, "is a function of a `State`"),
         (START, {"wrt": 3}, "Either `x0`"),
     ],
 )

@@ -32,11 +32,6 @@ LITTLE, DIGITS = 1e-16, 1e-10
 smaller one: the model of L-BFGS is wrong by up to the condition number, in vain where
 it has 1e5 times as many digits as anybody needs."""
 
-REST = 1e-8
-"""The part of its fall so far down to which |f| has digits that are more than rounding
-of the terms that it is made of: of a smaller rest, as much smaller a part of it is
-asked for. (Watson's function of twelve variables ends at 2e-11 of its start.)"""
-
 ROUNDINGS, LAST_ROUNDINGS = 4, 8
 """Rounding errors of f that hide a fall: of a step, and of a search that failed."""
 
@@ -88,7 +83,7 @@ def at_precision(
     False
     """
     epsilon, size, fall = EPSILONS[fun.dtype], tf.abs(fun), first_fun - fun
-    part = tf.maximum(DIGITS * _rest(size, fall), LAST_ROUNDINGS * epsilon)
+    part = max(DIGITS, LAST_ROUNDINGS * epsilon)
     has_vanished = _vanishes(fun, expected) & (expected <= epsilon**0.75 * fall)
     has_vanished |= tf.maximum(expected, size) <= epsilon**1.5 * fall
     return (expected <= part * size) | has_vanished
@@ -96,15 +91,10 @@ def at_precision(
 
 def _is_little(fun: tf.Tensor, expected: tf.Tensor, first_fun: tf.Tensor) -> tf.Tensor:
     epsilon, size, fall = EPSILONS[fun.dtype], tf.abs(fun), first_fun - fun
-    digits = tf.minimum(LITTLE * fall, DIGITS * _rest(size, fall) * size)
+    digits = tf.minimum(LITTLE * fall, DIGITS * size)
     digits = tf.maximum(digits, min(ROUNDINGS * epsilon, DIGITS) * size)
     nothing = min(epsilon**NOTHING, LEAST) * fall
     return expected <= tf.where(_vanishes(fun, expected), nothing, digits)
-
-
-def _rest(size: tf.Tensor, fall: tf.Tensor) -> tf.Tensor:
-    """Return 1, or by how much smaller |f| is than what rounding leaves of its fall."""
-    return tf.minimum(tf.math.divide_no_nan(size, REST * fall), 1)
 
 
 def _vanishes(fun: tf.Tensor, expected: tf.Tensor) -> tf.Tensor:
