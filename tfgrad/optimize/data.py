@@ -349,35 +349,28 @@ def can_take(f: Callable[..., Any], count: int) -> bool:
 def arguments_of(
     f: Callable[..., Any], before: int, example: Nest
 ) -> Callable[[Nest], tuple[Nest, ...]]:
-    """Return the function from a batch to what `f` takes of it; see `spreads`."""
-    if spreads(f, before, example):
-        return tuple
-    return lambda batch: (batch,)
-
-
-def spreads(f: Callable[..., Any], before: int, batch: Nest) -> bool:
-    """Return whether `f` takes the parts of a batch one by one, or else all as one.
+    """Return the function from a batch to what `f` takes: its parts, or all as one.
 
     Args:
         f: The loss.
         before: How many arguments come before: 1 if it is a function of values.
-        batch: A batch, or its specs. A tuple is spread over positional parameters if
+        example: A batch, or its specs. A tuple is spread over positional parameters if
             there are as many.
 
     Raises:
         InvalidArgumentError: If `f` takes it neither way.
     """
-    is_tuple = isinstance(batch, tuple)
-    if is_tuple and can_take(f, before + len(batch)):
-        return True
+    is_tuple = isinstance(example, tuple)
+    if is_tuple and can_take(f, before + len(example)):
+        return tuple
     if can_take(f, before + 1):
-        return False
+        return lambda batch: (batch,)
     point = "params, " if before else ""
-    parts = f" or `loss({point}x, y)`" if is_tuple and len(batch) > 1 else ""
+    parts = f" or `loss({point}x, y)`" if is_tuple and len(example) > 1 else ""
     raise InvalidArgumentError(
         f"With `data`, the loss takes a batch: `loss({point}batch)`{parts}.",
-        got=f"`{name_of(f)}{inspect.signature(f)}`, and {_layout(batch)} as a batch",
-        hint=f"a tuple of {len(batch)} is spread over {len(batch)} parameters"
+        got=f"`{name_of(f)}{inspect.signature(f)}`, and {_layout(example)} as a batch",
+        hint=f"a tuple of {len(example)} is spread over {len(example)} parameters"
         if is_tuple
         else f"lambda {point}batch: ...",
     )

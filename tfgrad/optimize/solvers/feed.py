@@ -1,0 +1,146 @@
+"""The batches of a run, one by one, from one epoch into the next."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.nested import Nest
+from tfgrad.optimize.data import Source, arguments_of, names_of_parts, require_batch
+from tfgrad.optimize.problem import Problem
+
+
+class Batches(NamedTuple):
+    """The batches at hand: `tf.experimental.Optional`s, and a count, shape `[]`.
+
+    Attributes:
+        ahead: The one that the next step takes, if there is one in the epoch.
+        last: The one that the last step took.
+        count: How many were taken in the epoch.
+        epoch: How many epochs are over.
+    """
+
+    ahead: Any
+    last: Any
+    count: Any
+    epoch: Any
+
+
+class Feed:
+    """Draws the batches of a source for the steps of a run.
+
+    Args:
+        problem: Whose function takes them.
+        source: Where they come from.
+        position: How many epochs are over, and how many batches of the next one.
+
+    Attributes:
+        source: As above.
+        arguments: Returns what the function takes of a batch.
+        first: What the iterator yielded first, a `tf.experimental.Optional`.
+
+    Raises:
+        InvalidArgumentError: If there is no batch, or the function does not take it.
+    """
+
+    def __init__(
+        self, problem: Problem, source: Source, position: tuple[int, int]
+    ) -> None:
+        """Open the data where the run begins; look at what a batch is."""
+        self._problem, self.source, self._position = problem, source, position
+        epoch, count = position
+        # The batch before is what an empty rest of an epoch is judged by.
+        self._iterator = source.open(epoch, max(0, count - 1))
+        self.first = self._draw()
+        require_batch(bool(self.first.has_value()))
+        batch = source.batch(self.first.get_value())
+        problem.replicas.require_same(batch)
+        self.arguments = arguments_of(problem.f, int(problem.takes_values), batch)
+        problem.example = self.arguments(batch)
+
+    def begin(self) -> Batches:
+        """Return the batches at hand where the run begins."""
+        epoch, count = self._position
+        ahead = self._draw() if count else self.first
+        return Batches(ahead, self.first, tf.constant(count), tf.constant(epoch))
+
+    def refill(self, batches: Batches) -> Batches:
+        """Return the batches with the next one, drawn if it is not at hand yet."""
+        if bool(batches.ahead.has_value()):
+            return batches
+        return batches._replace(ahead=self._draw())
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether the epoch may have a batch that is not drawn yet."""
+        return self.source.is_python and not self._is_exhausted
+
+    def next_epoch(self, batches: Batches, *, opens: bool) -> Batches:
+        """Return the batches of the next epoch: its first one if it opens."""
+        epoch, ahead = batches.epoch + 1, batches.ahead
+        if opens:
+            self._iterator = self.source.open(int(epoch))
+            ahead = self._draw()
+            replicas = self._problem.replicas
+            if replicas.is_clustered and bool(ahead.has_value()):
+                replicas.require_same(self.source.batch(ahead.get_value()))
+        return Batches(ahead, batches.last, 0 * epoch, epoch)
+
+    def inputs(self, last_step: int) -> tuple[Any, ...]:
+        """Return what `advance` takes besides, up to a step."""
+        return self._iterator, tf.constant(last_step)
+
+    def advance(
+        self,
+        batches: Batches,
+        goes_on: tf.Tensor,
+        step: tf.Tensor,
+        moved: list[tf.Variable],
+        iterator: Any,
+        last_step: tf.Tensor,
+    ) -> Batches:
+        """Return the batches after a step, which has `moved` variables.
+
+        Code of the user's is not asked for a batch after `last_step`.
+        """
+        draws, other = goes_on, batches.ahead
+        if self.source.is_python:  # it may read the variables: after the update
+            optional: Any = tf.experimental.Optional
+            with tf.control_dependencies([v.read_value() for v in moved]):
+                draws &= tf.identity(step) < last_step
+            other = tf.cond(
+                goes_on,
+                lambda: optional.empty(self.source.spec),
+                lambda: batches.ahead,
+            )
+        ahead = tf.cond(draws, lambda: iterator.get_next_as_optional(), lambda: other)
+        count = batches.count + tf.cast(goes_on, tf.int32)
+        return Batches(ahead, batches.ahead, count, batches.epoch)
+
+    def arguments_at_hand(self, batches: Batches) -> tuple[Nest, ...]:
+        """Return what the function takes of the batch that comes next."""
+        return self.arguments(self.source.batch(batches.ahead.get_value()))
+
+    def blame(self, batches: Batches, arguments: tuple[Nest, ...]) -> str:
+        """Return what is not finite in the batch at hand, or ""."""
+        before = int(self._problem.takes_values)
+        names = names_of_parts(self._problem.f, before, arguments)
+        for name, leaf in zip(names, tf.nest.flatten(arguments), strict=True):
+            if not isinstance(leaf, tf.Tensor) or not leaf.dtype.is_floating:
+                continue
+            bad = np.argwhere(~np.isfinite(leaf.numpy().astype(np.float64)))
+            if len(bad):
+                drawn = batches.ahead.get_value()
+                row = f", {self.source.row(drawn, bad[0][0])}" if bad.size else ""
+                value = leaf.numpy()[tuple(bad[0])]
+                where = f"batch {int(batches.count)} of epoch {int(batches.epoch)}"
+                return f"{where} (counted from 0) holds {value} in `{name}`{row}"
+        return ""
+
+    def _draw(self) -> Any:
+        """Return the next batch, if there is one."""
+        ahead = self._iterator.get_next_as_optional()
+        self._is_exhausted = not bool(ahead.has_value())
+        return ahead
