@@ -398,5 +398,27 @@ def test_roots_written_as_minima():
     np.testing.assert_allclose(slope, 1 / 13, rtol=1e-8)
 
 
-def test_check_grads_passes_on_a_root():
-    assert tfgrad.check_grads(root, np.float64(10.0), order=1, modes=["reverse"])
+def bounded(c):
+    def f(x, c):
+        return tf.reduce_sum((x - c) ** 2) + x[0] * x[1]
+
+    return tfgrad.solution(f, np.ones(2), c, bounds=(0.0, None))
+
+
+def residual(a):
+    def f(x, a):
+        return tf.stack([x * x - a, x - 3.0])
+
+    return tfgrad.solution(f, np.float64(2), a, residuals=True)
+
+
+@pytest.mark.parametrize(
+    ("f", "at"),
+    [
+        (root, 10.0),
+        (bounded, [1.0, -2.0]),
+        (residual, 2.0),
+    ],
+)
+def test_check_grads_passes_on_each_kind(f, at):
+    assert tfgrad.check_grads(f, np.array(at), order=1, modes=["reverse"])
