@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from tfgrad.nested import (
     describe,
     is_variable,
     map_leaves,
+    name_of,
     named_leaves,
     to_tensors,
     weak_dtype,
@@ -30,6 +32,7 @@ from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.stopping import RUNNING, rule_of, sentence, status_of
+from tfgrad.optimize.uncertainty import OfFunction
 
 Array = np.ndarray[Any, Any]
 
@@ -63,6 +66,7 @@ class ManyResult:
     success: Array
     status: Array
     seconds: float
+    _source: Callable[[int], Any] | None = field(default=None, compare=False)
     _facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
@@ -74,7 +78,13 @@ class ManyResult:
 
         Its history has one row, the end. `seconds` are those of all problems.
         """
-        return OptimizeResult(**self._one(index))
+        i = range(len(self))[index]
+        source = self._source and self._source(i)
+        return OptimizeResult(**self._one(i), source=source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle no function: few can be. Without it, there are no errors."""
+        return {**vars(self), "_source": None}
 
     def __iter__(self) -> Iterator[OptimizeResult]:
         """Return the results one by one."""
@@ -237,8 +247,9 @@ def minimize_many(
     )
     rows = Rows(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
-    fields, *_ = run(problem, rows, pure_method(options), options, XLA_ROWS)
-    return ManyResult(**fields)
+    fields, _, sides = run(problem, rows, pure_method(options), options, XLA_ROWS)
+    source = functools.partial(_source, f, rows, sides)
+    return ManyResult(**fields, _source=source)
 
 
 def pure_method(options: Options) -> Method:
@@ -401,6 +412,19 @@ def run(
         },
     }
     return fields, outcome, sides
+
+
+def _source(f: Any, rows: Rows, sides: list[Array], index: int) -> OfFunction:
+    """Return what the result of one row asks for its errors."""
+
+    def of_row(x: Nest) -> Any:
+        return f(x, *rows.arguments(index))
+
+    of_row.__name__ = name_of(f)
+    bounds = tuple(rows.unraveled(s[index : index + 1]) for s in sides) or None
+    if bounds is not None:
+        bounds = tuple(tf.nest.map_structure(lambda b: b[0], side) for side in bounds)
+    return OfFunction(of_row, None, Problem, has_aux=False, bounds=bounds)
 
 
 def _most(code: Array) -> int:

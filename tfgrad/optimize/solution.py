@@ -118,7 +118,8 @@ def solution(
     by minus the inverse Hessian times the change of the gradient. It costs a solution
     of linear equations with the Hessian, whatever the number of steps: up to 200
     numbers in x by Cholesky's factors, formed once for all weights of x; beyond, by
-    conjugate gradients on products with it. It can be differentiated again.
+    conjugate gradients on products with it. It can be differentiated again. Called by
+    itself, it takes f's own derivatives as they are: `check_grads` compares them.
 
     Called by itself, it compiles f once if f is a `tf.function`, or reads nothing that
     may change; else at each call. Inside a `tf.function` or a transform, all of it is

@@ -1,6 +1,7 @@
 """`minimize_many` and `least_squares_many`: rows, statuses, blocks, errors."""
 
 import os
+import pickle
 import signal
 import threading
 
@@ -536,3 +537,29 @@ def test_a_row_that_leaves_a_saddle_does_not_change_its_neighbours():
 
     np.testing.assert_array_equal(one.x[1::2], other.x[1::2])
     np.testing.assert_array_equal(one.nfev[1::2], other.nfev[1::2])
+
+
+@pytest.mark.parametrize("bounds", [None, (0.5, np.array([[9.0, 9.0], [1.5, 9.0]]))])
+def test_one_result_has_the_errors_of_minimize(bounds):
+    a = np.array([[1.0, 2.0], [3.0, 4.0]])
+
+    def f(x, a):
+        return tf.reduce_sum((x - a) ** 2 * [1.0, 4.0]) + x[0] * x[1]
+
+    result = tfgrad.minimize_many(f, np.ones(2), a, bounds=bounds)
+
+    for i in range(2):
+        own = bounds and (0.5, bounds[1][i])
+        alone = tfgrad.minimize(lambda x, i=i: f(x, a[i]), np.ones(2), bounds=own)
+        np.testing.assert_allclose(result[i].stderr, alone.stderr, rtol=1e-6)
+        np.testing.assert_allclose(result[i].covariance, alone.covariance, rtol=1e-6)
+
+
+def test_a_pickled_result_says_why_it_has_no_errors():
+    result = tfgrad.minimize_many(lambda x, a: (x - a) ** 2, 0.0, ONE)
+
+    again = pickle.loads(pickle.dumps(result))
+
+    np.testing.assert_array_equal(again.x, result.x)
+    with pytest.raises(InvalidArgumentError, match="pickle"):
+        _ = again[0].stderr

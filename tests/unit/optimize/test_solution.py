@@ -364,3 +364,61 @@ def test_a_deep_equilibrium_layer_is_trained_inside_a_keras_model():
     np.testing.assert_allclose(z, tf.tanh(through), atol=1e-4)
     assert losses[-1] < losses[0] / 2
     assert np.any(layer.inner.numpy())  # which the implicit derivative has moved
+
+
+@pytest.mark.parametrize("in_trace", [False, True])
+def test_a_warm_start_may_be_held_in_a_variable(in_trace):
+    warm = tf.Variable(np.zeros(5))
+
+    def step(penalty):
+        with tf.GradientTape() as tape:
+            tape.watch(penalty)
+            w = tfgrad.solution(ridge, warm, penalty)
+        warm.assign(w)
+        return w, tape.gradient(w, [penalty, warm])
+
+    run = tf.function(step) if in_trace else step
+    for penalty in (0.3, 0.31):
+        w, (slope, by_start) = run(tf.constant(penalty, tf.float64))
+        expected, first, _ = ridge_exactly(penalty)
+        np.testing.assert_allclose(w, expected, rtol=1e-12)
+        np.testing.assert_allclose(slope, np.sum(first), rtol=1e-10)
+        np.testing.assert_allclose(warm, expected, rtol=1e-12)
+        assert by_start is None or not np.any(by_start)
+
+
+def root(a):  # of x**3 + x = a
+    return tfgrad.solution(lambda x, a: (x**3 + x - a) ** 2, np.float64(1), a)
+
+
+def test_roots_written_as_minima():
+    x, slope = root(np.float64(10.0)), tfgrad.grad(root)(np.float64(10.0))
+
+    np.testing.assert_allclose(x, 2.0, rtol=1e-13)
+    np.testing.assert_allclose(slope, 1 / 13, rtol=1e-8)
+
+
+def bounded(c):
+    def f(x, c):
+        return tf.reduce_sum((x - c) ** 2) + x[0] * x[1]
+
+    return tfgrad.solution(f, np.ones(2), c, bounds=(0.0, None))
+
+
+def residual(a):
+    def f(x, a):
+        return tf.stack([x * x - a, x - 3.0])
+
+    return tfgrad.solution(f, np.float64(2), a, residuals=True)
+
+
+@pytest.mark.parametrize(
+    ("f", "at"),
+    [
+        (root, 10.0),
+        (bounded, [1.0, -2.0]),
+        (residual, 2.0),
+    ],
+)
+def test_check_grads_passes_on_each_kind(f, at):
+    assert tfgrad.check_grads(f, np.array(at), order=1, modes=["reverse"])
