@@ -122,7 +122,17 @@ class Call:
 
     def output(self) -> Any:
         """Return what the user's function returns."""
-        return self.f(*self.args, **self.kwargs)
+        try:
+            return self.f(*self.args, **self.kwargs)
+        except TypeError as error:
+            if self.variables is not None or not self.args or self.sources:
+                raise
+            raise InvalidArgumentError(
+                "An argument to differentiate is an array, or a nest of them.",
+                got=f"{describe(self.differentiated)}, which holds none, and "
+                f"`{self.name}` cannot take it: {error}",
+                hint="np.zeros(0) for an array without numbers",
+            ) from error
 
     def pack(self, flat: Sequence[Any]) -> Nest:
         """Return one value per source in the structure that the user passed."""

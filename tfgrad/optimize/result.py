@@ -163,6 +163,7 @@ class OptimizeResult:
             Seber and Wild (1989), Nonlinear Regression, section 5.1.
         """
         variables = getattr(self.source, "variables", None)
+        _check_eager()
         return self._spread.error_of(g, self.x, variables)
 
     @functools.cached_property
@@ -173,6 +174,7 @@ class OptimizeResult:
                 got="a result without its function, as one from a pickle is",
                 hint="minimize(f, result.x), and the errors of that result",
             )
+        _check_eager()
         return self.source.spread(self)
 
     @property
@@ -243,6 +245,16 @@ class OptimizeResult:
         if self.directory is not None:
             rows.append(("logged in", str(self.directory)))
         return rows
+
+
+def _check_eager() -> None:
+    """Refuse to compute errors, which takes NumPy, while a graph is traced."""
+    if not tf.executing_eagerly():
+        raise InvalidArgumentError(
+            "Errors are computed outside of what is traced.",
+            got="errors of a result that are asked for in a tf.function",
+            hint="error = result.stderr, or result.error_of(g), before it is called",
+        )
 
 
 SHOWN = 4

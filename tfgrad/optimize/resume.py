@@ -216,11 +216,15 @@ def check_shapes(saved: Sequence[Any], fresh: Sequence[Any]) -> None:
     theirs, ours = ([*map(_shape, tensors)] for tensors in (saved, fresh))
     if theirs != ours:
         pairs = [(a, b) for a, b in zip(theirs, ours, strict=False) if a != b]
-        there, here = pairs[0] if pairs else (len(theirs), len(ours))
+        is_fewer = len(theirs) != len(ours)
         raise InvalidArgumentError(
             "A run goes on with the function and the method it began with.",
-            got=f"a tensor of {there} there, of {here} here",
-            hint="the call as it was, or minimize(f, result.x) to start anew",
+            got=f"{len(theirs)} tensors there, {len(ours)} here"
+            if is_fewer
+            else "a tensor of {} there, of {} here".format(*pairs[0]),
+            hint="the call as it was"
+            + " (a learning rate that was a number stays one, a variable or a schedule "
+            "one of these)" * is_fewer + ", or minimize(f, result.x) to start anew",
         )
 
 

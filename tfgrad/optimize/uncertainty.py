@@ -23,7 +23,7 @@ import tensorflow as tf
 from tfgrad.derivatives.matrices import hessian, jacobian
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, name_of, ravel, to_tensors
+from tfgrad.nested import Nest, describe, name_of, ravel, to_tensors
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.data import can_take
 from tfgrad.optimize.driver import Driver
@@ -97,7 +97,16 @@ class Spread(NamedTuple):
             x: The parameters.
             variables: What they are the values of; None if of none.
         """
-        if variables is not None and can_take(g, 0):
+        reads = variables is not None and can_take(g, 0)
+        if not (callable(g) and (reads or can_take(g, 1))):
+            raise InvalidArgumentError(
+                "`error_of` takes a function of the parameters.",
+                got=f"`{name_of(g)}`, which does not take them as one argument"
+                if callable(g)
+                else f"g={describe(g)}",
+                hint="result.error_of(lambda x: ...), structured like result.x",
+            )
+        if reads:
             with at_point(variables, x):
                 value, answer = g(), jacobian(g, wrt=list(variables))()
         else:
@@ -386,11 +395,11 @@ def _spread_of_large_fit(
 
 def _stacked(blocks: Sequence[Any], rows: list[int], columns: list[int]) -> list[Array]:
     """Return, for each output, the rows of its blocks by the leaves, side by side."""
+    count = len(columns)
     each = [
-        np.asarray(block, np.float64).reshape(rows[i // len(columns)], -1)
+        np.asarray(block, np.float64).reshape(rows[i // count], columns[i % count])
         for i, block in enumerate(blocks)
     ]
-    count = len(columns)
     return [np.hstack(each[i * count : (i + 1) * count]) for i in range(len(rows))]
 
 

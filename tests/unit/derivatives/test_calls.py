@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call, transform
-from tfgrad.derivatives.matrices import hvp
+from tfgrad.derivatives.matrices import hessian, hvp, jacobian
 from tfgrad.derivatives.reverse import grad, value_and_grad
 from tfgrad.errors import InvalidArgumentError, NoGradientError
 
@@ -275,3 +275,11 @@ def test_an_error_keeps_its_class_in_a_function_that_autograph_converts():
 
     with pytest.raises(NoGradientError, match=r"round"):
         slope(tf.constant(1.0))
+
+
+@pytest.mark.parametrize("transform", [grad, value_and_grad, hessian, jacobian])
+def test_a_list_without_numbers_is_refused_in_words_where_f_needs_an_array(transform):
+    with pytest.raises(InvalidArgumentError, match=r"np.zeros\(0\)") as caught:
+        transform(lambda x: tf.reduce_sum((x - 1) ** 2))([])
+    assert "list [], which holds none" in caught.value.got
+    assert grad(lambda x: tf.constant(1.0))([]) == []

@@ -352,3 +352,11 @@ def test_a_fit_of_other_residuals_is_refused_by_name():
         tfgrad.minimize(never, begun)
     with pytest.raises(InvalidArgumentError, match="Either `x0` holds the values"):
         fit(begun, never, wrt=tf.Variable(FIRST))
+
+
+def test_a_number_as_rate_that_becomes_a_variable_is_refused_with_what_to_do():
+    result = tfgrad.minimize(rosenbrock, START, method="adam", steps=2)
+
+    with pytest.raises(InvalidArgumentError, match="a number stays one") as caught:
+        tfgrad.minimize(rosenbrock, result, learning_rate=tf.Variable(0.1), steps=2)
+    assert caught.value.got == "6 tensors there, 5 here"

@@ -351,7 +351,7 @@ def test_a_residual_that_is_cut_is_named_though_others_are_not():
         ((np.float32(1), np.float64(2)), {}, "one dtype"),
         (START, {"gtol": -1.0}, "must not be negative"),
         (START, {"steps": 0}, "whole number"),
-        (START, {"callback": 3}, "is a function of a `State`"),
+        (START, {"callback": 3}, "is a function of a"),
         (START, {"wrt": 3}, "Either `x0`"),
     ],
 )
@@ -361,3 +361,26 @@ def test_bad_arguments_are_refused_before_a_trace(x0, options, words):
 
     with pytest.raises(InvalidArgumentError, match=words):
         tfgrad.least_squares(misfit, x0, **options)
+
+
+@pytest.mark.parametrize("start", [0.0, 2.0, 7.0])
+def test_a_fit_whose_parameters_are_all_at_bounds_is_a_solution(start):
+    y = np.arange(10.0)
+
+    for bounds, expected in (((None, 2.0), 2.0), ((6.0, None), 6.0), ((3, 3), 3.0)):
+        result = tfgrad.least_squares(lambda p: p - y, np.float64(start), bounds=bounds)
+        assert result.success, result.message
+        assert float(result.x) == expected
+    many = tfgrad.least_squares_many(
+        lambda p: p[0] - y, np.full((2, 1), start), bounds=(None, 2.0)
+    )
+    assert np.all(many.success)
+
+
+def test_a_model_that_says_nothing_at_its_bound_is_no_solution():
+    t = np.arange(1.0, 5.0)
+    result = tfgrad.least_squares(
+        lambda p: tf.exp(-p * t) - 1.0, np.float64(1e4), bounds=(0, 1e4)
+    )
+
+    assert not result.success

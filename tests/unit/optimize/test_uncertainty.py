@@ -280,3 +280,27 @@ def test_float32_keeps_its_dtype():
     assert result.stderr.dtype == tf.float32
     assert result.error_of(lambda x: tf.cast(x, tf.float64)).dtype == tf.float64
     np.testing.assert_allclose(result.stderr, 0.5**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("g", [lambda: 3.0, lambda a, b: a, 3], ids=["0", "2", "none"])
+def test_what_does_not_take_the_parameters_is_refused(g):
+    with pytest.raises(InvalidArgumentError, match="a function of the parameters"):
+        minimised().error_of(g)
+
+
+def test_errors_within_a_graph_are_refused_with_what_to_do():
+    result = minimised()
+
+    with pytest.raises(InvalidArgumentError, match="before it is called"):
+        tf.function(lambda: result.error_of(lambda x: x[0]))()
+
+
+def test_empty_leaves_and_empty_answers_have_no_errors():
+    start = {"none": np.zeros(0), "some": np.ones(2)}
+    result = tfgrad.minimize(
+        lambda p: tf.reduce_sum(p["some"] ** 2) / 2 + tf.reduce_sum(p["none"]), start
+    )
+
+    assert result.stderr["none"].shape == (0,)
+    np.testing.assert_allclose(result.stderr["some"], [1, 1])
+    assert result.error_of(lambda p: p["some"][:0]).shape == (0,)

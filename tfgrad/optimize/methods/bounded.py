@@ -59,6 +59,11 @@ class Bounds(NamedTuple):
         above = (point.x >= self.upper) & (point.grad <= 0)
         return ~(below | above)
 
+    def holds_all(self, point: Point) -> tf.Tensor:
+        """Return whether f falls beyond a bound by every variable, shape `[]`."""
+        has_slope: Any = point.grad != 0
+        return tf.reduce_all(has_slope) & ~tf.reduce_any(self.free(point))
+
     def reduced(self, point: Point) -> Point:
         """Return the point with the gradient of the free variables, zero elsewhere."""
         zero = tf.zeros_like(point.grad)

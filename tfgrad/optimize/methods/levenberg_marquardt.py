@@ -286,6 +286,8 @@ class LevenbergMarquardt:
         is_short = tf.reduce_all(tf.abs(step) <= enough * tf.abs(here.x))
         # Without any slope, a model has run off to where it says nothing of the data.
         has_slope = tf.reduce_any(linear.s > 0)
+        if self._bounds is not None:  # but where bounds hold all, there is none either
+            has_slope |= self._box(here.x).holds_all(here)
         rules = {
             STANDS: has_slope & is_short & ((part <= LITTLE) | is_over),
             VANISHED: here.fun <= state.least,

@@ -211,6 +211,8 @@ class Marquardt:
         if not self._is_open:
             newton = solved(model)
             has_slope = is_known & tf.reduce_any(pivots > least)
+            if box is not None:
+                has_slope |= is_known & box.holds_all(here)
             # Where rounding does not forbid it, the run goes on to a tenth of that.
             enough = tf.constant(tolerance(here.x.dtype), here.x.dtype)
             enough = tf.where(is_over, enough, enough / 10)
