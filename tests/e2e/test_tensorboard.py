@@ -98,7 +98,7 @@ def ask(board, path, body=None, **query):
     )
 
 
-def eventually(fetch, done, seconds=30):
+def eventually(fetch, done, seconds=120):
     """Fetch until the answer is `done`: TensorBoard loads in the background."""
     deadline = time.monotonic() + seconds
     while not done(answer := fetch()) and time.monotonic() < deadline:

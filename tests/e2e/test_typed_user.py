@@ -96,6 +96,30 @@ def test_fitted() -> None:
     assert round(float(fit.x["rise"]), 9) == 2.0
 
 
+def test_many_at_once() -> None:
+    t = np.array([0.0, 1.0, 2.0, 3.0])
+
+    def misfit(line: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        return line[0] * t + line[1] - y
+
+    starts = np.array([[3.0, 2.0], [-1.0, 4.0]])
+    runs: tfgrad.ManyResult = tfgrad.minimize_many(bowl, starts)
+    lines = np.stack([2 * t + 1, t - 1])
+    fits: tfgrad.ManyFitsResult = tfgrad.least_squares_many(misfit, starts, lines)
+
+    assert runs.success.all()
+    np.testing.assert_allclose(fits.x, [[2.0, 1.0], [1.0, -1.0]], atol=1e-9)
+
+
+def test_a_solution_and_its_slope() -> None:
+    def ridge(w: tf.Tensor, penalty: tf.Tensor) -> tf.Tensor:
+        return (w - 3.0) ** 2 + penalty * w**2
+
+    slope = tfgrad.grad(lambda penalty: tfgrad.solution(ridge, 0.0, penalty))(1.0)
+
+    np.testing.assert_allclose(slope, -0.75, rtol=1e-4)
+
+
 def test_a_step_of_training_and_the_watch_over_a_fit() -> None:
     model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
     x, y = tf.ones([8, 2]), tf.zeros([8, 1])

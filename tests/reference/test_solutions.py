@@ -89,7 +89,7 @@ def test_lbfgs_in_float32_neither_spins_nor_lies():
 
     assert len(solved) == 37  # of 38: Meyer's terms lie 1e13 apart
     assert not lies
-    assert len(denials) <= 3
+    assert len(denials) <= 5  # where what is left of f is rounding of its terms
     assert max(end.evaluations for end in runs.values()) <= 500
 
 
