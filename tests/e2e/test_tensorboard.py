@@ -270,7 +270,7 @@ for session in range(20):
     child = os.fork()
     if child == 0:
         write(session, first, report)
-    for _ in range(moments.randrange(1, 300)):
+    for _ in range(moments.randrange(1, 150)):
         (step,) = struct.unpack("<q", os.read(reading, 8))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
