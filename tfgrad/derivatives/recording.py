@@ -276,11 +276,6 @@ class _Evaluation:
 _evaluation: ContextVar[_Evaluation | None] = ContextVar("evaluation", default=None)
 
 
-def is_recording() -> bool:
-    """Return whether a transform differentiates what runs now."""
-    return _evaluation.get() is not None
-
-
 @contextlib.contextmanager
 def _set(evaluation: _Evaluation) -> Iterator[None]:
     token = _evaluation.set(evaluation)

@@ -201,10 +201,8 @@ class Chunks:
         self, chunk: Chunk, state: State, limit: int
     ) -> tuple[State, dict[str, Any]]:
         """Take steps in one call."""
-        began, length = (
-            time.perf_counter(),
-            min(limit, self._pace.length, chunk.capacity),
-        )
+        began = time.perf_counter()
+        length = min(limit, self._pace.length, chunk.capacity)
         inputs, given = self._solver.inputs(state, length), chunk.packing.pack(state)
         counts, packed, columns = chunk.run(tf.constant(length), given, *inputs)
         taken = int(counts)
