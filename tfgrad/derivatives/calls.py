@@ -140,22 +140,22 @@ class Call:
 
 
 _OURS = "_tfgrad_verifies"
-"""The attribute by which transforms know each other."""
+"""The attribute of functions whose answers a transform verifies."""
 
 
 class Compiled:
-    """The function from a call of `f` to `body(call)`, compiled for each signature.
+    """Takes the arguments of `f`, returns `body(call)`; compiled for each signature.
 
     Args:
         f: The user's function.
-        body: Takes a `Call`, returns an answer and the ladder that it is verified by.
-            It runs inside the trace.
+        body: Takes a `Call`, returns an answer and the `Ladder` with which it is
+            verified. It runs inside the trace.
         jit: Compile with XLA.
-        slopes: The derivatives of what is in the ladder, which the answer holds; None
-            leaves the answer unverified.
-        opens: Leave open a dimension that varies, after the second shape.
-        lower: From a call to the ladder, where the body returns none: an answer that
-            costs nothing to compute alone would cost more with it at every call.
+        slopes: From an answer, the slopes that it claims for the functions of the
+            ladder (see `Slopes`); None: the answer is not verified.
+        opens: From the second shape on, trace for any size of the dimensions that vary.
+        lower: From a call to the ladder, where the body returns an empty one since the
+            ladder would make every call slower.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Compiled:
         self._traces = Traces(self._run, f, jit=jit, check=check, opens=opens)
 
     def __call__(self, *nests: Any) -> Any:
-        """Return the answer to the call that `Call.nests` are given of."""
+        """Return the answer to the call with these `Call.nests`."""
         if tf.executing_eagerly():
             return self._traces(*nests)[0]
         # Inside another trace the ops go straight into it: no call, no second trace.
@@ -188,8 +188,9 @@ class Compiled:
         try:
             answer, _ = self._run(f, *nests)
         except RepairableGradientError:
-            # The ops that failed stay behind, which does no harm unless they write to
-            # variables. Then our own trace has to begin anew, and a user's is refused.
+            # The ops of the failed attempt stay in the graph. That is harmless unless
+            # they write to variables; then tfgrad begins a trace of its own anew, and
+            # refuses to go on in a trace of the user's.
             if any(map(writes, every(traced_operations()[before:]))):
                 raise
             with repairing():
@@ -197,12 +198,13 @@ class Compiled:
         made = traced_operations()[before:]
         if is_compiling() or not needs_marks(made) or any(map(writes, every(made))):
             return answer
-        # A tape of the user's around it would see ops that have no marks yet.
+        # A tape of the user's around this call would use the wrong gradients of ops
+        # that `repairs` has not marked.
         with repairing():
             return called(lambda: self._run(repaired(f), *nests)[0])
 
     def function(self, *nests: Any) -> Callable[..., Any]:
-        """Return the function, of the tensors in `nests`, of an earlier answer."""
+        """Return the compiled function of tensors that answered `nests` before."""
         run = self._traces.function(*nests)
         return lambda *tensors: run(*tensors)[0]
 
@@ -228,17 +230,17 @@ class Compiled:
     def _check(self, found: tuple[Any, Ladder], *nests: Any) -> None:
         assert self._slopes is not None
         call, concrete = self._call(self._f, *nests), self._traces.concrete(*nests)
-        # What ran eagerly was verified as it was taken; a nest may be empty.
+        # An eager gradient is verified where it is taken; and a nest may be empty.
         if concrete is None or not call.sources:
             return
-        if getattr(self._f, _OURS, False):  # it verifies its answer if called by itself
+        if getattr(self._f, _OURS, False):  # f verifies its own answer in this call
             call.output()
         if certified(concrete):
             lower = self._traced_lower(*nests)
             Certificate(call, concrete, *found, self._slopes, lower).require_right()
 
     def _traced_lower(self, *nests: Any) -> Any:
-        """Return the concrete function for the ladder; None if the answer has it."""
+        """Return the concrete function for the ladder; None if the body returns it."""
         if self._lower is None:
             return None
         lower = self._lower
@@ -297,7 +299,7 @@ def transform(
         require(call)
         return args, kwargs, chosen, variables, v
 
-    # Calls with tensors only, the commonest in loops, find their way without all that.
+    # A call with nothing but tensors, the commonest kind in loops, skips `prepared`.
     short_cuts: dict[Any, Callable[..., Any]] = {}
 
     @not_converted
@@ -324,7 +326,7 @@ def transform(
 
 
 def _are_leaves(args: tuple[Any, ...], nests: tuple[Any, ...]) -> bool:
-    """Return whether `args`, as they are, are all that a compiled function takes."""
+    """Return whether a compiled function takes exactly `args`, none converted."""
     leaves = list(filter(is_dynamic, tf.nest.flatten(nests)))
     pairs = zip(args, leaves, strict=False)
     return len(args) == len(leaves) and all(arg is leaf for arg, leaf in pairs)

@@ -1,6 +1,6 @@
 """What TensorFlow raises where it cannot differentiate, in words: which op, which line.
 
-What a user's own op raises is none of this: it goes through as it is.
+Errors that a user's own op raises are left as they are.
 """
 
 from __future__ import annotations
