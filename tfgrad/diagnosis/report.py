@@ -130,7 +130,7 @@ class Explanation:
         return f"<p>{html.escape(self.title)}</p><table>{table}</table>{note}"
 
     def _groups(self) -> list[list[Finding]]:
-        """Return the findings that say the same together, the worst first."""
+        """Return the findings in groups of equal ones, the worst first."""
         groups: dict[object, list[Finding]] = {}
         for finding in self.findings:
             key = finding.status, finding.culprit
