@@ -144,7 +144,7 @@ class Checkpoints(Hook):
                 _delete(path)
 
     def _save(self, saved: Saved) -> None:
-        """Write a checkpoint; a disk that refuses is told once, and the run goes on."""
+        """Write a checkpoint; if that fails, warn once, and let the run go on."""
         began = time.monotonic()
         number = max(self._numbers(), default=0) + 1
         try:
@@ -201,7 +201,7 @@ class Checkpoints(Hook):
 
 @contextlib.contextmanager
 def _about_checkpoints() -> Iterator[None]:
-    """Say of checkpoints what the block says of runs."""
+    """Raise errors about runs as errors about checkpoints."""
     rule = "`checkpoint` takes a directory that this run alone writes to."
     hint = 'a directory of its own, such as "checkpoints/rosenbrock"'
     try:
