@@ -38,9 +38,11 @@ from tfgrad.derivatives.tracing import (
     traced_operations,
 )
 from tfgrad.diagnosis.graphs import writes
+from tfgrad.diagnosis.lines import reason_of
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
+    argument_names,
     describe,
     name_of,
     named_leaves,
@@ -124,8 +126,15 @@ class Call:
         """Return what the user's function returns."""
         try:
             return self.f(*self.args, **self.kwargs)
-        except TypeError as error:
-            if self.variables is not None or not self.args or self.sources:
+        except (TypeError, tf.errors.InvalidArgumentError) as error:
+            if odd := self._without_arithmetic():
+                raise InvalidArgumentError(
+                    "The function must compute with what it is given.",
+                    got=f"{reason_of(error)}; {', '.join(odd)}",
+                    hint="numbers, or a function that makes numbers of text first",
+                ) from error
+            is_of_values = self.variables is None and self.args and not self.sources
+            if not isinstance(error, TypeError) or not is_of_values:
                 raise
             raise InvalidArgumentError(
                 "An argument to differentiate is an array, or a nest of them.",
@@ -133,6 +142,18 @@ class Call:
                 f"`{self.name}` cannot take it: {error}",
                 hint="np.zeros(0) for an array without numbers",
             ) from error
+
+    def _without_arithmetic(self) -> list[str]:
+        """Return what the user calls arguments of text or of complex numbers."""
+        names = argument_names(self.f, len(self.args))
+        pairs = zip(names, self.args, strict=True)
+        leaves = (pair for name, nest in pairs for pair in named_leaves(nest, name))
+        return [
+            f"`{path}` of {describe(leaf)}"
+            for path, leaf in leaves
+            if isinstance(leaf, tf.Tensor)
+            and (leaf.dtype.is_complex or leaf.dtype == tf.string)
+        ]
 
     def pack(self, flat: Sequence[Any]) -> Nest:
         """Return one value per source in the structure that the user passed."""
