@@ -54,7 +54,7 @@ summed = tape(coupled, x)
 summed
 
 # %% [markdown]
-# `grad` asks what is meant; each of the answers is a function of its own.
+# `grad` refuses it and names what may be meant: the sum, or one row per output.
 
 # %%
 try:
@@ -88,7 +88,7 @@ except tfgrad.errors.NoGradientError as error:
     cut = error
 
 # %% [markdown]
-# Where zero is right, zero is the answer: an argument that is not used, the second derivative of a line.
+# Where the derivative is zero, the answer is zeros: an argument that is not used, the second derivative of a line.
 
 # %%
 unused = tfgrad.grad(lambda x, y: 3 * x, argnums=1)(2.0, 5.0)
@@ -117,7 +117,7 @@ print("tfgrad:    ", dense.numpy().ravel(), tf.linalg.global_norm([dense]).numpy
 # %% [markdown]
 # ## Second derivatives that are wrong
 #
-# Keras's normalisation layers hold a `stop_gradient` that is harmless once and wrong twice. Nested tapes do
+# Keras's normalisation layers hold a `stop_gradient` that is harmless in the first derivative and wrong in the second. Nested tapes do
 # not notice. The truth is the difference of two gradients.
 
 # %%
@@ -165,7 +165,7 @@ print(
 # %% [markdown]
 # ## Zero, where it should be None
 #
-# NumPy inside a `tf.py_function` cannot be differentiated. TensorFlow's answer is zero, which looks like one.
+# NumPy inside a `tf.py_function` cannot be differentiated. TensorFlow returns zero, which looks like an answer.
 
 
 # %%
@@ -185,10 +185,10 @@ except tfgrad.errors.NoGradientError as error:
     hidden = error
 
 # %% [markdown]
-# ## What nobody knows of
+# ## Wrong derivatives that are in no table
 #
-# What tfgrad does not know how to put right is found out: every Hessian is compared with a difference of
-# gradients once, and withheld if they disagree.
+# tfgrad also finds wrong derivatives that it has no repair for: the first Hessian of each trace is compared with
+# a difference of gradients, and an error is raised if they disagree.
 
 
 # %%

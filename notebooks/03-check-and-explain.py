@@ -54,14 +54,14 @@ figure
 # ## Is it right?
 #
 # Beale's function: first and second derivatives, forward and reverse, compiled and eager, each against
-# something that does not share its mistakes.
+# another way to compute it.
 
 # %%
 report = tfgrad.check_grads(problems.beale, problems.beale.start)
 report
 
 # %% [markdown]
-# A custom gradient that forgot a factor for one element. The check finds the element.
+# A custom gradient with a wrong factor for one element. The check finds the element.
 
 
 # %%
@@ -79,8 +79,7 @@ except tfgrad.errors.GradientMismatchError as caught:
     mismatch = caught
 
 # %% [markdown]
-# float32 hides small slopes on large values. Then the verdict is *inconclusive*, with the reason: neither an
-# alarm nor a pass.
+# In float32, rounding hides a small slope of a large value. The verdict is then *inconclusive*, with the reason.
 
 # %%
 hidden = tfgrad.check_grads(
@@ -117,7 +116,7 @@ print(entropy(tf.constant([0.0, 0.5, 0.5])).numpy())
 nan
 
 # %% [markdown]
-# What the last line says, done: choose the input as well.
+# The remedy in the last line of the report: choose the input by `tf.where`, too.
 
 
 # %%

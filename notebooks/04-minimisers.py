@@ -90,8 +90,8 @@ axes.legend()
 figure
 
 # %% [markdown]
-# The same by `plot_path`, which draws any result of one or two parameters. TensorBoard has this
-# picture, too, in its Images tab, without being asked.
+# The same by `plot_path`, which draws any result of one or two parameters. For the Images tab of TensorBoard,
+# give the picture to `run.image`.
 
 # %%
 tfgrad.plot_path(problems.rosenbrock, results["lbfgs"])
@@ -99,7 +99,7 @@ tfgrad.plot_path(problems.rosenbrock, results["lbfgs"])
 # %% [markdown]
 # ## In TensorBoard
 #
-# All of it was logged: each step, the graph of the step, and the settings to compare.
+# Each step was logged, with the graph of the step and the settings of each run.
 
 # %%
 frame = tfgrad.load_runs(logs)

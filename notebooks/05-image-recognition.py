@@ -54,7 +54,7 @@ for axes, image, label in zip(
 figure
 
 # %% [markdown]
-# ## A net, and what is made small
+# ## The net and its loss
 #
 # The loss is a plain function that reads the model: cross entropy, and a little weight decay.
 
@@ -88,7 +88,7 @@ def accuracy():
 
 
 # %% [markdown]
-# Is its gradient right? One line says so, before an hour is spent on it.
+# Is its gradient right? One line checks it, before an hour of training.
 
 # %%
 check = tfgrad.check_grads(loss, wrt=model, order=1, modes=("reverse",))
@@ -97,7 +97,7 @@ check
 # %% [markdown]
 # ## Down, with random batches
 #
-# The loss of a batch, the data, and how often to go through them; `validation` is asked after each epoch.
+# The loss of a batch, the data, and how often to go through them; `validation` is called after each epoch.
 
 # %%
 accuracies, results = {}, {}
@@ -118,7 +118,7 @@ results["adam, batches"]
 # %% [markdown]
 # ## Down, with all images in each step
 #
-# Then the loss is smooth, and a method for smooth functions can go on where Adam hesitates.
+# Then the loss is smooth, and L-BFGS, which is made for smooth functions, gets lower than Adam.
 
 # %%
 runs = {

@@ -77,8 +77,8 @@ for i, (name, (value, error)) in enumerate(certified.items()):
 # %% [markdown]
 # ## The curve and its band
 #
-# The errors of the parameters become an error of the curve by its Jacobian: $\sigma_y^2 = J C J^T$. Between the
-# data it is narrow; beyond them it opens.
+# The errors of the parameters become an error of the curve by its Jacobian: $\sigma_y^2 = J C J^T$. The band is
+# narrow between the data and widens beyond them.
 
 # %%
 x = np.linspace(0, 1500, 120)
@@ -95,7 +95,7 @@ left.plot(pressure, volume, "o", color="black", ms=4, label="measured")
 left.set(xlabel="pressure", ylabel="volume")
 left.legend()
 
-# The two parameters lean on each other: what one loses, the other gains.
+# The two parameters are correlated: a smaller one is made up for by the other.
 b1, b2 = (float(fit.x[name]) for name in ("b1", "b2"))
 s1, s2 = np.sqrt(np.diag(fit.covariance))
 grid1, grid2 = np.meshgrid(

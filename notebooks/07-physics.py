@@ -83,7 +83,7 @@ check
 # %% [markdown]
 # ## Adam, then L-BFGS
 #
-# Adam finds the region, L-BFGS the digits: in one call, one history, one run for TensorBoard.
+# Adam gets near the minimum, L-BFGS takes over from there: one call, one history, one run for TensorBoard.
 
 # %%
 result = tfgrad.minimize(

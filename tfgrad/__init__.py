@@ -107,9 +107,19 @@ __all__ = [
 ]
 
 
+_ELSEWHERE = {
+    "curve_fit": "least_squares",
+    "fit": "minimize",
+    "jacfwd": "jacobian",
+    "jacrev": "jacobian",
+}
+"""What SciPy, Keras and JAX call functions whose names here are not like theirs."""
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         close = difflib.get_close_matches(name, __all__, n=1)
+        close = [_ELSEWHERE[name]] if name in _ELSEWHERE else close
         hint = f"\n  try: tfgrad.{close[0]}" if close else ""
         raise AttributeError(f"module 'tfgrad' has no attribute {name!r}{hint}")
     with quiet_import():

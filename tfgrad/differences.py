@@ -91,6 +91,12 @@ def finite_difference(
     point = nested.to_tensors(x, "x")
     require_finite(point, "x")
     leaves = tf.nest.flatten(point)
+    if not leaves:
+        raise InvalidArgumentError(
+            "`x` must be an array, or a nest of arrays.",
+            got=f"x={nested.describe(x)}, which holds none",
+            hint="np.zeros(0) for an array without numbers",
+        )
     tangents = None if direction is None else _tangents(direction, point)
     output = _float_output(f, f(point))
     epsilon = max(EPSILONS[tensor.dtype] for tensor in (*leaves, output))

@@ -85,7 +85,8 @@ def test_the_public_names_are_sorted_and_documented():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("minimise", "minimize"), ("hessians", "hessian")]
+    ("wrong", "right"),
+    [("minimise", "minimize"), ("hessians", "hessian"), ("curve_fit", "least_squares")],
 )
 def test_a_misspelt_name_is_answered_with_the_right_one(wrong, right):
     with pytest.raises(AttributeError, match=rf"{wrong}'\n  try: tfgrad\.{right}$"):

@@ -139,6 +139,12 @@ def test_a_point_that_is_not_finite_is_refused(bad):
         finite_difference(tf.reduce_sum, [1.0, bad])
 
 
+@pytest.mark.parametrize("nothing", [[], {}, ()])
+def test_a_point_without_an_array_is_refused(nothing):
+    with pytest.raises(InvalidArgumentError, match=r"holds none\n  try: np.zeros\(0\)"):
+        finite_difference(lambda x: x**2, nothing)
+
+
 def test_integers_are_refused():
     with pytest.raises(InvalidArgumentError, match="float dtype"):
         finite_difference(tf.reduce_sum, tf.constant([1, 2]))

@@ -125,9 +125,9 @@ def _require_finite_sources(sources: Sources, name: str) -> None:
         integers = ", ".join(sources.integers)
         raise InvalidArgumentError(
             "There must be a float argument or a variable to check.",
-            got=f"`{name}` with {integers or 'no arguments'}"
+            got=f"`{name}` with {integers or 'no float argument'}"
             + (" of an integer dtype" if integers else ""),
-            hint="tf.cast(..., tf.float32) of an integer, or wrt= the variables",
+            hint="check_grads(f, x) at a float x, or wrt= the variables that f reads",
         )
     leaves = sources.tensors or map(tf.convert_to_tensor, sources.variables)
     for leaf, path in zip(leaves, sources.names, strict=True):

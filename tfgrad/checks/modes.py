@@ -139,7 +139,7 @@ def _forward(level: Level, setting: Setting, moving: Sequence[int]) -> Check:
     point = setting.point
     tangents = [np.zeros_like(array) for array in point.arrays]
     for index in moving:
-        # A random direction: the gradient's own would be blind to what it lacks.
+        # A random direction: the gradient's own is zero where an element is missing.
         direction = point.cast(index, setting.directions[index][-1])
         tangents[index] = direction.astype(np.float64)
     run = forward_slope(level.scalar, point, tangents)

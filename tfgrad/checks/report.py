@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tfgrad.diagnosis.report import html_table
 from tfgrad.errors import GradientMismatchError
 
 REFERENCE = {
@@ -117,10 +116,8 @@ class GradCheck:
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
-        rows = _row("th", _HEADS)
-        rows += "".join(_row("td", check.cells) for check in self.checks)
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._all_notes())
-        return f"<p>{html.escape(self.title)}</p><table>{rows}</table>{notes}"
+        rows = [check.cells for check in self.checks]
+        return html_table(rows, _HEADS, before=self.title, after=self._all_notes())
 
     def raise_on_failure(self) -> None:
         """Raise if a check failed.
@@ -177,8 +174,3 @@ def _hint(check: Check) -> str:
         "float64 inputs; a point away from kinks; tfgrad.explain(f, ...); "
         "then the tf.custom_gradient code"
     )
-
-
-def _row(tag: str, cells: Iterable[str]) -> str:
-    inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{inner}</tr>"

@@ -115,7 +115,7 @@ def inner(a: Array, b: Array) -> float:
 
 
 def _dense(gradient: Any, source: Any) -> Any:
-    """Return a gradient as a tensor; None is checked as the zero that it is read as."""
+    """Return a gradient as a tensor; None means zero, and is checked as such."""
     if gradient is None:
         return tf.zeros_like(source)
     if isinstance(gradient, tf.IndexedSlices):

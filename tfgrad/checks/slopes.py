@@ -1,7 +1,6 @@
 """One slope against a finite difference: the verdict, and the elements to blame.
 
-Why the check that runs unasked has another procedure is said in
-`derivatives.verification`.
+`derivatives.verification` says how this differs from the check of first answers.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Slope:
 
     @property
     def is_subgradient(self) -> bool:
-        """Whether autodiff answers between the two slopes of a kink."""
+        """Whether autodiff's slope lies between the two slopes of a kink."""
         if self.kink is None:
             return False
         slack = self.rtol * max(map(abs, self.kink)) + 3 * self.error
@@ -130,7 +129,7 @@ class Probe:
         Args:
             index: Which argument.
             direction: Along what.
-            careful: Where the verdict hangs on it, look for kinks and measure noise.
+            careful: Where the verdict depends on it, look for kinks and measure noise.
         """
         gradient = self._gradient[index]
         line = Line(self._evaluate, self._point, index, direction, gradient)
@@ -150,7 +149,7 @@ class Probe:
         sharp = slope.verdict == "pass" and slope.error <= _SHARP * slope.scale
         if sharp or not careful:
             return slope
-        # The guess decides the verdict, so the noise is measured instead.
+        # The verdict depends on the guessed noise, so the noise is measured.
         passed = slope.verdict == "pass"
         steps = [step / 4**k for k in range(_STEPS)]
         nearest = line.nearest / 2 if passed else steps[-1]
@@ -170,7 +169,7 @@ class Probe:
     def wrong_elements(
         self, index: int, full: bool
     ) -> tuple[tuple[Element, ...], bool]:
-        """Return wrong elements of the gradient of one argument, and whether all.
+        """Return wrong elements of the gradient by one argument; whether these are all.
 
         Args:
             index: Which argument.

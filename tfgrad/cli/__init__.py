@@ -62,15 +62,17 @@ def _sentence(error: Exception) -> str:
     """Return an error as the rule, what arrived, and what to type next."""
     if isinstance(error, TfgradError):
         return str(error)
-    kind, at = type(error).__name__, ""
-    rule, hint = "The command must find what it needs.", "tfgrad doctor"
-    if "tensorflow" in sys.modules:
-        from tfgrad.diagnosis.lines import line_of_error
+    kind = type(error).__name__
+    if "tensorflow" not in sys.modules:
+        rule = "The command must find what it needs."
+        return str(TfgradError(rule, got=f"{kind}: {error}", hint="tfgrad doctor"))
+    from tfgrad.diagnosis.lines import line_of_error, reason_of
 
-        rule = "The function must run without an error."
-        at = f" at {line_of_error(error)}"
-        hint = "--traceback, to see all calls that led to it"
-    # The last line of a message of TensorFlow says what is wrong.
-    words = [text.strip() for text in str(error).splitlines() if text.strip()]
-    found = f": {words[-1].removeprefix(f'{kind}: ')}" if words else ""
-    return str(TfgradError(rule, got=f"{kind}{at}{found}", hint=hint))
+    line, reason = line_of_error(error), reason_of(error).removeprefix(f"{kind}: ")
+    return str(
+        TfgradError(
+            "The function must run without an error.",
+            got=f"{kind}{f' at {line}' if line else ''}: {reason}",
+            hint="--traceback, to see all calls that led to it",
+        )
+    )

@@ -7,7 +7,7 @@ import dataclasses
 import json
 
 import tfgrad
-from tfgrad.cli.function import function, values
+from tfgrad.cli.function import function, require_points, values
 from tfgrad.runs.record import to_json
 
 _OPTIONS = ("order", "rtol")
@@ -16,6 +16,7 @@ _OPTIONS = ("order", "rtol")
 def run(options: argparse.Namespace) -> int:
     """Print the report; 0 if all passed, 1 if a check failed or was inconclusive."""
     f = function(options.function)
+    require_points(f, options.at, "--at")
     at = [values(point, "at", float64=options.float64) for point in options.at]
     chosen = {n: v for n, v in vars(options).items() if n in _OPTIONS and v is not None}
     report = tfgrad.check_grads(f, *at, raises=False, **chosen)

@@ -6,7 +6,7 @@ import argparse
 import json
 
 import tfgrad
-from tfgrad.cli.function import function, values
+from tfgrad.cli.function import function, require_points, values
 
 _FIELDS = ["name", "status", "place", "reason", "hint"]
 _AS_MEANT = ("connected", "stopped")
@@ -15,6 +15,7 @@ _AS_MEANT = ("connected", "stopped")
 def run(options: argparse.Namespace) -> int:
     """Print the report; 0 if each gradient arrives or is stopped on purpose."""
     f = function(options.function)
+    require_points(f, options.at, "--at")
     at = [values(point, "at", float64=options.float64) for point in options.at]
     report = tfgrad.explain(f, *at)
     if options.json:

@@ -14,7 +14,8 @@ from typing import Any
 import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, describe, to_tensors
+from tfgrad.nested import Nest, describe, name_of, to_tensors
+from tfgrad.optimize.data import can_take
 
 _SHOWN = 10
 """Functions of a file that an error names."""
@@ -51,6 +52,20 @@ def function(place: str) -> Callable[..., Any]:
 def values(point: Nest, name: str, *, float64: bool) -> Nest:
     """Return the numbers of a point in the dtype that was asked for."""
     return to_tensors(point, name, tf.float64) if float64 else point
+
+
+def require_points(f: Callable[..., Any], given: Any, option: str) -> None:
+    """Refuse a function that takes an argument where no point was given.
+
+    Raises:
+        InvalidArgumentError: If it does, and none was.
+    """
+    if given in (None, []) and not can_take(f, 0):
+        raise InvalidArgumentError(
+            f"A function of values needs {option}.",
+            got=f"`{name_of(f)}`, which takes an argument, without {option}",
+            hint=f"{option} -1.2,1, with the numbers of the point",
+        )
 
 
 def _file(path: Path) -> ModuleType:

@@ -6,7 +6,7 @@ import argparse
 import json
 
 import tfgrad
-from tfgrad.cli.function import function, values
+from tfgrad.cli.function import function, require_points, values
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.runs.record import to_json
 
@@ -23,6 +23,7 @@ _OPTIONS = (
 def run(options: argparse.Namespace) -> int:
     """Print the result; 0 if a stopping rule says that the point is a solution."""
     f = function(options.function)
+    require_points(f, options.x0, "--x0")
     chosen = {n: v for n, v in vars(options).items() if n in _OPTIONS and v is not None}
     x0 = options.x0
     if x0 is not None:

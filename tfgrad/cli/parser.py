@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tfgrad
@@ -17,7 +17,11 @@ _ROSENBROCK = "tfgrad.problems:rosenbrock"
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command; wrong usage exits with 2 and says why."""
-    return _parser().parse_args(_with_negative_values(argv))
+    parser, commands = _parsers()
+    options, unknown = parser.parse_known_args(_with_negative_values(argv))
+    if unknown:  # the usage of the command names the options that there are
+        commands[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def point(text: str) -> Any:
@@ -133,7 +137,8 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
 """By name: what the command does, an example of its arguments, its arguments."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, Mapping[str, Any]]:
+    """Return the parser, and those of the commands by name."""
     parser = argparse.ArgumentParser(
         prog="tfgrad",
         description="Differentiate, check, minimise and watch any TensorFlow function.",
@@ -148,4 +153,4 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, epilog=epilog)
         for argument in [*arguments.split(), "--traceback"]:
             command.add_argument(argument, **_ARGUMENTS[argument])
-    return parser
+    return parser, commands.choices

@@ -25,7 +25,8 @@ def run(options: argparse.Namespace) -> int:
     if not paths:
         raise RunError(
             "There must be runs to list.",
-            got=f"no run.json below {root}",
+            got=f"no run.json below {root}"
+            + ("" if root.is_dir() else ", which is no directory"),
             hint="tfgrad.minimize(..., log=...) or tfgrad.Run(...), or another DIR",
         )
     rows = [row for path in paths if (row := _readable_row(root, path))]

@@ -38,9 +38,11 @@ from tfgrad.derivatives.tracing import (
     traced_operations,
 )
 from tfgrad.diagnosis.graphs import writes
+from tfgrad.diagnosis.lines import reason_of
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
+    argument_names,
     describe,
     name_of,
     named_leaves,
@@ -124,8 +126,15 @@ class Call:
         """Return what the user's function returns."""
         try:
             return self.f(*self.args, **self.kwargs)
-        except TypeError as error:
-            if self.variables is not None or not self.args or self.sources:
+        except (TypeError, tf.errors.InvalidArgumentError) as error:
+            if odd := self._without_arithmetic():
+                raise InvalidArgumentError(
+                    "The function must compute with what it is given.",
+                    got=f"{reason_of(error)}; {', '.join(odd)}",
+                    hint="numbers, or a function that makes numbers of text first",
+                ) from error
+            is_of_values = self.variables is None and self.args and not self.sources
+            if not isinstance(error, TypeError) or not is_of_values:
                 raise
             raise InvalidArgumentError(
                 "An argument to differentiate is an array, or a nest of them.",
@@ -134,28 +143,40 @@ class Call:
                 hint="np.zeros(0) for an array without numbers",
             ) from error
 
+    def _without_arithmetic(self) -> list[str]:
+        """Return what the user calls arguments of text or of complex numbers."""
+        names = argument_names(self.f, len(self.args))
+        pairs = zip(names, self.args, strict=True)
+        leaves = (pair for name, nest in pairs for pair in named_leaves(nest, name))
+        return [
+            f"`{path}` of {describe(leaf)}"
+            for path, leaf in leaves
+            if isinstance(leaf, tf.Tensor)
+            and (leaf.dtype.is_complex or leaf.dtype == tf.string)
+        ]
+
     def pack(self, flat: Sequence[Any]) -> Nest:
         """Return one value per source in the structure that the user passed."""
         return tf.nest.pack_sequence_as(self.differentiated, list(flat))
 
 
 _OURS = "_tfgrad_verifies"
-"""The attribute by which transforms know each other."""
+"""The attribute of functions whose answers a transform verifies."""
 
 
 class Compiled:
-    """The function from a call of `f` to `body(call)`, compiled for each signature.
+    """Takes the arguments of `f`, returns `body(call)`; compiled for each signature.
 
     Args:
         f: The user's function.
-        body: Takes a `Call`, returns an answer and the ladder that it is verified by.
-            It runs inside the trace.
+        body: Takes a `Call`, returns an answer and the `Ladder` with which it is
+            verified. It runs inside the trace.
         jit: Compile with XLA.
-        slopes: The derivatives of what is in the ladder, which the answer holds; None
-            leaves the answer unverified.
-        opens: Leave open a dimension that varies, after the second shape.
-        lower: From a call to the ladder, where the body returns none: an answer that
-            costs nothing to compute alone would cost more with it at every call.
+        slopes: From an answer, the slopes that it claims for the functions of the
+            ladder (see `Slopes`); None: the answer is not verified.
+        opens: From the second shape on, trace for any size of the dimensions that vary.
+        lower: From a call to the ladder, where the body returns an empty one since the
+            ladder would make every call slower.
     """
 
     def __init__(
@@ -178,7 +199,7 @@ class Compiled:
         self._traces = Traces(self._run, f, jit=jit, check=check, opens=opens)
 
     def __call__(self, *nests: Any) -> Any:
-        """Return the answer to the call that `Call.nests` are given of."""
+        """Return the answer to the call with these `Call.nests`."""
         if tf.executing_eagerly():
             return self._traces(*nests)[0]
         # Inside another trace the ops go straight into it: no call, no second trace.
@@ -188,8 +209,9 @@ class Compiled:
         try:
             answer, _ = self._run(f, *nests)
         except RepairableGradientError:
-            # The ops that failed stay behind, which does no harm unless they write to
-            # variables. Then our own trace has to begin anew, and a user's is refused.
+            # The ops of the failed attempt stay in the graph. That is harmless unless
+            # they write to variables; then tfgrad begins a trace of its own anew, and
+            # refuses to go on in a trace of the user's.
             if any(map(writes, every(traced_operations()[before:]))):
                 raise
             with repairing():
@@ -197,12 +219,13 @@ class Compiled:
         made = traced_operations()[before:]
         if is_compiling() or not needs_marks(made) or any(map(writes, every(made))):
             return answer
-        # A tape of the user's around it would see ops that have no marks yet.
+        # A tape of the user's around this call would use the wrong gradients of ops
+        # that `repairs` has not marked.
         with repairing():
             return called(lambda: self._run(repaired(f), *nests)[0])
 
     def function(self, *nests: Any) -> Callable[..., Any]:
-        """Return the function, of the tensors in `nests`, of an earlier answer."""
+        """Return the compiled function of tensors that answered `nests` before."""
         run = self._traces.function(*nests)
         return lambda *tensors: run(*tensors)[0]
 
@@ -228,17 +251,17 @@ class Compiled:
     def _check(self, found: tuple[Any, Ladder], *nests: Any) -> None:
         assert self._slopes is not None
         call, concrete = self._call(self._f, *nests), self._traces.concrete(*nests)
-        # What ran eagerly was verified as it was taken; a nest may be empty.
+        # An eager gradient is verified where it is taken; and a nest may be empty.
         if concrete is None or not call.sources:
             return
-        if getattr(self._f, _OURS, False):  # it verifies its answer if called by itself
+        if getattr(self._f, _OURS, False):  # f verifies its own answer in this call
             call.output()
         if certified(concrete):
             lower = self._traced_lower(*nests)
             Certificate(call, concrete, *found, self._slopes, lower).require_right()
 
     def _traced_lower(self, *nests: Any) -> Any:
-        """Return the concrete function for the ladder; None if the answer has it."""
+        """Return the concrete function for the ladder; None if the body returns it."""
         if self._lower is None:
             return None
         lower = self._lower
@@ -297,7 +320,7 @@ def transform(
         require(call)
         return args, kwargs, chosen, variables, v
 
-    # Calls with tensors only, the commonest in loops, find their way without all that.
+    # A call with nothing but tensors, the commonest kind in loops, skips `prepared`.
     short_cuts: dict[Any, Callable[..., Any]] = {}
 
     @not_converted
@@ -324,7 +347,7 @@ def transform(
 
 
 def _are_leaves(args: tuple[Any, ...], nests: tuple[Any, ...]) -> bool:
-    """Return whether `args`, as they are, are all that a compiled function takes."""
+    """Return whether a compiled function takes exactly `args`, none converted."""
     leaves = list(filter(is_dynamic, tf.nest.flatten(nests)))
     pairs = zip(args, leaves, strict=False)
     return len(args) == len(leaves) and all(arg is leaf for arg, leaf in pairs)

@@ -1,9 +1,9 @@
-"""From a call and its answer to the functions that `verification` looks at.
+"""From a call and its answer to the functions that `verification` compares.
 
-A trace returns, beside its answer, what the answer is the derivative of: the outputs of
-the user's function, their gradient for a second derivative. So the same compiled
-function, at other points, gives the differences that the answer is held against; two
-calls of it do where all is right.
+A trace returns its answer, and the functions that the answer is the derivative of: the
+outputs of the user's function and, for a second derivative, their gradient. So calls of
+the same compiled function at other points give the differences to compare the answer
+with; two calls are enough if the answer is right.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tfgrad.derivatives.calls import Call
 
 Ladder = list[list[tf.Tensor]]
-"""The functions that an answer has derivatives of: the outputs of each, flat."""
+"""The functions that an answer holds derivatives of: the flat outputs of each."""
 
 Slopes = Callable[["Certificate", Arrays, list[Arrays]], Sequence[float]]
 """From a direction, and weights of all outputs, to the slope of each weighted sum."""
@@ -58,7 +58,7 @@ SUSPICIOUS = {
 """Ops whose derivatives are known to come out wrong at some points, and why."""
 
 _BY_DESIGN = ("FakeQuant", "QuantizeAndDequantize", "PreventGradient")
-"""Ops whose gradient is not meant to be the slope, by how their names begin."""
+"""Ops whose gradient is not meant to be the slope, by the first part of their names."""
 
 
 class Certificate:
@@ -66,11 +66,11 @@ class Certificate:
 
     Args:
         call: The call.
-        concrete: What answered it.
+        concrete: The concrete function that answered it.
         answer: The answer.
         ladder: See `Ladder`.
         slopes: See `Slopes`.
-        lower: What computes the ladder, where the answer has none with it.
+        lower: Computes the ladder, where the answer comes without one.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Certificate:
         )
 
     def require_right(self) -> None:
-        """Refuse an answer that is no derivative.
+        """Raise if the answer is not the derivative.
 
         Raises:
             WrongDerivativeError: If differences disagree with it.
@@ -166,7 +166,7 @@ class Certificate:
         return np.array(self._slopes(self, direction, weights), np.float64)
 
     def _source(self, functions: Functions, wrong: Disagreement) -> int:
-        """Return the place of the first source by which it is wrong."""
+        """Return the index of the first source with a wrong derivative."""
         places = range(len(functions.point))
         return next((i for i in places if disagreement(functions, [i])), 0)
 

@@ -131,18 +131,17 @@ def _slope(order: int) -> Callable[[Call], tf.Tensor]:
 
 
 def _coupling(recording: Recording, slope: tf.Tensor) -> tf.Tensor:
-    """Return how far f is from elementwise, in units of what rounding may explain.
+    """Return how far f is from elementwise, divided by what rounding may explain.
 
-    The Jacobian of an elementwise function is diagonal, so any weights of the outputs
-    come back as the weights times the derivative. A coupling between elements mixes
-    them.
+    The Jacobian of an elementwise function is diagonal, so the gradient of the outputs
+    weighted with w is w times the derivative. If elements are coupled, it is not.
     """
     (x,) = recording.sources
     weights = tf.random.stateless_uniform(
         tf.shape(x), seed=(0, 1), minval=0.5, maxval=1.5, dtype=x.dtype
     )
     (weighted,) = recording.pull([weights])
-    # Terms that cancel leave rounding of their own size behind: about |f| / |x|.
+    # Where terms cancel, their rounding errors are left, of the size |f| / |x|.
     parts = tf.math.divide_no_nan(_largest(recording.output), _largest(x))
     dtype = coarsest([x], every(recording.operations))
     allowed = EPSILONS[dtype] ** 0.5 * tf.maximum(_largest(slope), parts)

@@ -95,7 +95,8 @@ def push_forward(
 
     Args:
         recording: Of the outputs.
-        is_sound: Whether that is known; if not, the outputs are looked at together.
+        is_sound: Whether `require_sound` has passed; if not, the outputs are examined
+            together.
 
     Raises:
         NoGradientError: If an op on the way back has no gradient of its own.

@@ -1,4 +1,4 @@
-"""Which functions a compiled form may be kept for: those that stay what they are.
+"""Which functions may keep a compiled form: those whose meaning cannot change.
 
 `jvp` and `vjp` take the function anew at each call. A trace holds the values that the
 function read from outside when it was traced. So it may be used again only if none of
@@ -39,14 +39,14 @@ def kept(make: Callable[..., Any], f: Any, *options: Any) -> Any:
             return _kept[key][0]
     made = make(f, *options)
     with _lock:
-        _kept[key] = made, f  # what is kept alive keeps its number
+        _kept[key] = made, f  # an object that is kept alive keeps its id
         if len(_kept) > MOST_FUNCTIONS:
             _kept.popitem(last=False)
     return made
 
 
 def _state(value: Any, seen: set[int]) -> tuple[Any, ...] | None:
-    """Return what a value is now, to compare; None if it may change unseen."""
+    """Return a key that changes with the value; None if it can change unnoticed."""
     if isinstance(value, _CONSTANT):
         return type(value), value
     if isinstance(value, tf.Tensor | tf.Variable | types.BuiltinFunctionType):

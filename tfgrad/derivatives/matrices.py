@@ -296,7 +296,7 @@ def jacobian_blocks(
     sizes = map(static_size, (recording.outputs, recording.sources))
     tall = _is_tall(*sizes, jit=jit and is_straight(recording.operations))
     is_forward = mode == "forward" or (mode == "auto" and tall)
-    # Of one output, the pull-back that columns are made of tells the same.
+    # With one output, the pull-back within the columns finds the same cuts.
     is_one = len(recording.outputs) == 1 and not leaves_tensorflow()
     if not (is_forward and is_one):
         recording.require_sound()

@@ -1,4 +1,4 @@
-"""What derivatives are made of: a recorded evaluation, never answering None."""
+"""`Recording`: an evaluation of f on a tape; its gradients are dense, never None."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Recording:
 
     Attributes:
         output: The nest that the function returned; `outputs` are its leaves.
-        aux: What came with it.
+        aux: With `has_aux`, the rest of what the function returned; else None.
         sources: What is differentiated, flat.
     """
 
@@ -86,16 +86,16 @@ class Recording:
         self.require_right(twice=self._is_inner)
 
     def require_right(self, *, twice: bool) -> None:
-        """Refuse ops that TensorFlow differentiates wrongly, so that they are repaired.
+        """Raise for ops that TensorFlow differentiates wrongly, so that f is repaired.
 
         Args:
-            twice: What is pulled back is differentiated again.
+            twice: The gradient will be differentiated again.
         """
         operations = self.operations if twice else self._moving()
         require_right(operations, self.name, twice=twice)
 
     def _moving(self) -> list[tf.Operation]:
-        """Return the ops that depend on the sources; of variables, all."""
+        """Return the ops that depend on the sources; all ops if those are variables."""
         if self._call.variables is not None:
             return self.operations
         return _depending(self.operations, self.sources)
@@ -121,8 +121,8 @@ class Recording:
         Args:
             cotangents: Weights of the output's elements, one tensor for each output, of
                 its shape; None means ones.
-            sparse: Leave a `tf.IndexedSlices` one, its rows distinct: those that stand
-                there twice are added up.
+            sparse: Keep a `tf.IndexedSlices` as such, with slices of the same row added
+                up.
 
         Raises:
             NoGradientError: If a path exists, but is cut.
@@ -135,18 +135,18 @@ class Recording:
         return self._dense(found)
 
     def pull(self, cotangents: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Return what `gradients` does, of a recording that is known to be sound."""
+        """Return the gradients without a search for cuts, after `require_sound`."""
         return self._dense(self._pulled(self.outputs, list(cotangents)))
 
     def require_sound(self, *, separately: bool = True) -> None:
-        """Refuse outputs that some path to is cut; `pull` may then be called.
+        """Raise if a path to an output is cut; if not, `pull` may be called.
 
         Args:
-            separately: Whether each output is looked at by itself. Otherwise an output
-                that is cut may hide behind one that is not.
+            separately: Whether each output is examined alone. Together, a cut on the
+                way to one output is missed if another output has a gradient.
         """
         if leaves_tensorflow():
-            # On a tape of its own: a tf.py_function can be pulled back once.
+            # A new recording, since a tf.py_function can be pulled back only once.
             again = Recording(self._function, self._call, has_aux=self._has_aux)
             again.gradients(random_like(self.outputs, seed=1))
         elif separately:
@@ -158,7 +158,7 @@ class Recording:
     def _require_sound(
         self, outputs: list[tf.Tensor], weights: list[tf.Tensor] | None
     ) -> list[Any]:
-        """Return what the tape finds for each source, if that is all there is."""
+        """Return the tape's gradient, or None, for each source; raise if one is cut."""
         undefined = None
         try:
             found = self._pulled(outputs, weights)
@@ -198,7 +198,7 @@ class Recording:
             raise self._undefined(undefined)
 
     def _undefined(self, error: LookupError) -> TfgradError:
-        """Return the error for an op without gradient that other paths lead around."""
+        """Return the error for an op without gradient, beside paths that have one."""
         kinds = {*re.findall(r"\w+", str(error))}
         for op in every(self.operations):
             if op.type in kinds:
@@ -219,14 +219,14 @@ class Recording:
         return [], self.sources
 
     def _one_output(self, outputs: list[tf.Tensor]) -> Callable[..., tf.Tensor]:
-        """Return the function to one tensor that depends on all `outputs`."""
+        """Return f as a function with one output, which depends on all `outputs`."""
         chosen = [
             index
             for index, output in enumerate(self.outputs)
             if any(output is other for other in outputs)
         ]
 
-        # To look for cuts, once differentiated, no gradient has to be right.
+        # The search for cuts asks which gradients exist, not whether they are right.
         f = self._call.f if self._has_inner else unrepaired(self._call.f)
 
         def function(*inputs: tf.Tensor) -> tf.Tensor:
@@ -247,7 +247,7 @@ class Recording:
         return leaves
 
     def _verify(self, found: list[tf.Tensor], weights: list[tf.Tensor] | None) -> None:
-        """Compare with differences, since the tape may not have seen all."""
+        """Compare with differences: code outside of TensorFlow is on no tape."""
         wrong = wrong_gradient(self._call, self._evaluate, weights, found)
         if wrong is None:
             return
@@ -268,9 +268,9 @@ class Recording:
 
 
 class _Evaluation:
-    """What is known of the evaluation that a tape of ours records."""
+    """What is known of an evaluation while it is recorded."""
 
-    has_inner = False  # whether a tape of ours was opened within it
+    has_inner = False  # whether another `Recording` was made within it
 
 
 _evaluation: ContextVar[_Evaluation | None] = ContextVar("evaluation", default=None)
@@ -287,7 +287,7 @@ def _set(evaluation: _Evaluation) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusals_explained(name: str) -> Iterator[None]:
-    """Say what TensorFlow means where it refuses to differentiate twice."""
+    """Raise errors in words where TensorFlow refuses to differentiate twice."""
     try:
         yield
     except tf.errors.UnknownError as error:
@@ -313,7 +313,7 @@ def refusals_explained(name: str) -> Iterator[None]:
 
 
 def _raise_in_words(error: Exception, name: str) -> NoReturn:
-    """Raise what a gradient of TensorFlow's raised, in words if that is the end."""
+    """Raise the error of a TensorFlow gradient; in words unless a trace tries again."""
     ends = tf.executing_eagerly() or not is_compiling()
     refused = refusal_by_gradient(error, name) if ends else None
     raise refused or error from None
@@ -343,7 +343,7 @@ def _is_sparse(gradient: Any) -> bool:
 
 
 def _distinct(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
-    """Return the slices with each row once: the sum of all that stood there for it."""
+    """Return the slices with each row once: slices of the same row are added up."""
     rows, index = tf.unique(gradient.indices)
     values = tf.math.unsorted_segment_sum(gradient.values, index, tf.size(rows))
     return tf.IndexedSlices(values, rows, gradient.dense_shape)
@@ -358,7 +358,7 @@ def dense(gradient: Any, source: Any) -> tf.Tensor:
     if gradient is None:
         return tf.zeros_like(source)
     if isinstance(gradient, tf.IndexedSlices):
-        # Rows that stand there twice are added up, as the chain rule wants.
+        # Slices of the same row are added up, as in the chain rule.
         return tf.math.unsorted_segment_sum(
             gradient.values, gradient.indices, tf.shape(source)[0]
         )

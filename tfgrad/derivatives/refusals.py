@@ -1,6 +1,6 @@
 """What TensorFlow raises where it cannot differentiate, in words: which op, which line.
 
-What a user's own op raises is none of this: it goes through as it is.
+Errors that a user's own op raises are left as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfgrad.derivatives.soundness import every
-from tfgrad.diagnosis.lines import line_of, made_by_gradient
+from tfgrad.diagnosis.lines import line_of, made_by_gradient, reason_of
 from tfgrad.errors import NoGradientError
 
 _NODE = re.compile(r"(?:Detected at node|\{\{node) (?P<name>[^\s}]+)")
@@ -41,7 +41,7 @@ def refusal_at_run_time(
         if op.name.split("/")[-1] in nodes and made_by_gradient(op):
             return NoGradientError(
                 f"TensorFlow cannot compute the derivative of `{name}` here.",
-                got=f"{op.type} at {line_of(op)}: {_reason(error)}",
+                got=f"{op.type} at {line_of(op)}: {reason_of(error)}",
                 hint=_HINT,
             )
     return None
@@ -70,7 +70,7 @@ def refusal_by_gradient(error: Exception, name: str) -> NoGradientError | None:
     if isinstance(error, tf.errors.InvalidArgumentError) and "_grad/" in str(error):
         return NoGradientError(
             f"TensorFlow cannot compute the derivative of `{name}` here.",
-            got=_reason(error),
+            got=reason_of(error),
             hint=_HINT,
         )
     return None
@@ -80,19 +80,6 @@ def no_gradient(error: Exception, name: str, where: str = "") -> NoGradientError
     """Return the error for what TensorFlow raised while it built a derivative."""
     return NoGradientError(
         f"TensorFlow has no derivative of this order of `{name}`.",
-        got=f"{where}{_reason(error)}",
+        got=f"{where}{reason_of(error)}",
         hint=_HINT,
     )
-
-
-def _reason(error: Exception) -> str:
-    """Return the line of a message that says what is the matter."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    places = ("Graph execution error", "Detected at node", "File ", "<", "^")
-    telling = [
-        line
-        for line in lines
-        if line and not line.startswith(places) and "[[{{node" not in line
-    ]
-    text = telling[-1] if isinstance(error, tf.errors.OpError) else telling[0]
-    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,10 +1,10 @@
 """Gradients that TensorFlow gets wrong or lacks, put right wherever they are needed.
 
 The gradient of an op can be exchanged by a mark on the op, the one that
-`tf.Graph.gradient_override_map` makes. A tape that records op by op does not look at
-it, the gradient of a whole compiled function does. So all that is traced here is
-marked, for whoever differentiates it again; and where the marks are needed at once, the
-user's function is made into such a function. Nothing changes for any other function.
+`tf.Graph.gradient_override_map` makes. A tape that records op by op ignores the mark;
+the gradient of a whole compiled function obeys it. So all ops traced here are marked,
+in case the trace is differentiated again; and where the marks are needed at once, the
+user's function is compiled as a whole. Nothing changes for any other function.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def called(f: Callable[[], Any]) -> Any:
 
 
 def needs_marks(operations: Iterable[tf.Operation]) -> bool:
-    """Return whether whoever differentiates `operations` again gets it wrong."""
+    """Return whether TensorFlow would differentiate `operations` wrongly."""
     return any(_wrong(op, twice=True) is not None for op in operations)
 
 
@@ -87,7 +87,7 @@ def mark(operations: Iterable[tf.Operation], *, calls: bool = False) -> None:
 
     Args:
         operations: The ops.
-        calls: Also those in functions that are called: they are none of the user's.
+        calls: Mark the ops in called functions, too; none of those is the user's.
     """
     for op in operations:
         if (is_repairable(op) or _leads(op)) and not is_marked(op):
@@ -112,7 +112,7 @@ def calls_repairable(operations: Iterable[tf.Operation]) -> bool:
 def is_repairable(op: tf.Operation) -> bool:
     """Return whether TensorFlow's gradient of `op` is wrong, of any order."""
     repair = TABLE.get(op.type)
-    # What has integers alone, as the product of a shape has, is not differentiated.
+    # An op on integers alone, as the product of a shape, is not differentiated.
     return repair is not None and _has_slope(op) and repair.applies(op)
 
 
@@ -126,7 +126,7 @@ def _has_slope(op: tf.Operation) -> bool:
 
 
 def is_marked(op: tf.Operation) -> bool:
-    """Return whether the gradient of `op` is one of ours."""
+    """Return whether the gradient of `op` is one of this table."""
     try:
         return bool(op.get_attr(_MARK).startswith(_PREFIX.encode()))
     except ValueError:
@@ -138,8 +138,8 @@ def require_right(
 ) -> None:
     """Refuse ops that a tape is about to differentiate wrongly.
 
-    What is in functions that were made here is marked instead: their gradients are yet
-    to be made.
+    Ops in functions that were made here are marked instead: the gradients of these
+    functions are built later.
 
     Args:
         operations: What the tape has seen.
@@ -163,7 +163,7 @@ def require_right(
 
 
 def _wrong(op: tf.Operation, *, twice: bool) -> tf.Operation | None:
-    """Return the op, it or one inside of it, whose gradient would be wrong."""
+    """Return `op`, or an op inside of it, if its gradient would be wrong."""
     if is_repairable(op) and not is_marked(op):
         again = twice or any(made_by_gradient(other) for other in _users(op))
         return op if TABLE[op.type].first or again else None
@@ -176,7 +176,7 @@ def _users(op: tf.Operation) -> list[tf.Operation]:
 
 
 def _registered() -> None:
-    """Register the gradients of the table by the names that the marks say."""
+    """Register the gradients of the table under the names in the marks."""
     for kind, repair in TABLE.items():
         with contextlib.suppress(KeyError):  # registered by an earlier import
             tf.RegisterGradient(_PREFIX + kind)(_marking(repair.gradient))

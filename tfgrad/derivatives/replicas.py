@@ -64,7 +64,7 @@ class Replica:
         return self._call(tensors)
 
     def is_steady(self, tensors: Sequence[Any]) -> bool:
-        """Return whether what it writes does not change what it answers."""
+        """Return whether its answer does not depend on what it writes."""
         if not self._writes:
             return True
         first = self(tensors)

@@ -168,7 +168,7 @@ def _gradient_transform(
     verify: bool,
     **options: Any,
 ) -> Callable[..., Any]:
-    """Return the transform that answers with the gradient, and what goes with it.
+    """Return the transform whose answer holds the gradient.
 
     Args:
         f: The function.

@@ -10,7 +10,7 @@ import tensorflow as tf
 _DYNAMIC = (tf.Tensor, tf.RaggedTensor, tf.SparseTensor)
 
 _BY_VALUE = (bool, int, float, complex, str, bytes, tf.DType)
-"""Static values that are the same if equal; all others have to be identical."""
+"""Types of static values that are compared by value; others, by identity."""
 
 
 class Shape(tuple[Any, ...]):
@@ -42,8 +42,8 @@ def signature(nest: Any) -> Any:
         return type(nest), *((key, signature(nest[key])) for key in _ordered(nest))
     if type(nest) in _BY_VALUE:
         return type(nest), nest
-    # What is equal may still differ in what it does. The trace keeps the object, so
-    # the number stays its own.
+    # Equal objects may behave differently, so the key is the id. The trace keeps the
+    # object alive, so no other object gets that id.
     return type(nest), id(nest)
 
 

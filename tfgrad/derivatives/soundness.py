@@ -1,9 +1,9 @@
-"""Where TensorFlow's own answer would be wrong without a word, found in the traced ops.
+"""Traced ops for which TensorFlow's own answer would be wrong, without an error.
 
-A tape drops in silence what an op's gradient leaves out. So a gradient may exist and
-still lack a term: x + tf.numpy_function(sin, x) has the gradient 1. The ops that can do
-so are few and known; this module looks for them, and for ops that compute wrongly when
-compiled.
+Where the gradient of an op leaves out an input, a tape drops that term without an
+error. So a gradient may exist and still lack a term: x + tf.numpy_function(sin, x) has
+the gradient 1. The ops that can do so are few and known; this module looks for them,
+and for ops that compute wrongly when compiled.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def wrong_under_xla(operations: Iterable[tf.Operation]) -> bool:
 
 
 def _is_padded_with_stride(op: tf.Operation) -> bool:
-    """Return whether XLA ends the process over a convolution's gradient."""
+    """Return whether XLA would end the process on a convolution's gradient."""
     if not op.type.startswith("Conv2D"):
         return False
     is_padded = op.get_attr("padding") == b"EXPLICIT"

@@ -1,4 +1,4 @@
-"""What no tape sees: constants of a derivative, and runs that have none.
+"""Code that no tape records: constants of a derivative, and minimisations.
 
 In a graph, a tape that watches what goes into a function builds the gradient of the
 function as soon as it is called, of its loops, too: minutes, for nothing. A tape
@@ -37,8 +37,8 @@ def constant(
 ) -> tuple[Any, list[Any]]:
     """Return what a function returns, without a derivative, and what else it reads.
 
-    It is one op in the graph that is being traced, and nobody looks into that for what
-    has to be differentiated.
+    It is one op in the graph that is being traced, and searches for what has to be
+    differentiated do not look inside (`graphs.make_opaque`).
 
     Args:
         function: Takes tensors, returns a nest of them.

@@ -137,7 +137,7 @@ def as_written(*, optimized: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep TensorFlow's log silent in this thread: it dumps what it cannot convert."""
+    """Silence TensorFlow's log in this thread: it prints what it cannot convert."""
     thread, logger = threading.get_ident(), tf.get_logger()
 
     def is_another_thread(record: logging.LogRecord) -> bool:
@@ -241,11 +241,11 @@ class Traces:
         return self._compiled[signature(nests)][1]
 
     def function(self, *nests: Any) -> Callable[..., Any]:
-        """Return the function from tensors that `nests` were answered by."""
+        """Return the function of tensors that answered `nests`."""
         return self._compiled[signature(nests)][0]
 
     def graph(self, *nests: Any) -> Any:
-        """Return the graph that `nests` were answered by; None if it runs eagerly."""
+        """Return the graph that answered `nests`; None if it runs eagerly."""
         concrete = self.concrete(*nests)
         return None if concrete is None else concrete.graph
 
@@ -383,8 +383,8 @@ class Traces:
             if folds_wrongly(concrete.graph.get_operations()) and not self._jit:
                 run = as_written()(run)
             return run, concrete, ""
-        # What fails in eager mode, too, is no matter of tracing: that error is clear,
-        # and it is raised from there.
+        # If f fails in eager mode, too, tracing is not the cause: the eager error,
+        # which is clearer, is raised.
         return _leaving(functools.partial(body, self._f), reason), None, reason
 
     def _warn(self, reason: str) -> None:
@@ -408,7 +408,7 @@ def _opened(spec: Any, axes: tuple[int, ...]) -> Any:
 
 
 def _explained(concrete: Any, name: str) -> Callable[..., Any]:
-    """Return `concrete`, whose gradient ops fail in words."""
+    """Return `concrete`, with errors in words where a gradient op fails."""
 
     def run(*given: Any) -> Any:
         try:
@@ -463,7 +463,7 @@ def _repaired_if_needed(compiled: Callable[[Any], Any], f: Callable[..., Any]) -
             raise error from None
         except TfgradError:
             raise
-        except Exception:  # what can be done about it is in the first message
+        except Exception:  # the first message says what to do about it
             raise error from None
 
 

@@ -1,18 +1,18 @@
-"""The one check of every derivative: it is right, or it is withheld.
+"""The check of each trace's first derivative; one found wrong is not returned.
 
-It runs unasked, at the first call of a trace, so it must not cry wolf. Along a random
-direction, a derivative is compared with a central difference, which costs two
-evaluations. Only if the two are apart is it looked at more closely: a derivative is
-wrong if the differences to both sides of the point agree with each other, at one step
-and at a shorter one, along every direction tried, and not with the derivative. At a
-kink they do not, where rounding hides the slope nothing is said, and a function that
-draws random numbers has no differences.
+The check runs at the first call of a trace, whether or not the user asked for it, so it
+must raise no false alarm. Along a random direction, the derivative is compared with a
+central difference, which costs two evaluations. Only if the two differ, more steps are
+tried: the derivative is wrong if the differences on both sides of the point agree with
+each other, at one step and at a shorter one, along every direction tried, and disagree
+with the derivative. At a kink the two sides disagree; where rounding hides the slope,
+and for a function that draws random numbers, nothing is concluded.
 
-`check_grads` has a procedure of its own, in `checks.slopes`. It is asked, so it answers
-in any case, "inconclusive" included; it moves one argument at a time, spends a hundred
-evaluations on a verdict, and names elements. Here all move together, two evaluations
-settle what is right, and doubt is silence. What both have to agree on stands here: the
-tolerances, and how the rounding error of values is measured.
+`check_grads` has another procedure, in `checks.slopes`: it moves one argument at a
+time, spends a hundred evaluations on a verdict, names the wrong elements, and says
+"inconclusive" where it cannot tell. Here all arguments move together, two evaluations
+suffice for a right derivative, and a doubtful one passes. The tolerances, and the
+measurement of rounding errors, which both use, stand here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 Arrays = list[Array]
 
 DIRECTIONS = 3
-"""Random directions along all of which a derivative has to be wrong."""
+"""Random directions; a derivative is refused if it is wrong along all of them."""
 
 STEPS = 5
 """Steps that are tried, each a quarter of the one before."""
@@ -39,22 +39,22 @@ RTOL = {tf.float64: 1e-4, tf.float32: 2e-2, tf.float16: 0.2, tf.bfloat16: 0.3}
 """Relative disagreement that passes, by the coarsest dtype involved."""
 
 ASKED_RTOL = {tf.float64: 1e-6, tf.float32: 3e-4, tf.float16: 3e-2, tf.bfloat16: 3e-2}
-"""The same where a check is asked for, and extrapolates before it compares."""
+"""The same for `check_grads`, whose differences are extrapolated, so more exact."""
 
 LARGE, LARGE_RTOL = 2**20, 0.1
-"""From how many elements on an evaluation costs too much for more than this part."""
+"""From this many elements on, an evaluation is dear, and `rtol` at least the second."""
 
 MOST_MOVING = 2**18
-"""Elements of one source that move."""
+"""At most so many elements of one source are moved."""
 
 STEEPER = 30.0
-"""How many times as steep as the differences what is wrong may be."""
+"""A derivative that is so many times steeper than the differences is not judged."""
 
 SAME = 0.05
-"""The part of the disagreement by which both sides may differ, which a kink exceeds."""
+"""The slopes on both sides may differ by this part of the disagreement, not by more."""
 
 _ROUNDINGS = 16
-"""Rounding errors that a value may gather."""
+"""Rounding errors that a value may have accumulated."""
 
 _TERMS = 32
 """Rounding errors that the terms of a derivative may leave where they cancel.
@@ -67,10 +67,10 @@ class Disagreement(NamedTuple):
     """A directional derivative that is wrong.
 
     Attributes:
-        level: Of which function, by its place.
-        claimed: What was to be verified.
+        level: The index of the function.
+        claimed: The slope to be verified.
         difference: What the finite difference gives.
-        error: How far off that may be.
+        error: The error estimate of the difference.
     """
 
     level: int
@@ -302,7 +302,7 @@ def _settled(
     noise = epsilon * sizes
     if not any(judged(noise)):
         return [None for _ in center]
-    # Only now is the noise measured, and whether there is anything random.
+    # The noise, and whether f is random, are measured here only: it takes evaluations.
     is_random = ~(np.abs(line(0.0) - center) <= _ROUNDINGS * noise)
     found = judged(np.maximum(noise, _noise(line, steps[-1])))
     return [None if r else wrong for r, wrong in zip(is_random, found, strict=True)]
@@ -319,7 +319,7 @@ def _wrong(
     floor: float,
 ) -> Disagreement | None:
     """Return the disagreement with slopes on which both sides and two steps agree."""
-    # Without what the curvature adds to the slopes of both sides (Richardson).
+    # Richardson's extrapolation removes what curvature adds to one-sided slopes.
     right, left = ((4 * side[1:] - side[:-1]) / 3 for side in (right, left))
     slopes = (right + left) / 2
     apart = np.maximum(np.abs(right - left)[1:], np.abs(np.diff(slopes)))
@@ -328,8 +328,8 @@ def _wrong(
         gaps = np.abs(claimed - slopes)
         size = np.maximum(np.abs(slopes), abs(claimed))
         clear = (gaps > rtol * size + floor) & (errors <= gaps / 4)
-        # What is far steeper at the point is something small that no step resolves, as
-        # an epsilon under a root.
+        # A slope far steeper than all differences is that of a feature smaller than all
+        # steps, such as an epsilon under a root.
         clear &= abs(claimed) <= STEEPER * np.abs(slopes) + floor
         agree = apart <= SAME * gaps
     else:
@@ -354,7 +354,7 @@ def _noise(line: _Line, step: float) -> Array:
 
 
 def rounding_error(values: Array) -> Array:
-    """Return that of nine or so values, evenly spaced along the first axis.
+    """Return the rounding error of some nine values, evenly spaced along axis 0.
 
     Fourth differences wipe out what is smooth on the scale of their spacing, and leave
     what changes from one value to the next (Moré and Wild 2011, SIAM J. Sci. Comput.
@@ -383,9 +383,9 @@ def _direction(
 
 
 def moving_part(size: int) -> slice:
-    """Return which elements of an array of that size move along any direction.
+    """Return the elements of an array of that size that a direction moves.
 
-    Of a large array, a part: moving all of it costs more than evaluating.
+    Of a large array these are a part, since moving all costs more than evaluating f.
     """
     first = np.random.default_rng(size).integers(max(size - MOST_MOVING, 0) + 1)
     return slice(int(first), int(first) + MOST_MOVING)

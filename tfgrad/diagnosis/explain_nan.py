@@ -28,7 +28,7 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     Use it in place of `keras.callbacks.TerminateOnNaN`, in `fit` or in `minimize`. It
     names the batch, the layer, the op and your line that made the NaN or the infinity,
     and what to write instead. The model and its optimizer are left as they were before
-    that batch. An overflow that a `LossScaleOptimizer` skips is none.
+    that batch. An overflow that a `LossScaleOptimizer` skips does not count.
 
     The cost in `fit` until then is the memory of a copy of the weights and of the
     optimizer, and of the batches since that copy, and less than two per cent of the

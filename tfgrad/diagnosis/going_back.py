@@ -24,7 +24,7 @@ from tfgrad.diagnosis.report import Explanation
 from tfgrad.errors import InvalidArgumentError
 
 _SHARE = 1 / 200
-"""Of the time of training, what looking at the weights may take; copies come to it."""
+"""The part of the training time that looks at the weights may take, without copies."""
 
 _MOST_BYTES = 2**28
 """Batches kept since the weights were last looked at."""
@@ -100,7 +100,7 @@ class Watch:
             self.look()
 
     def culprit(self) -> Step | None:
-        """Return the step to blame, found by training again; the model is before it."""
+        """Return the step to blame, found by training again; undo that step."""
         self._assign(self._saved)
         for position in range(self._stage.size()):
             data = self._stage.batch(self._like)
@@ -194,7 +194,8 @@ class Watch:
         finite = [tf.reduce_all(tf.math.is_finite(w)) for w in weights]
         optimizer = self._model.optimizer
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            # It halves its scale at each overflow; at 1, there is none to skip.
+            # The loss scale is halved at each overflow; at 1, no overflow can be
+            # skipped.
             finite.append(optimizer.dynamic_scale.value >= 1)
         return [v.read_value() for v in self._kept], tf.reduce_all(finite)
 
@@ -239,18 +240,18 @@ class Stage:
         return int(tf.raw_ops.StageSize(**self._options)) if self._used() else 0
 
     def most(self) -> int:
-        """Return how many batches like the first one may be kept."""
+        """Return how many batches of the first one's size may be kept."""
         first = tf.raw_ops.StagePeek(index=tf.constant(0), **self._options)
         size = sum(leaf.dtype.size * int(tf.size(leaf)) for leaf in first)
         return _MOST_BYTES // max(size, 1)
 
     def clear(self) -> None:
-        """Keep none of those that are kept."""
+        """Drop all batches."""
         if self._used():
             tf.raw_ops.StageClear(**self._options)
 
     def batch(self, like: Any) -> Any:
-        """Return the first batch, structured like another, and keep it no longer."""
+        """Remove the first batch and return it, structured like another."""
         leaves = iter(tf.raw_ops.Unstage(**self._options))
         flat = tf.nest.flatten(like, expand_composites=True)
         filled = [None if leaf is None else next(leaves) for leaf in flat]

@@ -147,7 +147,7 @@ _OPAQUE = "_tfgrad_opaque"
 
 
 def make_opaque(op: tf.Operation) -> None:
-    """Let nobody look into a call: its answer is a constant of every derivative."""
+    """Hide the inside of a call: its answer is a constant of every derivative."""
     op._set_attr(_OPAQUE, tf.compat.v1.AttrValue(b=True))  # there is no public way
 
 
@@ -156,7 +156,7 @@ def bodies(op: tf.Operation, *, opaque: bool = False) -> list[Any]:
 
     Args:
         op: The op.
-        opaque: Look into a call that nobody is to look into, too.
+        opaque: Return the bodies of calls hidden by `make_opaque`, too.
     """
     if not opaque and "Call" in op.type and op.node_def.attr[_OPAQUE].b:
         return []
@@ -231,7 +231,7 @@ def connected(
     graph: tf.Graph, outputs: Sequence[tf.Tensor], tensors: Sequence[tf.Tensor]
 ) -> set[Any]:
     """Return the refs of those `tensors` that a gradient of `outputs` arrives at."""
-    with graph.as_default():  # a complex output has to be told how it is weighed
+    with graph.as_default():  # of a complex output, TensorFlow asks for weights
         weights = [tf.ones_like(y) if y.dtype.is_complex else None for y in outputs]
     found = gradients(graph, outputs, tensors, weights)
     pairs = zip(tensors, found, strict=True)
@@ -244,7 +244,7 @@ def gradients(
     tensors: Sequence[tf.Tensor],
     cotangents: Sequence[tf.Tensor | None] | None = None,
 ) -> list[Any]:
-    """Return the gradients of `outputs`; None, too, behind an op that has none."""
+    """Return the gradients of `outputs`; None also behind an op without a gradient."""
     dead_ends: list[tf.Tensor] = []
     while outputs and tensors:
         try:

@@ -17,6 +17,9 @@ import tensorflow as tf
 
 _USER_CODE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')
 
+_PLACES = ("Graph execution error", "Detected at node", "File ", "<", "^")
+"""How lines of a message begin that say where, and not what."""
+
 _GRADIENT_FILES = ("_grad.py", "backprop.py", "gradients_util.py")
 
 
@@ -59,6 +62,22 @@ def line_of_error(error: BaseException) -> Line:
     return in_text or _innermost(
         (frame.filename, frame.lineno or 0) for frame in frames
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the line of an error's message that says what is wrong.
+
+    Names of nodes and devices, which TensorFlow adds to it, are left out.
+
+    >>> reason_of(ValueError("{{function_node f}} Bad shape. [Op:Add] name: x"))
+    'Bad shape.'
+    """
+    text = re.sub(r"\{\{.*?\}\} ?| ?\[Op:.*| \[\[\{\{node.*", "", str(error))
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(_PLACES)]
+    is_last = isinstance(error, tf.errors.OpError) or "in user code:" in text
+    words = lines[-1 if is_last else 0] if lines else type(error).__name__
+    return words if len(words) <= 200 else f"{words[:197]}..."
 
 
 def made_by_gradient(op: tf.Operation) -> bool:

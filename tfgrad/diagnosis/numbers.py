@@ -149,8 +149,9 @@ class Numbers:
     def _lists(self, op: tf.Operation) -> list[tf.Tensor]:
         """Return the lists of tensors that `op` makes on the way to the output.
 
-        What is in a list, as tf.map_fn and tf.scan use them, cannot be counted; so one
-        goes on to who uses the list, up to the loop that may be to blame.
+        The numbers in a list, as tf.map_fn and tf.scan use it, cannot be counted; so
+        the search goes on to the ops that use the list, up to the loop that may be to
+        blame.
         """
         return [
             t for t in op.outputs if t.dtype == tf.variant and t.ref() in self._values

@@ -125,12 +125,10 @@ class Explanation:
             for group in self._groups()
             for first in group[:1]
         ]
-        table = _row("th", titles) + "".join(_row("td", row) for row in rows)
-        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
-        return f"<p>{html.escape(self.title)}</p><table>{table}</table>{note}"
+        return html_table(rows, titles, before=self.title, after=[self.note])
 
     def _groups(self) -> list[list[Finding]]:
-        """Return the findings that say the same together, the worst first."""
+        """Return the findings in groups of equal ones, the worst first."""
         groups: dict[object, list[Finding]] = {}
         for finding in self.findings:
             key = finding.status, finding.culprit
@@ -163,6 +161,25 @@ def _names(group: list[Finding]) -> str:
     return f"{shown} and {more} more" if more > 1 else shown
 
 
-def _row(tag: str, cells: Iterable[str]) -> str:
-    inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-    return f"<tr>{inner}</tr>"
+def html_table(
+    rows: Iterable[Iterable[str]],
+    titles: Iterable[str] = (),
+    *,
+    before: str = "",
+    after: Iterable[str] = (),
+) -> str:
+    """Return a table of plain text for a notebook, with paragraphs around it.
+
+    >>> html_table([("f < 0", "yes")], before="result")
+    '<p>result</p><table><tr><td>f &lt; 0</td><td>yes</td></tr></table>'
+    """
+
+    def line(tag: str, cells: Iterable[str]) -> str:
+        inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inner}</tr>" if inner else ""
+
+    table = line("th", titles) + "".join(line("td", row) for row in rows)
+    first, *last = (
+        f"<p>{html.escape(text)}</p>" if text else "" for text in (before, *after)
+    )
+    return f"{first}<table>{table}</table>{''.join(last)}"

@@ -29,7 +29,7 @@ class Stage:
         name: The method's.
         method: A pure method, a `SciPyMethod`, or a factory of optimizers.
         steps: How many it may take; None means what is left of `steps`.
-        tells: Whether its state is in variables that it tells.
+        tells: Whether all of its state is in the `variables` that it lists.
     """
 
     name: str
@@ -127,7 +127,7 @@ class Chain:
             self.stages[-1] = replace(self.stage, steps=step - self.first + self.steps)
 
     def message(self, sentence: str, step: int) -> str:
-        """Return a sentence, and how many steps each stage took if there are some."""
+        """Return a sentence and, of a chain, how many steps each stage took."""
         if not self.taken:
             return sentence
         taken = [*self.taken, (self.stage.name, step - self.first)]
@@ -178,7 +178,7 @@ def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
         check_count("steps", steps)
         steps = int(steps)
     scipy = scipy_method(method) if isinstance(method, str) else None
-    # A directory may be called after it, and not every system wants a colon there.
+    # The log's directory gets this name, and some systems allow no colon.
     name = scipy.name.replace(":", "-") if scipy else _name_of(method)
     if scipy is not None and learning_rate is not None:
         raise _no_rate(scipy.name, learning_rate)
@@ -187,7 +187,7 @@ def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
 
 
 def check_tells(stages: Sequence[Stage]) -> None:
-    """Refuse a method whose state cannot be put away.
+    """Raise for a method whose state cannot be saved.
 
     Raises:
         InvalidArgumentError: If there is one.

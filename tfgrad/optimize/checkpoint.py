@@ -144,7 +144,7 @@ class Checkpoints(Hook):
                 _delete(path)
 
     def _save(self, saved: Saved) -> None:
-        """Write a checkpoint; a disk that refuses is told once, and the run goes on."""
+        """Write a checkpoint; if that fails, warn once, and let the run go on."""
         began = time.monotonic()
         number = max(self._numbers(), default=0) + 1
         try:
@@ -177,6 +177,8 @@ class Checkpoints(Hook):
         checkpoint = tf.train.Checkpoint(
             **{name: [tf.Variable(x) for x in part] for name, part in parts.items()}
         )
+        if self._listed() is None:  # the manager would fail at a damaged list
+            (self.path / "checkpoint").unlink(missing_ok=True)
         manager = tf.train.CheckpointManager(
             checkpoint, str(self.path), max_to_keep=KEPT, checkpoint_name=NAME
         )
@@ -184,16 +186,20 @@ class Checkpoints(Hook):
 
     def _numbers(self) -> list[int]:
         """Return the numbers of the complete checkpoints, the newest last."""
-        try:
-            listed = tf.train.get_checkpoint_state(str(self.path))
-        except UnicodeDecodeError:  # it is no text
-            listed = None
+        listed = self._listed()
         if listed is not None:
             names = [Path(path).name for path in listed.all_model_checkpoint_paths]
-        else:  # the list itself is damaged, or was deleted
+        else:
             names = [path.stem for path in self.path.glob(f"{NAME}-*.index")]
         numbers = [name.rpartition("-")[2] for name in names if name.startswith(NAME)]
         return sorted(int(number) for number in numbers if number.isdigit())
+
+    def _listed(self) -> Any:
+        """Return TensorFlow's list of checkpoints; None if it is damaged or gone."""
+        try:
+            return tf.train.get_checkpoint_state(str(self.path))
+        except ValueError:  # it is no text, or is empty
+            return None
 
     def _prefix(self, number: int) -> str:
         return str(self.path / f"{NAME}-{number}")
@@ -201,7 +207,7 @@ class Checkpoints(Hook):
 
 @contextlib.contextmanager
 def _about_checkpoints() -> Iterator[None]:
-    """Say of checkpoints what the block says of runs."""
+    """Raise errors about runs as errors about checkpoints."""
     rule = "`checkpoint` takes a directory that this run alone writes to."
     hint = 'a directory of its own, such as "checkpoints/rosenbrock"'
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -145,7 +146,7 @@ class Driver:
         callback: Any = None,
     ) -> None:
         """Check what can be checked; nothing is traced or written."""
-        _check_alone(f)
+        check_alone(f)
         self.hooks: list[Hook] = [ProgressBar(), *watching(callback)]
         check_log(options.log)
         before = x0 if isinstance(x0, OptimizeResult) else None
@@ -178,8 +179,8 @@ class Driver:
             self.hooks.append(TensorBoard(options.log))
         if checkpoints is not None and self.problem.replicas.is_chief:
             self.hooks.append(checkpoints)
-        if not self.problem.takes_values and not has_data:
-            _check_closed(f)
+        if not has_data:
+            _check_takes(f, 1 if self.problem.takes_values else 0)
 
     @property
     def step(self) -> int:
@@ -443,7 +444,7 @@ class Driver:
                 self.loop.solver.settle(self.state)
 
 
-def _check_alone(f: Any) -> None:
+def check_alone(f: Any) -> None:
     """Refuse to run inside of what is traced: the answer would have no derivative."""
     if not tf.executing_eagerly():
         raise InvalidArgumentError(
@@ -473,14 +474,22 @@ def _check_unwatched(problem: Problem) -> None:
                 )
 
 
-def _check_closed(f: Any) -> None:
-    """Refuse a function of values without values to start from."""
-    if can_take(f, 0):
+def _check_takes(f: Any, count: int) -> None:
+    """Refuse a function that does not take the values, or that has none to take."""
+    if can_take(f, count):
         return
+    if count == 0:
+        raise InvalidArgumentError(
+            "A function of values needs a start; one of variables takes no argument.",
+            got=f"`{name_of(f)}`, which takes an argument, without `x0`",
+            hint="minimize(f, x0), or minimize(lambda: f(variable), wrt=variable)",
+        )
     raise InvalidArgumentError(
-        "A function of values needs a start; one of variables takes no argument.",
-        got=f"`{name_of(f)}`, which takes an argument, without `x0`",
-        hint="minimize(f, x0), or minimize(lambda: f(variable), wrt=variable)",
+        "With `x0`, the function takes one argument: all values, in the form of `x0`.",
+        got=f"`{name_of(f)}{inspect.signature(f)}`",
+        hint="wrt= the variables that f reads, and no x0"
+        if can_take(f, 0)
+        else "lambda x: f(x, a) for what is not moved; else one nest, x = [a, b]",
     )
 
 

@@ -61,7 +61,7 @@ class Hook:
 
 
 class ProgressBar(Hook):
-    """A bar that shows itself after a second, in terminals and notebooks."""
+    """A progress bar, shown after a second, in terminals and notebooks."""
 
     _bar: Any = None
 
@@ -141,7 +141,7 @@ class Callback(Hook):
 
 
 class Interrupts(Hook):
-    """Ctrl-C: noted within the `with` block, and heeded between two chunks.
+    """Ctrl-C: recorded within the `with` block, acted on between two chunks.
 
     The first one ends the run, the second one raises at once. One that comes too late
     to end the run raises `KeyboardInterrupt` where the block ends. Outside of the main
@@ -173,7 +173,7 @@ class Interrupts(Hook):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Give the handler back; raise what was noted and not heeded."""
+        """Restore the handler; raise if Ctrl-C came too late to end a run."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
         if self._caught and not self._is_heeded and error[0] is None:

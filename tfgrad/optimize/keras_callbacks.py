@@ -68,14 +68,14 @@ def watching(callback: Any) -> list[Hook]:
 
 
 class KerasCallbacks(Hook):
-    """Keras's callbacks, told what `fit` would tell them, when it would.
+    """Keras's callbacks, called as and when `fit` would call them.
 
     Args:
         callbacks: Those of one run.
     """
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
-        """Tell them nothing yet."""
+        """Call none of them yet."""
         self._callbacks = callbacks
         self._is_by_batch = any(map(_acts_on_batches, callbacks))
         self._list = keras.callbacks.CallbackList(callbacks)
@@ -120,7 +120,7 @@ class KerasCallbacks(Hook):
                 )
 
     def begin(self, run: Driver, rows: Rows) -> None:
-        """Tell the beginning; go to where a callback says that the run was."""
+        """Call `on_train_begin`; go to the epoch that a callback has restored."""
         every = int(run.options.every)
         wrt, training = run.options.wrt, run.training
         self._model = wrt if isinstance(wrt, keras.Model) else _stand_in(run)
@@ -145,7 +145,7 @@ class KerasCallbacks(Hook):
             self._begin_epoch(run)
 
     def rows(self, run: Driver, rows: Rows) -> None:
-        """Tell the batches, and an epoch without data, or cut short."""
+        """Report the batches, and an epoch that has no data or was cut short."""
         self._show(run)
         taken = run.step - self._first
         is_whole = run.training is None and taken >= int(run.options.every)
@@ -156,16 +156,16 @@ class KerasCallbacks(Hook):
         self._heed(run)
 
     def epoch(self, run: Driver, row: Mapping[str, Any]) -> None:
-        """Tell the last batches of an epoch, and its end."""
+        """Report the last batches of an epoch, and its end."""
         self._show(run)
         self._end_batches(run, is_last=True)
         self._end_epoch(run, _logs_of(row))
         self._heed(run)
 
     def finish(self, run: Driver) -> None:
-        """Tell the end; what a callback puts in the variables is the outcome.
+        """Call `on_train_end`; what a callback puts in the variables is the outcome.
 
-        After Ctrl-C nothing is told, as in `fit`: a backup is kept.
+        After Ctrl-C none is called, as in `fit`: a backup is kept.
         """
         if run.status == "interrupted":
             return
@@ -205,7 +205,7 @@ class KerasCallbacks(Hook):
             self._begin_epoch(run)
 
     def _end_batches(self, run: Driver, *, is_last: bool) -> None:
-        """Tell the batches since the last ones that were told."""
+        """Report the batches since the last report."""
         last, bad = run.step, run.loop.bad
         if run.status == "nonfinite" and bad is not None:  # it was not accepted
             last = int(bad.columns["step"][-1]) + 1 - run.loop.solver.lag

@@ -26,6 +26,7 @@ from tfgrad.nested import (
 from tfgrad.optimize.blocks import Outcome, Plan, Task
 from tfgrad.optimize.chain import make_stages
 from tfgrad.optimize.constraints import Limits, require_support
+from tfgrad.optimize.driver import check_alone
 from tfgrad.optimize.many_saddles import solve_all
 from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.options import Options, require_no
@@ -291,6 +292,7 @@ class Rows:
 
     def __init__(self, f: Any, x0s: Nest, args: tuple[Nest, ...]) -> None:
         """Check them; only starts are copied."""
+        check_alone(f)
         for path, leaf in named_leaves(x0s, "x0s"):
             if is_variable(leaf):
                 raise InvalidArgumentError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.diagnosis.report import html_table
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, named_leaves, unravel
 from tfgrad.optimize.history import History
@@ -193,12 +193,7 @@ class OptimizeResult:
 
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
-        rows = "".join(
-            f"<tr><th style='text-align:right'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(text)}</td></tr>"
-            for name, text in self._table()
-        )
-        return f"<table>{rows}</table>"
+        return html_table(self._table())
 
     def plot(self) -> Picture:
         """Return a figure of the history: f, and in logs its gap and gradient.

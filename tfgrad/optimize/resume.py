@@ -1,4 +1,4 @@
-"""A run put away after some steps, and how another one goes on from there.
+"""A run saved after some steps, and how another run continues it.
 
 A run goes on with a problem of the same structure and shapes whose function has the
 same value at the saved point, and with methods of the same names.
@@ -52,7 +52,7 @@ class Identity(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came out: the value, the leaves of x, and those of the gradient."""
+    """The outcome of a run: the value, the leaves of x, and those of the gradient."""
 
     fun: Any
     x: Sequence[tf.Tensor]
@@ -179,7 +179,7 @@ def check_same(there: Identity, here: Identity, what: str) -> None:
 
 
 def check_value(now: Any, before: Any, history: History) -> None:
-    """Refuse another function: one of another value at the saved point.
+    """Raise if f has another value at the saved point than it had before.
 
     Args:
         now: The value at the point where the run goes on.

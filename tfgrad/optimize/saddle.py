@@ -1,8 +1,9 @@
 """Whether a point where the gradient vanishes is a minimum, or a saddle to leave.
 
-Rules of stopping look at the gradient, and it is zero at maxima and saddles, too. There
-the curvature tells: its smallest value, and the direction of it, come out of a few
-products with the Hessian. A flat direction, as that of the monkey saddle, is tried.
+Rules of stopping look at the gradient, and it is zero at maxima and saddles, too. The
+smallest curvature, which a few products with the Hessian give together with its
+direction, tells them apart. Along a direction without curvature, as at a monkey saddle,
+values of f decide.
 
 References:
     Kuczyński and Woźniakowski (1992), SIAM Journal on Matrix Analysis and Applications
@@ -26,16 +27,16 @@ from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.traced import operations
 
 PRODUCTS = 30
-"""Products with the Hessian that a look may cost; with n of them it is exact."""
+"""The most products with the Hessian for one point; n of them are exact."""
 
 MOST_NUMBERS = 2**23
-"""Numbers that they may fill, 64 MB: of millions of parameters, few are taken."""
+"""The most numbers in all products, 64 MB: of millions of parameters, few fit."""
 
 NOISE = 10
 """Rounding errors of f up to which two of its values are the same."""
 
 LEAST_LOOK, MOST_LOOK = 8, 60
-"""Gradients that a look around a stationary point may cost, between these bounds."""
+"""The least and the most gradients that may be spent around a stationary point."""
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -47,8 +48,8 @@ def point_beside(problem: Problem, state: Any, *, products: bool) -> tf.Tensor |
         problem: What is minimised.
         state: Where the run is, a `solvers.State`.
         products: Whether products with the Hessian are compiled already. If not,
-            differences of gradients make up for them, as many as come to a quarter of
-            what the run has cost.
+            differences of gradients replace them, at a cost of at most a quarter of the
+            run's.
     """
     types = operations(problem)
     if not types or any("Random" in operation for operation in types):
@@ -139,8 +140,8 @@ def lower_points(
     """
     least, largest, direction = _least_curvatures(product, x.shape, epsilon, products)
     clearly = epsilon**0.5 * largest
-    # A flat direction is a way down from an exact zero of the gradient only; else the
-    # point is on its slow way to a minimum that is as flat.
+    # A direction without curvature is tried only where the gradient is exactly zero;
+    # elsewhere the run approaches a flat minimum slowly.
     is_stationary = ~np.any(grad, axis=1)
     is_open = (least <= -clearly) | ((least <= clearly) & is_stationary)
     if not np.any(is_open):
@@ -152,7 +153,8 @@ def lower_points(
     is_finite = np.isfinite(values)
     values = np.where(is_finite, values, np.inf)
     lowest = np.min(values, axis=0)
-    # Rounding bends gradients; where f bends down itself, its mean is lower, too.
+    # Rounding of gradients may look like curvature. If f really curves down, the mean
+    # of its values on both sides is lower, too.
     bends_down = least < -clearly
     mean = np.where(np.all(is_finite, axis=0), np.mean(values, axis=0), lowest)
     level = np.where(bends_down, mean, lowest)
@@ -167,10 +169,11 @@ def _least_curvatures(
     epsilon: float,
     most: int,
 ) -> tuple[Array, Array, Array]:
-    """Return least curvatures, the largest |curvatures|, and the formers' directions.
+    """Return the least curvatures, the largest |curvatures|, directions of the least.
 
     From Lanczos's method, orthogonalised in full, in each row. The least is infinite if
-    one is not finite, or if no two products are allowed where there are two directions.
+    a product is not finite, or if only one product is allowed in two or more
+    dimensions.
     """
     rows, n = shape
     most = min(n, most, MOST_NUMBERS // (rows * n))
@@ -188,7 +191,7 @@ def _least_curvatures(
         q = image
         for _ in range(2):  # the second time removes what rounding left of the first
             q = q - np.einsum("rkn,rk->rn", basis, np.einsum("rkn,rn->rk", basis, q))
-        # Else the directions found so far are all that there are.
+        # If nothing is left, there are no more directions to be found.
         rest = np.linalg.norm(q, axis=1)
         goes_on = goes_on & (rest > epsilon * np.linalg.norm(image, axis=1))
         q = np.where(goes_on[:, None], q, 0.0)

@@ -1,8 +1,8 @@
 """When a run stops, and what that is called: one table of rules.
 
-A rule with a condition is asked after every step, inside the compiled loop. The others
-name what ends a run from outside, or how a method gave up. To add a rule, add an entry
-to `RULES`: its name is the status, its message the sentence.
+A rule with a condition is evaluated after every step, inside the compiled loop. The
+others name what ends a run from outside, or how a method failed. To add a rule, add an
+entry to `RULES`: its name is the status, its message the sentence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RUNNING = 0
 """The code of a run that goes on."""
 
 UNBOUNDED = -1e16
-"""A value below which f is taken to have no minimum; 1 changes nothing beside it."""
+"""Below this value, f is taken to have no minimum; float64 cannot tell 1 beside it."""
 
 
 class Tolerances(NamedTuple):
@@ -74,7 +74,7 @@ class Rule(NamedTuple):
         message: The sentence, a format string; see `sentence` for its fields.
         holds: Returns whether the rule holds after a step, shape `[]`, or None if it is
             not asked; None for what no step decides.
-        is_solution: Whether the point is one: `success`.
+        is_solution: Whether the point is a solution, and `success` true.
         is_stationary: Whether the point may also be a maximum or a saddle, so that a
             pure method looks around it first.
         hands_over: Whether the next method of a chain goes on from there.
@@ -206,7 +206,7 @@ def is_stationary(code: int) -> bool:
 def judge(step: Step) -> tf.Tensor:
     """Return the code of the first rule that holds, shape `[]`; RUNNING if none does.
 
-    A fall that no number of the dtype is larger than is one that is not known.
+    An `expected` that is the dtype's largest number means a fall that is not known.
     """
     code = tf.constant(RUNNING)
     for position, rule in reversed(list(enumerate(RULES, start=1))):
@@ -222,7 +222,7 @@ def sentence(status: str, **facts: Any) -> str:
     Args:
         status: Why the run ended.
         **facts: `step` (how many were taken), `seconds` (the budget), `nonfinite` (the
-            sentence about what is not), and the `Tolerances` by name.
+            sentence about what is not finite), and the `Tolerances` by name.
     """
     return rule_of(status).message.format(**facts)
 

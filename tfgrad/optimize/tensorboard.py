@@ -1,4 +1,4 @@
-"""A run in TensorBoard: what a minimiser wants to see, without asking for it."""
+"""The hook that writes a minimisation for TensorBoard."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def check_log(log: Run | str | PathLike[str] | None) -> None:
 class TensorBoard(Hook):
     """Writes a run: to a directory of its own, or to one that the user opened.
 
-    A chunk is written by a thread while the next one runs. A disk that refuses ends the
-    log with a warning, not the minimisation.
+    A chunk is written by a thread while the next one runs. If a write fails, the log
+    ends with a warning, and the minimisation goes on.
 
     Args:
         log: A directory, in which the run gets one named after the method, or an open
@@ -101,8 +101,8 @@ class TensorBoard(Hook):
     def limit(self, run: Driver) -> int:
         """Return how many steps there are to the next distributions of parameters.
 
-        They are at steps that the clock has no part in, so that a run which is resumed
-        writes those again that it supersedes.
+        The steps do not depend on the clock, so a resumed run writes its histograms at
+        the same steps again.
         """
         gap = self._gap(run.step)
         return gap - run.step % gap if self._names else ENDLESS
@@ -386,7 +386,7 @@ def _scalars(rows: Rows) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """Yield (tag, array of shape [rows]) for each number that a row holds."""
     skipped = ("step", "seconds", "time", SIZE)
     columns = {n: c for n, c in rows.columns.items() if n not in skipped}
-    if (fall := columns.get("expected")) is not None:  # of a method that does not say,
+    if (fall := columns.get("expected")) is not None:  # a method without
         unknown = fall == np.finfo(fall.dtype).max  # the largest number: no such point
         columns["expected"] = np.where(unknown, np.nan, fall)
     yield from _curves(columns)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Workers(Hook):
-    """The last hook of each worker: what the others of it ask for, all workers do.
+    """The last hook of each worker: what the hooks of one worker ask for, all do.
 
     Args:
         replicas: Those of the run.

@@ -170,7 +170,7 @@ def show(
         ...     board.url.startswith("http://127.0.0.1:")
         True
     """
-    path = local_path(root, "`show` needs the name of a directory of this machine.")
+    path = local_path(root, "TensorBoard shows a directory of this machine.")
     pins = checked_tags(pin, "pin")
     if port is not None and (type(port) is not int or not 0 < port < 2**16):
         raise InvalidArgumentError(
@@ -186,7 +186,7 @@ def show(
         )
     if not path.is_dir():
         raise RunError(
-            "`show` needs a directory that exists.",
+            "TensorBoard shows a directory that exists.",
             got=f"{path}, which is {'a file' if path.exists() else 'not there'}",
             hint="the directory given to Run, or mkdir to watch a run yet to come",
         )

@@ -108,7 +108,8 @@ def local_path(directory: Any, rule: str) -> Path:
     """
     name = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
     if isinstance(name, str) and name and "://" not in name and "\0" not in name:
-        with contextlib.suppress(RuntimeError):  # "~nobody" has no home
+        # "~nobody" has no home, and half of a surrogate pair no encoding.
+        with contextlib.suppress(RuntimeError, UnicodeEncodeError):
             path = Path(name).expanduser()
             if max(len(os.fsencode(part)) for part in path.parts or [""]) <= _LONGEST:
                 return path

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from tfgrad import nested
 from tfgrad.diagnosis.graphs import bodies, condition
+from tfgrad.diagnosis.lines import reason_of
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.runs.tensorboard import require
 from tfgrad.runs.values import UniqueNames
@@ -96,10 +97,9 @@ def _traced(
         except Exception:
             return tf.function(step).get_concrete_function(*specs)
     except Exception as error:  # whatever f itself raises, and TensorFlow about f
-        message = f"{type(error).__name__}: {error}".strip()
         raise InvalidArgumentError(
             "A graph is drawn of what TensorFlow can trace and differentiate.",
-            got=f"`{name}`: {message.splitlines()[-1].strip()}",
+            got=f"`{name}`: {type(error).__name__}: {reason_of(error)}",
             hint="TensorFlow's own operations all through, as tf.sin for np.sin",
         ) from error
 

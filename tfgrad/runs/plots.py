@@ -14,6 +14,7 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 from tfgrad import nested
+from tfgrad.diagnosis.lines import reason_of
 from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
@@ -304,6 +305,6 @@ def values_at(
             except Exception as error:
                 raise InvalidArgumentError(
                     "`f` must take the parameters that were minimised.",
-                    got=f"{type(error).__name__}: {error}",
+                    got=f"{type(error).__name__}: {reason_of(error)}",
                     hint="the function that was minimised, and its wrt= if it had one",
                 ) from error

@@ -43,6 +43,26 @@ def test_a_value_that_the_library_refuses_is_wrong_usage(tfgrad, words, said):
     assert said in err
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("minimize", "--x0"), ("check", "--at"), ("explain", "--at")],
+)
+def test_a_function_of_values_without_a_point_is_told_the_option(
+    tfgrad, command, option
+):
+    code, _, err = tfgrad(command, "model.py:bowl")
+
+    assert code == 2
+    assert f"try: {option} -1.2,1" in err
+
+
+def test_an_error_without_a_line_of_the_users_names_no_node(tfgrad):
+    _, _, err = tfgrad("minimize", "tfgrad.problems:rosenbrock", "--x0", "1")
+
+    assert "got: InvalidArgumentError: Attempting to slice scalar input." in err
+    assert "unknown line" not in err
+
+
 def test_ctrl_c_ends_a_command_without_a_traceback(tfgrad, monkeypatch):
     def press(*_, **__):
         raise KeyboardInterrupt

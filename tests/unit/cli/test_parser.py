@@ -35,6 +35,11 @@ def test_a_value_may_begin_with_a_minus(words):
         (["minimize"], "required: function"),
         (["minimize", "m.py:f", "--x0", "here"], "'here' is no point; write numbers"),
         (["minimize", "m.py:f", "--steps", "many"], "invalid int value: 'many'"),
+        (
+            ["minimize", "m.py:f", "--lr", "1"],
+            "minimize: error: unrecognized arguments",
+        ),
+        (["minimize", "m.py:f", "--lr", "1"], "--learning-rate"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_says_what(words, said, capsys):

@@ -61,4 +61,4 @@ def test_no_runs_is_an_error_that_says_how_to_make_some(tfgrad):
     code, out, err = tfgrad("runs", "nowhere")
 
     assert (code, out) == (1, "")
-    assert "got: no run.json below nowhere" in err
+    assert "got: no run.json below nowhere, which is no directory" in err

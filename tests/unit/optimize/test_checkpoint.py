@@ -197,9 +197,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert_same(result, whole)
 
 
-def test_a_damaged_list_of_checkpoints_is_done_without(tmp_path, whole):
+@pytest.mark.parametrize("content", [b"nonsense {", b"\xff\xfe", b""])
+def test_a_damaged_list_of_checkpoints_is_done_without(tmp_path, whole, content):
     left_at(12, tmp_path)
-    (tmp_path / "checkpoint").write_text("nonsense {")
+    (tmp_path / "checkpoint").write_bytes(content)
 
     assert_same(minimized(tmp_path), whole)
 

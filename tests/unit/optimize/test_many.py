@@ -294,6 +294,11 @@ def test_one_result_is_that_of_least_squares():
     assert "+-" in repr(one)
 
 
+def test_many_minimisations_inside_of_a_tf_function_are_refused_by_name():
+    with pytest.raises(Exception, match="not inside a tf"):
+        tf.function(lambda x: tfgrad.minimize_many(tf.square, x).x)(tf.ones(3))
+
+
 def test_a_function_with_a_loop_is_evaluated_row_by_row_and_said_once():
     @tf.function
     def root(x, a):

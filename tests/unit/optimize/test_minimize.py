@@ -554,6 +554,43 @@ def test_a_function_of_values_without_a_start_is_told_what_to_give():
         tfgrad.minimize(parabola)
 
 
+@pytest.mark.parametrize(
+    ("f", "words"),
+    [
+        (lambda x, a: a * x**2, r"got: `f\(x, a\)`\n  try: lambda x: f\(x, a\)"),
+        (lambda: 3.0, r"got: `f\(\)`\n  try: wrt="),
+    ],
+)
+def test_a_function_that_does_not_take_the_values_is_told_how_to(f, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        tfgrad.minimize(f, 3.0)
+
+
+@pytest.mark.parametrize("data", [np.array(["a", "b"]), ["a", "b"], 1j * np.ones(2)])
+@pytest.mark.parametrize("method", ["adam", "lbfgs"])
+def test_data_that_the_loss_cannot_compute_with_are_named(data, method):
+    w = tf.Variable(1.0)
+
+    with pytest.raises(InvalidArgumentError, match=r"got: .*; `batch` .*(str|complex)"):
+        tfgrad.minimize(
+            lambda batch: tf.reduce_sum((w - batch) ** 2),
+            wrt=w, data=data, method=method,
+        )  # fmt: skip
+
+
+def test_text_is_data_for_a_loss_that_takes_text():
+    w = tf.Variable(1.0)
+
+    def loss(words):
+        lengths = tf.cast(tf.strings.length(words), tf.float32)
+        return (w - tf.reduce_mean(lengths)) ** 2
+
+    result = tfgrad.minimize(loss, wrt=w, data=np.array(["a", "bcd"]), method="lbfgs")
+
+    assert result.success
+    assert float(w) == pytest.approx(2.0)
+
+
 def test_a_minimisation_inside_of_a_tf_function_is_refused_by_name():
     # AutoGraph puts the error in one of its own.
     with pytest.raises(Exception, match="not inside a tf"):

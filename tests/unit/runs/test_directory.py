@@ -144,7 +144,17 @@ def test_a_directory_that_cannot_be_made_says_why():
 
 @pytest.mark.parametrize(
     "name",
-    ["", None, 3, b"logs", "gs://bucket/logs", "a\0b", "~nobody-here/logs", "x" * 256],
+    [
+        "",
+        None,
+        3,
+        b"logs",
+        "gs://bucket/logs",
+        "a\0b",
+        "~nobody-here/logs",
+        "x" * 256,
+        "\ud800",
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("refuse", [check, lambda path: claim(path, resume=False)])

@@ -1,10 +1,10 @@
 """L-BFGS within bounds: projected steps along the variables that are free to move.
 
 A variable at a bound is held there while its gradient points beyond it; in the others,
-the *free* ones, the step is that of L-BFGS by the pairs as they are seen there. It is
-followed along its projection onto the box, so no point is ever outside of it, and many
-variables may reach their bounds in one step. A step is taken where f falls by a part of
-what the slope promises (Bertsekas's rule).
+the *free* ones, the step is that of L-BFGS with the parts of the pairs in these
+variables. It is followed along its projection onto the box, so no point is ever outside
+of it, and many variables may reach their bounds in one step. A step is taken where f
+falls by a part of what the slope promises (Bertsekas's rule).
 
 References:
     Bertsekas (1982), Projected Newton methods for optimization problems with simple
@@ -34,7 +34,7 @@ LEAST, MOST = 0.1, 0.5
 """How far a search goes back from a trial, at least and at most."""
 
 MOST_TRIALS, DULL = 30, 6
-"""Trials along one direction, and how many one counts for that tells nothing."""
+"""The most trials along one direction; a trial hidden by rounding counts so often."""
 
 EXPANSION = 10.0
 """How many times as long the next step is if f does not curve."""
@@ -71,7 +71,7 @@ class Bounds(NamedTuple):
 
 
 def settings(bounds: Any) -> Any:
-    """Return what tells bounds apart: None, or the bytes of both sides."""
+    """Return a key for the bounds: None, or the bytes of both sides."""
     return None if bounds is None else tuple(np.asarray(b).tobytes() for b in bounds)
 
 
@@ -83,8 +83,9 @@ class BoundedState(NamedTuple):
         pairs: The last steps and changes of the gradient, shape `[m, 2, n]`.
         kept: How many pairs were since the last one was forgotten.
         t: How far along the direction the trial is.
-        trials: How many were, along this direction.
-        noise: The largest change of f of those that told nothing.
+        trials: How many points were tried along this direction.
+        noise: The largest change of f among trials that only rounding tells from the
+            start.
         progress: How the last steps went, by the gradient of the free variables.
         is_last: Whether the direction is that of a retry: none is left after it.
     """
@@ -125,7 +126,7 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     flattens = tf.abs(end_slope) <= tf.abs(slope) * (1 - SUFFICIENT_DECREASE)
     is_taken = is_finite & (slope < 0) & (decreases | (is_level & flattens))
 
-    # In reduced gradients, values of the free variables, all is as without bounds.
+    # With the gradients of the free variables, the formulas are those without bounds.
     here = either(is_taken, new, old)
     is_free, here = bounds.free(here), bounds.reduced(here)
     progress = expectation.after_step(

@@ -1,9 +1,9 @@
 """Whether a run has arrived, by rules that know no units of f or of x.
 
 Both rules look at the fall of f that a method still expects (`Move.expected`), and at
-nothing that is measured in units of x. Minuit's EDM, the estimated vertical distance to
-the minimum, is their ancestor; it is compared with a number in units of f there. Here
-it is compared with what f has fallen by so far, and with the rounding of f.
+nothing that is measured in units of x. They descend from Minuit's EDM, the estimated
+vertical distance to the minimum. Minuit compares that with a number in units of f; here
+the expected fall is compared with the fall of f so far, and with the rounding of f.
 
 They are functions of tensors of shape `[]`, or of any one shape: for many problems at
 once, element by element.
@@ -20,20 +20,21 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 
 VANISHING = 1e-3
-"""The part of |f| from which on an expected fall says that f itself is to vanish. Then
-f has no digits to get right, and the model as many as it needs."""
+"""If the expected fall is at least this part of |f|, the minimum of f is taken to be 0.
+Digits of f then mean nothing, and the fall of f so far alone sets the scale."""
 
 NOTHING, LEAST = 1.8, 1e-18
-"""A vanishing f has vanished at this power of the dtype's epsilon times its fall so far
-(squares of rounding are at the power of 2), but not above that part of it."""
+"""An f whose minimum is 0 has converged where the expected fall is at most its fall so
+far times epsilon to the first power (squares of rounding errors: 2), and at most times
+the second number."""
 
 LITTLE, DIGITS = 1e-16, 1e-10
-"""The parts of its fall so far and of |f| that may still be expected of another f, the
-smaller one: the model of L-BFGS is wrong by up to the condition number, in vain where
-it has 1e5 times as many digits as anybody needs."""
+"""Any other f has converged where the expected fall is at most the first number times
+the fall so far, and the second times |f|. The model of L-BFGS may be wrong by the
+condition number, so both leave 1e5 times more digits than are needed."""
 
 ROUNDINGS, LAST_ROUNDINGS = 4, 8
-"""Rounding errors of f that hide a fall: of a step, and of a search that failed."""
+"""Rounding errors of f that hide a fall: in a step; in a search that failed."""
 
 
 def converged(
@@ -42,10 +43,10 @@ def converged(
     previous_expected: tf.Tensor,
     first_fun: tf.Tensor,
 ) -> tf.Tensor:
-    """Return whether nothing more is to be expected, of this step and the one before.
+    """Return whether the falls expected here and one step before are negligible.
 
-    Ask it at every accepted step, and at the start, of which `expected` comes from
-    `Method.init`: hand it over twice there.
+    Called at every accepted step, and at the start, where `expected` comes from
+    `Method.init` and is passed twice.
 
     Args:
         fun: The value of f at the current point, shape `[]` or of any one shape, as all
@@ -69,12 +70,12 @@ def converged(
 def at_precision(
     fun: tf.Tensor, expected: tf.Tensor, first_fun: tf.Tensor
 ) -> tf.Tensor:
-    """Return whether a point from which a method failed to go on is a solution.
+    """Return whether the point at which a method failed is a solution.
 
-    It is one if what the method expected yet is hidden by rounding, or if f has
-    vanished. At a kink, and on a plateau or a saddle that a search got stuck on, more
-    is expected. Arguments and shapes are those of `converged`; `expected` is that of
-    the `Move` that `failed`.
+    It is one if rounding hides the fall that is still expected, or if f is 0 but for
+    rounding. At a kink, on a plateau and at a saddle, a larger fall is expected.
+    Arguments and shapes are those of `converged`; `expected` is that of the `Move` that
+    `failed`.
 
     >>> one = tf.constant(1.0, tf.float64)
     >>> bool(at_precision(one, 1e-12 * one, 5 * one))

@@ -1,6 +1,6 @@
-"""How far a search has come, and what may still be expected: without units of x.
+"""The fall of f that a search still expects, whatever the units of x.
 
-What L-BFGS with and without bounds share.
+L-BFGS with bounds and without share it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from tfgrad.optimize.methods.convergence import DIGITS, VANISHING
 from tfgrad.optimize.methods.protocol import Point
 
 FIRST = 0.1
-"""The first step, as a part of |x|, or of |f| / |g| if that is less: neither knows the
-units of x, and a search that started too far away may end in another valley."""
+"""The length of the first step, as a part of |x|, or of |f| / |g| if that is less: both
+scale with the units of x. A longer step might end in another valley."""
 
 MOST_IDLE = 8
-"""Steps in a row that change nothing before the search gives up: at a saddle in
-float32, some drift along until they find the way down."""
+"""Idle steps in a row (see `Progress`) with which the method fails. Near a saddle in
+float32, some runs take a few before they find the way down."""
 
 FALLEN, KINK = 1e-2, 1e6
-"""At a kink slopes promise ever less, too, but the gradient does not fall to a 100th of
-the largest one: where f has fallen by a million times of what is expected, which is as
-the square of the gradient elsewhere, it is one."""
+"""A point is taken for a kink if its gradient is more than the first number times the
+largest one, and f has fallen by more than the second times the expected fall. At a
+smooth minimum the expected fall shrinks like the square of the gradient."""
 
 
 class Descent(NamedTuple):
@@ -75,11 +75,11 @@ def first_length(start: Point, length: tf.Tensor) -> tf.Tensor:
 
 
 def sized(here: Point, first_fun: tf.Tensor) -> Descent:
-    """Return a step in variables that are counted in their own sizes.
+    """Return the Newton step of a diagonal Hessian that is guessed from x and f.
 
-    With u = x g / F, where F is what f has fallen by, or |f| if that is more, it is
-    -x u, element by element. If f curves by F over a step of the size of x, it is least
-    there, by F |u|^2 / 2. That knows no units of any variable.
+    The Hessian is F / x^2 on its diagonal: f curves by F, the fall so far or |f| if
+    that is more, over a step of the size of x. With u = x g / F, the step is -x u,
+    element by element, and f falls by F |u|^2 / 2. The units of the variables cancel.
     """
     fall = tf.maximum(first_fun - here.fun, tf.abs(here.fun))
     part = tf.math.divide_no_nan(here.x * here.grad, fall)
@@ -87,13 +87,13 @@ def sized(here: Point, first_fun: tf.Tensor) -> Descent:
 
 
 def steepest(grad: tf.Tensor, length: tf.Tensor, scale: tf.Tensor) -> Descent:
-    """Return a step as long as the last pair says, or no longer than 1."""
+    """Return a step down the gradient, scaled by the last pair, or no longer than 1."""
     scale = tf.where(scale > 0, scale, 1 / tf.maximum(length, 1))
     return Descent(-scale * grad, -(scale * length) * length)
 
 
 def start_of(start: Point) -> tuple[Progress, Descent]:
-    """Return how a run begins, and its first step."""
+    """Return the progress at the start, and the first step."""
     norm, length = start.grad_max, length_of(start.grad)
     unknown = tf.zeros_like(length) + length.dtype.max
     expected = tf.where(length > 0, unknown, tf.zeros_like(length))
@@ -105,7 +105,7 @@ def start_of(start: Point) -> tuple[Progress, Descent]:
 
 
 def is_kink(here: Point, progress: Progress, expected: tf.Tensor) -> tf.Tensor:
-    """Return whether f has fallen as it cannot where the gradient has not."""
+    """Return whether the point is taken for a kink: see `KINK`."""
     kink = min(KINK, float(expected.dtype.max))  # float16 holds no million
     has_fallen = (progress.first_fun - here.fun) / kink > expected
     return has_fallen & (progress.grad_max > FALLEN * progress.most_grad)
@@ -118,13 +118,13 @@ def told(
     sized: Descent,
     first_fun: tf.Tensor,
 ) -> tf.Tensor:
-    """Return the fall that is still to be expected, on doubt a larger one.
+    """Return the expected fall to report: in doubt, more than the model's own.
 
-    Where most of f is to vanish, the model is as good as the digits of f are many.
-    Else a model that has never seen a flat direction expects nothing of it; the step
-    in the sizes of the variables does. But the fall so far, which that takes for how f
-    curves, may be of steeper places: the less is left of f, the less it says about this
-    one. The geometric mean of both is taken.
+    Where the minimum of f is taken to be 0 (`VANISHING`), the model's own number is
+    reported. Elsewhere the model may have seen no flat direction yet, and expect
+    nothing of it; `sized` does. But `sized` takes its curvature from the fall so far,
+    most of which may have happened where f is steeper. So the geometric mean of its
+    falls with F = the fall so far and with F = |f| is used, if that is larger.
     """
     grows = expected / 2 > before
     careful = tf.where(grows, expected.dtype.max, tf.maximum(expected, before))
@@ -139,7 +139,7 @@ def told(
 def after_step(
     new: Point, old: Point, before: Progress, length: tf.Tensor, is_last: tf.Tensor
 ) -> Progress:
-    """Return how it goes if `new` is taken, whose gradient has that `length`."""
+    """Return the progress after a step to `new`, whose gradient has that `length`."""
     norm = new.grad_max
     stands = old.fun - new.fun <= EPSILONS[new.fun.dtype] * tf.abs(old.fun)
     is_idle = stands & (norm > before.least_grad / 2) | is_last

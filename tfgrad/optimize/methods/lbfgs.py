@@ -71,9 +71,10 @@ class Search(NamedTuple):
             f has none.
         is_bracketed: Whether there is one.
         t: The distance that is being tried.
-        trials: How many were, along this direction.
-        is_last: Whether the trial is `low` again, to be taken whatever it is.
-        noise: The largest change of f of those that told nothing.
+        trials: How many points were tried along this direction.
+        is_last: Whether the trial is `low` again, to be accepted in any case.
+        noise: The largest change of f among trials that only rounding tells from the
+            start.
     """
 
     start: Trial
@@ -97,9 +98,9 @@ class Pair(NamedTuple):
         sy: Inner product of s and y.
         yy: Of y and y.
         sg: Of s and the gradient at the end of the step.
-        yg: Of y and that.
-        slope: Of the direction and that.
-        length: The Euclidean norm of that.
+        yg: Inner product of y and that gradient.
+        slope: Inner product of the direction and that gradient.
+        length: The Euclidean norm of that gradient.
     """
 
     s: tf.Tensor
@@ -120,12 +121,12 @@ class Memory(NamedTuple):
 
     Attributes:
         pairs: Their s and y, shape `[m + 1, 2, n]`.
-        products: Those of s and y with the gradient, shape `[m + 1, 2]`.
-        gram: Those of the y with each other, shape `[m + 1, m + 1]`.
-        curvature: Those of each s with its y, shape `[m + 1]`.
-        inverse: Of the triangular matrix of the products of each s with its own and
-            later y, shape `[m + 1, m + 1]`; zero where no pair is.
-        scale: Of the identity that they correct, shape `[]`.
+        products: Inner products of each s and y with the gradient, shape `[m + 1, 2]`.
+        gram: Inner products of the y with each other, shape `[m + 1, m + 1]`.
+        curvature: Inner products of each s with its y, shape `[m + 1]`.
+        inverse: The inverse of the triangular matrix of the inner products of each s
+            with its own and later y, shape `[m + 1, m + 1]`; zero where no pair is.
+        scale: The multiple of the identity that the pairs correct, shape `[]`.
         kept: How many pairs were since the last one was forgotten, shape `[]`.
     """
 
@@ -143,7 +144,7 @@ class State(NamedTuple):
 
     Attributes:
         direction: Of the current search, shape `[n]`.
-        search: Where that is.
+        search: The state of that search.
         memory: What is known of the curvature.
         progress: How the last steps went.
     """
@@ -157,10 +158,10 @@ class State(NamedTuple):
 class LBFGS:
     """Limited-memory BFGS: for smooth functions of two to millions of parameters.
 
-    What it expects of a step (`Move.expected`) is half of -g'd along its next
-    direction d; but where it does not expect to lose most of f, it believes itself only
-    if it has expected as little before, does not expect more each time (a valley that
-    it has just turned into), and if a step of the size of x would not be better.
+    The expected fall (`Move.expected`) is half of -g'd along the next direction d.
+    Unless that is most of f, more is reported if the step before expected more, if the
+    expected fall grows from step to step (as in a valley just entered), or if a step of
+    the size of x promises more.
 
     Args:
         memory: How many pairs to keep; each takes two vectors of the size of x. None
@@ -176,7 +177,7 @@ class LBFGS:
     name = "lbfgs"
 
     def __init__(self, memory: int | None = None, bounds: Any = None) -> None:
-        """Remember how much to remember."""
+        """Store the settings."""
         if memory is not None and (not isinstance(memory, int) or memory < 1):
             raise InvalidArgumentError(
                 "`memory` must be a whole number of at least 1.",
@@ -203,14 +204,14 @@ class LBFGS:
         n: Any = start.x.shape[0]
         is_few = n is not None and n <= FEW
         memory = self._memory or (MEMORY_OF_FEW if is_few else MEMORY)
-        if n is None:  # in a trace for any
+        if n is None:  # traced for any n
             n = tf.size(start.x)
         if self._bounds is not None:
             return bounded.init(start, self._box(start.x), memory)
         m = memory + 1
         dtype, zero = start.x.dtype, tf.zeros_like(start.fun)
         square = tf.zeros([m, m], dtype)
-        # Zeros that depend on something: a graph keeps a copy of what is constant.
+        # Zeros that depend on an input: constant ones would be stored in the graph.
         none = tf.where(tf.math.is_finite(start.fun), zero, zero)
         empty = Memory(
             tf.broadcast_to(none, [m, 2, n]), tf.zeros([m, 2], dtype), square,
@@ -238,12 +239,13 @@ class LBFGS:
 
         memory, newton = _remember(state.memory, pair, new.grad, is_taken)
         newton_slope = _dot(newton, new.grad)
-        # It leads down in exact arithmetic; if rounding has spoilt it, start afresh.
+        # In exact arithmetic the direction leads down; if rounding has spoilt that, the
+        # pairs are dropped.
         leads = is_taken & (memory.kept > 0) & (newton_slope < 0)
         sized = expectation.sized(here, before.first_fun)
-        # If no trial will do, try once down the gradient before giving up: in the sizes
-        # of the variables if that promises more than rounding, which the last direction
-        # need not (then two trials are enough of it).
+        # If no trial is accepted, search once down the gradient before failing: along
+        # `sized` if that promises more than rounding. If the last direction promises no
+        # more than rounding, two trials along it are enough.
         noise = 4 * EPSILONS[new.fun.dtype] * tf.abs(here.fun)
         is_promising = -sized.slope > noise
         is_hidden: Any = (before.expected <= noise) & (memory.kept > 0)
@@ -258,7 +260,7 @@ class LBFGS:
         memory = memory._replace(kept=tf.where(is_afresh, 0, memory.kept))
 
         # Along a Newton direction f falls by half of what its slope promises.
-        # A fresh start knows no better than the direction before it.
+        # After a fresh start, the fall expected before is kept.
         expected = tf.where(leads, -newton_slope / 2, before.expected)
         expected = tf.where(progress.length > 0, expected, tf.zeros_like(expected))
         told = expectation.told(
@@ -266,7 +268,7 @@ class LBFGS:
         )
         hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * narrowed.noise
         last = tf.where(hidden, tf.zeros_like(expected), expected)
-        # Where f is uncertain by more than its size tells, a fall by that may be left.
+        # If the noise in f exceeds its rounding, f may still fall by that noise.
         is_noisy = narrowed.noise > LEVEL * EPSILONS[new.fun.dtype] * tf.abs(here.fun)
         last = tf.where(is_noisy, tf.maximum(last, narrowed.noise), last)
         told = tf.where(failed, last, told)
@@ -418,16 +420,16 @@ def _remember(
     slot = memory.kept % m
     is_new, is_oldest = (tf.range(m) == k % m for k in (slot, slot + 1))
     none, ratio = tf.zeros([], gradient.dtype), tf.math.divide_no_nan(pair.sy, pair.yy)
-    # Else the curvature is not positive, or lost in the rounding of slopes whose
-    # difference sy is, in whatever units f and x are; or 1 / sy may overflow; or of the
-    # new gradient nothing is left in y, which tells only how steep f was.
+    # The pair is dropped if its curvature is not positive, or is lost in the rounding
+    # of the slopes whose difference sy is, whatever the units of f and x; if 1 / sy may
+    # overflow; or if rounding leaves nothing of the new gradient in y.
     epsilon, slope = EPSILONS[gradient.dtype], tf.abs(pair.unit * pair.sg)
     is_kept = (pair.sy > epsilon * slope) & (pair.sy > 4 / gradient.dtype.max)
     is_kept &= is_taken & (pair.unit * pair.length > epsilon) & (ratio > 0)
 
     rows = tf.reshape(memory.pairs, [2 * m, -1])
     products = tf.reshape(tf.linalg.matvec(rows, gradient), [m, 2])
-    # With y they are what those with the gradient have changed by.
+    # Products with y are the changes of the products with the gradient.
     with_y = pair.unit * (products - memory.products)
     # The oldest pair makes room, or all do if there was a fresh start.
     is_known = (memory.kept > 0) & ~(is_oldest | is_new)
@@ -467,10 +469,9 @@ def _remember(
 
 
 def _write(memory: Memory, kept: tf.Tensor, pair: Pair, leads: tf.Tensor) -> Memory:
-    """Return the memory with the pair in its slot, or zeros if it leads nowhere.
+    """Return the memory with the pair in its slot, or with zeros unless `leads`.
 
-    All that is read of the pairs decides about `leads`, so a compiler can write them
-    where they are.
+    The pairs are read only to compute `leads`, so XLA can update the buffer in place.
     """
     m: Any = memory.pairs.shape[0]
     slot = kept % m

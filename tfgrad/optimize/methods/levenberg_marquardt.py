@@ -130,7 +130,7 @@ class LevenbergMarquardt:
     """Damped Gauss-Newton steps for f = half a sum of squares.
 
     Args:
-        is_open: Leave it to others to say what a solution is.
+        is_open: Never claim a solution; the caller's rules decide.
         bounds: Lower and upper bounds of x, shape `[n]` each, infinite where there is
             none. Every trial is within them; the start has to be. A parameter at a
             bound that the gradient points beyond is held there.
@@ -140,7 +140,7 @@ class LevenbergMarquardt:
     failure = "trustregion"
 
     def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
-        """Remember them."""
+        """Store the settings."""
         self._is_open = is_open
         self._bounds = bounds
 
@@ -212,7 +212,7 @@ class LevenbergMarquardt:
         ratio = (old.fun - new.fun) / state.step.promised
         if self._bounds is not None:  # which may cut a step until it leads upwards
             ratio = tf.where(state.step.promised > 0, ratio, -tf.ones_like(ratio))
-        # Where f cannot tell, the gradient can: take it, or not, and keep the radius.
+        # Where rounding hides the change of f, the gradient decides; the radius stays.
         ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
         ratio = tf.where(new.is_finite, ratio, -tf.ones_like(ratio))
         is_taken = ratio > ACCEPTABLE
@@ -284,7 +284,8 @@ class LevenbergMarquardt:
         part = tf.math.divide_no_nan(tf.norm(linear.c), tf.sqrt(2 * here.fun))
         step = tf.linalg.matvec(linear.v, _newton(linear)) / linear.scale
         is_short = tf.reduce_all(tf.abs(step) <= enough * tf.abs(here.x))
-        # Without any slope, a model has run off to where it says nothing of the data.
+        # If all slopes are zero, the parameters have run off to where the model no
+        # longer depends on them.
         has_slope = tf.reduce_any(linear.s > 0)
         if self._bounds is not None:  # but where bounds hold all, there is none either
             has_slope |= self._box(here.x).holds_all(here)

@@ -77,7 +77,7 @@ class Marquardt:
     """Damped Gauss-Newton steps, without a loop or a branch.
 
     Args:
-        is_open: Leave it to others to say what a solution is.
+        is_open: Never claim a solution; the caller's rules decide.
         bounds: Lower and upper bounds of x, shape `[n]` each.
     """
 
@@ -85,7 +85,7 @@ class Marquardt:
     failure = "trustregion"
 
     def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
-        """Remember them."""
+        """Store the settings."""
         self._is_open = is_open
         self._bounds = bounds
 
@@ -145,7 +145,7 @@ class Marquardt:
         is_level, is_flatter = _compare(*ends, state)
         no = -tf.ones_like(new.fun)
         ratio = tf.math.divide_no_nan(old.fun - new.fun, state.promised)
-        # Where f cannot tell, the gradient can: take it, or not, and keep the damping.
+        # Where rounding hides the change of f, the gradient decides; the damping stays.
         ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
         ratio = tf.where(new.is_finite & (state.promised > 0), ratio, no)
         ratio = tf.where(is_first, -no / 2, ratio)

@@ -1,9 +1,9 @@
-"""What a method is: where to look first, and where to look next.
+"""What a method is: it says where to evaluate f first, and where next.
 
 A method is any object with `name`, `init` and `update`, as `Method` describes. The loop
 does the rest: it evaluates the objective and its gradient once for each `update`, keeps
-the history, asks the stopping rules, writes the log. Whatever was passed to `minimize`,
-a method sees one vector of one float dtype.
+the history, applies the stopping rules, writes the log. Whatever was passed to
+`minimize`, a method sees one vector of one float dtype.
 
 This is all of the Barzilai-Borwein method (1988, IMA Journal of Numerical Analysis 8):
 
@@ -125,15 +125,15 @@ class Curvature(Protocol):
 
 @runtime_checkable
 class Explained(Protocol):
-    """A method that knows itself whether the point where it ends is a solution.
+    """A method with a convergence test of its own.
 
-    Nobody else asks for a `gtol` that the user has not asked for.
+    The loop then applies only the rules that the user has asked for.
     """
 
     def why(self, state: Any) -> tuple[str, str] | None:
         """Return a status and a sentence for a `state` with which it failed.
 
-        None leaves it to the loop to find the words.
+        None: the loop's own status and sentence are used.
         """
 
 

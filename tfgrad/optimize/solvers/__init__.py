@@ -14,7 +14,7 @@ import tensorflow as tf
 from tfgrad.optimize.evaluator import Evaluation
 
 NO_XLA = "no XLA"
-"""The key under which it is kept that XLA does not compute what the graph does."""
+"""The key that is set if XLA was found to compute something else than the graph."""
 
 
 class State(NamedTuple):
@@ -59,7 +59,7 @@ class Form(NamedTuple):
 
 
 class Solver:
-    """A method at work on a problem; what it says nothing about is as here.
+    """A method at work on a problem; the functions here are the defaults.
 
     Attributes:
         name: What to call the method.
@@ -212,4 +212,4 @@ class Solver:
         return None
 
     def close(self) -> None:
-        """Give back what the run has borrowed."""
+        """Release what the run holds."""

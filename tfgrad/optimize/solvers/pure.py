@@ -26,8 +26,8 @@ NOT_FOR_XLA = (
     "Random", "Multinomial", "PyFunc", "Conv", "Pool", "Assert", "CheckNumerics",
     "Unique",
 )  # fmt: skip
-"""Parts of op names: what XLA draws otherwise, drops, cannot compile, or runs slower on
-a CPU."""
+"""Parts of the names of ops that XLA computes with other random numbers, drops, cannot
+compile, or runs slower on a CPU."""
 
 COMPILATION = 1.0, 2e-3
 """Seconds that it takes to compile a loop with XLA: in any case, and for each op of the
@@ -226,7 +226,7 @@ class PureSolver(Solver):
         return State(
             here[0],
             here[1],
-            # A point that is not finite is kept: what made it so will be asked.
+            # A point that is not finite is kept, so that the cause can be looked for.
             Memory(tf.where(is_bad, trial, move.x), move.state),
             accepted,
             tf.where(is_bad, code_of("nonfinite"), code),
@@ -246,7 +246,7 @@ class PureSolver(Solver):
             self.problem.assign(self.point(state))
 
     def recover(self, state: State) -> tuple[State, str]:
-        """Ask what made the trial not finite, or the start; see to the variables."""
+        """Find what made the trial, or the start, not finite; restore the variables."""
         is_start = not np.isfinite(state.evaluation.grad_max)
         trial = unravel(state.x if is_start else state.memory.trial, self._like)
         self.blamed = trial, ()
@@ -376,7 +376,7 @@ def _point(x: tf.Tensor, evaluation: Evaluation) -> Point:
 
 
 def _expected(move: Move, evaluation: Evaluation) -> tf.Tensor:
-    """Return the fall that a rule may believe in: 0 where the gradient vanishes."""
+    """Return the expected fall for the rules: 0 where the gradient vanishes."""
     dtype = evaluation.value.dtype
     expected = _told(move.expected, dtype)
     return tf.where(evaluation.grad_max == 0, tf.zeros([], dtype), expected)

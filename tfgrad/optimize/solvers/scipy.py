@@ -169,7 +169,7 @@ class SciPyLoop:
 
     @property
     def succeeded(self) -> bool:
-        """Whether SciPy says so, and no limit is broken."""
+        """Whether SciPy reports success, and no limit is broken."""
         return self.verdict[0] and self._is_feasible
 
     def close(self) -> None:
@@ -271,7 +271,7 @@ class SciPyLoop:
         if self._limits.violation(np.asarray(new.x, np.float64)) > FEASIBLE:
             rules = Tolerances()  # no point to stop at
         elif self._limits.are_any:
-            rules = rules._replace(gtol=None)  # limits hold the gradient up
+            rules = rules._replace(gtol=None)  # at a limit the gradient need not vanish
         step = Step(
             fun=new.evaluation.value,
             grad_max=new.evaluation.grad_max,
