@@ -9,8 +9,6 @@ import re
 import traceback
 from typing import Any
 
-import tensorflow as tf
-
 from tfgrad.derivatives.soundness import every
 from tfgrad.diagnosis.lines import line_of, made_by_gradient, reason_of
 from tfgrad.errors import NoGradientError
