@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,8 +180,8 @@ class Driver:
             self.hooks.append(TensorBoard(options.log))
         if checkpoints is not None and self.problem.replicas.is_chief:
             self.hooks.append(checkpoints)
-        if not self.problem.takes_values and not has_data:
-            _check_closed(f)
+        if not has_data:
+            _check_closed(f, self.problem.takes_values, goes_on=before is not None)
 
     @property
     def step(self) -> int:
@@ -438,6 +440,7 @@ class Driver:
                 self.record.keep(rows)
                 for hook in begun:
                     hook.finish(self)
+                _warn_of_validation(self)
                 self.saved = resume.with_outcome(self, self.saved)
             else:
                 self.loop.solver.settle(self.state)
@@ -473,15 +476,35 @@ def _check_unwatched(problem: Problem) -> None:
                 )
 
 
-def _check_closed(f: Any) -> None:
-    """Refuse a function of values without values to start from."""
-    if can_take(f, 0):
+def _check_closed(f: Any, takes_values: bool, *, goes_on: bool) -> None:
+    """Refuse a function of more than the point where there is no data."""
+    if can_take(f, int(takes_values)):
         return
-    raise InvalidArgumentError(
-        "A function of values needs a start; one of variables takes no argument.",
-        got=f"`{name_of(f)}`, which takes an argument, without `x0`",
-        hint="minimize(f, x0), or minimize(lambda: f(variable), wrt=variable)",
-    )
+    rule = "A function of values needs a start; one of variables takes no argument."
+    got = f"`{name_of(f)}`, which takes an argument, without `x0`"
+    hint = "minimize(f, x0), or minimize(lambda: f(variable), wrt=variable)"
+    if takes_values or goes_on:
+        rule = "Without `data`, a function takes the point and nothing else."
+        got = f"`{name_of(f)}{inspect.signature(f)}` without `data`"
+        hint = "minimize(f, x0, data=(x, y)), with a parameter for each part"
+    if goes_on:
+        rule += " A result does not hold the data: it is given again."
+        hint = "minimize(f, result, data=(x, y), epochs=10)"
+    raise InvalidArgumentError(rule, got=got, hint=hint)
+
+
+def _warn_of_validation(run: Driver) -> None:
+    """Say that a validation was never called: nobody knows where some data ends."""
+    training = run.training
+    if training is None or training.validation is None:
+        return
+    if training.source.batches is None and not run.record.epochs.columns():
+        warnings.warn(
+            "`validation` is called at the end of an epoch, and none has ended in "
+            f"{run.step} steps: let `data` end after some batches",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _is_empty(column: np.ndarray[Any, Any]) -> bool:
