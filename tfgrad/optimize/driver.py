@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ class Driver:
         if checkpoints is not None and self.problem.replicas.is_chief:
             self.hooks.append(checkpoints)
         if not has_data:
-            _check_takes(f, 1 if self.problem.takes_values else 0)
+            takes = int(self.problem.takes_values)
+            _check_takes(f, takes, goes_on=before is not None)
 
     @property
     def step(self) -> int:
@@ -439,6 +441,7 @@ class Driver:
                 self.record.keep(rows)
                 for hook in begun:
                     hook.finish(self)
+                _warn_of_validation(self)
                 self.saved = resume.with_outcome(self, self.saved)
             else:
                 self.loop.solver.settle(self.state)
@@ -474,10 +477,18 @@ def _check_unwatched(problem: Problem) -> None:
                 )
 
 
-def _check_takes(f: Any, count: int) -> None:
-    """Refuse a function that does not take the values, or that has none to take."""
+def _check_takes(f: Any, count: int, *, goes_on: bool) -> None:
+    """Refuse a function that does not take so many arguments, for want of data."""
     if can_take(f, count):
         return
+    got = f"`{name_of(f)}{inspect.signature(f)}`"
+    if goes_on:
+        raise InvalidArgumentError(
+            "Without `data`, a function takes the point and nothing else. A result does "
+            "not hold the data: it is given again.",
+            got=f"{got} without `data`",
+            hint="minimize(f, result, data=(x, y), epochs=10)",
+        )
     if count == 0:
         raise InvalidArgumentError(
             "A function of values needs a start; one of variables takes no argument.",
@@ -486,11 +497,25 @@ def _check_takes(f: Any, count: int) -> None:
         )
     raise InvalidArgumentError(
         "With `x0`, the function takes one argument: all values, in the form of `x0`.",
-        got=f"`{name_of(f)}{inspect.signature(f)}`",
+        got=got,
         hint="wrt= the variables that f reads, and no x0"
         if can_take(f, 0)
         else "lambda x: f(x, a) for what is not moved; else one nest, x = [a, b]",
     )
+
+
+def _warn_of_validation(run: Driver) -> None:
+    """Say that a validation was never called: nobody knows where some data ends."""
+    training = run.training
+    if training is None or training.validation is None:
+        return
+    if training.source.batches is None and not run.record.epochs.columns():
+        warnings.warn(
+            "`validation` is called at the end of an epoch, and none has ended in "
+            f"{run.step} steps: let `data` end after some batches",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _is_empty(column: np.ndarray[Any, Any]) -> bool:

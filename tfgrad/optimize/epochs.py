@@ -12,11 +12,10 @@ import numpy as np
 
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe
-from tfgrad.optimize.data import Source, can_take, source_of
+from tfgrad.optimize.data import SIZE, Source, can_take, source_of
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.options import ENDLESS, Options
 from tfgrad.optimize.problem import Problem
-from tfgrad.optimize.solvers.optimizer import SIZE
 
 NOT_AVERAGED = ("step", "seconds", "grad_max", "learning_rate", SIZE)
 """Columns of which an epoch has no mean."""

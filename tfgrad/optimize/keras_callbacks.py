@@ -49,9 +49,7 @@ def watching(callback: Any) -> list[Hook]:
     Raises:
         InvalidArgumentError: If it is none of these.
     """
-    if callback is None:
-        return []
-    each = list(callback) if isinstance(callback, list | tuple) else [callback]
+    each = [] if callback is None else tf.nest.flatten(callback)
     for entry in each:
         is_kind = inspect.isclass(entry) and issubclass(entry, keras.callbacks.Callback)
         if is_kind or not (_is_keras(entry) or callable(entry)):

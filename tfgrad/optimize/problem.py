@@ -117,30 +117,32 @@ class Problem:
 
         Raises:
             InvalidArgumentError: If the source has no end, or cannot be gone through
-                again; if f does not take its batches.
+                again; if its rows are a worker's own; if f does not take its batches.
         """
         is_endless = getattr(source, "is_endless", False)
-        if is_endless or not source.is_repeatable:
+        if is_endless or source.is_own or not source.is_repeatable:
+            why = "from an iterator" if not source.is_own else "of a strategy"
             raise InvalidArgumentError(
                 "A method that takes f for one function goes through all of the data "
                 "at each evaluation.",
-                got=f"{source}, {'without end' if is_endless else 'from an iterator'}",
-                hint="arrays, a data set without .repeat(), or data=make, where make() "
-                "returns the iterator",
+                got=f"{source}, {'without end' if is_endless else why}",
+                hint="arrays, a data set without .repeat() that all workers share, or "
+                "data=make, where make() returns the iterator",
             )
         batch = source.example()
         before = int(self.takes_values)
         self._take = arguments_of(self.f, before, batch)
         self.source, self.example = source, self._take(batch)
 
-    def distribute(self, written: Sequence[tf.Variable]) -> None:
+    def distribute(self, written: Sequence[tf.Variable], *, are_own: bool) -> None:
         """Let each replica evaluate its share of a batch, from now on.
 
         Args:
             written: The variables that f writes.
+            are_own: Whether each worker has a batch of its own.
         """
         require_rows(self.example)
-        self._take_apart(Parts(self.replicas, written))
+        self._take_apart(Parts(self.replicas, written, are_own=are_own))
 
     def _put_together(self, source: Source) -> None:
         """Let evaluations be those of all batches, from now on."""

@@ -18,6 +18,7 @@ from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, named_leaves, unravel
 from tfgrad.optimize.chain import Chain, check_tells
+from tfgrad.optimize.data import SIZE
 from tfgrad.optimize.evaluator import is_open
 from tfgrad.optimize.history import History, Rows
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
@@ -25,7 +26,6 @@ from tfgrad.optimize.options import Options
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.solvers import State
-from tfgrad.optimize.solvers.optimizer import SIZE
 from tfgrad.optimize.stopping import RUNNING, rule_of
 from tfgrad.optimize.traced import operations, written
 from tfgrad.runs.values import as_array

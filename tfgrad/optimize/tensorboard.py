@@ -19,6 +19,7 @@ import numpy as np
 from tfgrad.errors import InvalidArgumentError, RunError, TfgradError
 from tfgrad.nested import named_leaves
 from tfgrad.optimize.cards import point_text, problem_card, result_card
+from tfgrad.optimize.data import SIZE
 from tfgrad.optimize.epochs import STEPS
 from tfgrad.optimize.evaluator import SMALL
 from tfgrad.optimize.history import Rows
@@ -26,7 +27,6 @@ from tfgrad.optimize.hooks import Hook
 from tfgrad.optimize.options import ENDLESS
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.resume import UNFINISHED
-from tfgrad.optimize.solvers.optimizer import SIZE
 from tfgrad.runs.directory import check
 from tfgrad.runs.guard import Guard
 from tfgrad.runs.run import Run

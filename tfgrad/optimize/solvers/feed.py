@@ -50,13 +50,17 @@ class Feed:
     ) -> None:
         """Open the data where the run begins; look at what a batch is."""
         self._problem, self.source, self._position = problem, source, position
+        self._next: Any = lambda iterator: iterator.get_next_as_optional()
+        if source.is_own:  # eagerly, its spec would be that of one batch alone
+            self._next = tf.function(self._next, autograph=False)
         epoch, count = position
         # The batch before is what an empty rest of an epoch is judged by.
         self._iterator = source.open(epoch, max(0, count - 1))
         self.first = self._draw()
         require_batch(bool(self.first.has_value()))
         batch = source.batch(self.first.get_value())
-        problem.replicas.require_same(batch)
+        if not source.is_own:
+            problem.replicas.require_same(batch)
         self.arguments = arguments_of(problem.f, int(problem.takes_values), batch)
         problem.example = self.arguments(batch)
 
@@ -84,7 +88,8 @@ class Feed:
             self._iterator = self.source.open(int(epoch))
             ahead = self._draw()
             replicas = self._problem.replicas
-            if replicas.is_clustered and bool(ahead.has_value()):
+            is_same = replicas.is_clustered and not self.source.is_own
+            if is_same and bool(ahead.has_value()):
                 replicas.require_same(self.source.batch(ahead.get_value()))
         return Batches(ahead, batches.last, 0 * epoch, epoch)
 
@@ -141,6 +146,6 @@ class Feed:
 
     def _draw(self) -> Any:
         """Return the next batch, if there is one."""
-        ahead = self._iterator.get_next_as_optional()
+        ahead = self._next(self._iterator)
         self._is_exhausted = not bool(ahead.has_value())
         return ahead

@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.errors import TfgradError
 from tfgrad.nested import Nest
-from tfgrad.optimize.data import Source, size_of
+from tfgrad.optimize.data import SIZE, Source, size_of
 from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, operations_of
 from tfgrad.optimize.methods.keras_optimizer import Factory, KerasMethod, plain
 from tfgrad.optimize.problem import Problem, require_compiled
@@ -24,9 +24,6 @@ from tfgrad.optimize.solvers.feed import Feed
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA
 from tfgrad.optimize.stopping import RUNNING, rule_of, status_of
 from tfgrad.optimize.traced import blame, not_moved, others
-
-SIZE = "size of the batch"
-"""A column of the rows: the weight of a batch in the mean of its epoch."""
 
 LOOP_STEPS = 100
 """Compiling the loop pays from about here, measured on functions of 30 to 140 ops."""
@@ -79,11 +76,11 @@ class OptimizerSolver(Solver):
         self._method = KerasMethod(factory, owners)
         self.name, self.optimizer = self._method.name, self._method.optimizer
         is_shared = self._feed is not None and problem.replicas.count > 1
-        if self._feed is not None and is_shared:
+        if source is not None and self._feed is not None and is_shared:
             if self._compiled is None:  # eagerly, f raises the user's own error
                 self._evaluated(self._feed.first.get_value())
                 require_compiled(problem.name, problem.replicas.count)
-            problem.distribute(self._written)
+            problem.distribute(self._written, are_own=source.is_own)
         if is_shared or self._method.scale() is not None:
             self._compiled = self._compile()
         self.backup = [tf.Variable(v, trainable=False) for v in self.moved]
@@ -328,7 +325,7 @@ class OptimizerSolver(Solver):
             arguments = self._feed.arguments(batch)
         evaluation = self.problem.evaluate(point, arguments, scale)
         if self._feed is not None:
-            aux = {**evaluation.aux, SIZE: size_of(batch)}
+            aux = {SIZE: size_of(batch), **evaluation.aux}
             evaluation = evaluation._replace(aux=aux)
         is_traced = not tf.executing_eagerly()
         if is_traced and self.problem.graph(arguments, scale) is None:
