@@ -273,7 +273,7 @@ def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
     n = int(sum(np.prod(shape) for shape in shapes))
     pair: tuple[Any, Any]
     if bounds is None:
-        return np.full(n, -np.inf), np.full(n, np.inf)
+        return np.broadcast_to(-np.inf, n), np.broadcast_to(np.inf, n)  # no memory
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
         pair = bounds.lb, bounds.ub
     elif isinstance(bounds, list) and len(bounds) == n:

@@ -236,13 +236,23 @@ def _rows(slices: tf.IndexedSlices) -> Any:
 
 
 def largest(gradient: Sequence[Any], scale: Any, dtype: tf.DType) -> tf.Tensor:
-    """Return the largest |element|, without the scale; an empty leaf counts as 0."""
+    """Return the largest |element|, without the scale; an empty leaf counts as 0.
+
+    The maximum of floats that XLA computes skips NaN (TensorFlow 2.21). Their bits,
+    read as whole numbers, have the order of the floats, with NaN above infinity.
+    """
     values = [getattr(leaf, "values", leaf) for leaf in gradient]
     sizes = [tf.abs(leaf) for leaf in values if leaf.shape.num_elements() != 0]
-    each = [tf.reduce_max(leaf) if leaf.shape.rank else leaf for leaf in sizes]
+    each = [_most(leaf) if leaf.shape.rank else leaf for leaf in sizes]
     each = [tf.cast(leaf, dtype) for leaf in each]
-    whole = each[0] if len(each) == 1 else tf.reduce_max(tf.stack(each))
+    whole = each[0] if len(each) == 1 else _most(tf.stack(each))
     return whole if scale is None else whole / tf.cast(scale, dtype)
+
+
+def _most(sizes: tf.Tensor) -> tf.Tensor:
+    """Return the largest of numbers that are not negative, NaN if one is."""
+    bits = {8: tf.int64, 4: tf.int32, 2: tf.int16}[sizes.dtype.size]
+    return tf.bitcast(tf.reduce_max(tf.bitcast(sizes, bits)), sizes.dtype)
 
 
 def flat(evaluation: Evaluation) -> Evaluation:

@@ -20,6 +20,7 @@ from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, operations_of
 from tfgrad.optimize.methods.keras_optimizer import Factory, KerasMethod, plain
 from tfgrad.optimize.problem import Problem, require_compiled
 from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
+from tfgrad.optimize.solvers.backup import Backup
 from tfgrad.optimize.solvers.feed import Feed
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA
 from tfgrad.optimize.stopping import RUNNING, rule_of, status_of
@@ -83,7 +84,8 @@ class OptimizerSolver(Solver):
             problem.distribute(self._written, are_own=source.is_own)
         if is_shared or self._method.scale() is not None:
             self._compiled = self._compile()
-        self.backup = [tf.Variable(v, trainable=False) for v in self.moved]
+        self._backup = Backup(self.moved, owners, self.optimizer)
+        self.backup = self._backup.variables
         self._before = [tf.Variable(v, trainable=False) for v in self._written]
 
     @property
@@ -174,8 +176,7 @@ class OptimizerSolver(Solver):
         """Let the optimizer move the variables, unless the run has ended."""
 
         def go() -> tf.Tensor:
-            for kept, variable in zip(self.backup, self.moved, strict=True):
-                kept.assign(variable.read_value())
+            self._backup.keep(evaluation.gradient)
             self._method.update(evaluation.gradient)
             return tf.constant(1)
 
@@ -275,6 +276,11 @@ class OptimizerSolver(Solver):
         is_long = planned >= max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations))
         is_fit &= jit == "auto" and not self._kept.get(NO_XLA)
         return Form("xla" if is_fit and is_long else "graph")
+
+    def refresh(self, state: State) -> State:
+        """Return the same: what the user has changed is evaluated next."""
+        self._backup.forget()
+        return state
 
     def set_rate(self, rate: Any) -> None:
         """Let the optimizer go on with another learning rate."""

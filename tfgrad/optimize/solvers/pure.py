@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfgrad.derivatives.signatures import signature
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either, ravel, unravel
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
@@ -132,7 +131,7 @@ class PureSolver(Solver):
 
     def kept_with_f(self) -> tuple[Any, Any]:
         """Return where compiled loops are kept: with the function."""
-        return self.problem.evaluator.kept, (self.kept()[1], signature(self._like))
+        return self.problem.evaluator.kept, (self.kept()[1], shapes_of(self._like))
 
     def init(self) -> tuple[State, Evaluation | None]:
         """Evaluate the start, and ask where to look next."""
