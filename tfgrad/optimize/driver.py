@@ -484,8 +484,8 @@ def _check_takes(f: Any, count: int, *, goes_on: bool) -> None:
     got = f"`{name_of(f)}{inspect.signature(f)}`"
     if goes_on:
         raise InvalidArgumentError(
-            "Without `data`, a function takes the point and nothing else. A result does "
-            "not hold the data: it is given again.",
+            "Without `data`, a function takes the point and nothing else. A result "
+            "does not hold the data: it is given again.",
             got=f"{got} without `data`",
             hint="minimize(f, result, data=(x, y), epochs=10)",
         )
