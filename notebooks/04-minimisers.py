@@ -54,13 +54,13 @@ results["lbfgs"]
 
 # %%
 for name, result in results.items():
-    print(f"{name:12} {result.status:6} {result.nit:5} steps   f = {result.fun:.1e}")
+    print(f"{name:12} {result.status:9} {result.nit:5} steps   f = {result.fun:.1e}")
 
 # %% [markdown]
 # ## The paths
 #
-# The height is drawn as a logarithm. Gradient descent falls into the valley and creeps; Adam walks along it;
-# L-BFGS learns its curvature and jumps.
+# The height is drawn as a logarithm. Gradient descent reaches the valley soon and then takes tiny steps along
+# it; Adam's are larger; L-BFGS takes long ones, since it has learned the curvature.
 
 # %%
 a, b = np.meshgrid(np.linspace(-1.6, 1.6, 200), np.linspace(-0.5, 1.6, 200))
@@ -118,7 +118,7 @@ starts = generator.uniform(-5, 5, size=(12, 2))
 ends = np.array([tfgrad.minimize(problems.himmelblau, start).x for start in starts])
 distances = np.linalg.norm(ends[:, None] - problems.himmelblau.minima, axis=2)
 found = distances.argmin(axis=1)
-print(np.bincount(found, minlength=4), "starts end in each of the four")
+print(np.bincount(found, minlength=4), "starts end in the four minima")
 
 # %% [markdown]
 # ## What must hold

@@ -130,19 +130,19 @@ for name, options in runs.items():
     results[name] = tfgrad.minimize(loss, wrt=model, log=logs, **options)
     accuracies[name] = accuracy()
 for name, share in accuracies.items():
-    print(f"{name:14} {share:.1%} of the images that it has not seen")
+    print(f"{name:14} {share:.1%} of the unseen images are recognised")
 
 # %%
 figure = Picture(figsize=(8, 4), layout="constrained")
 axes = figure.subplots()
 for name, result in results.items():
     axes.semilogy(result.history["step"], result.history["fun"], label=name)
-axes.set(xlabel="step", ylabel="loss", title="loss of what a step has seen")
+axes.set(xlabel="step", ylabel="loss", title="loss of the images of a step")
 axes.legend()
 figure
 
 # %% [markdown]
-# ## What it confuses
+# ## Which digits are confused
 
 # %%
 guess = tf.argmax(model(images[test]), axis=1).numpy()
@@ -159,12 +159,12 @@ for row, column in np.ndindex(10, 10):
         axes.text(
             column, row, confusion[row, column], ha="center", va="center", color=color
         )
-axes.set(xlabel="said", ylabel="is", xticks=range(10), yticks=range(10))
-axes.set_title(f"{len(truth)} images it has not seen: {accuracies[name]:.1%}")
+axes.set(xlabel="predicted", ylabel="true digit", xticks=range(10), yticks=range(10))
+axes.set_title(f"{len(truth)} unseen images, {accuracies[name]:.1%} recognised")
 picture
 
 # %% [markdown]
-# The ones that it gets wrong, with what it says. Would you have known?
+# The first images that are read wrongly, each with the true digit and the prediction.
 
 # %%
 wrong = np.flatnonzero(guess != truth)[:8]

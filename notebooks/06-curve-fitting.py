@@ -95,21 +95,28 @@ left.plot(pressure, volume, "o", color="black", ms=4, label="measured")
 left.set(xlabel="pressure", ylabel="volume")
 left.legend()
 
-# The two parameters are correlated: a smaller one is made up for by the other.
+# The two parameters are correlated: a smaller b2 is made up for by a larger b1. So b2 is drawn as its distance
+# from the value that fits best with b1; the ellipses would be too thin to be told apart otherwise.
 b1, b2 = (float(fit.x[name]) for name in ("b1", "b2"))
 s1, s2 = np.sqrt(np.diag(fit.covariance))
-grid1, grid2 = np.meshgrid(
-    np.linspace(b1 - 4 * s1, b1 + 4 * s1, 80), np.linspace(b2 - 4 * s2, b2 + 4 * s2, 80)
+slope = fit.covariance[0, 1] / s1**2
+narrow = np.sqrt(s2**2 - slope**2 * s1**2)
+grid1, distance = np.meshgrid(
+    np.linspace(b1 - 4 * s1, b1 + 4 * s1, 80), np.linspace(-4 * narrow, 4 * narrow, 80)
 )
+grid2 = b2 + slope * (grid1 - b1) + distance
 misfit = grid1[..., None] * (1 - np.exp(-grid2[..., None] * pressure)) - volume
 excess = np.sum(misfit**2, axis=-1) - 2 * float(fit.fun)
-right.contourf(grid1, grid2, np.log10(excess + 1e-6), 25, cmap="Blues_r")
+right.contourf(grid1, distance, np.log10(excess + 1e-6), 25, cmap="Blues_r")
 angle = np.linspace(0, 2 * np.pi, 200)
 ellipse = np.linalg.cholesky(fit.covariance) @ [np.cos(angle), np.sin(angle)]
-for size in (1, 2, 3):
-    right.plot(b1 + size * ellipse[0], b2 + size * ellipse[1], color="C1", lw=1)
-right.plot(b1, b2, "*", color="red", ms=10)
-right.set(xlabel="b1", ylabel="b2", title="sum of squares; ellipses of 1, 2, 3 errors")
+for size, color in ((1, "C1"), (2, "C2"), (3, "C3")):
+    across = size * (ellipse[1] - slope * ellipse[0])
+    label = f"{size} standard error{'s' * (size > 1)}"
+    right.plot(b1 + size * ellipse[0], across, color=color, label=label)
+right.plot(b1, 0, "*", color="red", ms=10)
+right.set(xlabel="b1", ylabel="b2 - best b2 for this b1", title="sum of squares")
+right.legend()
 figure
 
 # %%

@@ -35,8 +35,14 @@ class Line(NamedTuple):
         return bool(self.file)
 
     def __str__(self) -> str:
-        """Return file:line and the source, as messages show them."""
-        place = f"{Path(self.file).name}:{self.number}" if self else "an unknown line"
+        """Return file:line and the source, as messages show them.
+
+        The file of a notebook's cell has a number for a name, which tells nobody which.
+        """
+        path = Path(self.file)
+        place = f"{path.name}:{self.number}" if self else "an unknown line"
+        if path.parent.name.startswith("ipykernel_"):
+            place = f"line {self.number} of the cell"
         source = self.source
         shown = source if len(source) <= 80 else f"{source[:77]}..."
         return f"{place}, `{shown}`" if shown else place

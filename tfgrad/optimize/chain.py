@@ -195,7 +195,7 @@ def check_tells(stages: Sequence[Stage]) -> None:
     for stage in stages:
         if not stage.tells:
             raise InvalidArgumentError(
-                "With `checkpoint`, a method must tell what it keeps.",
+                "With `checkpoint`, an optimizer must list the variables of its state.",
                 got=f"`{stage.name}`, without `build(variables)` and `variables`",
                 hint="both, as Keras's optimizers have them, or no checkpoint",
             )

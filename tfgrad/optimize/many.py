@@ -264,7 +264,7 @@ def pure_method(options: Options) -> Method:
         or isinstance(method, Bindable)
     ):
         raise InvalidArgumentError(
-            "Many problems are minimised by a method that asks for gradients alone.",
+            "Many problems need one method, which uses values and gradients only.",
             got=f"method={options.method!r}",
             hint='method="lbfgs"; or tfgrad.minimize for each row, in a loop',
         )

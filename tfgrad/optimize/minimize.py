@@ -110,9 +110,9 @@ def minimize(
         gtol: Stop where no element of the gradient is larger; in units of f per unit of
             x. Without `gtol`, `ftol` and `xtol`, L-BFGS, Newton's method and those of
             your own that tell `Move.expected` stop where they have converged, in any
-            units: where the fall of f that the method still expects is nothing beside
-            what f fell so far, or beside the rounding of f. Keras's optimizers take all
-            of their steps, and SciPy's methods stop by tolerances of their own.
+            units: where the fall of f that the method still expects is negligible
+            beside the fall so far, or beside the rounding of f. Keras's optimizers take
+            all of their steps, and SciPy's methods stop by tolerances of their own.
         ftol: Stop after a step that changes f by no more, relative to max(1, |f|).
         xtol: Stop after a step no longer than this, relative to max(1, ||x||).
         target: Stop where f is no larger, in units of f; with data, after an epoch

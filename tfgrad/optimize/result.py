@@ -170,7 +170,7 @@ class OptimizeResult:
     def _spread(self) -> Any:
         if self.source is None:
             raise InvalidArgumentError(
-                "A result knows errors while it knows the function.",
+                "The errors of a result are computed from its function.",
                 got="a result without its function, as one from a pickle is",
                 hint="minimize(f, result.x), and the errors of that result",
             )

@@ -131,14 +131,14 @@ def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
     """
     if result.state is None:
         raise InvalidArgumentError(
-            "A result goes on if its method tells what it keeps from step to step.",
+            "Only a result with the state of its method can be continued.",
             got="a result without `state`",
             hint="minimize(f, result.x), which starts anew from there",
         )
     before = result.state.options
     if options.method is None and isinstance(before.method, LevenbergMarquardt):
         raise InvalidArgumentError(
-            "A fit goes on with its residuals, as it began.",
+            "A fit is continued by `least_squares`, with its residuals.",
             got="a result of `least_squares` for `minimize`, without `method`",
             hint='least_squares(residuals, result), or method="lbfgs" from there',
         )

@@ -153,14 +153,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "converged",
-        "The fall of f that the method still expects is nothing beside what f fell, "
-        "or beside the rounding of f.",
+        "Converged: the fall of f that is still expected is negligible beside the "
+        "fall so far, or beside the rounding of f.",
         _is_converged, is_solution=True, is_stationary=True, hands_over=True,
     ),
     Rule(
         "linesearch",
-        "No step downhill was found: f may have a kink here, or larger rounding errors "
-        "than its size tells.",
+        "No step downhill was found: f may have a kink here, or rounding errors "
+        "larger than its size suggests.",
         is_stationary=True, hands_over=True,
     ),
     Rule(

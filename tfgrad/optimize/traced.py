@@ -50,7 +50,7 @@ def not_moved(problem: Problem, written: list[tf.Variable]) -> list[tf.Variable]
     for variable in written:
         if id(variable) in moved:
             raise InvalidArgumentError(
-                "The function must leave alone what it is minimised over.",
+                "The function must not assign to what it is minimised over.",
                 got=f"`{problem.name}` assigns to {variable.name!r}",
                 hint="a value computed from the variable, without assign",
             )

@@ -60,3 +60,9 @@ def test_a_notebook_gets_a_table_with_everything_escaped():
     table = Explanation("loss", (finding,))._repr_html_()
 
     assert "<td>&lt;x&gt;</td><td>cut</td><td>model.py:14, `y = tf.round(h)`" in table
+
+
+def test_a_line_of_a_notebook_is_that_of_a_cell_not_of_a_number():
+    line = Line("/tmp/ipykernel_71/724560571.py", 2, "y = tf.round(h)")
+
+    assert str(line) == "line 2 of the cell, `y = tf.round(h)`"

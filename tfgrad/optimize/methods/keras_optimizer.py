@@ -192,7 +192,7 @@ class KerasMethod:
                 raise
             raise InvalidArgumentError(
                 f"`{type(self.optimizer).__name__}` works on Keras variables only.",
-                got=f"tf.Variables, of which it wants more ({error})",
+                got=f"tf.Variables, which lack what it needs ({error})",
                 hint="keras.Variable(...), a Keras model, or another method",
             ) from error
 
