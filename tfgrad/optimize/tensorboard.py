@@ -64,7 +64,7 @@ Leaves = Sequence[Any]
 def check_log(log: Run | str | PathLike[str] | None) -> None:
     """Refuse a log that cannot be written, before anything is traced or written."""
     if isinstance(log, Run):
-        log.check_open()
+        log.session.check_open()
     elif log is not None:
         check(log)
 
