@@ -57,7 +57,7 @@ class Feed:
         require_batch(bool(self.first.has_value()))
         batch = source.batch(self.first.get_value())
         problem.replicas.require_same(batch)
-        self.arguments = arguments_of(problem.f, int(problem.takes_values), batch)
+        self.arguments = arguments_of(problem.f, int(problem.x.takes_values), batch)
         problem.example = self.arguments(batch)
 
     def begin(self) -> Batches:
@@ -125,7 +125,7 @@ class Feed:
 
     def blame(self, batches: Batches, arguments: tuple[Nest, ...]) -> str:
         """Return what is not finite in the batch at hand, or ""."""
-        before = int(self._problem.takes_values)
+        before = int(self._problem.x.takes_values)
         names = names_of_parts(self._problem.f, before, arguments)
         for name, leaf in zip(names, tf.nest.flatten(arguments), strict=True):
             if not isinstance(leaf, tf.Tensor) or not leaf.dtype.is_floating:
