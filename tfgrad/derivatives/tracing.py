@@ -252,15 +252,6 @@ class Traces:
         traced = (c for _, c in self._compiled.values() if c is not None)
         return [x for c in traced for x in c.captured_inputs if x.dtype.is_floating]
 
-    def operations(self, *nests: Any) -> list[str]:
-        """Return the types of the ops in that graph; none if it runs eagerly."""
-        graph = self.graph(*nests)
-        if graph is None:
-            return []
-        definition = graph.as_graph_def()
-        bodies = [body.node_def for body in definition.library.function]
-        return [node.op for nodes in [definition.node, *bodies] for node in nodes]
-
     def _first_call(self, key: Any, nests: tuple[Any, ...]) -> Any:
         given = list(filter(is_dynamic, tf.nest.flatten(nests)))
         body = self._body(nests)

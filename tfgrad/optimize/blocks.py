@@ -29,9 +29,8 @@ from tfgrad.optimize.hooks import Interrupts
 from tfgrad.optimize.methods.levenberg_marquardt import ORTHOGONAL, STANDS, VANISHED
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.problem import Problem
-from tfgrad.optimize.solvers import State
-from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureSolver, Start
-from tfgrad.optimize.solvers.ruled import Ruled
+from tfgrad.optimize.solvers import Ruled, State
+from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureStepper, Start
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
 
 Array = np.ndarray[Any, Any]
@@ -296,7 +295,7 @@ def program_of(plan: Plan, task: Task) -> Program:
         "many", plan.tolerances, plan.steps,
         plan.method if settings is None else (type(plan.method), settings),
         tuple((a.shape[1:], a.dtype) for a in [task.x, *task.sides, *task.data]),
-        signature(plan.problem.template), signature(plan.data),
+        signature(plan.problem.x.template), signature(plan.data),
     )  # fmt: skip
     kept[key] = kept.get(key, 0) + len(task.x)
     is_for_xla = vectorises and not any(
@@ -355,8 +354,10 @@ def _compile(
 ) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
     """Return the specs of the state of one problem; the steps of many; their values."""
     problem, method = plan.problem, plan.method
-    leaves = problem.leaves
-    function = problem.evaluator.evaluate.function((problem.template, *plan.data), None)
+    leaves = problem.x.leaves
+    function = problem.evaluator.evaluate.function(
+        (problem.x.template, *plan.data), None
+    )
     splits = 1 + len(task.sides)
     table = {ORTHOGONAL: "gtol", STANDS: "xtol", VANISHED: "target"}
 
@@ -366,21 +367,21 @@ def _compile(
         x, *rest = row
         return flat(function(*unravel(x, leaves), *rest))._replace(aux={})
 
-    def solver_of(sides: list[tf.Tensor]) -> PureSolver:
+    def stepper_of(sides: list[tf.Tensor]) -> PureStepper:
         limits: Any = Box(sides[0], sides[1]) if sides else None
-        return PureSolver(problem, method, limits)
+        return PureStepper(problem, method, limits)
 
     def begun(x: tf.Tensor, sides: list[tf.Tensor], evaluation: Evaluation) -> State:
-        solver = solver_of(sides)
-        state = solver.begun(Start.at(x, evaluation))
-        here, rules = state.evaluation, Ruled(solver, plan.tolerances)
+        stepper = stepper_of(sides)
+        state = stepper.begun(Start.at(x, evaluation))
+        here, rules = state.evaluation, Ruled(stepper, plan.tolerances)
         code = rules.first(here.value, here.grad_max, state.expected, state.first)
         return state._replace(code=tf.where(state.code > 0, state.code, code))
 
     def turn(row: Any) -> State:
         state, is_new, x, sides, evaluation = row
-        solver = solver_of(sides)
-        ruled = Ruled(solver, plan.tolerances)
+        stepper = stepper_of(sides)
+        ruled = Ruled(stepper, plan.tolerances)
         if is_blank:
             start = blank_state(method, x)
             start = start._replace(first=evaluation.value)
@@ -389,9 +390,9 @@ def _compile(
             going = ruled.step(state, evaluation)
             new = either(is_new, begun(x, sides, evaluation), going)
         code = new.code
-        if solver.knows_solutions:
+        if stepper.knows_solutions:
             verdict = new.memory.method.verdict
-            is_own = (code == code_of("converged")) | (code == solver.failure)
+            is_own = (code == code_of("converged")) | (code == stepper.failure)
             for position, status in table.items():
                 holds = is_own & (verdict == position)
                 code = tf.where(holds, code_of(status), code)

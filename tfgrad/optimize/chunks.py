@@ -13,8 +13,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
 from tfgrad.optimize.evaluator import Evaluation
-from tfgrad.optimize.solvers import NO_XLA, Form, State
-from tfgrad.optimize.solvers.ruled import Ruled
+from tfgrad.optimize.solvers import NO_XLA, Form, Ruled, Solver, State
 from tfgrad.optimize.stopping import RUNNING
 
 CHUNK_SECONDS = 0.075
@@ -93,7 +92,7 @@ class Chunk(NamedTuple):
         capacity: How many steps it can take at most.
         run: Takes the limit and the packed state; returns how many rows there are, the
             packed state, but for its variables, and the columns.
-        evaluate: Takes what `Solver.query` returns; returns the evaluation there.
+        evaluate: Takes what `Stepper.query` returns; returns the evaluation there.
     """
 
     packing: Packing
@@ -132,16 +131,19 @@ class Chunks:
     chunk is one step, which is held against the graph.
 
     Args:
-        ruled: What takes a step.
+        solver: The method at work.
+        ruled: Its stepper, under the rules.
         jit: As for `minimize`.
         pace: How long a chunk may be.
     """
 
-    def __init__(self, ruled: Ruled, jit: bool | str, pace: Pace) -> None:
+    def __init__(
+        self, solver: Solver, ruled: Ruled, jit: bool | str, pace: Pace
+    ) -> None:
         """Compile nothing yet."""
-        self._ruled, self._solver, self._jit = ruled, ruled.solver, jit
+        self._solver, self._ruled, self._stepper = solver, ruled, ruled.stepper
+        self._jit, self._pace = jit, pace
         self._doubted: dict[Any, Chunk] = {}
-        self._pace = pace
 
     def take(
         self, form: Form, state: State, limit: int
@@ -153,7 +155,7 @@ class Chunks:
             another form, now and later on.
         """
         state = held(state)
-        place, key = self._solver.kept_with_f()
+        place, key = self._solver.forms.kept_with_f()
         specs = tuple(map(_key, tf.nest.flatten(state)))
         key = form.name, key, self._ruled.key, specs
         if key in place:
@@ -183,7 +185,7 @@ class Chunks:
         except tf.errors.OpError:  # XLA has no kernel for something in it
             return None
         if not self._predicts(chunk, after):  # the step itself was right
-            self._solver.kept_with_f()[0][NO_XLA] = True
+            self._solver.forms.kept_with_f()[0][NO_XLA] = True
         if self._confirms(after):
             return after, rows
         is_there = not any(isinstance(t, tf.Variable) for t in tf.nest.flatten(state))
@@ -191,10 +193,11 @@ class Chunks:
 
     def _begun_at(self, after: State) -> tuple[State, dict[str, Any]]:
         """Begin anew at the point of a state of which nothing else is right."""
-        self._solver.kept_with_f()[0][NO_XLA] = True
+        self._solver.forms.kept_with_f()[0][NO_XLA] = True
         before, point = after._replace(step=after.step - 1), self._solver.point(after)
-        state, evaluation = self._solver.begin(point, before)
-        row = {**self._solver.row(state.x, evaluation), "expected": state.expected}
+        state, evaluation = self._solver.init(point, before)
+        assert evaluation is not None
+        row = {**self._stepper.row(state.x, evaluation), "expected": state.expected}
         return state, {name: array([value]) for name, value in row.items()}
 
     def _run(
@@ -203,7 +206,7 @@ class Chunks:
         """Take steps in one call."""
         began = time.perf_counter()
         length = min(limit, self._pace.length, chunk.capacity)
-        inputs, given = self._solver.inputs(state, length), chunk.packing.pack(state)
+        inputs, given = self._stepper.inputs(state, length), chunk.packing.pack(state)
         counts, packed, columns = chunk.run(tf.constant(length), given, *inputs)
         taken = int(counts)
         self._pace.took(taken, time.perf_counter() - began)
@@ -214,44 +217,44 @@ class Chunks:
         """Return a new chunk; None if f is in no form that XLA compiles once."""
         if form.name != "xla":
             return compile_chunk(self._ruled, state, is_xla=False)
-        solver = self._solver.for_xla()
-        if solver is None and self._jit is True:
-            solver = self._solver  # compiled anew at each call, but as it is asked
-        if solver is None:
+        stepper = self._stepper.for_xla()
+        if stepper is None and self._jit is True:
+            stepper = self._stepper  # compiled anew at each call, but as it is asked
+        if stepper is None:
             return None
-        return compile_chunk(self._ruled._replace(solver=solver), state, is_xla=True)
+        return compile_chunk(self._ruled._replace(stepper=stepper), state, is_xla=True)
 
     def _predicts(self, chunk: Chunk, state: State) -> bool:
         """Return whether XLA's next evaluation is that of the graph, but for rounding.
 
         It is asked where an optimizer moves variables, which nothing puts back.
         """
-        if self._solver.lag:
+        if self._stepper.lag:
             return True
-        query = self._solver.query(state)
-        return _agree(chunk.evaluate(query), self._solver.evaluate(query))
+        query = self._stepper.query(state)
+        return _agree(chunk.evaluate(query), self._stepper.evaluate(query))
 
     def _confirms(self, after: State) -> bool:
         """Return whether the graph's evaluation of the point is XLA's, likewise."""
-        if not self._solver.lag:
+        if not self._stepper.lag:
             return True
         x, ours = tf.nest.map_structure(
             tf.convert_to_tensor, (after.x, after.evaluation)
         )
-        return _agree(ours, self._solver.evaluate(x))
+        return _agree(ours, self._stepper.evaluate(x))
 
 
 def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     """Return the compiled loop of steps from a state like this."""
-    solver = ruled.solver
+    stepper = ruled.stepper
     packing, carried = Packing(state), Packing((0, 0, state))
     jit = is_xla or None
 
     def look(query: Any) -> Any:
-        row = solver.row(query if solver.lag else None, solver.evaluate(query))
-        return {**row, "expected": state.expected} if solver.lag else row
+        row = stepper.row(query if stepper.lag else None, stepper.evaluate(query))
+        return {**row, "expected": state.expected} if stepper.lag else row
 
-    query = tf.nest.map_structure(_spec, solver.query(state))
+    query = tf.nest.map_structure(_spec, stepper.query(state))
     looked = tf.function(look, autograph=False).get_concrete_function(query)
     rows: dict[str, tf.TensorSpec] = looked.structured_outputs
     width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
@@ -269,15 +272,15 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             # A chunk of steps that are never accepted must end, too.
             is_within = (taken < limit) & (turns < TURNS * limit)
             on: tf.Tensor = is_within & (here.code == RUNNING)
-            return on & solver.has_next(here)
+            return on & stepper.has_next(here)
 
         def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
             taken, turns, here = carried.unpack(tensors)
-            query = solver.query(here)
-            evaluation = solver.evaluate(query)
-            row = solver.row(query if solver.lag else None, evaluation)
+            query = stepper.query(here)
+            evaluation = stepper.evaluate(query)
+            row = stepper.row(query if stepper.lag else None, evaluation)
             after = ruled.step(here, evaluation, *inputs)
-            if solver.lag:
+            if stepper.lag:
                 row["expected"] = after.expected
             # A row of a point that was not accepted is written over by the next.
             written = {n: array.write(taken, row[n]) for n, array in arrays.items()}
@@ -305,8 +308,26 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     # Functions of their own: TensorFlow counts the traces of each name.
     own = functools.partial
     compiled = tf.function(own(run), autograph=False, jit_compile=jit)
-    evaluated = tf.function(own(solver.evaluate), autograph=False, jit_compile=jit)
+    evaluated = tf.function(own(stepper.evaluate), autograph=False, jit_compile=jit)
     return Chunk(packing, capacity, compiled, evaluated)
+
+
+def in_trace(ruled: Ruled, state: State, limit: int) -> State:
+    """Return the state after up to `limit` steps within the trace that is being made.
+
+    Args:
+        ruled: What takes them.
+        state: Where they begin; the rules have not been asked.
+        limit: How many there are at most. There are no rows, and nobody looks beside a
+            saddle.
+    """
+    here = state.evaluation
+    code = ruled.first(here.value, here.grad_max, state.expected, state.first)
+    state = state._replace(code=tf.where(state.code == RUNNING, code, state.code))
+    chunk = compile_chunk(ruled, state, is_xla=False)
+    _, packed, _ = chunk.run(tf.constant(limit), chunk.packing.pack(state))
+    last: State = chunk.packing.unpack(packed)
+    return last
 
 
 def held(state: State) -> State:

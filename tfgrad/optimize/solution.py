@@ -30,6 +30,7 @@ from tfgrad.nested import (
     weak_dtype,
 )
 from tfgrad.optimize.chain import Stage, make_stages
+from tfgrad.optimize.chunks import in_trace
 from tfgrad.optimize.constraints import Limits, require_support
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.implicit import (
@@ -40,14 +41,14 @@ from tfgrad.optimize.implicit import (
     refined,
     withheld,
 )
-from tfgrad.optimize.loop import Loop
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import check_count, check_flag
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import DTYPES, Residuals
-from tfgrad.optimize.solvers.pure import PureSolver
+from tfgrad.optimize.solvers import Ruled
+from tfgrad.optimize.solvers.pure import PureStepper
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, status_of
 
 NO_MORE = ("nonfinite", "unbounded", "steps")
@@ -226,9 +227,10 @@ def _solve(
 
     def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
         problem = _problem(settings, of_vector, start, tensors)
-        solver = _Solver(problem, settings.method, _Box.of(settings))
-        loop = Loop(solver, Tolerances(), planned=settings.steps, jit=False)
-        last = loop.whole(settings.steps)
+        stepper = _Stepper(problem, settings.method, _Box.of(settings))
+        first, _ = stepper.start(stepper.clip(problem.x.start()))
+        ruled = Ruled(stepper, Tolerances())
+        last = in_trace(ruled, stepper.begun(first), settings.steps)
         minimum = refined(system, last.x, start, tensors)
         code, evaluation = last.code, last.evaluation
         how = code, last.step, evaluation.value, evaluation.grad_max
@@ -260,7 +262,7 @@ def _problem(
     return kind(f, x, None, has_aux=False, verify=False)
 
 
-class _Solver(PureSolver):
+class _Stepper(PureStepper):
     """A pure method whose steps nobody records."""
 
     lag = 0
@@ -268,9 +270,6 @@ class _Solver(PureSolver):
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
         """Return nothing."""
         return {}
-
-    def _watch(self) -> None:
-        """Read nothing: nobody goes on from here."""
 
 
 class _Box:

@@ -8,7 +8,7 @@ import functools
 import re
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -131,6 +131,14 @@ def train_step(
     return TrainStep(loss, wrt, chosen, has_aux=has_aux, jit=jit, verify=verify)
 
 
+class _Flags(NamedTuple):
+    """What `train_step` was asked for."""
+
+    has_aux: bool
+    jit: bool
+    verify: bool
+
+
 class TrainStep:
     """What `train_step` returns.
 
@@ -155,7 +163,7 @@ class TrainStep:
         self.variables: list[Any] = []
         self._loss, self._wrt = loss, wrt
         self._sources: list[tf.Variable] = []  # what the tape watches
-        self._has_aux, self._jit, self._verify = has_aux, jit, verify
+        self._flags = _Flags(has_aux, jit, verify)
         self._names = parameter_names(loss)
         self._evaluated = Compiled(loss, self._answer)
         self._traces = OpenTraces()
@@ -207,7 +215,7 @@ class TrainStep:
             return traced.get_concrete_function(*specs)
 
         evaluate = _out_of_scope(lambda: _explained(compiled, self._loss))
-        if self._verify:
+        if self._flags.verify:
             with as_written(optimized=False):  # optimizing takes longer than it saves
                 self._require_right(evaluate, _tensors(nests))
 
@@ -218,7 +226,7 @@ class TrainStep:
 
         if not isinstance(self.optimizer, keras.optimizers.Optimizer):
             return stepped  # what it keeps in Python, a trace would freeze
-        options = {"autograph": False, "jit_compile": self._jit or None}
+        options = {"autograph": False, "jit_compile": self._flags.jit or None}
         whole = tf.function(stepped, **options)
         return _out_of_scope(lambda: whole.get_concrete_function(*specs))
 
@@ -231,7 +239,7 @@ class TrainStep:
         if not certified(evaluate) or any(map(_strategy_of, self._sources)):
             return
         answer, gradients = Replica(evaluate)(tensors)
-        value = answer[0] if self._has_aux else answer
+        value = answer[0] if self._flags.has_aux else answer
         weight = float(self._weight(tf.ones_like(value)))
         slopes = [0.0 if g is None else g for g in dense(gradients)]
         if weight != 1 and not all(np.all(np.isfinite(slope)) for slope in slopes):
@@ -241,7 +249,7 @@ class TrainStep:
             tensors,
             (answer, gradients),
             variables=self._sources,
-            outputs=lambda found: [found[0][0] if self._has_aux else found[0]],
+            outputs=lambda found: [found[0][0] if self._flags.has_aux else found[0]],
             slope=lambda v, weights: float(weights[0]) * inner(slopes, v) / weight,
             name=name_of(self._loss),
             names=[getattr(v, "path", v.name) for v in self.variables],
@@ -257,11 +265,11 @@ class TrainStep:
 
     def _answer(self, call: Call) -> tuple[tuple[Any, list[Any]], Any]:
         """Return the loss, and aux, and the gradients for the optimizer, in a trace."""
-        has_aux = self._has_aux
+        has_aux = self._flags.has_aux
         recording = SparseRecording(objective(has_aux), call, has_aux=has_aux)
         value = recording.output
         weight = self._weight(value)
-        if self._verify:
+        if self._flags.verify:
             gradients = recording.gradients(weight)
         else:
             gradients = recording.pull([weight])

@@ -210,6 +210,23 @@ def test_xla_sees_an_element_of_the_gradient_that_is_no_number():
     assert graph.nit == xla.nit == 1
 
 
+def test_a_loop_is_compiled_once_for_all_runs_of_a_tf_function(monkeypatch):
+    compilations = []
+    compile_chunk = chunks.compile_chunk
+
+    def counted(ruled, state, *, is_xla):
+        compilations.append(is_xla)
+        return compile_chunk(ruled, state, is_xla=is_xla)
+
+    monkeypatch.setattr(chunks, "compile_chunk", counted)
+    f = tf.function(lambda x: tf.reduce_sum((x - 1) ** 4))
+
+    results = [tfgrad.minimize(f, np.full(3, x), jit=True) for x in (2.0, 3.0)]
+
+    assert all(result.nit > 5 for result in results)  # in more chunks than one
+    assert compilations == [True]
+
+
 @pytest.mark.parametrize(
     "assertion",
     [

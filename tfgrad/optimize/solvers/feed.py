@@ -61,7 +61,7 @@ class Feed:
         batch = source.batch(self.first.get_value())
         if not source.is_own:
             problem.replicas.require_same(batch)
-        self.arguments = arguments_of(problem.f, int(problem.takes_values), batch)
+        self.arguments = arguments_of(problem.f, int(problem.x.takes_values), batch)
         problem.example = self.arguments(batch)
 
     def begin(self) -> Batches:
@@ -130,7 +130,7 @@ class Feed:
 
     def blame(self, batches: Batches, arguments: tuple[Nest, ...]) -> str:
         """Return what is not finite in the batch at hand, or ""."""
-        before = int(self._problem.takes_values)
+        before = int(self._problem.x.takes_values)
         names = names_of_parts(self._problem.f, before, arguments)
         for name, leaf in zip(names, tf.nest.flatten(arguments), strict=True):
             if not isinstance(leaf, tf.Tensor) or not leaf.dtype.is_floating:
