@@ -61,7 +61,7 @@ Leaves = Sequence[Any]
 def check_log(log: Run | str | PathLike[str]) -> None:
     """Refuse a log that cannot be written, before anything is traced or written."""
     if isinstance(log, Run):
-        log.session.check_open()
+        log.check_open()
     else:
         check(log)
 

@@ -36,7 +36,7 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Continue after the last step of the run, whichever callback wrote it."""
-        self._next = max(self._next, self._run.session.next_step(_TAGS))
+        self._next = max(self._next, self._run.next_step(_TAGS))
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Remember at which batch the epoch begins."""

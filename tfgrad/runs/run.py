@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -12,15 +14,18 @@ import numpy as np
 from tfgrad import nested
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.runs import media
+from tfgrad.runs.directory import claim
+from tfgrad.runs.events import EventFile
 from tfgrad.runs.graph import (
+    LAYERS,
     conceptual_graph,
     is_model,
     model_inputs,
     step_graph,
 )
 from tfgrad.runs.keras_callback import RunCallback
-from tfgrad.runs.record import checked_hparams
-from tfgrad.runs.session import Session
+from tfgrad.runs.record import Record, checked_hparams, hparams_end, hparams_start
+from tfgrad.runs.tags import Kind, Tags
 from tfgrad.runs.tensorboard import require
 from tfgrad.runs.values import (
     check_mapping,
@@ -31,6 +36,9 @@ from tfgrad.runs.values import (
     to_steps,
     to_text,
 )
+
+_ROWS_AT_ONCE = 10_000
+"""Rows of a history that are converted to Python numbers at a time, to save memory."""
 
 
 class Run:
@@ -53,7 +61,6 @@ class Run:
     Attributes:
         directory: The `pathlib.Path` of the run, with its number if it has one.
         first_step: The step at which this session starts.
-        session: What is open of it, for tfgrad itself.
 
     Raises:
         InvalidArgumentError: If an argument is not of its kind; nothing was written.
@@ -78,13 +85,27 @@ class Run:
         resume_from: int | None = None,
     ) -> None:
         """Claim the directory and write the head of the run."""
-        if resume_from is not None:
-            resume_from = to_step(resume_from, "resume_from")
-        checked = checked_hparams(hparams or {})
+        is_resumed = resume_from is not None
+        self.first_step = to_step(resume_from, "resume_from") if is_resumed else 0
+        self._hparams = checked_hparams(hparams or {})
         require("version")  # without TensorBoard, no directory is made
-        self.session = Session(directory, checked, resume_from)
-        self.directory = self.session.directory
-        self.first_step = self.session.first_step
+        self._lock = threading.RLock()
+        self._is_closed = False
+        self._last_write = time.time()
+        with contextlib.ExitStack() as undo:
+            self._claim = claim(directory, resume=is_resumed)
+            undo.callback(self._claim.release)
+            self.directory = self._claim.path
+            self._record = Record(
+                self.directory, resumed_from=resume_from, hparams=self._hparams
+            )
+            self._tags = Tags(self._record.earlier_tags(), self.first_step)
+            superseded = self._tags.superseded()
+            self._events = EventFile(self.directory, self.first_step, superseded)
+            if self._hparams:
+                place = self.directory.absolute()
+                self._events.summary(hparams_start(self._hparams, place))
+            undo.pop_all()
 
     def log(
         self, step: int, scalars: Mapping[str, Any] | None = None, /, **named: Any
@@ -113,7 +134,12 @@ class Run:
             check_mapping(scalars, "scalars")
             named = {**scalars, **named}
         numbers = [to_number(value, tag) for tag, value in named.items()]
-        self.session.row(named, step, numbers)
+        with self._lock:
+            self._admit(named, "scalar", step, step)
+            self._last_write = time.time()
+            if named:
+                columns = [[number] for number in numbers]
+                self._events.scalars(tuple(named), [step], [self._last_write], columns)
 
     def log_history(
         self,
@@ -146,10 +172,24 @@ class Run:
         steps = to_steps(steps)
         count = len(steps)
         columns = [to_column(values, tag, count) for tag, values in history.items()]
-        times = None
-        if wall_times is not None:
-            times = to_column(wall_times, "wall_times", count)
-        self.session.rows(history, steps, columns, times)
+        now = time.time()
+        with self._lock:
+            if wall_times is None:
+                times = np.linspace(self._last_write, now, count + 1)[1:]
+            else:
+                times = to_column(wall_times, "wall_times", count)
+            if not count or not columns:
+                return
+            self._admit(history, "scalar", int(steps[0]), int(steps[-1]))
+            for start in range(0, count, _ROWS_AT_ONCE):
+                part = slice(start, start + _ROWS_AT_ONCE)
+                self._events.scalars(
+                    tuple(history),
+                    steps[part].tolist(),
+                    times[part].tolist(),
+                    [column[part].tolist() for column in columns],
+                )
+            self._last_write = now
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:
         """Write a text in Markdown for TensorBoard's Text tab.
@@ -169,7 +209,7 @@ class Run:
                 got=f"markdown={nested.describe(markdown)}",
                 hint='str(...), or "```\\n...\\n```" to show it as it is',
             )
-        self.session.tensor(tag, "text", self._step(step), to_text(markdown), "text")
+        self._write(tag, "text", step, to_text(markdown), "text")
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
         """Write the distribution of `values`, for the Histograms tab.
@@ -189,7 +229,7 @@ class Run:
             ...     run.histogram("weights", np.linspace(-1, 1, 1000), step=0)
         """
         step, buckets = to_step(step, "step"), media.to_buckets(values, tag)
-        self.session.tensor(tag, "histogram", step, buckets, "histograms")
+        self._write(tag, "histogram", step, buckets, "histograms")
 
     def image(self, tag: str, image: Any, step: int | None = None) -> None:
         """Write a picture, or several of one size, for the Images tab.
@@ -210,8 +250,7 @@ class Run:
             >>> with Run(tempfile.mkdtemp()) as run:
             ...     run.image("ramp", np.linspace(0, 1, 64).reshape(8, 8))
         """
-        pixels = media.to_pngs(image, tag)
-        self.session.tensor(tag, "image", self._step(step), pixels, "images")
+        self._write(tag, "image", step, media.to_pngs(image, tag), "images")
 
     def layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Draw several curves in one chart, in the Custom Scalars tab.
@@ -230,17 +269,14 @@ class Run:
             ...     run.layout({"fit": {"loss": ["training/loss", "validation/loss"]}})
         """
         content = media.to_layout(charts)
-        session = self.session
-        with session.lock:
-            if media.LAYOUT in session.tags:
+        with self._lock:
+            if media.LAYOUT in self._tags:
                 raise InvalidArgumentError(
                     "A run has one layout.",
                     got="a second call",
                     hint="all charts in one call: {category: {chart: [tags]}}",
                 )
-            session.tensor(
-                media.LAYOUT, "layout", self.first_step, content, "custom_scalars"
-            )
+            self._write(media.LAYOUT, "layout", None, content, "custom_scalars")
 
     def graph(self, f: Callable[..., Any], *args: Any, name: str | None = None) -> None:
         """Write the graph of `f` and of its gradient, for TensorBoard's Graphs tab.
@@ -276,18 +312,26 @@ class Run:
             name = str(getattr(f, "name", "")) if is_keras else nested.name_of(f)
         tag = f"graph/{name}"
         check_tag(name)
-        self.session.check_open()
-        if tag in self.session.tags:
+        self.check_open()
+        if tag in self._tags:
             raise InvalidArgumentError(
                 "A run has one graph of a name.",
                 got=f"{name!r}, which this run has already",
                 hint="name=... to write it beside the first",
             )
-        if self.session.tags.kinds.get(tag) == "graph":
+        if self._tags.kinds.get(tag) == "graph":
             return
         # Tracing may take seconds, in which other threads can log.
         graph_def = step_graph(f, args or model_inputs(f) if is_keras else args, name)
-        self.session.graph(name, graph_def, conceptual_graph(f) if is_keras else None)
+        with self._lock:
+            # One of TensorBoard's loaders replaces the first graph by a second one.
+            is_first = "graph" not in self._tags.kinds.values()
+            self._admit([tag], "graph", self.first_step, self.first_step)
+            self._events.graph(graph_def, None if is_first else tag)
+            if is_keras and (layers := conceptual_graph(f)):
+                tag = f"layers/{name}"
+                self._admit([tag], "graph", self.first_step, self.first_step)
+                self._events.tensor(tag, layers, 0, LAYERS, b"1")
 
     def keras_callback(
         self, *, batches: int | None = None, histograms: int | None = None
@@ -332,7 +376,9 @@ class Run:
             >>> json.loads((run.directory / "run.json").read_text())["facts"]["seed"]
             7
         """
-        self.session.describe(facts)
+        with self._lock:
+            self.check_open()
+            self._record.describe(facts)
 
     def close(self, status: str = "success", **result: Any) -> None:
         """End the run: write status and result to `run.json`, release the directory.
@@ -344,7 +390,20 @@ class Run:
 
         A second call does nothing.
         """
-        self.session.close(status, result)
+        with self._lock, contextlib.ExitStack() as ending:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            ending.callback(self._claim.release)
+            ending.callback(self._events.close)
+            self._record.end(status, result, self._tags.kinds)
+            if self._hparams:
+                self._events.summary(hparams_end(status))
+
+    def next_step(self, prefixes: tuple[str, ...] = ("",)) -> int:
+        """Return the first step free on all tags that begin with one of `prefixes`."""
+        with self._lock:
+            return self._tags.next_step(prefixes)
 
     def __enter__(self) -> Self:
         """Return the run itself."""
@@ -363,5 +422,25 @@ class Run:
         """Return the call that made it."""
         return f"Run({str(self.directory)!r})"
 
-    def _step(self, step: int | None) -> int:
-        return self.first_step if step is None else to_step(step, "step")
+    def _write(
+        self, tag: str, kind: Kind, step: int | None, value: Any, plugin: str
+    ) -> None:
+        step = self.first_step if step is None else to_step(step, "step")
+        with self._lock:
+            self._admit([tag], kind, step, step)
+            self._events.tensor(tag, value, step, plugin)
+
+    def check_open(self) -> None:
+        """Raise a RunError if the run is closed."""
+        if self._is_closed:
+            raise RunError(
+                "A run that is closed takes no more.",
+                got=f"{self.directory}, closed",
+                hint="log inside the `with` block, or Run(..., resume_from=step)",
+            )
+
+    def _admit(self, tags: Iterable[str], kind: Kind, first: int, last: int) -> None:
+        """Check that `tags` may get data of `kind` at these steps, then remember it."""
+        self.check_open()
+        self._tags.admit(tags, kind, first, last)
+        self._record.note(self._tags.kinds)

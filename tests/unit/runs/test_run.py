@@ -449,9 +449,7 @@ def test_the_tags_of_a_run_that_was_killed_are_known(tmp_path):
 
 def test_thousands_of_tags_do_not_each_write_the_record(run, monkeypatch):
     writes = []
-    monkeypatch.setattr(
-        run.session._record, "update", lambda **facts: writes.append(facts)
-    )
+    monkeypatch.setattr(run._record, "update", lambda **facts: writes.append(facts))
     for number in range(2000):
         run.log(0, {f"tag/{number}": 1.0})
 
@@ -509,10 +507,10 @@ def test_a_live_run_is_not_resumed(tmp_path):
 
 def test_whether_a_run_is_open_can_be_asked_before_anything_is_done(tmp_path):
     with Run(tmp_path) as run:
-        run.session.check_open()
+        run.check_open()
 
     with pytest.raises(RunError, match="closed"):
-        run.session.check_open()
+        run.check_open()
 
 
 def test_without_tensorboard_the_error_says_what_to_install(tmp_path, monkeypatch):
