@@ -291,7 +291,7 @@ class Driver:
             hook.rows(self, rows)
 
     def _judge(self) -> None:
-        """Say why the run ended, if it did; a stage that is over hands over."""
+        """Set the status if the run has ended; go on to the next stage of a chain."""
         if is_stationary(int(self.state.code)):
             self.state, rows = self.loop.escape(self.state)
             self.record.keep(rows)
@@ -423,7 +423,7 @@ class Driver:
             yield
 
     def _end(self, error: BaseException | None, begun: Sequence[Hook]) -> None:
-        """Finish, put away what was done, and let the hooks end."""
+        """Finish the run, save its state, and end the hooks."""
         with contextlib.ExitStack() as ending:
             for hook in begun:
                 ending.callback(hook.end, self, error)

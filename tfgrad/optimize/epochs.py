@@ -22,7 +22,7 @@ NOT_AVERAGED = ("step", "seconds", "grad_max", "learning_rate", SIZE)
 """Columns of which an epoch has no mean."""
 
 STEPS = 1000
-"""Steps where nothing is said, for functions without data and for endless data."""
+"""Steps of a run without a limit, for functions without data and endless data."""
 
 
 @dataclass(frozen=True)

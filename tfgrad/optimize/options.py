@@ -101,7 +101,7 @@ FOREIGN = {
 
 
 def require_no(name: str, unknown: dict[str, Any], also: Iterable[str] = ()) -> None:
-    """Refuse arguments that a function does not have, naming what they may mean.
+    """Raise for arguments that a function does not have; name the ones meant.
 
     Args:
         name: What to call the function.

@@ -261,7 +261,7 @@ def _problem(
 
 
 class _Solver(PureSolver):
-    """A pure method whose steps nobody records."""
+    """A pure method whose steps are not recorded."""
 
     lag = 0
 
@@ -331,7 +331,7 @@ def _system(
 
 
 def _is_none(code: tf.Tensor, statuses: tuple[str, ...]) -> tf.Tensor:
-    """Return whether a run goes by none of these statuses, and is over."""
+    """Return whether a run has ended, with none of these statuses."""
     codes = tf.constant([RUNNING, *map(code_of, statuses)])
     return tf.reduce_all(code != codes)
 

@@ -164,7 +164,7 @@ class TrainStep:
             self._bind()
 
     def __repr__(self) -> str:
-        """Return what is stepped by what."""
+        """Return the names of the loss and of the optimizer."""
         kind = type(self.optimizer).__name__
         return f"<train_step of {name_of(self._loss)} by {kind}>"
 
@@ -184,7 +184,7 @@ class TrainStep:
         if len(dynamic) == len(tf.nest.flatten((args, kwargs))) == len(_tensors(args)):
             if len(self._short_cuts) >= 2 * MOST_TRACES:
                 self._short_cuts.clear()
-            # Calls with tensors only, the commonest, find their way without all that.
+            # Calls with nothing but tensors, the commonest, take this short cut.
             self._short_cuts[signature(args)] = traced
         return traced(*dynamic)
 
