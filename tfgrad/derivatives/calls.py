@@ -46,6 +46,7 @@ from tfgrad.nested import (
     describe,
     name_of,
     named_leaves,
+    require_bool,
     variables_of,
     weak_dtype,
 )
@@ -371,17 +372,6 @@ def require_function(f: Any) -> None:
             got=f"f={describe(f)}",
             hint="tfgrad.grad(f)(x), tfgrad.vjp(f, x), tfgrad.jvp(f, (x,), (v,))",
         )
-
-
-def require_bool(**options: Any) -> None:
-    """Refuse options that are neither True nor False."""
-    for name, value in options.items():
-        if not isinstance(value, bool | np.bool_):
-            raise InvalidArgumentError(
-                f"`{name}` must be True or False.",
-                got=f"{name}={value!r}",
-                hint=f"{name}=True",
-            )
 
 
 def _checked_argnums(f: Any, argnums: Any, wrt: Any) -> Any:

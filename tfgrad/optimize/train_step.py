@@ -33,6 +33,7 @@ from tfgrad.nested import (
     describe,
     name_of,
     open_modules,
+    require_bool,
     variables_of,
     weak_dtype,
 )
@@ -119,13 +120,7 @@ def train_step(
             got=f"loss={describe(loss)}",
             hint="tfgrad.train_step(lambda x, y: ..., wrt=model)",
         )
-    for name, flag in {"has_aux": has_aux, "jit": jit, "verify": verify}.items():
-        if not isinstance(flag, bool):
-            raise InvalidArgumentError(
-                f"`{name}` is True or False.",
-                got=f"{name}={flag!r}",
-                hint=f"{name}=True",
-            )
+    require_bool(has_aux=has_aux, jit=jit, verify=verify)
     with _scope_of(tf.nest.flatten(open_modules(wrt))):
         chosen = _optimizer(optimizer, learning_rate)
     return TrainStep(loss, wrt, chosen, has_aux=has_aux, jit=jit, verify=verify)
