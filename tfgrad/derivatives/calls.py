@@ -128,7 +128,9 @@ class Call:
         try:
             return self.f(*self.args, **self.kwargs)
         except (TypeError, tf.errors.InvalidArgumentError) as error:
-            if odd := self._without_arithmetic():
+            # A trace that fails is followed by a call, whose errors are clearer.
+            odd = self._without_arithmetic() if tf.executing_eagerly() else []
+            if odd:
                 raise InvalidArgumentError(
                     "The function must compute with what it is given.",
                     got=f"{reason_of(error)}; {', '.join(odd)}",
