@@ -53,6 +53,17 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
+def require_bool(**options: Any) -> None:
+    """Refuse options that are neither True nor False."""
+    for name, value in options.items():
+        if not isinstance(value, bool | np.bool_):
+            raise InvalidArgumentError(
+                f"`{name}` must be True or False.",
+                got=f"{name}={value!r}",
+                hint=f"{name}=True",
+            )
+
+
 def name_of(function: Callable[..., Any]) -> str:
     """Return the name to call `function` by in a message or a tag."""
     inner = getattr(function, "python_function", function)

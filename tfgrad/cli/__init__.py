@@ -65,7 +65,10 @@ def _sentence(error: Exception) -> str:
     kind = type(error).__name__
     if "tensorflow" not in sys.modules:
         rule = "The command must find what it needs."
-        return str(TfgradError(rule, got=f"{kind}: {error}", hint="tfgrad doctor"))
+        hint = "tfgrad doctor"
+        if isinstance(error, ModuleNotFoundError):
+            hint = f"pip install {error.name}"
+        return str(TfgradError(rule, got=f"{kind}: {error}", hint=hint))
     from tfgrad.diagnosis.lines import line_of_error, reason_of
 
     line, reason = line_of_error(error), reason_of(error).removeprefix(f"{kind}: ")

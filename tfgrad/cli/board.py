@@ -10,7 +10,7 @@ import tfgrad
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the address, and wait."""
+    """Print the address, and wait for Ctrl-C."""
     with tfgrad.show(options.directory, port=options.port) as board:
         print(f"{board.url}\nCtrl-C ends it.", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -45,6 +45,7 @@ from tfgrad.nested import (
     describe,
     name_of,
     named_leaves,
+    require_bool,
     variables_of,
     weak_dtype,
 )
@@ -126,7 +127,9 @@ class Call:
         try:
             return self.f(*self.args, **self.kwargs)
         except (TypeError, tf.errors.InvalidArgumentError) as error:
-            if odd := self._without_arithmetic():
+            # A trace that fails is followed by a call, whose errors are clearer.
+            odd = self._without_arithmetic() if tf.executing_eagerly() else []
+            if odd:
                 raise InvalidArgumentError(
                     "The function must compute with what it is given.",
                     got=f"{reason_of(error)}; {', '.join(odd)}",
@@ -370,17 +373,6 @@ def require_function(f: Any) -> None:
             got=f"f={describe(f)}",
             hint="tfgrad.grad(f)(x), tfgrad.vjp(f, x), tfgrad.jvp(f, (x,), (v,))",
         )
-
-
-def require_bool(**options: Any) -> None:
-    """Refuse options that are neither True nor False."""
-    for name, value in options.items():
-        if not isinstance(value, bool | np.bool_):
-            raise InvalidArgumentError(
-                f"`{name}` must be True or False.",
-                got=f"{name}={value!r}",
-                hint=f"{name}=True",
-            )
 
 
 def _checked_argnums(f: Any, argnums: Any, wrt: Any) -> Any:

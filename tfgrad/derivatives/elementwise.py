@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfgrad.derivatives.calls import Call, require_bool, transform
+from tfgrad.derivatives.calls import Call, transform
 from tfgrad.derivatives.certificates import Certificate, Ladder, inner
 from tfgrad.derivatives.outputs import float_output
 from tfgrad.derivatives.recording import Recording
@@ -17,7 +17,7 @@ from tfgrad.derivatives.tracing import not_converted
 from tfgrad.derivatives.verification import Arrays, coarsest
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import describe, name_of
+from tfgrad.nested import describe, name_of, require_bool
 
 
 @not_converted

@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfgrad.derivatives.calls import Call, require_bool, require_function, transform
+from tfgrad.derivatives.calls import Call, require_function, transform
 from tfgrad.derivatives.certificates import Certificate, Ladder, inner
 from tfgrad.derivatives.keeping import kept
 from tfgrad.derivatives.outputs import float_outputs, with_aux
@@ -28,7 +28,7 @@ from tfgrad.derivatives.tracing import not_converted
 from tfgrad.derivatives.verification import Arrays
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.errors import InvalidArgumentError, NoGradientError
-from tfgrad.nested import Nest, describe
+from tfgrad.nested import Nest, describe, require_bool
 
 _PYTHON = {"PyFunc", "PyFuncStateless"}
 """Ops that, in a pull-back, hide from the tape how it depends on the cotangent."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfgrad.derivatives.calls import Call, require_bool, transform
+from tfgrad.derivatives.calls import Call, transform
 from tfgrad.derivatives.certificates import (
     Certificate,
     Ladder,
@@ -23,7 +23,7 @@ from tfgrad.derivatives.tracing import leaves_tensorflow, not_converted
 from tfgrad.derivatives.vectorized import is_straight, rows, static_size
 from tfgrad.derivatives.verification import Arrays
 from tfgrad.errors import InvalidArgumentError, NoGradientError
-from tfgrad.nested import Nest
+from tfgrad.nested import Nest, require_bool
 
 MODES = ("auto", "reverse", "forward")
 

@@ -12,7 +12,6 @@ from tfgrad.derivatives.arguments import arguments_in_tensors, direction_in_tens
 from tfgrad.derivatives.calls import (
     Call,
     Compiled,
-    require_bool,
     require_function,
     transform,
 )
@@ -24,7 +23,7 @@ from tfgrad.derivatives.soundness import require_right_kernels
 from tfgrad.derivatives.tracing import as_written, is_compiling, not_converted
 from tfgrad.derivatives.verification import Arrays
 from tfgrad.errors import NoGradientError
-from tfgrad.nested import Nest, weak_dtype
+from tfgrad.nested import Nest, require_bool, weak_dtype
 
 
 @not_converted

@@ -15,8 +15,8 @@ import tensorflow as tf
 
 from tfgrad.diagnosis.going_back import Step, Watch
 from tfgrad.diagnosis.report import Explanation
-from tfgrad.errors import InvalidArgumentError, TfgradError
-from tfgrad.nested import named_leaves
+from tfgrad.errors import TfgradError
+from tfgrad.nested import named_leaves, require_bool
 
 _MARK = "tfgrad_layer_"
 _SMALLER = "a smaller learning rate, or clipnorm=1.0"
@@ -61,12 +61,7 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     def __init__(self, raise_error: bool = False) -> None:
         """Watch nothing yet."""
         super().__init__()
-        if not isinstance(raise_error, bool):
-            raise InvalidArgumentError(
-                "`raise_error` is True or False.",
-                got=f"raise_error={raise_error!r}",
-                hint="ExplainNaN(raise_error=True)",
-            )
+        require_bool(raise_error=raise_error)
         self._raises = raise_error
         self._watch: Watch | None = None
         self._forget()

@@ -78,7 +78,7 @@ def reason_of(error: BaseException) -> str:
     >>> reason_of(ValueError("{{function_node f}} Bad shape. [Op:Add] name: x"))
     'Bad shape.'
     """
-    text = re.sub(r"\{\{.*?\}\} ?| ?\[Op:.*| \[\[\{\{node.*", "", str(error))
+    text = re.sub(r"\{\{.*?\}\} ?| ?\[Op:.*| ?\[\[\{\{node.*", "", str(error))
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith(_PLACES)]
     is_last = isinstance(error, tf.errors.OpError) or "in user code:" in text

@@ -192,7 +192,7 @@ class Chunks:
         return None if is_there else self._begun_at(after)
 
     def _begun_at(self, after: State) -> tuple[State, dict[str, Any]]:
-        """Begin anew at the point of a state of which nothing else is right."""
+        """Begin anew at the point of a state whose other parts cannot be trusted."""
         self._solver.forms.kept_with_f()[0][NO_XLA] = True
         before, point = after._replace(step=after.step - 1), self._solver.point(after)
         state, evaluation = self._solver.init(point, before)
@@ -227,7 +227,7 @@ class Chunks:
     def _predicts(self, chunk: Chunk, state: State) -> bool:
         """Return whether XLA's next evaluation is that of the graph, but for rounding.
 
-        It is asked where an optimizer moves variables, which nothing puts back.
+        Used where an optimizer moves variables, since nothing restores them.
         """
         if self._stepper.lag:
             return True
@@ -235,7 +235,7 @@ class Chunks:
         return _agree(chunk.evaluate(query), self._stepper.evaluate(query))
 
     def _confirms(self, after: State) -> bool:
-        """Return whether the graph's evaluation of the point is XLA's, likewise."""
+        """Return whether the graph and XLA agree at the point, but for rounding."""
         if not self._stepper.lag:
             return True
         x, ours = tf.nest.map_structure(
@@ -333,8 +333,8 @@ def in_trace(ruled: Ruled, state: State, limit: int) -> State:
 def held(state: State) -> State:
     """Return a state whose large vectors are variables: XLA writes them in place.
 
-    A tensor that is handed from call to call is copied by each. What is read of a
-    variable stays as it is: then the next write is not in place.
+    A tensor that is handed from call to call is copied by each call. While a value read
+    from a variable is in use, the next write to the variable copies it.
     """
     return tf.nest.map_structure(
         lambda leaf: tf.Variable(leaf, trainable=False) if _is_large(leaf) else leaf,

@@ -12,14 +12,14 @@ MOST_KEPT = 128
 """Compiled functions that are kept; the least recently used goes first."""
 
 KEPT: OrderedDict[Any, Any] = OrderedDict()
-"""Those that know nothing of the user's function, compiled once for all of them."""
+"""Compiled functions that do not depend on the user's function: made only once."""
 
 
 def direct(concrete: Any) -> Callable[..., Any]:
     """Return a concrete function of tensors, to be called with them in a flat row.
 
-    Their number and dtypes are not looked at, which takes three quarters of the time of
-    a call of some microseconds; and no tape records it.
+    A call checks neither the number nor the dtypes of the tensors, which would take
+    three quarters of its time, some microseconds; and no tape records it.
     """
     captured = list(concrete.captured_inputs)
     # It holds `concrete`, with which its graph would go.
@@ -35,7 +35,7 @@ def compiled(function: Callable[..., Any], *nests: Any) -> Callable[..., Any]:
 
 
 def kept(place: Any, key: Any, make: Callable[[], Any]) -> Any:
-    """Return what a key stands for in a dict, or make it; None stands for `KEPT`."""
+    """Return the entry of a key in a dict (None: `KEPT`); make it if it is missing."""
     if place is not None:
         if key not in place:
             place[key] = make()

@@ -76,7 +76,7 @@ class Limits:
     """
 
     def __init__(self, problem: Problem, bounds: Any, constraints: Any) -> None:
-        """Bring them in form; no constraint is evaluated."""
+        """Convert them; no constraint is evaluated."""
         self.lower, self.upper = _flat_bounds(problem, bounds)
         self.functions = [_constraint(problem, c) for c in _listed(constraints)]
 
@@ -87,7 +87,7 @@ class Limits:
 
     @property
     def are_any(self) -> bool:
-        """Whether there is something to keep to."""
+        """Whether there is any bound or constraint."""
         is_bounded = np.any(np.isfinite(self.lower)) or np.any(np.isfinite(self.upper))
         return bool(is_bounded) or bool(self.functions)
 

@@ -342,8 +342,8 @@ class Batches:
         return self._yielded(self._batches)
 
     def _yielded(self, batches: Iterator[Any]) -> Iterator[Nest]:
-        # TensorFlow would hide what goes wrong here behind an error of its own; so the
-        # epoch ends, and the loop asks why.
+        # TensorFlow would replace an error raised here by one of its own; so the epoch
+        # ends, and the loop raises `error`.
         try:
             for batch in batches:
                 yield self._checked(self._arrays(batch))

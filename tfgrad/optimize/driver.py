@@ -190,7 +190,7 @@ class Driver:
             hook.rows(self.run, rows)
 
     def _end(self, error: BaseException | None, begun: Sequence[Hook]) -> None:
-        """Finish, put away what was done, and let the hooks end."""
+        """Finish the run, save its state, and end the hooks."""
         run = self.run
         with contextlib.ExitStack() as ending:
             for hook in begun:

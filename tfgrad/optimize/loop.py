@@ -1,10 +1,10 @@
-"""THE loop: a solver's steps, by single calls or compiled in chunks; rows out.
+"""The loop: takes a solver's steps, one by one or in compiled chunks; returns rows.
 
-The loop knows no method, no data and no log. A step evaluates, lets the solver accept,
-asks the rules and lets the solver move; what happened comes back as rows, one for each
-accepted point. In the form "calls", a step is two calls: of the function, and of the
-rest, which is compiled once for all functions where it does not depend on them. In the
-forms "graph" and "xla" a chunk of many steps is one call.
+The loop depends on no method, no data and no log. A step evaluates, lets the solver
+accept, asks the rules and lets the solver move; what happened comes back as rows, one
+for each accepted point. In the form "calls", a step is two calls: of the function, and
+of the rest, which is compiled once for all functions where it does not depend on them.
+In the forms "graph" and "xla" a chunk of many steps is one call.
 
 Which form a step runs in depends on counts alone, never on the clock, so that a run
 repeats to the last bit. Only XLA rounds otherwise than the rest.

@@ -234,7 +234,7 @@ class Minimisation:
         )
 
     def judge(self) -> None:
-        """Say why the run ended, if it did; a stage that is over hands over."""
+        """Set the status if the run has ended; go on to the next stage of a chain."""
         if is_stationary(int(self.state.code)):
             self.state, rows = self.loop.escape(self.state)
             self.record.keep(rows)

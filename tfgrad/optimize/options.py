@@ -11,7 +11,7 @@ from os import PathLike
 from typing import Any
 
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, describe
+from tfgrad.nested import Nest, describe, require_bool
 from tfgrad.optimize.stopping import Tolerances
 from tfgrad.runs.run import Run
 
@@ -61,8 +61,7 @@ class Options:
             _check_tolerance(name, getattr(self, name))
         _check_number("target", self.target)
         _check_jit(self.jit)
-        for name in ("has_aux", "verify"):
-            check_flag(name, getattr(self, name))
+        require_bool(has_aux=self.has_aux, verify=self.verify)
         for name in ("batch_size", "epochs", "validation"):
             value = getattr(self, name)
             if self.data is None and value is not None:
@@ -117,7 +116,7 @@ FOREIGN = {
 
 
 def require_no(name: str, unknown: dict[str, Any], also: Iterable[str] = ()) -> None:
-    """Refuse arguments that a function does not have, naming what they may mean.
+    """Raise for arguments that a function does not have; name the ones meant.
 
     Args:
         name: What to call the function.
@@ -155,16 +154,6 @@ def check_count(name: str, value: Any) -> None:
             f"`{name}` must be a whole number of at least 1.",
             got=f"{name}={value!r}",
             hint=f"{name}=100",
-        )
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False."""
-    if not isinstance(value, bool):
-        raise InvalidArgumentError(
-            f"`{name}` must be True or False.",
-            got=f"{name}={value!r}",
-            hint=f"{name}=True",
         )
 
 

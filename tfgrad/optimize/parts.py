@@ -28,7 +28,7 @@ from tfgrad.optimize.evaluator import (
 
 
 class Part(NamedTuple):
-    """What one part comes to.
+    """The result of one part.
 
     Attributes:
         means: A nest of what is a mean over the rows of a batch, times this part's
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 class Parts:
-    """How what is computed of parts becomes one.
+    """How the results of parts are combined.
 
     Args:
         replicas: Who computes a share of each batch.
@@ -85,7 +85,7 @@ class Parts:
         like: Callable[[], Part],
         join: Callable[[Any, Any], Any] = lambda a, b: (),
     ) -> Part:
-        """Return what all parts come to.
+        """Return the combined result of all parts.
 
         Args:
             compute: Takes `given`, what f takes of a batch, and the part's share of its
@@ -113,7 +113,7 @@ class Parts:
     def _of_share(
         self, compute: Callable[..., Part], given: Nest, batch: tuple[Nest, ...]
     ) -> tuple[Part, Any]:
-        """Return what this replica's share of a batch comes to, and the share."""
+        """Return the result of this replica's share of a batch, and the share."""
         if self._replicas.count == 1:
             return compute(given, batch, None), None
         rows = rows_of(batch)

@@ -25,6 +25,7 @@ from tfgrad.nested import (
     describe,
     name_of,
     ravel,
+    require_bool,
     to_tensors,
     unravel,
     weak_dtype,
@@ -44,7 +45,7 @@ from tfgrad.optimize.implicit import (
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.methods.protocol import Method
-from tfgrad.optimize.options import check_count, check_flag
+from tfgrad.optimize.options import check_count
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import DTYPES, Residuals
 from tfgrad.optimize.solvers import Ruled
@@ -175,8 +176,7 @@ def solution(
         `tfgrad.optimize.implicit` for those.
     """
     require_function(f)
-    for name, flag in (("residuals", residuals), ("gauss_newton", gauss_newton)):
-        check_flag(name, flag)
+    require_bool(residuals=residuals, gauss_newton=gauss_newton)
     check_count("steps", steps)
     weak = weak_dtype(x0, args)
     point = _checked_point(x0, weak)
@@ -263,7 +263,7 @@ def _problem(
 
 
 class _Stepper(PureStepper):
-    """A pure method whose steps nobody records."""
+    """A pure method whose steps are not recorded."""
 
     lag = 0
 
@@ -330,7 +330,7 @@ def _system(
 
 
 def _is_none(code: tf.Tensor, statuses: tuple[str, ...]) -> tf.Tensor:
-    """Return whether a run goes by none of these statuses, and is over."""
+    """Return whether a run has ended, with none of these statuses."""
     codes = tf.constant([RUNNING, *map(code_of, statuses)])
     return tf.reduce_all(code != codes)
 

@@ -34,6 +34,7 @@ from tfgrad.nested import (
     describe,
     name_of,
     open_modules,
+    require_bool,
     variables_of,
     weak_dtype,
 )
@@ -119,13 +120,7 @@ def train_step(
             got=f"loss={describe(loss)}",
             hint="tfgrad.train_step(lambda x, y: ..., wrt=model)",
         )
-    for name, flag in {"has_aux": has_aux, "jit": jit, "verify": verify}.items():
-        if not isinstance(flag, bool):
-            raise InvalidArgumentError(
-                f"`{name}` is True or False.",
-                got=f"{name}={flag!r}",
-                hint=f"{name}=True",
-            )
+    require_bool(has_aux=has_aux, jit=jit, verify=verify)
     with _scope_of(tf.nest.flatten(open_modules(wrt))):
         chosen = _optimizer(optimizer, learning_rate)
     return TrainStep(loss, wrt, chosen, has_aux=has_aux, jit=jit, verify=verify)
@@ -172,7 +167,7 @@ class TrainStep:
             self._bind()
 
     def __repr__(self) -> str:
-        """Return what is stepped by what."""
+        """Return the names of the loss and of the optimizer."""
         kind = type(self.optimizer).__name__
         return f"<train_step of {name_of(self._loss)} by {kind}>"
 
@@ -194,7 +189,7 @@ class TrainStep:
         if len(dynamic) == len(tf.nest.flatten((args, kwargs))) == len(_tensors(args)):
             if len(self._short_cuts) >= 2 * MOST_TRACES:
                 self._short_cuts.clear()
-            # Calls with tensors only, the commonest, find their way without all that.
+            # Calls with nothing but tensors, the commonest, take this short cut.
             self._short_cuts[signature(args)] = traced
         return traced(*dynamic)
 

@@ -163,8 +163,8 @@ class _Flat:
     operations of its body; a branch or a loop stays as the node in which its bodies
     end. The graph is for the eye and cannot be run: a loop has no edge back.
 
-    A tensor is known by the path of the body in which it is, and itself: one body may
-    be called from several places.
+    A tensor's key is the path of its body and its ref, since one body may be called
+    from several places.
     """
 
     def __init__(self, renamed: Mapping[str, str], handles: Container[str]) -> None:

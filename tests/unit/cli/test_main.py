@@ -1,10 +1,23 @@
 """Exit codes, and errors as sentences."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
 
 import tfgrad as library
+
+BLOCKED = """
+import sys
+from tfgrad.cli import main
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "rich":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+sys.exit(main(["runs"]))
+"""
 
 
 def test_an_error_in_the_function_is_a_sentence_with_its_line(tfgrad):
@@ -22,6 +35,15 @@ def test_an_error_of_tensorflow_is_a_sentence_too(tfgrad):
     assert code == 1
     assert len(err.splitlines()) == 3
     assert "at model.py:24, `return tf.reduce_sum(x @ x)`" in err
+
+
+def test_a_package_that_is_missing_is_named_with_how_to_install_it():
+    command = [sys.executable, "-c", BLOCKED]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("try: pip install rich\n")
 
 
 def test_traceback_shows_it_all(tfgrad):

@@ -266,7 +266,7 @@ class LevenbergMarquardt:
         is_over = verdict != RUNS
         x = tf.where(is_over, here.x, x)  # one trial is made, even of a start
         state = state._replace(verdict=verdict)
-        # A model that the data do not determine expects nothing for another reason.
+        # If the data do not determine all parameters, the model's fall says nothing.
         is_determined = tf.reduce_all(linear.s > 0)
         unknown = tf.constant(step.promised.dtype.max, step.promised.dtype)
         expected = tf.where(is_determined, step.promised, unknown)

@@ -225,7 +225,8 @@ class Marquardt:
         is_over = verdict != RUNS
         x = tf.where(is_over, here.x, x)
         is_determined = tf.reduce_all(pivots > least)
-        # Not what a damped step promises: a short one promises nothing anywhere.
+        # The fall of the undamped step: a damped one may promise little because it is
+        # short.
         expected = tf.reduce_sum(side * side) / 2
         expected = tf.where(is_determined, expected, promised.dtype.max)
         state = state._replace(verdict=verdict)

@@ -167,7 +167,8 @@ class Newton:
         state = state._replace(
             step=model.step, predicted=model.predicted, expected=expected
         )
-        # More may lie beyond the radius, but for the last that the method has to say.
+        # Beyond the radius f may fall by more, so that fall is not known; a failed
+        # method has no use for a radius, and reports the number.
         told = tf.where(model.is_inside, expected, expected.dtype.max)
         told = tf.where(failed, tf.maximum(expected, state.noise), told)
         return Move(x, state, failed=failed, expected=told)

@@ -54,7 +54,8 @@ class Feed:
         if source.is_own:  # eagerly, its spec would be that of one batch alone
             self._next = tf.function(self._next, autograph=False)
         epoch, count = position
-        # The batch before is what an empty rest of an epoch is judged by.
+        # One batch earlier: if the rest of the epoch is empty, that batch shows the
+        # form of batches.
         self._iterator = source.open(epoch, max(0, count - 1))
         self.first = self._draw()
         require_batch(bool(self.first.has_value()))
@@ -108,7 +109,7 @@ class Feed:
     ) -> Batches:
         """Return the batches after a step, which has `moved` variables.
 
-        Code of the user's is not asked for a batch after `last_step`.
+        No batch is drawn from the user's code after `last_step`.
         """
         draws, other = goes_on, batches.ahead
         if self.source.is_python:  # it may read the variables: after the update
