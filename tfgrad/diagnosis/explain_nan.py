@@ -81,7 +81,7 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Have the model keep its batches; `minimize` watches by itself."""
         self._forget()
-        self._watch = self.params.get("watch") or Watch(self.model)
+        self._watch = (self.params or {}).get("watch") or Watch(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Remember where the epoch begins."""
