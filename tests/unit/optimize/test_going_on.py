@@ -370,7 +370,5 @@ def test_going_on_without_the_data_says_that_it_is_given_again(method):
     budget = {"epochs": 1} if method == "sgd" else {"steps": 1}
     result = tfgrad.minimize(loss, 3.0, data=np.ones(8, "f"), method=method, **budget)
 
-    with pytest.raises(
-        InvalidArgumentError, match=r"given again.*\n.*loss\(x, b"
-    ):
+    with pytest.raises(InvalidArgumentError, match=r"given again.*\n.*loss\(x, b"):
         tfgrad.minimize(loss, result)
