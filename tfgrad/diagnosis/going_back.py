@@ -26,6 +26,9 @@ from tfgrad.errors import InvalidArgumentError
 _SHARE = 1 / 200
 """The part of the training time that looks at the weights may take, without copies."""
 
+_SHARE_AT_ENDS = 1 / 100
+"""The same of looks at the ends of epochs: of very short ones, not each has one."""
+
 _MOST_BYTES = 2**28
 """Batches kept since the weights were last looked at."""
 
@@ -76,6 +79,11 @@ class Watch:
     def begin_epoch(self, epoch: int) -> None:
         """Count the batches of an epoch from here."""
         self._epochs.append((self._training.stage.size(), epoch, 0))
+
+    def end_epoch(self) -> None:
+        """Look before others save the weights, unless the last look was just now."""
+        if _spoiled(self._logs) or time.perf_counter() > self._next_at_end:
+            self.look()
 
     def look(self) -> None:
         """Look at the loss and the weights now; stop if they are not finite."""
@@ -161,7 +169,9 @@ class Watch:
             self._most_calls = max(1, stage.most() // in_call)
         self._epochs, self._calls = [(0, epoch, batch + size - first)], 0
         stage.clear()
-        self._next = began + (time.perf_counter() - began) / _SHARE
+        cost = time.perf_counter() - began
+        self._next = began + cost / _SHARE
+        self._next_at_end = began + cost / _SHARE_AT_ENDS
         return True
 
 

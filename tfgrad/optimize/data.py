@@ -88,10 +88,10 @@ def source_of(
 ) -> Source:
     """Return the source for what a user passes as `data`.
 
-    A `tf.data.Dataset` is taken as it is. An array, or a tuple or dict of arrays, is
-    cut in batches along the first dimension. Anything else is iterated over, anew in
-    each epoch if it can be: a list of batches, a `keras.utils.PyDataset`, a function
-    that returns an iterator, a generator.
+    A `tf.data.Dataset` is taken as it is, and so is what a strategy has distributed. An
+    array, or a tuple or dict of arrays, is cut in batches along the first dimension.
+    Anything else is iterated over, anew in each epoch if it can be: a list of batches,
+    a `keras.utils.PyDataset`, a function that returns an iterator, a generator.
 
     Args:
         data: See above.

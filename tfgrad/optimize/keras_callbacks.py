@@ -273,7 +273,7 @@ class _Watch:
     def begin_epoch(self, epoch: int) -> None:
         """Do nothing."""
 
-    def look(self) -> None:
+    def end_epoch(self) -> None:
         """Do nothing."""
 
     def end(self) -> None:

@@ -94,7 +94,9 @@ def minimize(
             anew in each epoch, the same in every run; a `tf.data.Dataset` of batches;
             or an iterable of batches (a list, a `keras.utils.PyDataset`, a generator,
             a function that returns one of them), gone through again in each epoch.
-            Float arrays of NumPy take the dtype of the variables.
+            Float arrays of NumPy take the dtype of the variables. With an optimizer
+            also what `strategy.distribute_datasets_from_function` returns: rows of each
+            worker's own.
         batch_size: How many rows of arrays a batch has; None means 32. The last batch
             of an epoch has what is left.
         epochs: How often to go through the data; None means once if there is no other
