@@ -25,6 +25,7 @@ from tfgrad.optimize.chunks import (
     Pace,
     array,
     compile_chunk,
+    filled,
     held,
 )
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
@@ -148,10 +149,8 @@ class Loop:
         code = self._ruled.first(here.value, here.grad_max, state.expected, state.first)
         state = state._replace(code=tf.where(state.code == RUNNING, code, state.code))
         chunk = compile_chunk(self._ruled, state, is_xla=False)
-        packed = chunk.packing.pack(state)
-        _, packed, _ = chunk.run(tf.constant(limit), packed)
-        last: State = chunk.packing.unpack(packed)
-        return last
+        _, leaves, _ = chunk.run(tf.constant(limit), state)
+        return filled(state, leaves)
 
     def escape(self, state: State) -> tuple[State, Rows]:
         """Leave a maximum or a saddle; return the row of the point beside it."""
