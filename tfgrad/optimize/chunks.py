@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
+from tfgrad.optimize.compiled import compiled_once
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.solvers import NO_XLA, Form, Ruled, Solver, State
 from tfgrad.optimize.stopping import RUNNING
@@ -88,14 +89,13 @@ class Chunk(NamedTuple):
     """A compiled loop of steps.
 
     Attributes:
-        packing: Of the state.
         capacity: How many steps it can take at most.
-        run: Takes the limit and the packed state; returns how many rows there are, the
-            packed state, but for its variables, and the columns.
+        run: Takes the limit, the state, and what `Stepper.inputs` returns; returns how
+            many rows there are, the leaves of the state but for its variables, and the
+            columns.
         evaluate: Takes what `Stepper.query` returns; returns the evaluation there.
     """
 
-    packing: Packing
     capacity: int
     run: Callable[..., Any]
     evaluate: Callable[..., Any]
@@ -206,12 +206,12 @@ class Chunks:
         """Take steps in one call."""
         began = time.perf_counter()
         length = min(limit, self._pace.length, chunk.capacity)
-        inputs, given = self._stepper.inputs(state, length), chunk.packing.pack(state)
-        counts, packed, columns = chunk.run(tf.constant(length), given, *inputs)
+        inputs = self._stepper.inputs(state, length)
+        counts, others, columns = chunk.run(tf.constant(length), state, *inputs)
         taken = int(counts)
         self._pace.took(taken, time.perf_counter() - began)
         rows = {name: column.numpy()[:taken] for name, column in columns.items()}
-        return chunk.packing.unpack(_filled(given, packed)), rows
+        return filled(state, others), rows
 
     def _compiled(self, form: Form, state: State) -> Any:
         """Return a new chunk; None if f is in no form that XLA compiles once."""
@@ -247,8 +247,7 @@ class Chunks:
 def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     """Return the compiled loop of steps from a state like this."""
     stepper = ruled.stepper
-    packing, carried = Packing(state), Packing((0, 0, state))
-    jit = is_xla or None
+    carried, jit = Packing((0, 0, state)), is_xla or None
 
     def look(query: Any) -> Any:
         row = stepper.row(query if stepper.lag else None, stepper.evaluate(query))
@@ -260,7 +259,7 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
     capacity = ROW_BYTES // max(1, min(width, ROW_BYTES))
 
-    def run(limit: tf.Tensor, packed: list[tf.Tensor], *inputs: Any) -> Any:
+    def run(limit: tf.Tensor, state: State, *inputs: Any) -> Any:
         size = capacity if is_xla else limit  # XLA needs to know it
         arrays = {
             name: tf.TensorArray(spec.dtype, size, element_shape=spec.shape)
@@ -287,7 +286,7 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             taken += tf.cast(after.accepted, tf.int32)
             return carried.pack((taken, turns + 1, after)), written
 
-        start = carried.pack((0, 0, packing.unpack(list(map(_value, packed)))))
+        start = carried.pack((0, 0, tf.nest.map_structure(_value, state)))
         tensors, arrays = tf.while_loop(
             goes_on, body, (start, arrays), parallel_iterations=1
         )
@@ -297,8 +296,8 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             name: array.stack() if is_xla else array.gather(tf.range(taken))
             for name, array in arrays.items()
         }
-        ended, others = packing.pack(last), []
-        for there, tensor in zip(packed, ended, strict=True):
+        others, given = [], tf.nest.flatten(state)
+        for there, tensor in zip(given, tf.nest.flatten(last), strict=True):
             if isinstance(there, tf.Variable):
                 there.assign(tensor)  # which XLA does where it is
             else:
@@ -307,9 +306,8 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
 
     # Functions of their own: TensorFlow counts the traces of each name.
     own = functools.partial
-    compiled = tf.function(own(run), autograph=False, jit_compile=jit)
     evaluated = tf.function(own(stepper.evaluate), autograph=False, jit_compile=jit)
-    return Chunk(packing, capacity, compiled, evaluated)
+    return Chunk(capacity, compiled_once(own(run), jit=jit), evaluated)
 
 
 def in_trace(ruled: Ruled, state: State, limit: int) -> State:
@@ -325,9 +323,8 @@ def in_trace(ruled: Ruled, state: State, limit: int) -> State:
     code = ruled.first(here.value, here.grad_max, state.expected, state.first)
     state = state._replace(code=tf.where(state.code == RUNNING, code, state.code))
     chunk = compile_chunk(ruled, state, is_xla=False)
-    _, packed, _ = chunk.run(tf.constant(limit), chunk.packing.pack(state))
-    last: State = chunk.packing.unpack(packed)
-    return last
+    _, leaves, _ = chunk.run(tf.constant(limit), state)
+    return filled(state, leaves)
 
 
 def held(state: State) -> State:
@@ -352,10 +349,13 @@ def _value(leaf: Any) -> Any:
     return leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
 
 
-def _filled(given: list[Any], others: list[Any]) -> list[Any]:
-    """Return the leaves of a state, its variables among them."""
+def filled(state: State, others: list[Any]) -> State:
+    """Return a state with other leaves, but for its variables."""
     left = iter(others)
-    return [leaf if isinstance(leaf, tf.Variable) else next(left) for leaf in given]
+    after: State = tf.nest.map_structure(
+        lambda leaf: leaf if isinstance(leaf, tf.Variable) else next(left), state
+    )
+    return after
 
 
 def array(values: list[Any]) -> np.ndarray[Any, Any]:
