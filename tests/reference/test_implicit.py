@@ -1,4 +1,4 @@
-"""`solution`'s derivatives against closed forms, high precision, and jaxopt's numbers."""
+"""The derivatives of solutions: closed forms, high precision, jaxopt's numbers."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import tensorflow as tf
 
 import tfgrad
 
-I, J = np.mgrid[0:12, 0:4]
-INPUTS = np.sin(1.0 + I * (J + 1))
+ROW, COLUMN = np.mgrid[0:12, 0:4]
+INPUTS = np.sin(1.0 + ROW * (COLUMN + 1))
 TARGETS = np.cos(3.0 * np.arange(12))
 LABELS = np.where(TARGETS > 0, 1.0, -1.0)
 FIT, CHOOSE = slice(0, 8), slice(8, 12)

@@ -14,7 +14,7 @@ from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
 from tfgrad.derivatives.calls import require_function
 from tfgrad.derivatives.keeping import kept
 from tfgrad.derivatives.matrices import hessian, hvp
-from tfgrad.derivatives.repairs import needs_marks, repaired
+from tfgrad.derivatives.repairs import repaired, wants_marks
 from tfgrad.derivatives.reverse import grad
 from tfgrad.derivatives.signatures import is_dynamic
 from tfgrad.derivatives.tapes import constant, unrecorded
@@ -303,7 +303,7 @@ def _right(
     """
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (x, *args)]
     traced = unrecorded(lambda: trace(lambda x, *args: of_vector(x, args), specs))
-    is_right = not needs_marks(traced.graph.get_operations())
+    is_right = not wants_marks(traced.graph.get_operations())
     return of_vector if is_right else repaired(of_vector)
 
 
