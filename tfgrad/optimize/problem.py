@@ -237,10 +237,12 @@ class Problem:
         kept: Callable[[tf.Tensor], Evaluation] = self.evaluator.kept[key]
         return kept
 
-    def hvp(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+    def hvp(
+        self, x: tf.Tensor, v: tf.Tensor, batch: tuple[Nest, ...] = ()
+    ) -> tf.Tensor:
         """Return the Hessian at x times v, all vectors; variables are put to x."""
         leaves = self.x.leaves
-        arguments = self.x.arguments(unravel(x, leaves), ())
+        arguments = self.x.arguments(unravel(x, leaves), batch)
         product: list[tf.Tensor] = self.evaluator.products(
             arguments, unravel(v, leaves)
         )

@@ -261,7 +261,7 @@ class OfFunction:
         if self.obstacle:
             _refuse(self.obstacle)
         with at_point(self.variables, result.x):
-            problem = self._problem_at(result)
+            problem = self.problem_at(result)
             is_held = held(problem, self.bounds, result.x)
             if isinstance(problem, Residuals):
                 return _spread_of_large_fit(problem, result, is_held)
@@ -269,7 +269,7 @@ class OfFunction:
         epsilon = _epsilon(result.x)
         return spread_of_square(square, 1.0, is_held, epsilon, needs_all=True)
 
-    def _problem_at(self, result: OptimizeResult) -> Problem:
+    def problem_at(self, result: OptimizeResult) -> Problem:
         """Return the problem, if f is what it was; variables are at the result."""
         start = result.x if self.variables is None else None
         wrt = None if self.variables is None else list(self.variables)

@@ -104,7 +104,8 @@ class _Function:
 
     def hvp(self, x: Array, v: Array) -> Array:
         """Return the Hessian times v."""
-        return np.asarray(self._problem.hvp(*map(self.vector, (x, v))), np.float64)
+        product = self._problem.hvp(self.vector(x), self.vector(v))
+        return np.asarray(product, np.float64)
 
     def vector(self, x: Array) -> tf.Tensor:
         """Return a point in the dtype of the problem."""
