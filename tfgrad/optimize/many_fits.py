@@ -16,6 +16,7 @@ from tfgrad.derivatives.vectorized import static_size
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, ravel, unravel
 from tfgrad.optimize.blocks import WIDEST, Outcome
+from tfgrad.optimize.driver import check_alone
 from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
 from tfgrad.optimize.many import ManyResult, run
 from tfgrad.optimize.many_uncertainty import covariances
@@ -195,6 +196,7 @@ def least_squares_many(
         jit=jit,
         verify=verify,
     )
+    check_alone(residuals)
     rows = Rows(residuals, x0s, args)
     n = rows.x.shape[1]
     if n > MOST_PARAMETERS:
