@@ -231,7 +231,8 @@ class Recording:
 
         def function(*inputs: tf.Tensor) -> tf.Tensor:
             call = replace(self._call.at(inputs) if inputs else self._call, f=f)
-            returned = self._evaluate(call)
+            with _set(_Evaluation()):  # what is differentiated inside is so again
+                returned = self._evaluate(call)
             if len(chosen) == 1:
                 return returned[chosen[0]]
             parts = [tf.reduce_sum(tf.cast(returned[i], tf.float64)) for i in chosen]
