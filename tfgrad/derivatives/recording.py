@@ -262,7 +262,8 @@ class Again(NamedTuple):
 
         def function(*inputs: tf.Tensor) -> tf.Tensor:
             call = replace(self.call.at(inputs) if inputs else self.call, f=f)
-            returned = self._evaluate(call)
+            with _set(_Evaluation()):  # what is differentiated inside is so again
+                returned = self._evaluate(call)
             if len(places) == 1:
                 return returned[places[0]]
             parts = [tf.reduce_sum(tf.cast(returned[i], tf.float64)) for i in places]

@@ -82,7 +82,7 @@ class Watch:
 
     def end_epoch(self) -> None:
         """Look before others save the weights, unless the last look was just now."""
-        if _spoiled(self._logs) or time.perf_counter() > self._next_at_end:
+        if _spoiled(self._logs) or time.perf_counter() > self._next[1]:
             self.look()
 
     def look(self) -> None:
@@ -152,7 +152,7 @@ class Watch:
                 self.end()  # `fit` ends without `on_train_end`
             raise
         self._calls += 1
-        if time.perf_counter() > self._next or self._calls > self._most_calls:
+        if time.perf_counter() > self._next[0] or self._calls > self._most_calls:
             self.look()
         return logs
 
@@ -170,8 +170,7 @@ class Watch:
         self._epochs, self._calls = [(0, epoch, batch + size - first)], 0
         stage.clear()
         cost = time.perf_counter() - began
-        self._next = began + cost / _SHARE
-        self._next_at_end = began + cost / _SHARE_AT_ENDS
+        self._next = began + cost / _SHARE, began + cost / _SHARE_AT_ENDS
         return True
 
 
