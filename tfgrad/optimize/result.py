@@ -53,8 +53,8 @@ class OptimizeResult:
         fun: The value of the objective there.
         grad: The gradient there, structured like `x`.
         nit: Steps taken.
-        nfev: Evaluations of the objective with its gradient, but for those of a look
-            around the end, whether it is a saddle: a quarter more at most, or eight.
+        nfev: Evaluations of the objective with its gradient, without those of the test
+            whether the end is a saddle: at most a quarter more, or eight.
         success: True if `x` is a solution by the rule that `status` names.
         status: Why the run ended: "gtol", "ftol", "xtol", "target" (solutions),
             "steps", "epochs", "data" (over, and cannot be repeated), "seconds",
@@ -70,10 +70,9 @@ class OptimizeResult:
             `validation` returned.
         seconds: How long it took, in seconds, tracing included.
         directory: Where the run was logged; None if it was not.
-        state: What `minimize(f, result)` goes on with: the method's memory among it.
-            None if the method does not tell, or one of SciPy's was told too much to
-            keep (2**25 numbers).
-        source: What `covariance` asks for second derivatives; a pickle has none.
+        state: What `minimize(f, result)` goes on with, the method's memory included.
+            None if it could not be kept.
+        source: What `covariance` needs for second derivatives; a pickle has none.
     """
 
     x: Nest
