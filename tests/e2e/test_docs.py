@@ -11,6 +11,7 @@ import pytest
 
 import tfgrad
 from tfgrad.cli import main
+from tfgrad.optimize.stopping import RULES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -96,6 +97,16 @@ def test_a_misspelt_name_is_answered_with_the_right_one(wrong, right):
 def test_a_name_that_is_like_none_is_answered_without_a_guess():
     with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
         tfgrad.zzz  # noqa: B018 - the attribute is the test
+
+
+def test_every_status_is_documented():
+    names = {rule.name for rule in RULES}
+    fields = tfgrad.OptimizeResult.__doc__
+    listed = fields[fields.index("status:") : fields.index("message:")]
+    page = (ROOT / "docs/choosing-a-method.md").read_text()
+
+    assert set(re.findall(r'"(\w+)"', listed)) == names
+    assert [name for name in names if f"`{name}`" not in page] == []
 
 
 MADE_BY = {

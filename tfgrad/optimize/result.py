@@ -53,27 +53,28 @@ class OptimizeResult:
         fun: The value of the objective there.
         grad: The gradient there, structured like `x`.
         nit: Steps taken.
-        nfev: Evaluations of the objective with its gradient, but for those of a look
-            around the end, whether it is a saddle: a quarter more at most, or eight.
+        nfev: Evaluations of the objective with its gradient, without those of the test
+            whether the end is a saddle: at most a quarter more, or eight.
         success: True if `x` is a solution by the rule that `status` names.
-        status: Why the run ended: "gtol", "ftol", "xtol", "target" (solutions),
-            "steps", "epochs", "data" (over, and cannot be repeated), "seconds",
-            "callback", "interrupted", "nonfinite", "unbounded", "precision",
-            "linesearch", "trustregion", "scipy" (ended by itself), "infeasible" (so did
-            it, or got no nearer, where a limit is broken), "stopped".
+        status: Why the run ended: "converged", "gtol", "ftol", "xtol", "target"
+            (solutions), "steps", "epochs", "data" (over, and cannot be repeated),
+            "seconds", "callback", "interrupted", "nonfinite", "unbounded",
+            "linesearch", "trustregion", "scipy" (SciPy's method ended by itself),
+            "infeasible" (it ended at a point that breaks a limit, or got no nearer to
+            the limits), "stopped". Each is explained in `docs/choosing-a-method.md`.
         message: The same as a sentence.
         history: One row per state, row 0 the start: `step`, `fun`, `grad_max` (largest
-            |element|), `seconds`; the leaves of `x` while they are ten numbers or
-            fewer; what `has_aux` returns, likewise.
+            |element|), `seconds`; `expected` (the fall of f that the method expects)
+            or `learning_rate`, if the method has it; the leaves of `x` while they are
+            ten numbers or fewer; what `has_aux` returns, likewise.
         epochs: With data, one row per epoch that is over: `epoch`, `step`, the means of
             `fun` and of aux values over its batches, weighted by their sizes, and what
             `validation` returned.
         seconds: How long it took, in seconds, tracing included.
         directory: Where the run was logged; None if it was not.
-        state: What `minimize(f, result)` goes on with: the method's memory among it.
-            None if the method does not tell, or one of SciPy's was told too much to
-            keep (2**25 numbers).
-        source: What `covariance` asks for second derivatives; a pickle has none.
+        state: What `minimize(f, result)` goes on with, the method's memory included.
+            None if it could not be kept.
+        source: What `covariance` needs for second derivatives; a pickle has none.
     """
 
     x: Nest

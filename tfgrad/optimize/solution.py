@@ -132,13 +132,13 @@ def solution(
     part of that trace, the minimisation one loop of it.
 
     Args:
-        f: Returns one float number (shape `[]`), smooth where its minimum is. There is
-            a derivative by its arguments, by tensors that it closes over and by
-            variables that it reads, for whoever asks: a tape, or a transform (by `wrt=`
-            for variables).
+        f: Returns one float number (shape `[]`), smooth where its minimum is. The
+            answer can be differentiated by the arguments of f, by tensors that f closes
+            over and by variables that f reads, with a tape or a transform (`wrt=` for
+            variables).
         x0: Where to start: float tensors, arrays, numbers, nests of them, of one dtype.
-            The last solution is a good start. The answer does not depend on it, nor
-            has it a derivative by it.
+            The last solution is a good start. The answer does not depend on the start,
+            and has no derivative by it.
         *args: What f takes besides: nests of tensors, arrays, numbers.
         method: "lbfgs", "newton", or a method of your own (see
             `tfgrad.optimize.methods.protocol`). The rules by which it ends are those of
