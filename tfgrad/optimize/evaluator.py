@@ -238,8 +238,7 @@ def _rows(slices: tf.IndexedSlices) -> Any:
 def largest(gradient: Sequence[Any], scale: Any, dtype: tf.DType) -> tf.Tensor:
     """Return the largest |element|, without the scale; an empty leaf counts as 0.
 
-    The maximum of floats that XLA computes skips NaN (TensorFlow 2.21). Their bits,
-    read as whole numbers, have the order of the floats, with NaN above infinity.
+    The maximum that XLA computes skips NaN (TensorFlow 2.21), so NaN is asked for.
     """
     values = [getattr(leaf, "values", leaf) for leaf in gradient]
     sizes = [tf.abs(leaf) for leaf in values if leaf.shape.num_elements() != 0]
@@ -251,8 +250,9 @@ def largest(gradient: Sequence[Any], scale: Any, dtype: tf.DType) -> tf.Tensor:
 
 def _most(sizes: tf.Tensor) -> tf.Tensor:
     """Return the largest of numbers that are not negative, NaN if one is."""
-    bits = {8: tf.int64, 4: tf.int32, 2: tf.int16}[sizes.dtype.size]
-    return tf.bitcast(tf.reduce_max(tf.bitcast(sizes, bits)), sizes.dtype)
+    is_bad = tf.reduce_any(tf.math.is_nan(sizes))
+    nan = tf.constant(float("nan"), sizes.dtype)
+    return tf.where(is_bad, nan, tf.reduce_max(sizes))
 
 
 def flat(evaluation: Evaluation) -> Evaluation:
