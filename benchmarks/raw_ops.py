@@ -141,6 +141,8 @@ def _scattered(kind: str, indices: list[int], **options: Any) -> Callable[..., A
 _ELEMENTS = {"element_shape": [3], "element_dtype": tf.float64}
 
 FUNCTIONS: dict[str, list[Callable[[tf.Tensor], Any]]] = {
+    "ResizeBicubic": [],
+    "ResizeBilinear": [],
     "Real": [lambda x: tf.math.real(tf.complex(x, x**2) ** 2)],
     "StridedSliceGrad": [
         lambda x: tf.raw_ops.StridedSliceGrad(
