@@ -19,7 +19,7 @@ import tensorflow as tf
 
 import tfgrad
 
-CHUNK, ROUNDS, BATCH = 50, 15, 64
+CHUNK, ROUNDS, BATCH = 200, 15, 64
 
 
 def strategy_of(kind):

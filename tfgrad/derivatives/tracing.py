@@ -210,7 +210,13 @@ class Traces:
         found = self._compiled.get(key) if key in self._checked else None
         if found is None:
             with self._first:  # other threads wait until the answer is checked
-                found = self._compiled.get(key) or self._from_open(key, nests)
+                found = self._compiled.get(key)
+                if found is None and self._open is not None:
+                    given = filter(is_dynamic, tf.nest.flatten(nests))
+                    found = self._open.fitting(key, _specs(given))
+                    if found is not None:
+                        self._remember(key, found[:2])
+                        self._checked.add(key)
                 if found is None:
                     return self._first_call(key, nests)
         with contextlib.suppress(KeyError):  # another thread may have dropped it
@@ -259,8 +265,10 @@ class Traces:
         graph = None if concrete is None else concrete.graph
         try:
             answer = compiled(*given)
-        except tf.errors.OpError as error:
-            if self._jit and re.search("XLA|tf2xla", str(error)):
+        except Exception as error:
+            self._forget(key)
+            is_xla = self._jit and isinstance(error, tf.errors.OpError)
+            if is_xla and re.search("XLA|tf2xla", str(error)):
                 raise _refused_by_xla(name_of(self._f), graph, str(error)) from None
             raise
         if reason:
@@ -270,9 +278,7 @@ class Traces:
             try:
                 self._check(answer, *nests)
             except Exception as error:
-                del self._compiled[key]  # so that the next call is checked, too
-                if self._open is not None:
-                    self._open.drop(key)
+                self._forget(key)
                 raise refusal_by_gradient(error, name_of(self._f)) or error from None
         self._checked.add(key)
         return answer
@@ -293,19 +299,11 @@ class Traces:
         if len(self._compiled) > MOST_TRACES:
             self._checked.discard(self._compiled.popitem(last=False)[0])
 
-    def _from_open(
-        self, key: Any, nests: tuple[Any, ...]
-    ) -> tuple[Callable[..., Any], Any] | None:
-        """Return the trace with open dimensions that fits, if there is one."""
-        if self._open is None:
-            return None
-        given = filter(is_dynamic, tf.nest.flatten(nests))
-        found = self._open.fitting(key, _specs(given))
-        if found is None:
-            return None
-        self._remember(key, found[:2])
-        self._checked.add(key)
-        return found[0], found[1]
+    def _forget(self, key: Any) -> None:
+        """Drop a trace whose first call has failed: the next call is checked, too."""
+        self._compiled.pop(key, None)
+        if self._open is not None:
+            self._open.drop(key)
 
     def _compile_open(
         self, key: Any, body: Callable[..., Any], specs: list[Any]

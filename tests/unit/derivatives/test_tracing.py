@@ -232,3 +232,21 @@ def test_quiet_silences_tensorflow_and_only_within():
         logger.removeHandler(handler)
 
     assert [record.getMessage() for record in records] == ["kept"]
+
+
+def test_a_trace_whose_first_call_has_failed_is_checked_by_the_next():
+    checked = []
+
+    def run(f, x):
+        with tf.control_dependencies([tf.debugging.assert_positive(x)]):
+            return f(x)
+
+    def check(answer, *nests):
+        checked.append(float(answer))
+
+    traces = Traces(run, lambda x: 2 * x, jit=False, check=check, opens=True)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        traces(tf.constant(-1.0))
+    traces(tf.constant(1.0))
+
+    assert checked == [2.0]

@@ -336,3 +336,16 @@ def test_ragged_batches_and_missing_targets_are_kept_as_they_are():
 def test_a_flag_that_is_none_is_refused():
     with pytest.raises(InvalidArgumentError, match="True or False"):
         tfgrad.ExplainNaN(raise_error="yes")
+
+
+def test_a_loop_of_ones_own_may_call_it_without_parameters():
+    model, watch = compiled(keras.layers.Dense(1)), tfgrad.ExplainNaN()
+    watch.set_model(model)
+    watch.on_train_begin()
+    for epoch in range(2):
+        watch.on_epoch_begin(epoch)
+        model.fit(X, Y, 8, verbose=0)
+        watch.on_epoch_end(epoch)
+    watch.on_train_end()
+
+    assert watch.epoch is None
