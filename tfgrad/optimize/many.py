@@ -101,6 +101,9 @@ class ManyResult:
         """The row with the lowest f; 0 if no f is a number."""
         return int(np.argmin(np.where(np.isnan(self.fun), np.inf, self.fun)))
 
+    def _message(self, i: int) -> str:
+        return sentence(str(self.status[i]), step=self.nit[i], **self._facts)
+
     def _one(self, index: int) -> dict[str, Any]:
         """Return the fields of one result."""
         i = range(len(self))[index]  # negative ones, too, and an IndexError
@@ -109,7 +112,6 @@ class ManyResult:
             for nest in (self.x, self.grad)
         )
         largest = [np.max(np.abs(g[i]), initial=0) for g in tf.nest.flatten(self.grad)]
-        facts = {**self._facts, "step": self.nit[i]}
         return {
             "x": x,
             "fun": self.fun[i],
@@ -118,7 +120,7 @@ class ManyResult:
             "nfev": int(self.nfev[i]),
             "success": bool(self.success[i]),
             "status": str(self.status[i]),
-            "message": sentence(str(self.status[i]), **facts),
+            "message": self._message(i),
             "history": {
                 "step": self.nit[i : i + 1],
                 "fun": self.fun[i : i + 1],

@@ -19,6 +19,7 @@ from tfgrad.optimize.blocks import WIDEST, Outcome
 from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
 from tfgrad.optimize.many import ManyResult, Rows, run
 from tfgrad.optimize.methods import losses
+from tfgrad.optimize.methods.levenberg_marquardt import STATUSES, own_sentence
 from tfgrad.optimize.methods.marquardt import Marquardt, triangle
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.residuals import (
@@ -100,6 +101,13 @@ class ManyFitsResult(ManyResult):
         pairs = zip(parts, leaves, strict=True)
         shaped = [part.reshape(leaf.shape) for part, leaf in pairs]
         return tf.nest.pack_sequence_as(self.x, shaped)
+
+    def _message(self, i: int) -> str:
+        status = str(self.status[i])
+        if status in STATUSES.values() and self._facts[status] is None:
+            dtype = tf.as_dtype(self.fun.dtype)
+            return own_sentence(status, dtype, float(self.fun[i]))
+        return super()._message(i)
 
     def __getitem__(self, index: int) -> LeastSquaresResult:
         """Return the result of one fit, as `least_squares` returns it."""
