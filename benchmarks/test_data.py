@@ -1,6 +1,9 @@
 """The loop over batches against Keras's `fit`: one model, batches and optimizer."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,6 +15,7 @@ import tfgrad
 
 EPOCHS = 20
 REPEATS = 5
+WORDS, WIDTH, LOOKUPS, STEPS = 200_000, 64, 128, 200
 
 digits = load_digits()
 IMAGES = (digits.images[..., None] / 16).astype(np.float32)
@@ -95,3 +99,79 @@ def test_a_step_of_training(report, times, layers):
             "ms",
             "not slower",
         )
+
+
+def variable():
+    table = tf.Variable(tf.random.normal([WORDS, WIDTH], seed=0))
+    return lambda words: tf.gather(table, words), [table]
+
+
+def layer():
+    layer = keras.layers.Embedding(WORDS, WIDTH)
+    layer.build()
+    return layer, layer.trainable_variables
+
+
+def sentences():
+    words = np.random.default_rng(0).integers(WORDS, size=(STEPS, LOOKUPS))
+    return tf.data.Dataset.from_tensor_slices(words).cache()
+
+
+def embedded_by_hand(table):
+    """Return the seconds of a step of SGD in a compiled loop, after a first epoch."""
+    lookup, owners = table()
+    variables = [v.value if isinstance(v, keras.Variable) else v for v in owners]
+    optimizer, data = keras.optimizers.SGD(0.1), sentences()
+    optimizer.build(owners)
+
+    @tf.function
+    def epoch():
+        for words in data:
+            with tf.GradientTape() as tape:
+                value = tf.reduce_mean((lookup(words) - 1) ** 2)
+            optimizer.apply(tape.gradient(value, variables), owners)
+
+    epoch()
+    began = time.perf_counter()
+    epoch()
+    return (time.perf_counter() - began) / STEPS
+
+
+def embedded(table):
+    """Return the same for `minimize`."""
+    lookup, owners = table()
+    seconds = tfgrad.minimize(
+        lambda words: tf.reduce_mean((lookup(words) - 1) ** 2),
+        wrt=owners, data=sentences(), epochs=2, method="sgd", learning_rate=0.1,
+    ).history["seconds"]  # fmt: skip
+    return (seconds[-2] - seconds[STEPS - 1]) / (STEPS - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", [variable, layer])
+def test_a_step_over_an_embedding(report, table):
+    ours, theirs = [], []
+    for _ in range(REPEATS):
+        ours.append(embedded(table))
+        theirs.append(embedded_by_hand(table))
+
+    report(
+        f"SGD on {WORDS:,} x {WIDTH}, a {table.__name__}, against a compiled loop",
+        np.multiply(ours, 1e3), np.multiply(theirs, 1e3), "ms", "within 1.5 times",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sgd", "adam"])
+def test_memory_of_training(report, method):
+    peer = str(Path(__file__).parent / "memory_peer.py")
+    rose = {}
+    for tool in ("tfgrad", "loop"):
+        command = [sys.executable, peer, tool, method]
+        found = subprocess.run(command, capture_output=True, check=True, text=True)
+        rose[tool] = float(found.stdout)
+
+    report(
+        f"13.6 million parameters, {method}: memory over the start",
+        rose["tfgrad"], rose["loop"], "MB", "+ 100 MB",
+    )  # fmt: skip

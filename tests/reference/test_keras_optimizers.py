@@ -10,7 +10,7 @@ import tensorflow as tf
 import tfgrad
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.optimize.solvers import Form
-from tfgrad.optimize.solvers.optimizer import OptimizerSolver
+from tfgrad.optimize.solvers.optimizer import OptimizerForms
 
 STEPS = 12
 START = np.array([[1.5, -2.0], [0.5, 3.0]], np.float32)
@@ -63,7 +63,7 @@ def by_hand(optimizer):
 
 
 def compiled(optimizer, monkeypatch, form):
-    monkeypatch.setattr(OptimizerSolver, "form", lambda *_: Form(form))
+    monkeypatch.setattr(OptimizerForms, "form", lambda *_: Form(form))
     w, b = keras.Variable(START, name="w"), keras.Variable(0.3, name="b")
     result = tfgrad.minimize(
         lambda: loss(w, b), wrt=[w, b], method=optimizer, steps=STEPS

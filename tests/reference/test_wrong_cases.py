@@ -282,7 +282,6 @@ def test_fourier_transforms_that_cut_or_pad(transform, length):
 MATRIX = np.array([[1.0, 2.0], [2.0, 5.0], [1.0, 1.0]])
 
 REFUSED = {
-    "a singular matrix": lambda: grad(tf.linalg.det)(np.ones([5, 5])),
     "a full QR": lambda: grad(
         lambda a: tf.reduce_sum(tf.linalg.qr(a, full_matrices=True)[0] ** 3)
     )(MATRIX),

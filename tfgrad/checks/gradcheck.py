@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfgrad import nested
 from tfgrad.checks.checker import Checker
 from tfgrad.checks.report import GradCheck
+from tfgrad.checks.subject import Subject
 from tfgrad.diagnosis.sources import Sources, restored, sources_of
 from tfgrad.differences import require_finite
 from tfgrad.errors import InvalidArgumentError
@@ -83,13 +84,14 @@ def check_grads(
     sources = sources_of(f, args, wrt)
     name = nested.name_of(f)
     _require_finite_sources(sources, name)
+    subject = Subject(sources)
+    subject.require_connected()
     checker = Checker(
-        sources, modes, directions=directions, rtol=rtol, full=full, seed=seed
+        subject, modes, directions=directions, rtol=rtol, full=full, seed=seed
     )
-    checker.require_connected()
-    with restored(checker.variables):
+    with restored(subject.variables):
         checks = tuple(checker.checks(order))
-    result = GradCheck(name, checks, tuple(checker.notes))
+    result = GradCheck(name, checks, tuple(subject.notes))
     if raises:
         result.raise_on_failure()
     return result

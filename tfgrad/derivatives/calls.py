@@ -27,10 +27,9 @@ from tfgrad.derivatives.repairs import (
     repaired,
     repairing,
 )
-from tfgrad.derivatives.signatures import is_dynamic, signature
+from tfgrad.derivatives.signatures import MOST_TRACES, is_dynamic, signature
 from tfgrad.derivatives.soundness import every, folds_wrongly, require_right_kernels
 from tfgrad.derivatives.tracing import (
-    MOST_TRACES,
     Traces,
     converted,
     is_compiling,

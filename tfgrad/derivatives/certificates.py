@@ -30,7 +30,7 @@ from tfgrad.derivatives.verification import (
     moving_part,
 )
 from tfgrad.diagnosis.graphs import unrepeatable
-from tfgrad.diagnosis.lines import line_of
+from tfgrad.diagnosis.lines import line_of, made_by_gradient
 from tfgrad.errors import WrongDerivativeError
 
 if TYPE_CHECKING:
@@ -342,7 +342,8 @@ def redefines_slope(op: tf.Operation) -> bool:
     if op.type.startswith(_BY_DESIGN):
         return True
     if op.type == "StopGradient":
-        return not is_in_moments(op) and not _is_in(op, "reduce_logsumexp")
+        own = is_in_moments(op) or _is_in(op, "reduce_logsumexp")
+        return not own and not made_by_gradient(op)
     if op.type != "IdentityN":
         return False
     try:

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.projection import projected
+from tfgrad.differences import EPSILONS
 
 Gradient = Callable[..., Any]
 
@@ -259,27 +261,97 @@ def _complex_root(op: Any, grad: tf.Tensor) -> Any:
 @_repairs(
     "MatrixDeterminant",
     reason="TensorFlow forgets the conjugate, and divides by what may be 0",
-    applies=lambda op: _is_complex(op) or _is_small(op.inputs[0]),
 )
 def _determinant(op: Any, grad: tf.Tensor) -> Any:
-    x = op.inputs[0]
-    if _is_small(x):
-        weights, slopes = grad, tf.linalg.adjoint(_adjugate(x))
+    x, value = op.inputs[0], _as_matrices(op.outputs[0])
+    if _is_square_of(x, 4):
+        cofactors = _adjugate(x)
     else:
-        weights = grad * tf.math.conj(op.outputs[0])
-        slopes = _inverse_adjoint(x)
-    return tf.reshape(weights, tf.concat([tf.shape(grad), [1, 1]], axis=0)) * slopes
+        rare = _adjugate(x) if _is_square_of(x, 16) else tf.cast(np.nan, x.dtype)
+        singular = tf.equal(value, 0)
+        cofactors = tf.where(singular, rare, value * _inverse(x, singular))
+    return _as_matrices(grad) * tf.linalg.adjoint(cofactors)
 
 
 @_repairs(
     "LogMatrixDeterminant",
     reason="TensorFlow takes the sign of a complex determinant to be constant",
-    applies=_is_complex,
 )
 def _log_determinant(op: Any, by_sign: tf.Tensor, by_log: tf.Tensor) -> Any:
-    turn = -tf.math.imag(tf.math.conj(by_sign) * op.outputs[0])
-    weights = tf.complex(tf.math.real(by_log), turn)
-    return weights[..., tf.newaxis, tf.newaxis] * _inverse_adjoint(op.inputs[0])
+    x, sign = op.inputs[0], op.outputs[0]
+    if x.dtype.is_complex:
+        turn = -tf.math.imag(tf.math.conj(by_sign) * sign)
+        by_log = tf.complex(tf.math.real(by_log), turn)
+    singular = _as_matrices(tf.equal(sign, 0))
+    slopes = tf.linalg.adjoint(_inverse(x, singular))
+    slopes = tf.where(singular, tf.cast(np.nan, x.dtype), slopes)
+    return _as_matrices(by_log) * slopes
+
+
+@_repairs(
+    "SelfAdjointEigV2",
+    reason="where eigenvalues repeat, TensorFlow puts 0 for what it cannot know",
+    applies=lambda op: op.get_attr("compute_v"),
+    leads=lambda op: not op.get_attr("compute_v"),
+)
+def _eigenvectors(op: Any, by_values: tf.Tensor, by_vectors: tf.Tensor) -> Any:
+    x, has_vectors = op.inputs[0], op.get_attr("compute_v")
+    values, vectors = op.outputs if has_vectors else tf.linalg.eigh(x)
+    inner = tf.linalg.diag(by_values)
+    if has_vectors:
+        turned = tf.matmul(vectors, by_vectors, adjoint_a=True)
+        inner += _over_gaps(turned, tf.math.real(values))
+    slope = tf.matmul(vectors, tf.matmul(inner, vectors, adjoint_b=True))
+    # One triangle of x is read.
+    slope = tf.linalg.band_part(slope + tf.linalg.adjoint(slope), -1, 0)
+    return tf.linalg.set_diag(slope, tf.linalg.diag_part(slope) / 2)
+
+
+@_repairs(
+    "Svd",
+    reason="where singular values repeat, TensorFlow puts 0 for what it cannot know",
+    applies=lambda op: op.get_attr("compute_uv") and _is_economic(op),
+    leads=lambda op: not op.get_attr("compute_uv"),
+)
+def _singular_vectors(op: Any, by_s: tf.Tensor, *by_vectors: tf.Tensor) -> Any:
+    x, has_vectors = op.inputs[0], op.get_attr("compute_uv")
+    s, u, v = op.outputs if has_vectors else tf.linalg.svd(x)
+    inner = tf.linalg.diag(tf.cast(by_s, x.dtype))
+    if not has_vectors:
+        return tf.matmul(u, tf.matmul(inner, v, adjoint_b=True))
+    # Townsend (2016), Differentiating the Singular Value Decomposition.
+    (by_u, by_v), s = by_vectors, tf.math.real(s)
+    row = tf.cast(tf.expand_dims(s, -2), x.dtype)
+    sums = row + tf.linalg.matrix_transpose(row)
+    left = tf.matmul(u, by_u, adjoint_a=True)
+    right = tf.matmul(v, by_v, adjoint_a=True)
+    turned = [tf.math.xdivy(_over_gaps(t, s), sums) for t in (left, right)]
+    turned_left, turned_right = (t + tf.linalg.adjoint(t) for t in turned)
+    inner += turned_left * row + tf.linalg.matrix_transpose(row) * turned_right
+    if x.dtype.is_complex:
+        turn = tf.math.imag(tf.linalg.diag_part(right))
+        inner -= tf.linalg.diag(tf.complex(0 * s, tf.math.xdivy(turn, s)))
+    slope = tf.matmul(u, tf.matmul(inner, v, adjoint_b=True))
+    height, width = x.shape[-2:]
+    if height > width:
+        outside = tf.math.xdivy(by_u - tf.matmul(u, left), row)
+        slope += tf.matmul(outside, v, adjoint_b=True)
+    if width > height:
+        outside = tf.math.xdivy(by_v - tf.matmul(v, right), row)
+        slope += tf.matmul(u, outside, adjoint_b=True)
+    return slope
+
+
+@_repairs(
+    "SparseSlice",
+    reason="right by itself; the op that it is made of has no gradient",
+    first=False,
+)
+def _sparse_slice(op: Any, *grads: tf.Tensor) -> Any:
+    indices, values, _, start, size = op.inputs
+    inside = tf.reduce_all((indices >= start) & (indices < start + size), axis=1)
+    slope = tf.scatter_nd(tf.where(inside), grads[1], tf.shape(values, tf.int64))
+    return None, slope, None, None, None
 
 
 @_repairs(
@@ -709,9 +781,34 @@ def _usable(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     return has_log | tf.not_equal(x, 0)
 
 
-def _is_small(x: tf.Tensor) -> bool:
-    """Return whether matrices are of a size for which rounding spoils no recurrence."""
-    return x.shape.rank is not None and x.shape[-1] in (1, 2, 3, 4)
+def _is_square_of(x: tf.Tensor, most: int) -> bool:
+    """Return whether matrices are known to have at most so many rows."""
+    return x.shape.rank is not None and x.shape[-1] in range(1, most + 1)
+
+
+def _is_economic(op: tf.Operation) -> bool:
+    """Return whether a decomposition has the vectors of the singular values only."""
+    height, width = op.inputs[0].shape[-2:] if op.inputs[0].shape.rank else (None, None)
+    if height is None or width is None:
+        return False
+    return height == width or not op.get_attr("full_matrices")
+
+
+def _as_matrices(x: tf.Tensor) -> tf.Tensor:
+    return tf.expand_dims(tf.expand_dims(x, -1), -1)
+
+
+def _over_gaps(x: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """Return x[i, j] / (values[j] - values[i]) and 0 on the diagonal.
+
+    Where two values are one, up to rounding, that is 0 for 0 and not finite for all
+    else: the limit hangs on derivatives that are not in x.
+    """
+    gaps = tf.expand_dims(values, -2) - tf.expand_dims(values, -1)
+    largest = _as_matrices(tf.reduce_max(tf.abs(values), axis=-1))
+    gaps = tf.where(tf.abs(gaps) > 4 * EPSILONS[values.dtype] * largest, gaps, 0)
+    x = tf.linalg.set_diag(x, tf.zeros_like(tf.linalg.diag_part(x)))
+    return tf.math.xdivy(x, tf.cast(gaps, x.dtype))
 
 
 def _adjugate(x: tf.Tensor) -> tf.Tensor:
@@ -730,8 +827,14 @@ def _adjugate(x: tf.Tensor) -> tf.Tensor:
     return found
 
 
-def _inverse_adjoint(x: tf.Tensor) -> tf.Tensor:
-    return tf.linalg.inv(x, adjoint=True)
+def _inverse(x: tf.Tensor, singular: tf.Tensor) -> tf.Tensor:
+    """Return the inverse; where matrices are singular, TensorFlow's op would fail.
+
+    It is that of x, not of its adjoint: where x is singular but for rounding, the
+    determinant has the same last pivot only then.
+    """
+    identity = tf.eye(tf.shape(x)[-1], dtype=x.dtype)
+    return tf.linalg.inv(tf.where(singular, identity, x))
 
 
 def _where_rows(condition: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:

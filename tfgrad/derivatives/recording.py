@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import tensorflow as tf
 
@@ -66,24 +66,21 @@ class Recording:
         )
         self._before = len(traced_operations())
         around, inside = _evaluation.get(), _Evaluation()
-        self._is_inner = around is not None
         if around is not None:
             around.has_inner = True
         with resumed(), self._tape, _set(inside):
             self._tape.watch(call.sources)
             returned = function(call)
-        self._has_inner = inside.has_inner
         if finds:
             call = replace(call, variables=self._tape.watched_variables())
-        self._function = function
+        self._again = Again(function, call, has_aux, inside.has_inner)
         self._call = call
-        self._has_aux = has_aux
         self.sources = call.sources
         self.output: Any
         self.aux: Any
         self.output, self.aux = returned if has_aux else (returned, None)
         self.outputs: list[tf.Tensor] = tf.nest.flatten(self.output)
-        self.require_right(twice=self._is_inner)
+        self.require_right(twice=around is not None)
 
     def require_right(self, *, twice: bool) -> None:
         """Raise for ops that TensorFlow differentiates wrongly, so that f is repaired.
@@ -147,7 +144,9 @@ class Recording:
         """
         if leaves_tensorflow():
             # A new recording, since a tf.py_function can be pulled back only once.
-            again = Recording(self._function, self._call, has_aux=self._has_aux)
+            again = Recording(
+                self._again.function, self._call, has_aux=self._again.has_aux
+            )
             again.gradients(random_like(self.outputs, seed=1))
         elif separately:
             for output in self.outputs:
@@ -165,18 +164,23 @@ class Recording:
         except LookupError as error:  # an op has no gradient: one of the sources is cut
             found, undefined = [None] * len(self.sources), error
         if leaves_tensorflow():
-            self._verify(self._dense(found), weights)
+            every_one = self._places(self.outputs)
+            self._again.verify(every_one, self._dense(found), weights)
         if may_drop(self._moving()):
-            require_whole(
-                self._one_output(outputs),
-                *self._roots(),
-                self._call.name,
-                self._call.names,
-            )
+            self._again.require_whole(self._places(outputs))
         hidden = may_hide_a_cut(self.operations)
         if hidden or any(gradient is None for gradient in found):
-            self._settle(outputs, [None] * len(found) if hidden else found, undefined)
+            self._again.require_uncut(
+                self._places(outputs), [None] * len(found) if hidden else found
+            )
+            if undefined is not None:
+                raise _undefined(self._call, self.operations, undefined)
         return found
+
+    def _places(self, outputs: list[tf.Tensor]) -> list[int]:
+        """Return where some outputs stand among all."""
+        ids = {id(output) for output in outputs}
+        return [i for i, output in enumerate(self.outputs) if id(output) in ids]
 
     def _pulled(self, outputs: list[tf.Tensor], weights: Any) -> list[Any]:
         """Return what the tape finds for each source: a gradient, or None."""
@@ -186,85 +190,109 @@ class Recording:
             )
         return found
 
-    def _settle(
-        self, outputs: list[tf.Tensor], found: list[Any], undefined: LookupError | None
-    ) -> None:
-        """Raise if one of the missing gradients is cut; the others are zeros."""
-        name, names = self._call.name, self._call.names
-        for index, cut in enumerate(self._cuts(outputs)):
-            if found[index] is None and cut is not None:
-                raise no_gradient_error(name, names[index], cut)
-        if undefined is not None:
-            raise self._undefined(undefined)
+    def _dense(self, found: Sequence[Any]) -> list[tf.Tensor]:
+        return [dense(g, s) for g, s in zip(found, self.sources, strict=True)]
 
-    def _undefined(self, error: LookupError) -> TfgradError:
-        """Return the error for an op without gradient, beside paths that have one."""
-        kinds = {*re.findall(r"\w+", str(error))}
-        for op in every(self.operations):
-            if op.type in kinds:
-                cut = Cut(op.type, line_of(op), *cause_of_cut(op))
-                return no_gradient_error(self.name, self._call.names[0], cut)
-        return NoGradientError(
-            f"The gradient of `{self.name}` lacks a term: one of its ops has none.",
-            got=str(error).splitlines()[0],
-            hint="a smooth stand-in, or a tf.custom_gradient",
+
+class Again(NamedTuple):
+    """A recorded evaluation, made again to see what a tape cannot tell.
+
+    Attributes:
+        function: See `Recording`.
+        call: See `Recording`.
+        has_aux: See `Recording`.
+        has_inner: Whether a tape of ours is opened within the function.
+    """
+
+    function: Callable[[Call], Any]
+    call: Call
+    has_aux: bool
+    has_inner: bool
+
+    def require_uncut(self, places: list[int], found: list[Any]) -> None:
+        """Refuse missing gradients that are cut; the others are zeros.
+
+        Args:
+            places: Of which outputs they are.
+            found: What the tape found for each source.
+        """
+        for index, cut in enumerate(self._cuts(places)):
+            if found[index] is None and cut is not None:
+                raise no_gradient_error(self.call.name, self.call.names[index], cut)
+
+    def require_whole(self, places: list[int]) -> None:
+        """Refuse a gradient that lacks a term of some outputs."""
+        call = self.call
+        require_whole(self._one_output(places), *self._roots(), call.name, call.names)
+
+    def verify(
+        self,
+        places: list[int],
+        found: list[tf.Tensor],
+        weights: list[tf.Tensor] | None,
+    ) -> None:
+        """Compare with differences, since the tape may not have seen all."""
+        wrong = wrong_gradient(self.call, self._evaluate, weights, found)
+        if wrong is None:
+            return
+        index, numbers = wrong
+        cuts = self._cuts(places)
+        cut = cuts[index] or next(filter(None, cuts), None)
+        if cut is not None and cut.where:
+            raise no_gradient_error(self.call.name, self.call.names[index], cut)
+        raise NoGradientError(
+            f"The gradient of `{self.call.name}` with respect to "
+            f"`{self.call.names[index]}` is cut.",
+            got=f"autodiff {numbers}; {leaves_tensorflow()}",
+            hint="the same in tf.math or tf.experimental.numpy; a tf.custom_gradient",
         )
 
-    def _cuts(self, outputs: list[tf.Tensor]) -> list[Cut | None]:
-        return missing_gradients(self._one_output(outputs), *self._roots())
+    def _cuts(self, places: list[int]) -> list[Cut | None]:
+        return missing_gradients(self._one_output(places), *self._roots())
 
     def _roots(self) -> tuple[list[tf.Tensor], list[tf.Variable]]:
-        if self._call.variables is None:
-            return self.sources, []
-        return [], self.sources
+        if self.call.variables is None:
+            return self.call.sources, []
+        return [], self.call.sources
 
-    def _one_output(self, outputs: list[tf.Tensor]) -> Callable[..., tf.Tensor]:
-        """Return f as a function with one output, which depends on all `outputs`."""
-        chosen = [
-            index
-            for index, output in enumerate(self.outputs)
-            if any(output is other for other in outputs)
-        ]
-
+    def _one_output(self, places: list[int]) -> Callable[..., tf.Tensor]:
+        """Return f as a function with one output, which depends on all of these."""
         # The search for cuts asks which gradients exist, not whether they are right.
-        f = self._call.f if self._has_inner else unrepaired(self._call.f)
+        f = self.call.f if self.has_inner else unrepaired(self.call.f)
 
         def function(*inputs: tf.Tensor) -> tf.Tensor:
-            call = replace(self._call.at(inputs) if inputs else self._call, f=f)
-            returned = self._evaluate(call)
-            if len(chosen) == 1:
-                return returned[chosen[0]]
-            parts = [tf.reduce_sum(tf.cast(returned[i], tf.float64)) for i in chosen]
+            call = replace(self.call.at(inputs) if inputs else self.call, f=f)
+            with _set(_Evaluation()):  # what is differentiated inside is so again
+                returned = self._evaluate(call)
+            if len(places) == 1:
+                return returned[places[0]]
+            parts = [tf.reduce_sum(tf.cast(returned[i], tf.float64)) for i in places]
             return tf.add_n(parts)
 
         return function
 
     def _evaluate(self, call: Call) -> list[tf.Tensor]:
-        returned = self._function(call)
+        returned = self.function(call)
         leaves: list[tf.Tensor] = tf.nest.flatten(
-            returned[0] if self._has_aux else returned
+            returned[0] if self.has_aux else returned
         )
         return leaves
 
-    def _verify(self, found: list[tf.Tensor], weights: list[tf.Tensor] | None) -> None:
-        """Compare with differences: code outside of TensorFlow is on no tape."""
-        wrong = wrong_gradient(self._call, self._evaluate, weights, found)
-        if wrong is None:
-            return
-        index, numbers = wrong
-        cuts = self._cuts(self.outputs)
-        cut = cuts[index] or next(filter(None, cuts), None)
-        if cut is not None and cut.where:
-            raise no_gradient_error(self.name, self._call.names[index], cut)
-        raise NoGradientError(
-            f"The gradient of `{self.name}` with respect to "
-            f"`{self._call.names[index]}` is cut.",
-            got=f"autodiff {numbers}; {leaves_tensorflow()}",
-            hint="the same in tf.math or tf.experimental.numpy; a tf.custom_gradient",
-        )
 
-    def _dense(self, found: Sequence[Any]) -> list[tf.Tensor]:
-        return [dense(g, s) for g, s in zip(found, self.sources, strict=True)]
+def _undefined(
+    call: Call, operations: list[tf.Operation], error: LookupError
+) -> TfgradError:
+    """Return the error for an op without gradient, beside paths that have one."""
+    kinds = {*re.findall(r"\w+", str(error))}
+    for op in every(operations):
+        if op.type in kinds:
+            cut = Cut(op.type, line_of(op), *cause_of_cut(op))
+            return no_gradient_error(call.name, call.names[0], cut)
+    return NoGradientError(
+        f"The gradient of `{call.name}` lacks a term: one of its ops has none.",
+        got=str(error).splitlines()[0],
+        hint="a smooth stand-in, or a tf.custom_gradient",
+    )
 
 
 class _Evaluation:

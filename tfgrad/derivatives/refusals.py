@@ -9,15 +9,14 @@ import re
 import traceback
 from typing import Any
 
-import tensorflow as tf
-
 from tfgrad.derivatives.soundness import every
 from tfgrad.diagnosis.lines import line_of, made_by_gradient, reason_of
 from tfgrad.errors import NoGradientError
 
 _NODE = re.compile(r"(?:Detected at node|\{\{node) (?P<name>[^\s}]+)")
 
-_SAYING = ("CheckNumerics", "Assert")
+_PASSED_OVER = ("CheckNumerics", "Assert", "Placeholder")
+"""What the user asks is said by the user's op; a placeholder has the name of an op."""
 
 _HINT = "another form of the same function; float32 on a CPU; a tf.custom_gradient"
 
@@ -36,7 +35,7 @@ def refusal_at_run_time(
         return None
     nodes = {match["name"].split("/")[-1] for match in _NODE.finditer(str(error))}
     for op in every(graph.get_operations()):
-        if op.type in _SAYING:  # what the user asks is said by the user's op
+        if op.type in _PASSED_OVER:
             continue
         if op.name.split("/")[-1] in nodes and made_by_gradient(op):
             return NoGradientError(
@@ -67,10 +66,12 @@ def refusal_by_gradient(error: Exception, name: str) -> NoGradientError | None:
             op = next((value for value in values if hasattr(value, "get_attr")), None)
             kind = frame.f_code.co_name.strip("_") if op is None else op.type
             return no_gradient(error, name, f"{kind}: ")
-    if isinstance(error, tf.errors.InvalidArgumentError) and "_grad/" in str(error):
+    node = _NODE.search(str(error))
+    parts = node["name"].split("/") if node else []
+    if any(part.endswith(("_grad", "gradient_tape")) for part in parts):
         return NoGradientError(
             f"TensorFlow cannot compute the derivative of `{name}` here.",
-            got=reason_of(error),
+            got=f"{parts[-1]}: {reason_of(error)}",
             hint=_HINT,
         )
     return None

@@ -82,6 +82,16 @@ def needs_marks(operations: Iterable[tf.Operation]) -> bool:
     return any(_wrong(op, twice=True) is not None for op in operations)
 
 
+def wants_marks(operations: Iterable[tf.Operation]) -> bool:
+    """Return whether there is an op to mark: of some order, its gradient is wrong."""
+    return any(
+        is_repairable(op)
+        or _leads(op)
+        or any(wants_marks(body.get_operations()) for body in bodies(op))
+        for op in operations
+    )
+
+
 def mark(operations: Iterable[tf.Operation], *, calls: bool = False) -> None:
     """Let the gradients of all ops in the table be right, in loops and branches, too.
 

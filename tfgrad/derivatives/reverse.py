@@ -239,35 +239,47 @@ def vjp(
     args = tf.nest.map_structure(tf.identity, args)
     sources, nests = tf.nest.flatten(args), (args, kwargs, argnums, None, None)
 
-    def recorded(persistent: bool) -> tuple[Any, Any, Any]:
-        keep = {"persistent": persistent, "watch_accessed_variables": False}
-        with tf.GradientTape(**keep) as tape:
-            tape.watch(sources)
-            return tape, *compiled(*nests)
-
+    tape = tf.GradientTape(persistent=True, watch_accessed_variables=False)
     is_kept = True
     try:
-        tape, y, aux = recorded(persistent=True)
+        with tape:
+            tape.watch(sources)
+            y, aux = compiled(*nests)
     except NoGradientError:
         # A tape that is kept asks for the gradients of gradients, which there may not
         # be. Then f is verified without a tape, and each pull-back evaluates it anew.
-        compiled(*nests)
+        y, aux = compiled(*nests)
         is_kept = False
-        tape, y, aux = recorded(persistent=False)
     runs_folded = compiled.folds_wrongly(*nests)
 
     @not_converted
     def pullback(cotangent: Nest) -> Any:
+        nonlocal is_kept
         weights = direction_in_tensors(cotangent, y, "cotangent", "the output")
-        unfolded = as_written() if runs_folded else contextlib.nullcontext()
-        with refusals_explained(compiled.name), unfolded:
-            used, outputs, _ = (tape, y, aux) if is_kept else recorded(persistent=False)
-            flat = map(tf.nest.flatten, (outputs, sources, weights))
-            found = used.gradient(*flat)
-        pairs = zip(found, sources, strict=True)
-        return tf.nest.pack_sequence_as(args, [dense(g, x) for g, x in pairs])
+        if is_kept:
+            unfolded = as_written() if runs_folded else contextlib.nullcontext()
+            try:
+                with refusals_explained(compiled.name), unfolded:
+                    flat = map(tf.nest.flatten, (y, sources, weights))
+                    found = tape.gradient(*flat)
+                pairs = zip(found, sources, strict=True)
+                return tf.nest.pack_sequence_as(args, [dense(g, x) for g, x in pairs])
+            except NoGradientError:  # some show only now that there are none of those
+                is_kept = False
+        return kept(_backward, f, has_aux, jit)(*nests[:-1], weights)
 
     return (y, pullback, aux) if has_aux else (y, pullback)
+
+
+def _backward(f: Callable[..., Any], has_aux: bool, jit: bool) -> Compiled:
+    """Return the pull-back of `f`, compiled with an evaluation of its own."""
+
+    def body(call: Call) -> tuple[Any, Ladder]:
+        function = with_aux(float_outputs, has_aux)
+        recording = Recording(function, call, has_aux=has_aux)
+        return call.pack(recording.gradients(tf.nest.flatten(call.direction))), []
+
+    return Compiled(f, body, jit=jit)
 
 
 def _forward(f: Callable[..., Any], has_aux: bool, jit: bool, verify: bool) -> Compiled:

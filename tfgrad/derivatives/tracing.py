@@ -15,10 +15,10 @@ import re
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import tensorflow as tf
 
@@ -34,7 +34,12 @@ from tfgrad.derivatives.repairs import (
     repaired,
     repairing,
 )
-from tfgrad.derivatives.signatures import is_dynamic, opened, rank_signature, signature
+from tfgrad.derivatives.signatures import (
+    MOST_TRACES,
+    OpenTraces,
+    is_dynamic,
+    signature,
+)
 from tfgrad.derivatives.soundness import (
     UnverifiableGradientError,
     every,
@@ -44,9 +49,6 @@ from tfgrad.derivatives.soundness import (
 from tfgrad.diagnosis.lines import line_of, line_of_error
 from tfgrad.errors import InvalidArgumentError, TfgradError
 from tfgrad.nested import name_of
-
-MOST_TRACES = 64
-"""Compiled functions kept for one transform; the least recently used goes first."""
 
 _LIBRARIES = (str(Path(__file__).parents[1]), str(Path(tf.__file__).parent))
 
@@ -169,20 +171,6 @@ def traced_operations() -> list[tf.Operation]:
     return operations
 
 
-class _Open(NamedTuple):
-    """A trace of which some dimensions are open.
-
-    Attributes:
-        key: The signature that it was made for.
-        axes: Which dimensions of each tensor are open.
-        found: The trace; None while only one shape was seen.
-    """
-
-    key: Any
-    axes: list[tuple[int, ...]]
-    found: tuple[Callable[..., Any], Any] | None
-
-
 class Traces:
     """A function of nests of tensors, compiled at its first call for each signature.
 
@@ -210,8 +198,7 @@ class Traces:
         self._f = f
         self._jit = jit
         self._check = check
-        self._opens = opens and not jit
-        self._open: dict[Any, _Open] = {}
+        self._open = OpenTraces() if opens and not jit else None
         self._compiled: OrderedDict[Any, tuple[Callable[..., Any], Any]] = OrderedDict()
         self._checked: set[Any] = set()
         self._first = threading.RLock()
@@ -223,7 +210,7 @@ class Traces:
         found = self._compiled.get(key) if key in self._checked else None
         if found is None:
             with self._first:  # other threads wait until the answer is checked
-                found = self._compiled.get(key) or self._from_open(key)
+                found = self._compiled.get(key) or self._from_open(key, nests)
                 if found is None:
                     return self._first_call(key, nests)
         with contextlib.suppress(KeyError):  # another thread may have dropped it
@@ -233,8 +220,7 @@ class Traces:
     def compiled(self, *nests: Any) -> Any:
         """Return the concrete function for `nests`, not run yet; None if eager."""
         given = list(filter(is_dynamic, tf.nest.flatten(nests)))
-        specs = [tf.type_spec_from_value(leaf) for leaf in given]
-        return self._compile(self._body(nests), specs)[1]
+        return self._compile(self._body(nests), _specs(given))[1]
 
     def concrete(self, *nests: Any) -> Any:
         """Return the concrete function of an earlier answer; None if it ran eagerly."""
@@ -266,19 +252,10 @@ class Traces:
         traced = (c for _, c in self._compiled.values() if c is not None)
         return [x for c in traced for x in c.captured_inputs if x.dtype.is_floating]
 
-    def operations(self, *nests: Any) -> list[str]:
-        """Return the types of the ops in that graph; none if it runs eagerly."""
-        graph = self.graph(*nests)
-        if graph is None:
-            return []
-        definition = graph.as_graph_def()
-        bodies = [body.node_def for body in definition.library.function]
-        return [node.op for nodes in [definition.node, *bodies] for node in nodes]
-
     def _first_call(self, key: Any, nests: tuple[Any, ...]) -> Any:
         given = list(filter(is_dynamic, tf.nest.flatten(nests)))
         body = self._body(nests)
-        compiled, concrete, reason = self._compile_open(key, body, given)
+        compiled, concrete, reason = self._compile_open(key, body, _specs(given))
         graph = None if concrete is None else concrete.graph
         try:
             answer = compiled(*given)
@@ -294,6 +271,8 @@ class Traces:
                 self._check(answer, *nests)
             except Exception as error:
                 del self._compiled[key]  # so that the next call is checked, too
+                if self._open is not None:
+                    self._open.drop(key)
                 raise refusal_by_gradient(error, name_of(self._f)) or error from None
         self._checked.add(key)
         return answer
@@ -314,40 +293,36 @@ class Traces:
         if len(self._compiled) > MOST_TRACES:
             self._checked.discard(self._compiled.popitem(last=False)[0])
 
-    def _from_open(self, key: Any) -> tuple[Callable[..., Any], Any] | None:
+    def _from_open(
+        self, key: Any, nests: tuple[Any, ...]
+    ) -> tuple[Callable[..., Any], Any] | None:
         """Return the trace with open dimensions that fits, if there is one."""
-        known = self._open.get(rank_signature(key)) if self._opens else None
-        if known is None or known.found is None:
+        if self._open is None:
             return None
-        axes = opened(key, known.key)
-        if any(not set(a) <= set(b) for a, b in zip(axes, known.axes, strict=True)):
+        given = filter(is_dynamic, tf.nest.flatten(nests))
+        found = self._open.fitting(key, _specs(given))
+        if found is None:
             return None
-        self._remember(key, known.found)
+        self._remember(key, found[:2])
         self._checked.add(key)
-        return known.found
+        return found[0], found[1]
 
     def _compile_open(
-        self, key: Any, body: Callable[..., Any], given: list[Any]
+        self, key: Any, body: Callable[..., Any], specs: list[Any]
     ) -> tuple[Callable[..., Any], Any, str]:
         """Compile, from the second shape on with the dimensions open that vary."""
-        specs = [tf.type_spec_from_value(leaf) for leaf in given]
-        if not self._opens:
+        if self._open is None:
             return self._compile(body, specs)
-        kind = rank_signature(key)
-        known = self._open.get(kind)
-        if known is None:
-            self._open[kind] = _Open(key, [() for _ in given], None)
-            return self._compile(body, specs)
-        pairs = zip(opened(key, known.key), known.axes, strict=True)
-        axes = [tuple({*new, *old}) for new, old in pairs]
-        try:
-            open_specs = [_opened(spec, a) for spec, a in zip(specs, axes, strict=True)]
-            found = self._compile(body, open_specs)
-        except Exception:  # a function that has to know its shapes
-            return self._compile(body, specs)
-        if found[2]:
-            return self._compile(body, specs)
-        self._open[kind] = _Open(key, axes, found[:2])
+
+        def compiled(wide: list[Any]) -> Any:
+            found = self._compile(body, wide)
+            if found[2] and wide is not specs:  # a function that has to know its shapes
+                raise NotImplementedError
+            return found
+
+        found: tuple[Callable[..., Any], Any, str] = self._open.add(
+            key, specs, compiled
+        )
         return found
 
     def _compile(
@@ -399,12 +374,8 @@ class Traces:
         )
 
 
-def _opened(spec: Any, axes: tuple[int, ...]) -> Any:
-    """Return the spec of a tensor with some of its dimensions open."""
-    if not axes:
-        return spec
-    shape = [None if i in axes else n for i, n in enumerate(spec.shape)]
-    return tf.TensorSpec(shape, spec.dtype)
+def _specs(tensors: Iterable[Any]) -> list[Any]:
+    return [tf.type_spec_from_value(tensor) for tensor in tensors]
 
 
 def _explained(concrete: Any, name: str) -> Callable[..., Any]:

@@ -32,9 +32,9 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
 
     The cost in `fit` until then is the memory of a copy of the weights and of the
     optimizer, and of the batches since that copy, and less than two per cent of the
-    time: the loss and the weights are looked at now and then, and at the end of each
-    epoch. When one of them is not finite, the batches since the copy are trained on
-    again, one by one. `minimize` looks at each step anyway.
+    time: the loss is looked at after each epoch, the weights now and then, and after
+    each epoch that is not very short. When one of them is not finite, the batches since
+    the copy are trained on again, one by one. `minimize` looks at each step anyway.
 
     Args:
         raise_error: Raise the explanation as a `TfgradError` at the end of `fit`, in
@@ -76,7 +76,7 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Have the model keep its batches; `minimize` watches by itself."""
         self._forget()
-        self._watch = self.params.get("watch") or Watch(self.model)
+        self._watch = (self.params or {}).get("watch") or Watch(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Remember where the epoch begins."""
@@ -86,7 +86,7 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Look at the weights before others save them."""
         if self._watch is not None:
-            self._watch.look()
+            self._watch.end_epoch()
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Leave the model as it was, and say what was found."""

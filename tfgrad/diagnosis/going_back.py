@@ -26,6 +26,9 @@ from tfgrad.errors import InvalidArgumentError
 _SHARE = 1 / 200
 """The part of the training time that looks at the weights may take, without copies."""
 
+_SHARE_AT_ENDS = 1 / 100
+"""The same of looks at the ends of epochs: of very short ones, not each has one."""
+
 _MOST_BYTES = 2**28
 """Batches kept since the weights were last looked at."""
 
@@ -66,49 +69,48 @@ class Watch:
                 hint="fit without the strategy until the NaN is found",
             )
         self.spoiled = False
-        self._model, self._step = model, model.train_step
-        self._own = vars(model).get("train_step")
-        self._before = model.train_function
-        self._like: Any = None  # the structure of a batch
-        self._stage = Stage()
+        self._model, self._training = model, Training(model, self._watched)
+        self._copy: Copy | None = None
         self._logs: Any = {}  # of the last steps
         self._losses: deque[float] = deque(maxlen=3)
         self._calls, self._most_calls = 0, 1
-        self._one = self._compile()
-        self._kept: list[tf.Variable] = []
         self._epochs = [(0, 0, 0)]  # its first position in the stage, epoch, batch
 
     def begin_epoch(self, epoch: int) -> None:
         """Count the batches of an epoch from here."""
-        self._epochs.append((self._stage.size(), epoch, 0))
+        self._epochs.append((self._training.stage.size(), epoch, 0))
+
+    def end_epoch(self) -> None:
+        """Look before others save the weights, unless the last look was just now."""
+        if _spoiled(self._logs) or time.perf_counter() > self._next[1]:
+            self.look()
 
     def look(self) -> None:
         """Look at the loss and the weights now; stop if they are not finite."""
         # Keras's loss is a mean over the epoch: a NaN stays in it.
-        if _spoiled(self._logs) or not self._copy():
+        if _spoiled(self._logs) or not self._keep():
             self.spoiled = self._model.stop_training = True
         elif self._logs:
             self._losses.append(_loss_in(self._logs))
 
     def end(self) -> None:
         """Give the model its own training back."""
-        del self._model.train_step
-        if self._own is not None:
-            self._model.train_step = self._own
-        self._model.train_function = self._before
-        if self._kept and not self.spoiled:
+        self._training.end()
+        if self._copy is not None and not self.spoiled:
             self.look()
 
     def culprit(self) -> Step | None:
         """Return the step to blame, found by training again; undo that step."""
-        self._assign(self._saved)
-        for position in range(self._stage.size()):
-            data = self._stage.batch(self._like)
-            before, _ = self._read()
-            logs = self._one(data)
+        copy, training = self._copy, self._training
+        assert copy is not None
+        copy.assign(copy.saved)
+        for position in range(training.stage.size()):
+            data = training.batch()
+            before, _ = copy.read()
+            logs = training.one(data)
             spoiled = _spoiled(logs)
-            if spoiled or not self._read()[1]:
-                self._assign(before)
+            if spoiled or not copy.read()[1]:
+                copy.assign(before)
                 marks = [mark for mark in self._epochs if mark[0] <= position]
                 first, epoch, batch = marks[-1]
                 losses = tuple(self._losses)
@@ -138,9 +140,60 @@ class Watch:
 
         return loss
 
-    def _compile(self) -> Callable[..., Any]:
-        """Have the model's training keep its batches; return one step of it."""
-        model, jit = self._model, self._model.jit_compile
+    def _watched(self, iterator: Any) -> Any:
+        if self._copy is None:
+            self._training.build(iterator)
+            self._copy = Copy(self._model)
+            self._keep()
+        try:
+            self._logs = logs = self._training.run(iterator)
+        except BaseException as error:
+            if not isinstance(error, StopIteration | tf.errors.OutOfRangeError):
+                self.end()  # `fit` ends without `on_train_end`
+            raise
+        self._calls += 1
+        if time.perf_counter() > self._next[0] or self._calls > self._most_calls:
+            self.look()
+        return logs
+
+    def _keep(self) -> bool:
+        """Copy the state and forget the batches before, if the weights are finite."""
+        began, stage = time.perf_counter(), self._training.stage
+        assert self._copy is not None
+        if not self._copy.take():
+            return False
+        first, epoch, batch = self._epochs[-1]
+        size = stage.size()
+        if size:
+            in_call = -(-size // self._calls)
+            self._most_calls = max(1, stage.most() // in_call)
+        self._epochs, self._calls = [(0, epoch, batch + size - first)], 0
+        stage.clear()
+        cost = time.perf_counter() - began
+        self._next = began + cost / _SHARE, began + cost / _SHARE_AT_ENDS
+        return True
+
+
+class Training:
+    """The training of a model, compiled anew so that it keeps its batches.
+
+    Args:
+        model: The model.
+        watched: What `fit` calls in place of `run`.
+
+    Attributes:
+        stage: The batches.
+        one: Takes one step with a batch.
+        run: Takes the steps of one call of `fit`.
+    """
+
+    def __init__(self, model: Any, watched: Callable[[Any], Any]) -> None:
+        """Take the place of the model's own."""
+        self._model, self._step = model, model.train_step
+        self._own = vars(model).get("train_step")
+        self._before = model.train_function
+        self._like: Any = None  # the structure of a batch
+        self.stage, jit = Stage(), model.jit_compile
         one = self._step
         if not model.run_eagerly:
             options = {"jit_compile": jit or None, "reduce_retracing": True}
@@ -148,7 +201,7 @@ class Watch:
 
         def step(data: Any) -> Any:
             self._like = data
-            self._stage.put(data)
+            self.stage.put(data)
             return one(data) if jit else self._step(data)
 
         model.train_step, model.jit_compile = step, False
@@ -156,40 +209,64 @@ class Watch:
             model.make_train_function(force=True)
         finally:
             model.jit_compile = jit
-        train, model.train_function = model.train_function, self._watched
-        self._train = train
-        return one
+        self.one = one
+        self.run, model.train_function = model.train_function, watched
 
-    def _begin(self, iterator: Any) -> None:
-        """Copy the state before the first step."""
+    def build(self, iterator: Any) -> None:
+        """Make all variables, before the first step."""
         model = self._model
         if model.built and type(model).train_step is keras.Model.train_step:
             model.optimizer.build(model.trainable_variables)
         elif hasattr(iterator, "element_spec"):
             # What is not built is built while it is traced; nothing is computed.
             tf.function(self._step).get_concrete_function(iterator.element_spec)
+
+    def batch(self) -> Any:
+        """Return the first batch that is kept, and keep it no longer."""
+        return self.stage.batch(self._like)
+
+    def end(self) -> None:
+        """Give the model its own back."""
+        del self._model.train_step
+        if self._own is not None:
+            self._model.train_step = self._own
+        self._model.train_function = self._before
+
+
+class Copy:
+    """The values of all that training changes.
+
+    Args:
+        model: The model, built.
+
+    Attributes:
+        saved: The values when they were last taken.
+        read: Returns the values of now, and whether the weights are finite.
+    """
+
+    saved: list[tf.Tensor]
+
+    def __init__(self, model: Any) -> None:
+        """Find the variables."""
         kept = [*model.variables, *model.metrics_variables]
         kept += [v for optimizer in _optimizers(model) for v in optimizer.variables]
         self._kept = list({id(v): v.value for v in kept}.values())
-        self._read = tf.function(self._state, autograph=False)
-        self._copy()
+        self._model = model
+        self.read = tf.function(self._state, autograph=False)
 
-    def _watched(self, iterator: Any) -> Any:
-        if not self._kept:
-            self._begin(iterator)
-        try:
-            self._logs = logs = self._train(iterator)
-        except BaseException as error:
-            if not isinstance(error, StopIteration | tf.errors.OutOfRangeError):
-                self.end()  # `fit` ends without `on_train_end`
-            raise
-        self._calls += 1
-        if time.perf_counter() > self._next or self._calls > self._most_calls:
-            self.look()
-        return logs
+    def take(self) -> bool:
+        """Take the values, if the weights are finite; return whether they are."""
+        saved, finite = self.read()
+        if finite:
+            self.saved = saved
+        return bool(finite)
+
+    def assign(self, values: list[tf.Tensor]) -> None:
+        """Put the model to some values."""
+        for variable, value in zip(self._kept, values, strict=True):
+            variable.assign(value)
 
     def _state(self) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Return the values of all variables, and whether the weights are finite."""
         weights = [w.value for w in self._model.weights if w.value.dtype.is_floating]
         finite = [tf.reduce_all(tf.math.is_finite(w)) for w in weights]
         optimizer = self._model.optimizer
@@ -198,27 +275,6 @@ class Watch:
             # skipped.
             finite.append(optimizer.dynamic_scale.value >= 1)
         return [v.read_value() for v in self._kept], tf.reduce_all(finite)
-
-    def _copy(self) -> bool:
-        """Copy the state and forget the batches before, if the weights are finite."""
-        began = time.perf_counter()
-        saved, finite = self._read()
-        if not finite:
-            return False
-        self._saved = saved
-        first, epoch, batch = self._epochs[-1]
-        size = self._stage.size()
-        if size:
-            in_call = -(-size // self._calls)
-            self._most_calls = max(1, self._stage.most() // in_call)
-        self._epochs, self._calls = [(0, epoch, batch + size - first)], 0
-        self._stage.clear()
-        self._next = began + (time.perf_counter() - began) / _SHARE
-        return True
-
-    def _assign(self, values: list[tf.Tensor]) -> None:
-        for variable, value in zip(self._kept, values, strict=True):
-            variable.assign(value)
 
 
 class Stage:

@@ -26,7 +26,7 @@ _HARMLESS = (
     *("ResourceStridedSliceAssign", "VariableShape", "DisableCopyOnRead"),
     *("PartitionedCall", "StatefulPartitionedCall", "If", "Case", "While"),
     *("Assert", "CheckNumerics", "LookupTableFind", "LookupTableSize"),
-    *("Placeholder", "NoOp", "Identity", "XlaLaunch"),
+    *("Placeholder", "NoOp", "Identity", "XlaLaunch", "Empty"),
 )
 """What stateful ops that may run once more, on copies, begin with."""
 

@@ -27,11 +27,10 @@ from tfgrad.nested import Nest, either, unravel
 from tfgrad.optimize.evaluator import Evaluation, flat, operations_of
 from tfgrad.optimize.hooks import Interrupts
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
-from tfgrad.optimize.methods.protocol import Method
+from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.problem import Problem
-from tfgrad.optimize.solvers import State
-from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureSolver, Start
-from tfgrad.optimize.solvers.ruled import Ruled
+from tfgrad.optimize.solvers import Ruled, State
+from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureStepper, Start
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
 
 Array = np.ndarray[Any, Any]
@@ -64,6 +63,22 @@ class Box(NamedTuple):
     def sides(self) -> tuple[Any, Any]:
         """The lower and the upper bounds."""
         return self.lower, self.upper
+
+
+class Row(NamedTuple):
+    """One problem, for a method that takes products with its Hessian.
+
+    Attributes:
+        problem: Of all rows.
+        data: What this one takes besides.
+    """
+
+    problem: Problem
+    data: tuple[Nest, ...]
+
+    def hvp(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+        """Return the Hessian at x times v, vectors."""
+        return self.problem.hvp(x, v, self.data)
 
 
 class Plan(NamedTuple):
@@ -296,11 +311,14 @@ def program_of(plan: Plan, task: Task) -> Program:
         "many", plan.tolerances, plan.steps,
         plan.method if settings is None else (type(plan.method), settings),
         tuple((a.shape[1:], a.dtype) for a in [task.x, *task.sides, *task.data]),
-        signature(plan.problem.template), signature(plan.data),
+        signature(plan.problem.x.template), signature(plan.data),
     )  # fmt: skip
     kept[key] = kept.get(key, 0) + len(task.x)
-    is_for_xla = vectorises and not any(
-        part in op for op in operations_of(graph) for part in NOT_FOR_XLA
+    is_bound = isinstance(plan.method, Bindable)  # its loops differ in length
+    is_for_xla = (
+        vectorises
+        and not is_bound
+        and not any(part in op for op in operations_of(graph) for part in NOT_FOR_XLA)
     )
     pays = is_for_xla and kept[key] >= plan.pays
     jit = pays if plan.jit == "auto" else bool(plan.jit)
@@ -317,12 +335,28 @@ def program_of(plan: Plan, task: Task) -> Program:
 
 
 def _width(task: Task, like: State) -> int:
-    """Return the number of slots: a power of 2, so that vectors of a CPU are full."""
-    arrays = [*(a[:1] for a in (task.x, *task.sides, *task.data))]
-    size = sum(a.nbytes for a in arrays)
+    """Return the number of slots of the program."""
+    size = sum(a[:1].nbytes for a in (task.x, *task.sides, *task.data))
     size += sum(s.shape.num_elements() * s.dtype.size for s in tf.nest.flatten(like))
+    return slots_for(size, len(task.x))
+
+
+def slots_for(size: int, count: int) -> int:
+    """Return the slots of a block: a power of 2, so that vectors of a CPU are full.
+
+    Args:
+        size: Bytes of one.
+        count: How many problems there are.
+    """
     fits = 2 ** int(np.log2(max(1, BLOCK_BYTES // size)))
-    return int(min(WIDEST, fits, 2 ** int(np.ceil(np.log2(len(task.x))))))
+    return int(min(WIDEST, fits, 2 ** int(np.ceil(np.log2(count)))))
+
+
+def mapped(function: Any, rows: Any, spec: Any, *, vectorises: bool) -> Any:
+    """Return what a function returns of each row, all at once if that vectorises."""
+    if not vectorises:
+        return _map(function, rows, fn_output_signature=spec)
+    return tf.vectorized_map(function, rows, fallback_to_while_loop=False, warn=False)
 
 
 def _say_loop(name: str, graph: Any) -> None:
@@ -355,8 +389,10 @@ def _compile(
 ) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
     """Return the specs of the state of one problem; the steps of many; their values."""
     problem, method = plan.problem, plan.method
-    leaves = problem.leaves
-    function = problem.evaluator.evaluate.function((problem.template, *plan.data), None)
+    leaves = problem.x.leaves
+    function = problem.evaluator.evaluate.function(
+        (problem.x.template, *plan.data), None
+    )
     splits = 1 + len(task.sides)
 
     is_blank = hasattr(method, "blank")
@@ -365,32 +401,35 @@ def _compile(
         x, *rest = row
         return flat(function(*unravel(x, leaves), *rest))._replace(aux={})
 
-    def solver_of(sides: list[tf.Tensor]) -> PureSolver:
+    def stepper_of(row: list[tf.Tensor]) -> PureStepper:
+        sides, rest = row[:2] if task.sides else [], row[splits - 1 :]
         limits: Any = Box(sides[0], sides[1]) if sides else None
-        return PureSolver(problem, method, limits)
+        data = tf.nest.pack_sequence_as(plan.data, rest)
+        bound = isinstance(method, Bindable) and method.bind(Row(problem, data))
+        return PureStepper(problem, bound or method, limits)
 
-    def begun(x: tf.Tensor, sides: list[tf.Tensor], evaluation: Evaluation) -> State:
-        solver = solver_of(sides)
-        state = solver.begun(Start.at(x, evaluation))
-        here, rules = state.evaluation, Ruled(solver, plan.tolerances)
+    def begun(x: tf.Tensor, rest: list[tf.Tensor], evaluation: Evaluation) -> State:
+        stepper = stepper_of(rest)
+        state = stepper.begun(Start.at(x, evaluation))
+        here, rules = state.evaluation, Ruled(stepper, plan.tolerances)
         code = rules.first(here.value, here.grad_max, state.expected, state.first)
         return state._replace(code=tf.where(state.code > 0, state.code, code))
 
     def turn(row: Any) -> State:
-        state, is_new, x, sides, evaluation = row
-        solver = solver_of(sides)
-        ruled = Ruled(solver, plan.tolerances)
+        state, is_new, x, rest, evaluation = row
+        stepper = stepper_of(rest)
+        ruled = Ruled(stepper, plan.tolerances)
         if is_blank:
             start = blank_state(method, x)
             start = start._replace(first=evaluation.value)
             new = ruled.step(either(is_new, start, state), evaluation)
         else:
             going = ruled.step(state, evaluation)
-            new = either(is_new, begun(x, sides, evaluation), going)
+            new = either(is_new, begun(x, rest, evaluation), going)
         code = new.code
-        if solver.knows_solutions:
+        if stepper.knows_solutions:
             verdict = new.memory.method.verdict
-            is_own = (code == code_of("converged")) | (code == solver.failure)
+            is_own = (code == code_of("converged")) | (code == stepper.failure)
             for position, status in STATUSES.items():
                 holds = is_own & (verdict == position)
                 code = tf.where(holds, code_of(status), code)
@@ -398,20 +437,14 @@ def _compile(
         new = new._replace(code=tf.where(is_used_up, code_of("steps"), code))
         return either(is_new | (state.code == RUNNING), new, state)
 
-    def vectorized(function: Any, nest: Any) -> Any:
-        return tf.vectorized_map(
-            function, nest, fallback_to_while_loop=False, warn=False
-        )
-
     def evaluate_all(rows: list[tf.Tensor]) -> Evaluation:
-        if vectorises:
-            return vectorized(evaluate, rows)
-        return _map(evaluate, rows, fn_output_signature=evaluated)
+        found: Evaluation = mapped(evaluate, rows, evaluated, vectorises=vectorises)
+        return found
 
     def advance(
         state: State, is_new: tf.Tensor, held: list[tf.Tensor], turns: Any, enough: Any
     ) -> State:
-        x, sides, rest = held[0], held[1:splits], held[splits:]
+        x, rest = held[0], held[1:]
 
         def goes_on(i: Any, is_new: Any, state: State) -> Any:
             runs = tf.cast(is_new | (state.code == RUNNING), tf.int32)
@@ -419,9 +452,13 @@ def _compile(
 
         def body(i: Any, is_new: Any, state: State) -> Any:
             trial = tf.where(is_new[:, None], x, state.memory.trial)
-            evaluation = evaluate_all([trial, *rest])
-            rows = state, is_new, x, sides, evaluation
-            return i + 1, tf.zeros_like(is_new), vectorized(turn, rows)
+            evaluation = evaluate_all([trial, *held[splits:]])
+            rows = state, is_new, x, rest, evaluation
+            return (
+                i + 1,
+                tf.zeros_like(is_new),
+                mapped(turn, rows, None, vectorises=True),
+            )
 
         start = tf.constant(0), is_new, state
         return tf.while_loop(goes_on, body, start, parallel_iterations=1)[2]
@@ -432,7 +469,7 @@ def _compile(
 
     def one(x: tf.Tensor, *rest: tf.Tensor) -> tuple[Evaluation, State]:
         evaluation = evaluate([x, *rest[splits - 1 :]])
-        return evaluation, begun(x, list(rest[: splits - 1]), evaluation)
+        return evaluation, begun(x, list(rest), evaluation)
 
     evaluated, like = None, None
     if is_blank and vectorises:  # a trace less

@@ -177,7 +177,8 @@ def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
     if steps is not None:
         check_count("steps", steps)
         steps = int(steps)
-    scipy = scipy_method(method) if isinstance(method, str) else None
+    is_scipy = isinstance(method, str) and ":" in method
+    scipy = scipy_method(method) if is_scipy else None
     # The log's directory gets this name, and some systems allow no colon.
     name = scipy.name.replace(":", "-") if scipy else _name_of(method)
     if scipy is not None and learning_rate is not None:
@@ -210,9 +211,8 @@ def _tells(method: Any) -> bool:
 def _resolved(method: Any, learning_rate: Any) -> Any:
     """Return the pure method, or the factory of optimizers, that a user means."""
     if isinstance(method, str):
-        method = named_method(method)
-        if method in PURE.values():
-            method = method()
+        pure = PURE.get(method.lower())
+        method = named_method(method) if pure is None else pure()
     if not isinstance(method, Method) or isinstance(method, type):
         return optimizer_factory(method, learning_rate)
     if learning_rate is not None:

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -23,12 +23,10 @@ from tfgrad.optimize.chain import Chain
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.hooks import Hook
+from tfgrad.optimize.minimisation import Minimisation
 from tfgrad.optimize.resume import Identity, Outcome, Saved
 from tfgrad.optimize.solvers import State
 from tfgrad.runs.directory import Claim, check, claim
-
-if TYPE_CHECKING:
-    from tfgrad.optimize.driver import Driver
 
 KEPT = 3
 """Checkpoints kept: if the newest cannot be read, there are others."""
@@ -48,17 +46,18 @@ class Checkpoints(Hook):
 
     Args:
         directory: Where they are; made when the first one is written.
+        hooks: What has to have written all before a checkpoint is.
 
     Raises:
         InvalidArgumentError: If `directory` is no path.
         RunError: If it is a file, or cannot be written.
     """
 
-    def __init__(self, directory: Any) -> None:
+    def __init__(self, directory: Any, hooks: Sequence[Hook]) -> None:
         """Check the directory; nothing is written."""
         with _about_checkpoints():
             check(directory)
-        self.path = Path(directory).expanduser()
+        self.path, self._hooks = Path(directory).expanduser(), hooks
         self._claim: Claim | None = None
         self._due = 0.0
         self._has_warned = self._is_made = False
@@ -94,19 +93,19 @@ class Checkpoints(Hook):
             )
         return None
 
-    def begin(self, run: Driver, rows: Rows) -> None:
+    def begin(self, run: Minimisation) -> None:
         """Save where the run begins: from now on the checkpoint knows of the log."""
         self._save(resume.snapshot(run))
 
-    def rows(self, run: Driver, rows: Rows) -> None:
+    def rows(self, run: Minimisation, rows: Rows) -> None:
         """Save where the run is, if it is time."""
         is_due = time.monotonic() >= self._due
         if is_due and run.status is None:
-            for hook in run.hooks:
+            for hook in self._hooks:
                 hook.flush()
             self._save(resume.snapshot(run))
 
-    def end(self, run: Driver, error: BaseException | None) -> None:
+    def end(self, run: Minimisation, error: BaseException | None) -> None:
         """Save the end; let other writers in."""
         try:
             if self._claim is not None and run.saved is not None:
@@ -119,7 +118,7 @@ class Checkpoints(Hook):
                     with contextlib.suppress(OSError):  # it is not empty: all is well
                         self.path.rmdir()
 
-    def open(self, run: Driver) -> None:
+    def open(self, run: Minimisation) -> None:
         """Make the directory, keep other writers out, and sweep what a crash left.
 
         Raises:

@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
+from tfgrad.optimize.compiled import compiled_once
 from tfgrad.optimize.evaluator import Evaluation
-from tfgrad.optimize.solvers import NO_XLA, Form, State
-from tfgrad.optimize.solvers.ruled import Ruled
+from tfgrad.optimize.solvers import NO_XLA, Form, Ruled, Solver, State
 from tfgrad.optimize.stopping import RUNNING
 
 CHUNK_SECONDS = 0.075
@@ -89,14 +89,13 @@ class Chunk(NamedTuple):
     """A compiled loop of steps.
 
     Attributes:
-        packing: Of the state.
         capacity: How many steps it can take at most.
-        run: Takes the limit and the packed state; returns how many rows there are, the
-            packed state, but for its variables, and the columns.
-        evaluate: Takes what `Solver.query` returns; returns the evaluation there.
+        run: Takes the limit, the state, and what `Stepper.inputs` returns; returns how
+            many rows there are, the leaves of the state but for its variables, and the
+            columns.
+        evaluate: Takes what `Stepper.query` returns; returns the evaluation there.
     """
 
-    packing: Packing
     capacity: int
     run: Callable[..., Any]
     evaluate: Callable[..., Any]
@@ -132,16 +131,19 @@ class Chunks:
     chunk is one step, which is held against the graph.
 
     Args:
-        ruled: What takes a step.
+        solver: The method at work.
+        ruled: Its stepper, under the rules.
         jit: As for `minimize`.
         pace: How long a chunk may be.
     """
 
-    def __init__(self, ruled: Ruled, jit: bool | str, pace: Pace) -> None:
+    def __init__(
+        self, solver: Solver, ruled: Ruled, jit: bool | str, pace: Pace
+    ) -> None:
         """Compile nothing yet."""
-        self._ruled, self._solver, self._jit = ruled, ruled.solver, jit
+        self._solver, self._ruled, self._stepper = solver, ruled, ruled.stepper
+        self._jit, self._pace = jit, pace
         self._doubted: dict[Any, Chunk] = {}
-        self._pace = pace
 
     def take(
         self, form: Form, state: State, limit: int
@@ -153,7 +155,7 @@ class Chunks:
             another form, now and later on.
         """
         state = held(state)
-        place, key = self._solver.kept_with_f()
+        place, key = self._solver.forms.kept_with_f()
         specs = tuple(map(_key, tf.nest.flatten(state)))
         key = form.name, key, self._ruled.key, specs
         if key in place:
@@ -183,7 +185,7 @@ class Chunks:
         except tf.errors.OpError:  # XLA has no kernel for something in it
             return None
         if not self._predicts(chunk, after):  # the step itself was right
-            self._solver.kept_with_f()[0][NO_XLA] = True
+            self._solver.forms.kept_with_f()[0][NO_XLA] = True
         if self._confirms(after):
             return after, rows
         is_there = not any(isinstance(t, tf.Variable) for t in tf.nest.flatten(state))
@@ -191,10 +193,11 @@ class Chunks:
 
     def _begun_at(self, after: State) -> tuple[State, dict[str, Any]]:
         """Begin anew at the point of a state whose other parts cannot be trusted."""
-        self._solver.kept_with_f()[0][NO_XLA] = True
+        self._solver.forms.kept_with_f()[0][NO_XLA] = True
         before, point = after._replace(step=after.step - 1), self._solver.point(after)
-        state, evaluation = self._solver.begin(point, before)
-        row = {**self._solver.row(state.x, evaluation), "expected": state.expected}
+        state, evaluation = self._solver.init(point, before)
+        assert evaluation is not None
+        row = {**self._stepper.row(state.x, evaluation), "expected": state.expected}
         return state, {name: array([value]) for name, value in row.items()}
 
     def _run(
@@ -203,61 +206,60 @@ class Chunks:
         """Take steps in one call."""
         began = time.perf_counter()
         length = min(limit, self._pace.length, chunk.capacity)
-        inputs, given = self._solver.inputs(state, length), chunk.packing.pack(state)
-        counts, packed, columns = chunk.run(tf.constant(length), given, *inputs)
+        inputs = self._stepper.inputs(state, length)
+        counts, others, columns = chunk.run(tf.constant(length), state, *inputs)
         taken = int(counts)
         self._pace.took(taken, time.perf_counter() - began)
         rows = {name: column.numpy()[:taken] for name, column in columns.items()}
-        return chunk.packing.unpack(_filled(given, packed)), rows
+        return filled(state, others), rows
 
     def _compiled(self, form: Form, state: State) -> Any:
         """Return a new chunk; None if f is in no form that XLA compiles once."""
         if form.name != "xla":
             return compile_chunk(self._ruled, state, is_xla=False)
-        solver = self._solver.for_xla()
-        if solver is None and self._jit is True:
-            solver = self._solver  # compiled anew at each call, but as it is asked
-        if solver is None:
+        stepper = self._stepper.for_xla()
+        if stepper is None and self._jit is True:
+            stepper = self._stepper  # compiled anew at each call, but as it is asked
+        if stepper is None:
             return None
-        return compile_chunk(self._ruled._replace(solver=solver), state, is_xla=True)
+        return compile_chunk(self._ruled._replace(stepper=stepper), state, is_xla=True)
 
     def _predicts(self, chunk: Chunk, state: State) -> bool:
         """Return whether XLA's next evaluation is that of the graph, but for rounding.
 
         Used where an optimizer moves variables, since nothing restores them.
         """
-        if self._solver.lag:
+        if self._stepper.lag:
             return True
-        query = self._solver.query(state)
-        return _agree(chunk.evaluate(query), self._solver.evaluate(query))
+        query = self._stepper.query(state)
+        return _agree(chunk.evaluate(query), self._stepper.evaluate(query))
 
     def _confirms(self, after: State) -> bool:
         """Return whether the graph and XLA agree at the point, but for rounding."""
-        if not self._solver.lag:
+        if not self._stepper.lag:
             return True
         x, ours = tf.nest.map_structure(
             tf.convert_to_tensor, (after.x, after.evaluation)
         )
-        return _agree(ours, self._solver.evaluate(x))
+        return _agree(ours, self._stepper.evaluate(x))
 
 
 def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     """Return the compiled loop of steps from a state like this."""
-    solver = ruled.solver
-    packing, carried = Packing(state), Packing((0, 0, state))
-    jit = is_xla or None
+    stepper = ruled.stepper
+    carried, jit = Packing((0, 0, state)), is_xla or None
 
     def look(query: Any) -> Any:
-        row = solver.row(query if solver.lag else None, solver.evaluate(query))
-        return {**row, "expected": state.expected} if solver.lag else row
+        row = stepper.row(query if stepper.lag else None, stepper.evaluate(query))
+        return {**row, "expected": state.expected} if stepper.lag else row
 
-    query = tf.nest.map_structure(_spec, solver.query(state))
+    query = tf.nest.map_structure(_spec, stepper.query(state))
     looked = tf.function(look, autograph=False).get_concrete_function(query)
     rows: dict[str, tf.TensorSpec] = looked.structured_outputs
     width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
     capacity = ROW_BYTES // max(1, min(width, ROW_BYTES))
 
-    def run(limit: tf.Tensor, packed: list[tf.Tensor], *inputs: Any) -> Any:
+    def run(limit: tf.Tensor, state: State, *inputs: Any) -> Any:
         size = capacity if is_xla else limit  # XLA needs to know it
         arrays = {
             name: tf.TensorArray(spec.dtype, size, element_shape=spec.shape)
@@ -269,22 +271,22 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             # A chunk of steps that are never accepted must end, too.
             is_within = (taken < limit) & (turns < TURNS * limit)
             on: tf.Tensor = is_within & (here.code == RUNNING)
-            return on & solver.has_next(here)
+            return on & stepper.has_next(here)
 
         def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
             taken, turns, here = carried.unpack(tensors)
-            query = solver.query(here)
-            evaluation = solver.evaluate(query)
-            row = solver.row(query if solver.lag else None, evaluation)
+            query = stepper.query(here)
+            evaluation = stepper.evaluate(query)
+            row = stepper.row(query if stepper.lag else None, evaluation)
             after = ruled.step(here, evaluation, *inputs)
-            if solver.lag:
+            if stepper.lag:
                 row["expected"] = after.expected
             # A row of a point that was not accepted is written over by the next.
             written = {n: array.write(taken, row[n]) for n, array in arrays.items()}
             taken += tf.cast(after.accepted, tf.int32)
             return carried.pack((taken, turns + 1, after)), written
 
-        start = carried.pack((0, 0, packing.unpack(list(map(_value, packed)))))
+        start = carried.pack((0, 0, tf.nest.map_structure(_value, state)))
         tensors, arrays = tf.while_loop(
             goes_on, body, (start, arrays), parallel_iterations=1
         )
@@ -294,8 +296,8 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             name: array.stack() if is_xla else array.gather(tf.range(taken))
             for name, array in arrays.items()
         }
-        ended, others = packing.pack(last), []
-        for there, tensor in zip(packed, ended, strict=True):
+        others, given = [], tf.nest.flatten(state)
+        for there, tensor in zip(given, tf.nest.flatten(last), strict=True):
             if isinstance(there, tf.Variable):
                 there.assign(tensor)  # which XLA does where it is
             else:
@@ -304,9 +306,25 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
 
     # Functions of their own: TensorFlow counts the traces of each name.
     own = functools.partial
-    compiled = tf.function(own(run), autograph=False, jit_compile=jit)
-    evaluated = tf.function(own(solver.evaluate), autograph=False, jit_compile=jit)
-    return Chunk(packing, capacity, compiled, evaluated)
+    evaluated = tf.function(own(stepper.evaluate), autograph=False, jit_compile=jit)
+    return Chunk(capacity, compiled_once(own(run), jit=jit), evaluated)
+
+
+def in_trace(ruled: Ruled, state: State, limit: int) -> State:
+    """Return the state after up to `limit` steps within the trace that is being made.
+
+    Args:
+        ruled: What takes them.
+        state: Where they begin; the rules have not been asked.
+        limit: How many there are at most. There are no rows, and nobody looks beside a
+            saddle.
+    """
+    here = state.evaluation
+    code = ruled.first(here.value, here.grad_max, state.expected, state.first)
+    state = state._replace(code=tf.where(state.code == RUNNING, code, state.code))
+    chunk = compile_chunk(ruled, state, is_xla=False)
+    _, leaves, _ = chunk.run(tf.constant(limit), state)
+    return filled(state, leaves)
 
 
 def held(state: State) -> State:
@@ -331,10 +349,13 @@ def _value(leaf: Any) -> Any:
     return leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
 
 
-def _filled(given: list[Any], others: list[Any]) -> list[Any]:
-    """Return the leaves of a state, its variables among them."""
+def filled(state: State, others: list[Any]) -> State:
+    """Return a state with other leaves, but for its variables."""
     left = iter(others)
-    return [leaf if isinstance(leaf, tf.Variable) else next(left) for leaf in given]
+    after: State = tf.nest.map_structure(
+        lambda leaf: leaf if isinstance(leaf, tf.Variable) else next(left), state
+    )
+    return after
 
 
 def array(values: list[Any]) -> np.ndarray[Any, Any]:

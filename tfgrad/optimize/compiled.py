@@ -34,6 +34,28 @@ def compiled(function: Callable[..., Any], *nests: Any) -> Callable[..., Any]:
     return direct(tf.function(function, autograph=False).get_concrete_function(*specs))
 
 
+def compiled_once(function: Callable[..., Any], jit: Any) -> Callable[..., Any]:
+    """Return a function of nests, compiled for the first that it is called with.
+
+    They may hold variables, iterators and other composites. Within another trace, it is
+    part of that.
+    """
+    traced = tf.function(function, autograph=False, jit_compile=jit)
+    call: Callable[..., Any] | None = None
+
+    def run(*nests: Any) -> Any:
+        nonlocal call
+        if not tf.executing_eagerly():
+            return traced(*nests)
+        if call is None:
+            specs = tf.nest.map_structure(tf.type_spec_from_value, nests)
+            call = direct(traced.get_concrete_function(*specs))
+        leaves = tf.nest.flatten(nests, expand_composites=True)
+        return call(*[x.handle if isinstance(x, tf.Variable) else x for x in leaves])
+
+    return run
+
+
 def kept(place: Any, key: Any, make: Callable[[], Any]) -> Any:
     """Return the entry of a key in a dict (None: `KEPT`); make it if it is missing."""
     if place is not None:

@@ -211,9 +211,9 @@ class _Function:
         return value, np.reshape(slope, (len(value), len(x)))
 
     def _put(self, x: Array) -> tuple[Nest, ...]:
-        leaves = self._problem.leaves
+        leaves = self._problem.x.leaves
         vector = tf.constant(x, leaves[0].dtype)
-        return self._problem.arguments(unravel(vector, leaves))
+        return self._problem.x.arguments(unravel(vector, leaves))
 
     def _is_tensorflow(self, arguments: tuple[Nest, ...]) -> bool:
         if self._compiled is None:
@@ -222,7 +222,7 @@ class _Function:
                 return False
             self._compiled = jacobian(
                 self._vector,
-                wrt=None if arguments else self._problem.template,
+                wrt=None if arguments else self._problem.x.template,
                 has_aux=True,
             )
         return True
@@ -269,11 +269,11 @@ def _is_given(constraints: Any) -> bool:
 
 
 def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
-    shapes: list[Any] = [tuple(leaf.shape) for leaf in problem.leaves]
+    shapes: list[Any] = [tuple(leaf.shape) for leaf in problem.x.leaves]
     n = int(sum(np.prod(shape) for shape in shapes))
     pair: tuple[Any, Any]
     if bounds is None:
-        return np.full(n, -np.inf), np.full(n, np.inf)
+        return np.broadcast_to(-np.inf, n), np.broadcast_to(np.inf, n)  # no memory
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
         pair = bounds.lb, bounds.ub
     elif isinstance(bounds, list) and len(bounds) == n:
@@ -308,7 +308,7 @@ def _side(
     """Return one side of the bounds as a vector; `none` where there is no bound."""
     n = int(sum(np.prod(shape) for shape in shapes))
     given = named_leaves(side, name)
-    paths = [path for path, _ in named_leaves(problem.template, name)]
+    paths = [path for path, _ in named_leaves(problem.x.template, name)]
     try:
         if [path for path, _ in given] == paths:
             pairs = zip(given, shapes, strict=True)

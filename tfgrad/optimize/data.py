@@ -36,6 +36,9 @@ BATCH_SIZE = 32
 SEED = 20260
 """Of the order of arrays, together with the epoch: a run repeats to the last bit."""
 
+SIZE = "size of the batch"
+"""A column of the rows: the weight of a batch in the mean of its epoch."""
+
 
 class Source(Protocol):
     """Batches, epoch by epoch.
@@ -46,6 +49,7 @@ class Source(Protocol):
         is_repeatable: Whether there is a second epoch.
         is_python: Whether a batch is made by Python code of the user's, which may read
             the variables.
+        is_own: Whether each worker draws rows of its own.
         error: What the user's code raised instead of yielding a batch.
     """
 
@@ -53,6 +57,7 @@ class Source(Protocol):
     batches: int | None
     is_repeatable: bool
     is_python: bool
+    is_own: bool
     error: Exception | None
 
     def open(self, epoch: int, batch: int = 0) -> Any:
@@ -83,10 +88,10 @@ def source_of(
 ) -> Source:
     """Return the source for what a user passes as `data`.
 
-    A `tf.data.Dataset` is taken as it is. An array, or a tuple or dict of arrays, is
-    cut in batches along the first dimension. Anything else is iterated over, anew in
-    each epoch if it can be: a list of batches, a `keras.utils.PyDataset`, a function
-    that returns an iterator, a generator.
+    A `tf.data.Dataset` is taken as it is, and so is what a strategy has distributed. An
+    array, or a tuple or dict of arrays, is cut in batches along the first dimension.
+    Anything else is iterated over, anew in each epoch if it can be: a list of batches,
+    a `keras.utils.PyDataset`, a function that returns an iterator, a generator.
 
     Args:
         data: See above.
@@ -108,6 +113,8 @@ def source_of(
         )
     if isinstance(data, tf.data.Dataset):
         return Dataset(data)
+    if isinstance(data, tf.distribute.DistributedDataset):
+        return Distributed(data)
     can_yield = callable(data) or isinstance(data, Iterable | keras.utils.PyDataset)
     if can_yield and not isinstance(data, tuple | Mapping | str):
         return Batches(data, dtype)
@@ -121,7 +128,7 @@ def source_of(
 class Arrays:
     """Rows of arrays, in another order in each epoch; the last batch may be smaller."""
 
-    is_repeatable, is_python = True, False
+    is_repeatable, is_python, is_own = True, False, False
     batches: int | None
     error: Exception | None = None
 
@@ -183,7 +190,7 @@ class Arrays:
 class Dataset:
     """A `tf.data.Dataset`: one iterator for each epoch, as a Python loop makes them."""
 
-    is_repeatable, is_python = True, False
+    is_repeatable, is_python, is_own = True, False, False
     error: Exception | None = None
 
     def __init__(self, dataset: tf.data.Dataset[Any]) -> None:
@@ -229,6 +236,35 @@ class Dataset:
         return f"a data set of {_layout(self.spec)}"
 
 
+class Distributed(Dataset):
+    """What a strategy has distributed: each worker draws rows of its own.
+
+    What the replicas of a worker draw becomes one batch, of which each takes a share.
+    """
+
+    is_own = True
+
+    def __init__(self, dataset: Any) -> None:
+        """Draw nothing yet."""
+        self._dataset = dataset
+        self._opened = 0
+        self.spec = dataset.element_spec
+        self.batches = None
+        self.is_endless = dataset.cardinality == tf.data.INFINITE_CARDINALITY
+
+    def batch(self, drawn: Nest) -> Nest:
+        """Return what this worker has drawn."""
+        return tf.nest.map_structure(_joined, drawn)
+
+    def example(self) -> Nest:
+        """Return the first batch of an iterator of its own."""
+        return self.batch(super().example())
+
+    def __str__(self) -> str:
+        """Return what the log says of it."""
+        return "batches of each worker's own"
+
+
 class Batches:
     """Batches made by Python: an iterable, or a function that returns one.
 
@@ -236,7 +272,7 @@ class Batches:
     for the first dimension.
     """
 
-    is_python = True
+    is_python, is_own = True, False
 
     def __init__(self, data: Any, dtype: tf.DType | None) -> None:
         """Draw the first batch."""
@@ -506,6 +542,16 @@ def _folded(
     return tf.while_loop(
         lambda goes_on, _: goes_on, next_one, (True, start), parallel_iterations=1
     )[1]
+
+
+def _joined(leaf: Any) -> Any:
+    """Return the rows that the replicas of a worker have drawn, one after the other."""
+    if not isinstance(leaf, tf.distribute.DistributedValues):
+        return leaf
+    parts = leaf.values
+    if isinstance(parts[0], tf.SparseTensor):
+        return tf.sparse.concat(0, parts)
+    return parts[0] if parts[0].shape.rank == 0 else tf.concat(parts, 0)
 
 
 def _common_length(named: list[tuple[str, tf.Tensor]]) -> int:

@@ -86,14 +86,25 @@ class Replicas:
             lambda answer: self.strategy.experimental_local_results(answer)[0], answers
         )
 
-    def share(self, batch: Nest, rows: tf.Tensor) -> tuple[Nest, tf.Tensor]:
+    def share(
+        self, batch: Nest, rows: tf.Tensor, *, are_own: bool = False
+    ) -> tuple[Nest, tf.Tensor]:
         """Return this replica's rows of a batch, and how many those are.
 
         They are those from n r / R to n (r + 1) / R: any n will do, no row is in two
         shares, and a share may be empty. What has no rows is in all of them.
+
+        Args:
+            batch: The batch of all workers.
+            rows: How many it has.
+            are_own: Whether it is of this worker alone, shared by its own replicas.
         """
-        index = self._index()
-        first, last = (rows * i // self.count for i in (index, index + 1))
+        index: Any = self._index()
+        count = self.count
+        if are_own:
+            count = len(self.strategy.extended.worker_devices)
+            index %= count
+        first, last = (rows * i // count for i in (index, index + 1))
 
         def part(leaf: Any) -> Any:
             if isinstance(leaf, tf.SparseTensor):

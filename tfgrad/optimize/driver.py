@@ -4,114 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from tfgrad.derivatives.tapes import is_watched, paused, resumed
-from tfgrad.derivatives.tracing import as_written
+from tfgrad.derivatives.tapes import is_watched, resumed
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, name_of
 from tfgrad.optimize import resume
 from tfgrad.optimize.chain import Chain, make_stages
 from tfgrad.optimize.checkpoint import Checkpoints
-from tfgrad.optimize.constraints import Limits, require_support
+from tfgrad.optimize.constraints import require_support
 from tfgrad.optimize.data import can_take
 from tfgrad.optimize.distribute import lost_worker, out_of_scope
-from tfgrad.optimize.epochs import Training, training
-from tfgrad.optimize.history import Rows, Table
+from tfgrad.optimize.epochs import training
+from tfgrad.optimize.history import Rows
 from tfgrad.optimize.hooks import Hook, ProgressBar
 from tfgrad.optimize.keras_callbacks import watching
-from tfgrad.optimize.loop import Loop
-from tfgrad.optimize.methods.protocol import Method
-from tfgrad.optimize.options import ENDLESS, Options
+from tfgrad.optimize.minimisation import Minimisation
+from tfgrad.optimize.options import STEPS, Options
 from tfgrad.optimize.problem import Problem
-from tfgrad.optimize.result import OptimizeResult, State
-from tfgrad.optimize.resume import Saved
-from tfgrad.optimize.solvers.optimizer import LOOP_STEPS
+from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.solvers.scipy import SciPyLoop
-from tfgrad.optimize.stopping import (
-    RUNNING,
-    is_stationary,
-    rule_of,
-    sentence,
-    status_of,
-)
+from tfgrad.optimize.stopping import RUNNING
 from tfgrad.optimize.tensorboard import TensorBoard, check_log
 from tfgrad.optimize.workers import Workers
 
-GROWTH = 10
-"""How many times as large as at the start f has to be for a run that diverges."""
-
-
-class Clock:
-    """The time of a run.
-
-    Args:
-        budget: Seconds that it may take; None if it may take any.
-    """
-
-    def __init__(self, budget: float | None) -> None:
-        """Start."""
-        self._budget, self._began = budget, time.perf_counter()
-        self._agreed: float | None = None
-
-    def agree(self, seconds: float) -> None:
-        """Let the budget be used up by what all workers have agreed on."""
-        self._agreed = seconds
-
-    def seconds(self) -> float:
-        """Return the seconds since the start."""
-        return time.perf_counter() - self._began
-
-    def go_on(self, seconds: float, *, counts_anew: bool) -> None:
-        """Begin so many seconds ago; they are part of the budget, or not."""
-        self._began -= seconds
-        if counts_anew and self._budget is not None:
-            self._budget += seconds
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the budget is used up."""
-        seconds = self.seconds() if self._agreed is None else self._agreed
-        return self._budget is not None and seconds >= self._budget
-
-
-class Record:
-    """What is kept of a run.
-
-    Attributes:
-        rows: A row for each point.
-        epochs: One for each epoch.
-    """
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self.rows, self.epochs = Table(), Table()
-        self._seen = 0
-
-    def keep(self, rows: Rows) -> None:
-        """Add rows, but those of steps that are there."""
-        steps = self.rows.columns().get("step", np.zeros(0))
-        if len(rows) and len(steps):
-            rows = rows.part(rows.columns["step"] > steps[-1])
-        if len(rows):
-            self.rows.append(rows)
-
-    def unseen(self) -> Rows:
-        """Return the rows since the last call, without columns of nothing but NaN."""
-        rows = Rows(self.rows.columns()).part(slice(self._seen, None))
-        self._seen += len(rows)
-        kept = {n: c for n, c in rows.columns.items() if n == "fun" or not _is_empty(c)}
-        return Rows(kept)
-
 
 class Driver:
-    """One minimisation: `for _ in run.states()`, then `run.result()`.
+    """Runs one minimisation to its end, and lets hooks watch: `for _ in states()`.
 
     Args:
         f: As for `minimize`.
@@ -121,20 +44,11 @@ class Driver:
         callback: As for `minimize`.
 
     Attributes:
-        kind: As above.
-        problem: What is minimised.
-        options: As above, completed by those of a result to go on from.
-        training: The data, if there is some.
-        chain: The methods.
-        loop: The method at work.
-        state: Where it is.
-        record: What happened.
-        status: Why the run ended; None while it goes on.
+        run: The minimisation; its options are completed by those of a result to go on
+            from.
         hooks: What watches.
+        kind: As above.
     """
-
-    loop: Any
-    state: Any
 
     @out_of_scope()
     def __init__(
@@ -147,68 +61,42 @@ class Driver:
     ) -> None:
         """Check what can be checked; nothing is traced or written."""
         check_alone(f)
-        self.hooks: list[Hook] = [ProgressBar(), *watching(callback)]
-        check_log(options.log)
+        self.kind = kind
+        self.hooks: list[Hook] = [ProgressBar()]
+        if callback is not None:
+            self.hooks += watching(callback)
+        if options.log is not None:
+            check_log(options.log)
         before = x0 if isinstance(x0, OptimizeResult) else None
         if before is not None:
             x0, options = resume.going_on(before, options)
         has_data = options.data is not None
         stages = make_stages(options.method, options.learning_rate, has_data=has_data)
-        for stage in stages:
-            given = options.bounds, options.constraints
-            require_support(stage.name, stage.method, *given)
+        if options.are_limited:
+            for stage in stages:
+                given = options.bounds, options.constraints
+                require_support(stage.name, stage.method, *given)
         jit = has_data and options.jit is True
         flags = {"has_aux": options.has_aux, "jit": jit, "verify": options.verify}
-        self.kind = kind
-        self.problem = kind(f, x0, options.wrt, **flags)
-        is_by_batch = stages[0].is_by_batch
-        self.training, steps = training(options, self.problem, is_by_batch=is_by_batch)
-        self.options = options
-        self.chain = Chain(stages, steps)
-        self.record = Record()
-        self.status: str | None = None
-        self.clock = Clock(options.seconds)
-        self.saved: Saved | None = None
+        problem = kind(f, x0, options.wrt, **flags)
+        trained, steps = None, options.steps or STEPS
+        if has_data:
+            is_by_batch = stages[0].is_by_batch
+            trained, steps = training(options, problem, is_by_batch=is_by_batch)
+        self.run = Minimisation(problem, options, Chain(stages, int(steps)), trained)
         if before is not None:
-            resume.count_from(self, before)
+            resume.count_from(self.run, before)
         checkpoints = None
         if options.checkpoint is not None:
-            checkpoints = Checkpoints(options.checkpoint)
-            resume.find(self, checkpoints)
-        if options.log is not None and self.problem.replicas.is_chief:
+            checkpoints = Checkpoints(options.checkpoint, self.hooks)
+            resume.find(self.run, checkpoints)
+        if options.log is not None and problem.replicas.is_chief:
             self.hooks.append(TensorBoard(options.log))
-        if checkpoints is not None and self.problem.replicas.is_chief:
+        if checkpoints is not None and problem.replicas.is_chief:
             self.hooks.append(checkpoints)
         if not has_data:
-            _check_takes(f, 1 if self.problem.takes_values else 0)
-
-    @property
-    def step(self) -> int:
-        """How many steps were taken."""
-        return int(self.state.step)
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer at work; None if the method is no optimizer."""
-        return getattr(self.loop.solver, "optimizer", None)
-
-    @property
-    def directory(self) -> Path | None:
-        """Where the run is logged; None if it is not."""
-        logs = (hook.directory for hook in self.hooks if isinstance(hook, TensorBoard))
-        directory, log, saved = next(logs, None), self.options.log, self.saved
-        if directory is None and log is not None and saved and saved.directory:
-            return Path(str(log)) / saved.directory
-        return directory
-
-    @property
-    def planned(self) -> int | None:
-        """How many steps there will be at most; None if nobody knows."""
-        if self.training is None:
-            return self.chain.total
-        return self.training.planned(self.chain.total)
-
-    # --- the run ---
+            takes = int(problem.x.takes_values)
+            _check_takes(f, takes, goes_on=before is not None)
 
     def states(self, *, pulled: bool = False) -> Generator[None]:
         """Run to the end; yield where it begins, and after each chunk.
@@ -217,231 +105,112 @@ class Driver:
             pulled: Whether the caller wants one chunk at a time, maybe no more: then a
                 method of SciPy runs in a thread, and chunks are `every` steps long.
         """
-        if self.status is not None:  # a checkpoint says that it has ended
+        run = self.run
+        if run.status is not None:  # a checkpoint says that it has ended
             return
         error: BaseException | None = None
         begun: list[Hook] = []
-        if self.problem.replicas.is_clustered:
-            self.hooks.append(Workers(self.problem.replicas))
+        if run.problem.replicas.is_clustered:
+            self.hooks.append(Workers(run.problem.replicas, list(self.hooks)))
         try:
-            with self._compiling():
+            with run.compiling():
                 for hook in self.hooks:
                     begun.append(hook)
-                    hook.open(self)
-                self._begin(pulled)
-                rows = self.record.unseen()
+                    hook.open(run)
+                self._begin()
+                run.record.unseen()  # hooks find them in the record
                 for hook in self.hooks:
-                    hook.begin(self, rows)
-                self._judge()
+                    hook.begin(run)
+                run.judge()
             yield
-            first = self.step if pulled else None
-            while self.status is None:
-                with self._compiling():
+            first = run.step if pulled else None
+            while run.status is None:
+                with run.compiling():
                     self._advance(first)
                 yield
         except BaseException as raised:
             error = raised
             is_interrupt = isinstance(raised, KeyboardInterrupt)
-            self.end("interrupted" if is_interrupt else "stopped")
-            lost = lost_worker(raised, self.problem.replicas)
+            run.end("interrupted" if is_interrupt else "stopped")
+            lost = lost_worker(raised, run.problem.replicas)
             if lost is not None:
                 raise lost from raised
             raise
         finally:
-            with self._compiling():
+            with run.compiling():
                 self._end(error, begun)
 
-    def _begin(self, pulled: bool) -> None:
+    def _begin(self) -> None:
         """Evaluate the start, or go to where the run was."""
-        if self.saved is None:
-            self.make_loop(pulled)
-            self.state, rows = self.loop.start()
-            _check_unwatched(self.problem)
+        run = self.run
+        if run.saved is None:
+            run.make_loop()
+            run.state, rows = run.loop.start()
+            _check_unwatched(run.problem)
         else:
-            self.state, rows = resume.go_on(self, self.saved, pulled)
-        self.record.keep(rows)
+            run.state, rows = resume.go_on(run, run.saved)
+        run.record.keep(rows)
 
     def _advance(self, first: int | None) -> None:
         """Take a chunk of steps: up to the next that `descend` yields, from `first`."""
-        limit = min(hook.limit(self) for hook in self.hooks)
+        run = self.run
+        limit = min(hook.limit(run) for hook in self.hooks)
         if first is not None:
-            every = int(self.options.every)
-            limit = min(limit, every - (self.step - first) % every)
-        limit = min(limit, self.chain.last - self.step)
-        self.state, rows = self.loop.advance(self.state, limit)
-        self.record.keep(rows)
-        self._judge()
-        if self.training is not None and self.status is None:
-            self._end_epoch(self.training)
+            every = int(run.options.every)
+            limit = min(limit, every - (run.step - first) % every)
+        elif isinstance(run.loop, SciPyLoop):
+            run.loop.visit = self._visited
+        limit = min(limit, run.chain.last - run.step)
+        run.state, rows = run.loop.advance(run.state, limit)
+        run.record.keep(rows)
+        run.judge()
+        if run.training is not None and run.status is None:
+            row = run.end_epoch(run.training)
+            if row is not None:
+                for hook in self.hooks:
+                    hook.epoch(run, row)
+                opens = run.status is None
+                run.state = run.loop.solver.next_epoch(run.state, opens=opens)
         self._watch()
 
-    def visited(self, state: Any, rows: Rows) -> bool:
+    def _visited(self, state: Any, rows: Rows) -> bool:
         """Take note of an iteration of SciPy's; return whether it is to go on."""
-        self.state = state
-        self.record.keep(rows)
+        run = self.run
+        run.state = state
+        run.record.keep(rows)
         if int(state.code) != RUNNING:
             return False
-        self.status = self.status or self._budget()
+        run.status = run.status or run.budget()
         self._watch()
-        return self.status is None
+        return run.status is None
 
     def _watch(self) -> None:
-        rows = self.record.unseen()
+        rows = self.run.record.unseen()
         for hook in self.hooks:
-            hook.rows(self, rows)
-
-    def _judge(self) -> None:
-        """Set the status if the run has ended; go on to the next stage of a chain."""
-        if is_stationary(int(self.state.code)):
-            self.state, rows = self.loop.escape(self.state)
-            self.record.keep(rows)
-        self.status = self.status or self._verdict()
-        while self.status and self._hands_over(self.status):
-            self._next_stage()
-            self.status = self._verdict()
-
-    def _verdict(self) -> str | None:
-        if own := self.loop.why(self.state):
-            return str(own[0])
-        if int(self.state.code) != RUNNING:
-            return status_of(int(self.state.code))
-        return self._budget()
-
-    def _budget(self) -> str | None:
-        if self.clock.is_over:
-            return "seconds"
-        return "steps" if self.step >= self.chain.last else None
-
-    def _hands_over(self, status: str) -> bool:
-        """Return whether the stage is over, the run is not, and another is left."""
-        return rule_of(status).hands_over and self.chain.has_next
-
-    def _next_stage(self) -> None:
-        """Let the next method begin where the last one ended."""
-        before, rows = self.loop.finish(self.state)
-        self.record.keep(rows)
-        self.problem.restart(self.loop.solver.point(before))
-        self.loop.close()
-        self.chain.hand_over(self.step)
-        self.make_loop(pulled=False)
-        state, _ = self.loop.start()
-        evaluations = before.evaluations + state.evaluations
-        self.state = state._replace(step=before.step, evaluations=evaluations)
-
-    def make_loop(self, pulled: bool, position: tuple[int, int] = (0, 0)) -> None:
-        """Make the loop of the stage at work."""
-        problem, stage, options = self.problem, self.chain.stage, self.options
-        problem.find() if self.training is None else None
-        limits = Limits(problem, options.bounds, options.constraints)
-        if stage.is_scipy:
-            tolerances, clock = options.tolerances, self.clock.seconds
-            self.loop = SciPyLoop(problem, stage.method, limits, tolerances, clock)
-            self.loop.visit = None if pulled else self.visited
-            return
-        source, tolerances = None, options.tolerances
-        if self.training is not None:  # the target is a matter of whole epochs
-            source, tolerances = self.training.source, tolerances._replace(target=None)
-        self.loop = Loop(
-            stage.solver(problem, source, position, limits),
-            tolerances,
-            planned=self.planned or ENDLESS,
-            jit=options.jit,
-            clock=self.clock.seconds,
-            in_step=problem.replicas.is_clustered,
-        )
-
-    def _end_epoch(self, trained: Training) -> None:
-        """End the epoch if its batches are used up; open the next one."""
-        solver = self.loop.solver
-        if trained.source.error is not None:
-            raise trained.source.error
-        if bool(solver.has_next(self.state)) or solver.may_draw(self.state):
-            return
-        count = int(self.state.batch.count)
-        if count == 0:  # the new epoch has no batch
-            self.end("data")
-            return
-        rows = Rows(self.record.rows.columns()).part(slice(-count, None))
-        epoch = int(self.state.batch.epoch) + 1
-        row = {"epoch": epoch, "step": self.step, **trained.means(rows)}
-        point = self.problem.pack(solver.point(self.state))
-        point = (point,) if self.problem.takes_values else ()
-        row |= trained.validated(point)
-        self.record.epochs.append(Rows({n: np.array([row[n]]) for n in row}))
-        self.status = trained.status(row, self.options.target) or self.status
-        for hook in self.hooks:
-            hook.epoch(self, row)
-        self.state = solver.next_epoch(self.state, opens=self.status is None)
-
-    # --- what others ask ---
-
-    def shown(self) -> State:
-        """Return where the run is, for the user."""
-        with self._compiling():
-            evaluation = self.loop.solver.look(self.state)
-        return State(
-            step=self.step,
-            x=self.problem.pack(self.loop.solver.point(self.state)),
-            fun=evaluation.value.numpy(),
-            grad_max=evaluation.grad_max.numpy(),
-            seconds=self.clock.seconds(),
-            epochs=self.record.epochs.columns(),
-            optimizer=self.optimizer,
-        )
-
-    def refresh(self) -> None:
-        """Take note of what the user may have changed."""
-        with self._compiling():
-            self.state = self.loop.solver.refresh(self.state)
-
-    def end(self, status: str) -> None:
-        """End the run from outside, unless it has ended already."""
-        self.status = self.status or status
-
-    def message(self) -> str:
-        """Return why the run ended as a sentence."""
-        own = self.loop.why(self.state)
-        if own and own[0] == self.status:
-            said = own[1]
-        else:
-            said = sentence(
-                self.status or "",
-                step=self.step,
-                seconds=self.options.seconds,
-                nonfinite=_about_nonfinite(self),
-                **self.options.tolerances._asdict(),
-            )
-        return self.chain.message(said, self.step)
-
-    @contextlib.contextmanager
-    def _compiling(self) -> Iterator[None]:
-        """Trace and call functions in the block; no tape of the user's sees it."""
-        is_long = self.training is not None or (self.planned or ENDLESS) >= LOOP_STEPS
-        is_optimizer = not isinstance(self.chain.stage.method, Method)
-        optimized = is_long and is_optimizer
-        with out_of_scope(), paused(), as_written(optimized=optimized):
-            yield
+            hook.rows(self.run, rows)
 
     def _end(self, error: BaseException | None, begun: Sequence[Hook]) -> None:
         """Finish the run, save its state, and end the hooks."""
+        run = self.run
         with contextlib.ExitStack() as ending:
             for hook in begun:
-                ending.callback(hook.end, self, error)
-            if not hasattr(self, "state"):  # it has not begun
+                ending.callback(hook.end, run, error)
+            if not hasattr(run, "state"):  # it has not begun
                 return
-            ending.callback(self.loop.close)
-            if error is not None and lost_worker(error, self.problem.replicas):
-                self.saved = None  # the variables have moved within the chunk
+            ending.callback(run.loop.close)
+            if error is not None and lost_worker(error, run.problem.replicas):
+                run.saved = None  # the variables have moved within the chunk
                 return
-            self.saved = resume.snapshot(self)
+            run.saved = resume.snapshot(run)
             if error is None:
-                self.state, rows = self.loop.finish(self.state)
-                self.record.keep(rows)
+                run.state, rows = run.loop.finish(run.state)
+                run.record.keep(rows)
                 for hook in begun:
-                    hook.finish(self)
-                self.saved = resume.with_outcome(self, self.saved)
+                    hook.finish(run)
+                _warn_of_validation(run)
+                run.saved = resume.with_outcome(run, run.saved)
             else:
-                self.loop.solver.settle(self.state)
+                run.loop.solver.settle(run.state)
 
 
 def check_alone(f: Any) -> None:
@@ -460,7 +229,7 @@ def _check_unwatched(problem: Problem) -> None:
 
     The variables that are moved do not count: they are given new values.
     """
-    moved = {id(variable) for variable in problem.variables}
+    moved = {id(variable) for variable in problem.x.variables}
     with resumed():
         for source in problem.reads():
             if id(source) not in moved and is_watched(source):
@@ -474,10 +243,18 @@ def _check_unwatched(problem: Problem) -> None:
                 )
 
 
-def _check_takes(f: Any, count: int) -> None:
-    """Refuse a function that does not take the values, or that has none to take."""
+def _check_takes(f: Any, count: int, *, goes_on: bool) -> None:
+    """Refuse a function that does not take so many arguments, for want of data."""
     if can_take(f, count):
         return
+    got = f"`{name_of(f)}{inspect.signature(f)}`"
+    if goes_on:
+        raise InvalidArgumentError(
+            "Without `data`, a function takes the point and nothing else. A result "
+            "does not hold the data: it is given again.",
+            got=f"{got} without `data`",
+            hint="minimize(f, result, data=(x, y), epochs=10)",
+        )
     if count == 0:
         raise InvalidArgumentError(
             "A function of values needs a start; one of variables takes no argument.",
@@ -486,42 +263,22 @@ def _check_takes(f: Any, count: int) -> None:
         )
     raise InvalidArgumentError(
         "With `x0`, the function takes one argument: all values, in the form of `x0`.",
-        got=f"`{name_of(f)}{inspect.signature(f)}`",
+        got=got,
         hint="wrt= the variables that f reads, and no x0"
         if can_take(f, 0)
         else "lambda x: f(x, a) for what is not moved; else one nest, x = [a, b]",
     )
 
 
-def _is_empty(column: np.ndarray[Any, Any]) -> bool:
-    return column.dtype.kind == "f" and bool(np.all(np.isnan(column)))
-
-
-def _about_nonfinite(run: Driver) -> str:
-    """Return the sentence about a value or gradient that is not finite."""
-    step, loop = run.step, run.loop
-    if loop.bad is None:
-        return ""
-    bad = {name: column[-1] for name, column in loop.bad.columns.items()}
-    what, value = "f", bad["fun"]
-    if np.isfinite(bad["fun"]):
-        what, value = "an element of the gradient", bad["grad_max"]
-    why = f" ({loop.blame})" if loop.blame else ""
-    if bad["step"] == 0:
-        return f"At the start, {what} is {value}{why}: no step was taken."
-    return (
-        f"In step {step + 1}, {what} became {value}{_about_rate(run, bad)}{why}; "
-        f"x is the last finite point, after step {step}."
-    )
-
-
-def _about_rate(run: Driver, bad: dict[str, Any]) -> str:
-    """Return that the learning rate is too large, where f grew before it overflowed."""
-    fun = run.record.rows.columns().get("fun", np.zeros(0)).astype(np.float64)
-    is_growing = len(fun) > 1 and fun[-1] > GROWTH * abs(fun[0]) and fun[-1] > fun[-2]
-    if "learning_rate" not in bad or not is_growing:
-        return ""
-    return (
-        f": f grew from {fun[0]:.3g} to {fun[-1]:.3g} in the steps before, so the "
-        f"learning rate, {bad['learning_rate']:.3g}, is likely too large"
-    )
+def _warn_of_validation(run: Minimisation) -> None:
+    """Say that a validation was never called: nobody knows where some data ends."""
+    training = run.training
+    if training is None or training.validation is None:
+        return
+    if training.source.batches is None and not run.record.epochs.columns():
+        warnings.warn(
+            "`validation` is called at the end of an epoch, and none has ended in "
+            f"{run.step} steps: let `data` end after some batches",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -12,17 +12,13 @@ import numpy as np
 
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe
-from tfgrad.optimize.data import Source, can_take, source_of
+from tfgrad.optimize.data import SIZE, Source, can_take, source_of
 from tfgrad.optimize.history import Rows
-from tfgrad.optimize.options import ENDLESS, Options
+from tfgrad.optimize.options import ENDLESS, STEPS, Options
 from tfgrad.optimize.problem import Problem
-from tfgrad.optimize.solvers.optimizer import SIZE
 
 NOT_AVERAGED = ("step", "seconds", "grad_max", "learning_rate", SIZE)
 """Columns of which an epoch has no mean."""
-
-STEPS = 1000
-"""Steps of a run without a limit, for functions without data and endless data."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +90,9 @@ class Training:
 def training(
     options: Options, problem: Problem, *, is_by_batch: bool
 ) -> tuple[Training | None, int]:
-    """Return what to train on, if there is data, and for how many steps.
+    """Return what to train on, and for how many steps.
 
-    With data and no budget at all, it is gone through once.
+    Without a budget, the data is gone through once.
 
     Args:
         options: As for `minimize`.
@@ -105,21 +101,18 @@ def training(
             problem goes through all of the data from now on.
 
     Raises:
-        InvalidArgumentError: If an option is for data, and there is none; if endless
-            data is to have epochs; or as `source_of` and `Problem.go_through` do.
+        InvalidArgumentError: If endless data is to have epochs; or as `source_of` and
+            `Problem.go_through` do.
     """
     epochs, steps, seconds = options.epochs, options.steps, options.seconds
-    if options.data is None:
-        _require_no(options, "batch_size", "epochs", "validation")
-        return None, STEPS if steps is None else int(steps)
     if not is_by_batch:
         _require_no_epochs(options)
-        source = source_of(options.data, options.batch_size, problem.dtype)
+        source = source_of(options.data, options.batch_size, problem.x.dtype)
         problem.go_through(source)
         return None, STEPS if steps is None else int(steps)
     if options.validation is not None:
-        _check_validation(options.validation, problem.takes_values)
-    source = source_of(options.data, options.batch_size, problem.dtype)
+        _check_validation(options.validation, problem.x.takes_values)
+    source = source_of(options.data, options.batch_size, problem.x.dtype)
     trained = Training(source, epochs, options.validation)
     if trained.is_endless and options.validation is not None:
         raise InvalidArgumentError(
@@ -143,17 +136,6 @@ def training(
 def is_point(name: str) -> bool:
     """Return whether a column of the rows holds a part of the point."""
     return re.match(r"x\b", name) is not None
-
-
-def _require_no(options: Options, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None:
-            raise InvalidArgumentError(
-                f"`{name}` goes with `data`.",
-                got=f"{name}={describe(value)} without data",
-                hint="minimize(loss, wrt=model, data=(x, y), epochs=10)",
-            )
 
 
 def _require_no_epochs(options: Options) -> None:

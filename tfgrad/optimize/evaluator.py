@@ -236,13 +236,23 @@ def _rows(slices: tf.IndexedSlices) -> Any:
 
 
 def largest(gradient: Sequence[Any], scale: Any, dtype: tf.DType) -> tf.Tensor:
-    """Return the largest |element|, without the scale; an empty leaf counts as 0."""
+    """Return the largest |element|, without the scale; an empty leaf counts as 0.
+
+    The maximum that XLA computes skips NaN (TensorFlow 2.21), so NaN is asked for.
+    """
     values = [getattr(leaf, "values", leaf) for leaf in gradient]
     sizes = [tf.abs(leaf) for leaf in values if leaf.shape.num_elements() != 0]
-    each = [tf.reduce_max(leaf) if leaf.shape.rank else leaf for leaf in sizes]
+    each = [_most(leaf) if leaf.shape.rank else leaf for leaf in sizes]
     each = [tf.cast(leaf, dtype) for leaf in each]
-    whole = each[0] if len(each) == 1 else tf.reduce_max(tf.stack(each))
+    whole = each[0] if len(each) == 1 else _most(tf.stack(each))
     return whole if scale is None else whole / tf.cast(scale, dtype)
+
+
+def _most(sizes: tf.Tensor) -> tf.Tensor:
+    """Return the largest of numbers that are not negative, NaN if one is."""
+    is_bad = tf.reduce_any(tf.math.is_nan(sizes))
+    nan = tf.constant(float("nan"), sizes.dtype)
+    return tf.where(is_bad, nan, tf.reduce_max(sizes))
 
 
 def flat(evaluation: Evaluation) -> Evaluation:

@@ -25,7 +25,7 @@ from tfgrad.optimize.options import ENDLESS
 from tfgrad.optimize.result import State
 
 if TYPE_CHECKING:
-    from tfgrad.optimize.driver import Driver
+    from tfgrad.optimize.minimisation import Minimisation
 
 WATCHED = 100
 """Steps after each of which a callback is called; later on, after each chunk."""
@@ -34,29 +34,29 @@ WATCHED = 100
 class Hook:
     """What may watch a run; each method does nothing unless it is overridden."""
 
-    def limit(self, run: Driver) -> int:
+    def limit(self, run: Minimisation) -> int:
         """Return how many steps the next chunk may have at most."""
         return ENDLESS
 
-    def open(self, run: Driver) -> None:
+    def open(self, run: Minimisation) -> None:
         """Be called before anything is traced."""
 
-    def begin(self, run: Driver, rows: Rows) -> None:
-        """Be called where the run begins, with the rows until there."""
+    def begin(self, run: Minimisation) -> None:
+        """Be called where the run begins; `run.record` has the rows until there."""
 
-    def rows(self, run: Driver, rows: Rows) -> None:
+    def rows(self, run: Minimisation, rows: Rows) -> None:
         """Be called after each chunk, with its rows."""
 
-    def epoch(self, run: Driver, row: Mapping[str, Any]) -> None:
+    def epoch(self, run: Minimisation, row: Mapping[str, Any]) -> None:
         """Be called after each epoch, with its row."""
 
     def flush(self) -> None:
         """Wait until all that was handed over is on the disk."""
 
-    def finish(self, run: Driver) -> None:
+    def finish(self, run: Minimisation) -> None:
         """Be called where the run has come to an end, before its outcome is taken."""
 
-    def end(self, run: Driver, error: BaseException | None) -> None:
+    def end(self, run: Minimisation, error: BaseException | None) -> None:
         """Be called at the end, whatever happened, with what was raised."""
 
 
@@ -65,7 +65,7 @@ class ProgressBar(Hook):
 
     _bar: Any = None
 
-    def begin(self, run: Driver, rows: Rows) -> None:
+    def begin(self, run: Minimisation) -> None:
         """Make the bar."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about widgets that a notebook lacks
@@ -75,11 +75,11 @@ class ProgressBar(Hook):
                 total=run.planned, delay=1.0, disable=None, leave=False, unit="step"
             )
 
-    def rows(self, run: Driver, rows: Rows) -> None:
+    def rows(self, run: Minimisation, rows: Rows) -> None:
         """Move it."""
         self._bar.update(run.step - self._bar.n)
 
-    def end(self, run: Driver, error: BaseException | None) -> None:
+    def end(self, run: Minimisation, error: BaseException | None) -> None:
         """Take it away."""
         if self._bar is not None:
             self._bar.close()
@@ -114,11 +114,11 @@ class Callback(Hook):
             )
         self._function = function
 
-    def limit(self, run: Driver) -> int:
+    def limit(self, run: Minimisation) -> int:
         """Return 1 in the first steps."""
         return 1 if run.step < WATCHED else ENDLESS
 
-    def rows(self, run: Driver, rows: Rows) -> None:
+    def rows(self, run: Minimisation, rows: Rows) -> None:
         """Call the function; what it changes counts in the next step."""
         if not len(rows):
             return
@@ -153,7 +153,7 @@ class Interrupts(Hook):
         self._caught = self._is_heeded = False
         self._before: Any = None
 
-    def rows(self, run: Driver, rows: Rows) -> None:
+    def rows(self, run: Minimisation, rows: Rows) -> None:
         """End the run if there was one."""
         if run.status is None and self.heed():
             run.end("interrupted")

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
@@ -25,12 +25,10 @@ from tfgrad.optimize.epochs import NOT_AVERAGED, is_point
 from tfgrad.optimize.history import Rows, Table
 from tfgrad.optimize.hooks import Callback, Hook
 from tfgrad.optimize.methods.protocol import Method
+from tfgrad.optimize.minimisation import Minimisation
 from tfgrad.optimize.options import ENDLESS
 from tfgrad.optimize.traced import explained
 from tfgrad.runs.values import as_array
-
-if TYPE_CHECKING:
-    from tfgrad.optimize.driver import Driver
 
 Logs = dict[str, Any]
 
@@ -44,14 +42,12 @@ def watching(callback: Any) -> list[Hook]:
     """Return the hooks for what a user passes as `callback`.
 
     Args:
-        callback: A function, a Keras callback, a list of both, or None.
+        callback: A function, a Keras callback, or a list of both.
 
     Raises:
         InvalidArgumentError: If it is none of these.
     """
-    if callback is None:
-        return []
-    each = list(callback) if isinstance(callback, list | tuple) else [callback]
+    each = tf.nest.flatten(callback)
     for entry in each:
         is_kind = inspect.isclass(entry) and issubclass(entry, keras.callbacks.Callback)
         if is_kind or not (_is_keras(entry) or callable(entry)):
@@ -86,13 +82,13 @@ class KerasCallbacks(Hook):
         self._first = self._step = 0  # where the epoch began, and the steps told
         self._last_logs: Logs | None = None
 
-    def limit(self, run: Driver) -> int:
+    def limit(self, run: Minimisation) -> int:
         """Return the steps to the end of the epoch, or to the next batch."""
         if self._is_by_batch:
             return 1
         return ENDLESS if run.training else self._first + run.options.every - run.step
 
-    def open(self, run: Driver) -> None:
+    def open(self, run: Minimisation) -> None:
         """Refuse callbacks that would never be called, or find no learning rate.
 
         Raises:
@@ -119,7 +115,7 @@ class KerasCallbacks(Hook):
                     "100 batches",
                 )
 
-    def begin(self, run: Driver, rows: Rows) -> None:
+    def begin(self, run: Minimisation) -> None:
         """Call `on_train_begin`; go to the epoch that a callback has restored."""
         every = int(run.options.every)
         wrt, training = run.options.wrt, run.training
@@ -144,7 +140,7 @@ class KerasCallbacks(Hook):
         if run.status is None:
             self._begin_epoch(run)
 
-    def rows(self, run: Driver, rows: Rows) -> None:
+    def rows(self, run: Minimisation, rows: Rows) -> None:
         """Report the batches, and an epoch that has no data or was cut short."""
         self._show(run)
         taken = run.step - self._first
@@ -155,14 +151,14 @@ class KerasCallbacks(Hook):
             self._end_epoch(run, self._logs(run, validated=True))
         self._heed(run)
 
-    def epoch(self, run: Driver, row: Mapping[str, Any]) -> None:
+    def epoch(self, run: Minimisation, row: Mapping[str, Any]) -> None:
         """Report the last batches of an epoch, and its end."""
         self._show(run)
         self._end_batches(run, is_last=True)
         self._end_epoch(run, _logs_of(row))
         self._heed(run)
 
-    def finish(self, run: Driver) -> None:
+    def finish(self, run: Minimisation) -> None:
         """Call `on_train_end`; what a callback puts in the variables is the outcome.
 
         After Ctrl-C none is called, as in `fit`: a backup is kept.
@@ -178,21 +174,23 @@ class KerasCallbacks(Hook):
             return
         run.state = run.state._replace(evaluation=solver.look(run.state))
         run.saved = resume.snapshot(run)
-        if solver.lag == 0 and saved is not None:  # it tells the step before the end
+        if (
+            solver.stepper.lag == 0 and saved is not None
+        ):  # it tells the step before the end
             run.saved = replace(run.saved, state=saved.state)
 
-    def end(self, run: Driver, error: BaseException | None) -> None:
+    def end(self, run: Minimisation, error: BaseException | None) -> None:
         """Give a model of the user's its optimizer back."""
         if self._model is not None:
             self._model.optimizer = self._own_optimizer
 
     # --- batches and epochs ---
 
-    def _begin_epoch(self, run: Driver) -> None:
+    def _begin_epoch(self, run: Minimisation) -> None:
         self._list.on_epoch_begin(self._epoch)
         self._list.on_train_batch_begin(0)
 
-    def _end_epoch(self, run: Driver, logs: Logs) -> None:
+    def _end_epoch(self, run: Minimisation, logs: Logs) -> None:
         self._last_logs = logs
         validated = {n[4:]: value for n, value in logs.items() if n.startswith("val_")}
         if validated:
@@ -204,11 +202,11 @@ class KerasCallbacks(Hook):
         if run.status is None:
             self._begin_epoch(run)
 
-    def _end_batches(self, run: Driver, *, is_last: bool) -> None:
+    def _end_batches(self, run: Minimisation, *, is_last: bool) -> None:
         """Report the batches since the last report."""
         last, bad = run.step, run.loop.bad
         if run.status == "nonfinite" and bad is not None:  # it was not accepted
-            last = int(bad.columns["step"][-1]) + 1 - run.loop.solver.lag
+            last = int(bad.columns["step"][-1]) + 1 - run.loop.solver.stepper.lag
         if not any(_overrides(callback, *BATCHES) for callback in self._callbacks):
             self._step = max(self._step, last)
         while self._step < last:
@@ -219,29 +217,31 @@ class KerasCallbacks(Hook):
             if run.status is None and not (is_last and self._step == last):
                 self._list.on_train_batch_begin(count)
 
-    def _stop_if_asked(self, run: Driver) -> None:
+    def _stop_if_asked(self, run: Minimisation) -> None:
         if self._model.stop_training:
             run.end("callback")
 
-    def _logs(self, run: Driver, *, validated: bool = False) -> Logs:
+    def _logs(self, run: Minimisation, *, validated: bool = False) -> Logs:
         """Return the means over the epoch so far; without data, the last row."""
         table, bad = Table(run.record.rows.columns()), run.loop.bad
         if bad is not None and bad.columns["step"] not in table.columns()["step"]:
             table.append(bad)
         columns = table.columns()
-        ends = np.array([self._first, self._step]) + run.loop.solver.lag
+        ends = np.array([self._first, self._step]) + run.loop.solver.stepper.lag
         rows = Rows(columns).part(slice(*np.searchsorted(columns["step"], ends)))
         if run.training is None:
             return _logs_of({n: c[-1] for n, c in rows.columns.items()})
         row = run.training.means(rows)
         if validated:
-            point = run.problem.pack(run.loop.solver.point(run.state))
-            row |= run.training.validated((point,) if run.problem.takes_values else ())
+            point = run.problem.x.pack(run.loop.solver.point(run.state))
+            row |= run.training.validated(
+                (point,) if run.problem.x.takes_values else ()
+            )
         return _logs_of(row)
 
     # --- the model ---
 
-    def _show(self, run: Driver) -> None:
+    def _show(self, run: Minimisation) -> None:
         """Let the model have the optimizer, and the stand-in the point."""
         self._optimizer = run.optimizer or self._optimizer
         self._model.optimizer = self._optimizer
@@ -250,7 +250,7 @@ class KerasCallbacks(Hook):
             for weight, leaf in zip(self._model.weights, point, strict=True):
                 weight.assign(leaf)
 
-    def _heed(self, run: Driver) -> None:
+    def _heed(self, run: Minimisation) -> None:
         """Let the run go on from what the callbacks left; end it if one asks."""
         if isinstance(self._model, Variables):
             _put(run, [weight.value.read_value() for weight in self._model.weights])
@@ -262,7 +262,7 @@ class KerasCallbacks(Hook):
 class _Watch:
     """What `ExplainNaN` asks, of a run: that looks at every step by itself."""
 
-    def __init__(self, run: Driver) -> None:
+    def __init__(self, run: Minimisation) -> None:
         self._run = run
 
     @property
@@ -273,7 +273,7 @@ class _Watch:
     def begin_epoch(self, epoch: int) -> None:
         """Do nothing."""
 
-    def look(self) -> None:
+    def end_epoch(self) -> None:
         """Do nothing."""
 
     def end(self) -> None:
@@ -283,7 +283,7 @@ class _Watch:
         """Return the step to blame."""
         run, bad = self._run, self._run.loop.bad.columns
         point, arguments = run.loop.solver.blamed
-        position = max(0, int(bad["step"][-1]) - run.loop.solver.lag), 0
+        position = max(0, int(bad["step"][-1]) - run.loop.solver.stepper.lag), 0
         if run.training is not None:
             position = int(run.state.batch.epoch), int(run.state.batch.count)
         losses = [*map(float, run.record.rows.columns()["fun"][-3:])]
@@ -314,27 +314,27 @@ class Variables(keras.Model):  # type: ignore[misc]  # Keras has no stubs
         return {**super().get_config(), "leaves": [*self._leaves]}
 
 
-def _stand_in(run: Driver) -> Variables:
+def _stand_in(run: Minimisation) -> Variables:
     problem = run.problem
-    paths = named_leaves(problem.template, "x" if problem.takes_values else "wrt")
+    paths = named_leaves(problem.x.template, "x" if problem.x.takes_values else "wrt")
     names = (re.sub(r"\W+", "_", path).strip("_") for path, _ in paths)
-    pairs = zip(names, problem.leaves, strict=True)
+    pairs = zip(names, problem.x.leaves, strict=True)
     return Variables([(name, [*x.shape], x.dtype.name) for name, x in pairs])
 
 
-def _put(run: Driver, leaves: Sequence[Any]) -> None:
+def _put(run: Minimisation, leaves: Sequence[Any]) -> None:
     """Let a run go on from another point, if it is another."""
     solver, state = run.loop.solver, run.state
     if not all(map(np.array_equal, leaves, solver.point(state))):
-        variables = getattr(solver, "moved", run.problem.variables)
+        variables = getattr(solver.stepper, "moved", run.problem.x.variables)
         for variable, leaf in zip(variables, leaves, strict=False):
             variable.assign(leaf)
         if not variables:
-            run.state = solver.begin(leaves, state)[0]._replace(step=state.step)
+            run.state = solver.init(leaves, state)[0]._replace(step=state.step)
     run.refresh()
 
 
-def _go_to(run: Driver, epoch: int) -> None:
+def _go_to(run: Minimisation, epoch: int) -> None:
     """Let a run that has begun go on at an epoch."""
     solver, training, every = run.loop.solver, run.training, int(run.options.every)
     batches = training.source.batches or 0 if training else every

@@ -244,7 +244,7 @@ def check_loss(loss: Any, f_scale: Any) -> None:
 @out_of_scope()
 def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResult:
     """Return the result with what residuals and Jacobian at its point say."""
-    fit, bounds = driver.problem, driver.options.bounds
+    fit, bounds = driver.run.problem, driver.run.options.bounds
     with as_written(optimized=False):
         linear = fit.at(ravel(tf.nest.flatten(result.x))).linear
     residuals = None if fit.source is not None else linear.residuals
@@ -269,7 +269,8 @@ def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResu
         "degrees_of_freedom": freedom,
         "residual_std": np.sqrt(variance),
     }
-    known = vars(result) | {"source": source_of(driver, small)}
+    source = source_of(driver.run, driver.kind, small)
+    known = vars(result) | {"source": source}
     return LeastSquaresResult(**known, **statistics)
 
 

@@ -24,14 +24,12 @@ from tfgrad.optimize.chunks import (
     Chunks,
     Pace,
     array,
-    compile_chunk,
     held,
 )
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
-from tfgrad.optimize.solvers import Form, Solver, State
-from tfgrad.optimize.solvers.ruled import Ruled
+from tfgrad.optimize.solvers import Form, Ruled, Solver, State
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
 
 
@@ -72,8 +70,8 @@ class Loop:
         self.pace, self._in_step = Pace(), in_step
         self.bad: Rows | None = None
         self.blame = ""
-        self._ruled = Ruled(solver, tolerances)
-        self._chunks = Chunks(self._ruled, jit, self.pace)
+        self._ruled = Ruled(solver.stepper, tolerances)
+        self._chunks = Chunks(solver, self._ruled, jit, self.pace)
         self._planned, self._jit, self._clock = planned, jit, clock
 
     def start(self) -> tuple[State, Rows]:
@@ -105,8 +103,9 @@ class Loop:
     def row(self, state: State, evaluation: Evaluation) -> Rows:
         """Return the one row of the current point."""
         x = state.x if isinstance(state.x, tf.Tensor) else None
-        row = self.solver.row(x, evaluation)
-        if self.solver.lag:
+        stepper = self.solver.stepper
+        row = stepper.row(x, evaluation)
+        if stepper.lag:
             row["expected"] = state.expected
         columns = {name: array([value]) for name, value in row.items()}
         columns = self.solver.named(columns)
@@ -119,9 +118,9 @@ class Loop:
         Returns:
             Where it is then, and the rows of the points that were accepted.
         """
-        began, first = self._clock(), int(state.step) + self.solver.lag
+        began, first = self._clock(), int(state.step) + self.solver.stepper.lag
         state = self.solver.prepare(state)
-        if not self.solver.has_next(state):
+        if not self.solver.stepper.has_next(state):
             return state, Rows({})
         state, columns = self._take(state, limit)
         columns = self.solver.named(columns)
@@ -136,22 +135,6 @@ class Loop:
             state, self.blame = self.solver.recover(state)
             rows = rows if is_start else rows.part(slice(-1))
         return state, rows
-
-    def whole(self, limit: int) -> State:
-        """Take up to `limit` steps within the trace that is being made.
-
-        Returns:
-            The last state. There are no rows, and nobody looks beside a saddle.
-        """
-        state, _ = self.solver.init()
-        here = state.evaluation
-        code = self._ruled.first(here.value, here.grad_max, state.expected, state.first)
-        state = state._replace(code=tf.where(state.code == RUNNING, code, state.code))
-        chunk = compile_chunk(self._ruled, state, is_xla=False)
-        packed = chunk.packing.pack(state)
-        _, packed, _ = chunk.run(tf.constant(limit), packed)
-        last: State = chunk.packing.unpack(packed)
-        return last
 
     def escape(self, state: State) -> tuple[State, Rows]:
         """Leave a maximum or a saddle; return the row of the point beside it."""
@@ -170,13 +153,12 @@ class Loop:
         return self.solver.why(state)
 
     def close(self) -> None:
-        """Give back what the run has borrowed."""
-        self.solver.close()
+        """Do nothing: only SciPy's methods hold something."""
 
     def _take(self, state: State, limit: int) -> tuple[State, dict[str, Any]]:
         """Take steps in the form that pays."""
         while True:
-            form = self.solver.form(state, self._planned, self._jit)
+            form = self.solver.forms.form(state, self._planned, self._jit)
             if form.name == "calls":
                 return self._call(form, state, limit)
             taken = self._chunks.take(form, state, limit)
@@ -189,19 +171,20 @@ class Loop:
         self, form: Form, state: State, limit: int
     ) -> tuple[State, dict[str, Any]]:
         """Take steps one by one, for as long as a chunk may take."""
-        if self.solver.is_eager:
+        stepper = self.solver.stepper
+        if stepper.is_eager:
             return self._take_eagerly(state)
         began, taken = time.perf_counter(), 0
         if self._in_step:
             limit = min(limit, self.pace.length)
         rows: list[dict[str, Any]] = []
-        query, evaluations = self.solver.query(state), int(state.evaluations)
-        inputs = self.solver.inputs(state, limit)
+        query, evaluations = stepper.query(state), int(state.evaluations)
+        inputs = stepper.inputs(state, limit)
         state = tf.nest.map_structure(tf.convert_to_tensor, state)  # none is held
         leaves, turn = tf.nest.flatten(state), None
         while True:
-            evaluation = self.solver.evaluate(query)
-            row = self.solver.row(query if self.solver.lag else None, evaluation)
+            evaluation = stepper.evaluate(query)
+            row = stepper.row(query if stepper.lag else None, evaluation)
             if turn is None:
                 turn = self._turn(state, evaluation)
             known = tf.nest.flatten(evaluation._replace(aux={}))
@@ -210,7 +193,7 @@ class Loop:
             evaluations += 1
             if accepted:
                 taken += 1
-                rows.append({**row, "expected": expected} if self.solver.lag else row)
+                rows.append({**row, "expected": expected} if stepper.lag else row)
             elapsed = time.perf_counter() - began
             is_late = elapsed > CHUNK_SECONDS and not self._in_step
             if code or taken >= limit or evaluations >= form.evaluations or is_late:
@@ -223,24 +206,24 @@ class Loop:
 
     def _take_eagerly(self, state: State) -> tuple[State, dict[str, Any]]:
         """Take one step that no trace can hold."""
-        evaluation = self.solver.evaluate(self.solver.query(state))
-        row = self.solver.row(None, evaluation)
+        stepper = self.solver.stepper
+        evaluation = stepper.evaluate(stepper.query(state))
+        row = stepper.row(None, evaluation)
         columns = {name: array([value]) for name, value in row.items()}
-        return self._ruled.step(
-            state, evaluation, *self.solver.inputs(state, 1)
-        ), columns
+        return self._ruled.step(state, evaluation, *stepper.inputs(state, 1)), columns
 
     def _turn(self, state: State, evaluation: Evaluation) -> Callable[..., Any]:
         """Return the compiled rest of a step, a new one if none is kept."""
         known = evaluation._replace(aux={})
+        stepper = self.solver.stepper
 
         def run(state: State, known: Evaluation) -> Any:
             state = self._ruled.step(state, known)
             flags = tf.stack([state.code, tf.cast(state.accepted, tf.int32)])
-            query = self.solver.query(state)
+            query = stepper.query(state)
             return flags, query, state.expected, tf.nest.flatten(state)
 
-        place, key = self.solver.kept()
+        place, key = self.solver.forms.kept()
         key = "turn", key, self._ruled.key, shapes_of((state, known))
         made: Callable[..., Any] = kept(place, key, lambda: compiled(run, state, known))
         return made

@@ -13,35 +13,25 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import (
-    Nest,
-    describe,
-    is_variable,
-    map_leaves,
-    name_of,
-    named_leaves,
-    to_tensors,
-    weak_dtype,
-)
+from tfgrad.nested import Nest
 from tfgrad.optimize.blocks import Outcome, Plan, Task
 from tfgrad.optimize.chain import make_stages
-from tfgrad.optimize.constraints import Limits, require_support
+from tfgrad.optimize.constraints import require_support
 from tfgrad.optimize.driver import check_alone
 from tfgrad.optimize.many_saddles import solve_all
+from tfgrad.optimize.many_uncertainty import OfRows
 from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
+from tfgrad.optimize.rows import Rows, sides_of
 from tfgrad.optimize.stopping import RUNNING, rule_of, sentence, status_of
-from tfgrad.optimize.uncertainty import OfFunction
 
 Array = np.ndarray[Any, Any]
 
 XLA_ROWS = 32
 """Problems from which on a compilation with XLA is worth its second: L-BFGS takes some
 hundred operations a step, tens of steps."""
-
-CLOSED = "a closure over what is the same in all rows: lambda x, y: f(x, y, a)"
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -67,7 +57,7 @@ class ManyResult:
     success: Array
     status: Array
     seconds: float
-    _source: Callable[[int], Any] | None = field(default=None, compare=False)
+    _source: OfRows | None = field(default=None, compare=False)
     _facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
@@ -80,12 +70,8 @@ class ManyResult:
         Its history has one row, the end. `seconds` are those of all problems.
         """
         i = range(len(self))[index]
-        source = self._source and self._source(i)
+        source = self._source and self._source.of(i)
         return OptimizeResult(**self._one(i), source=source)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle no function: few can be. Without it, there are no errors."""
-        return {**vars(self), "_source": None}
 
     def __iter__(self) -> Iterator[OptimizeResult]:
         """Return the results one by one."""
@@ -100,6 +86,35 @@ class ManyResult:
     def best_index(self) -> int:
         """The row with the lowest f; 0 if no f is a number."""
         return int(np.argmin(np.where(np.isnan(self.fun), np.inf, self.fun)))
+
+    @functools.cached_property
+    def covariance(self) -> Array:
+        """Of the parameters of each row, shape `[count, n, n]`; see `OptimizeResult`.
+
+        The inverse Hessian of f, computed when it is first asked for, for all rows. NaN
+        in the rows and columns of parameters at a bound, and all over where the Hessian
+        is not positive: `result[i].covariance` says why.
+
+        Raises:
+            InvalidArgumentError: If f is not known any more, or has changed since.
+        """
+        if self._source is None:
+            return self[0].covariance  # it says why there is none
+        best = self.best_index
+        self._source.of(best).problem_at(self[best])
+        return self._source.covariance()
+
+    @functools.cached_property
+    def stderr(self) -> Nest:
+        """The standard error of each parameter, structured like `x`."""
+        with np.errstate(invalid="ignore"):
+            errors = np.sqrt(np.diagonal(self.covariance, axis1=1, axis2=2))
+        leaves = tf.nest.flatten(self.x)
+        sizes = [int(np.prod(leaf.shape[1:])) for leaf in leaves]
+        parts = np.split(errors, np.cumsum(sizes)[:-1], axis=1)
+        pairs = zip(parts, leaves, strict=True)
+        shaped = [part.reshape(leaf.shape) for part, leaf in pairs]
+        return tf.nest.pack_sequence_as(self.x, shaped)
 
     def _message(self, i: int) -> str:
         return sentence(str(self.status[i]), step=self.nit[i], **self._facts)
@@ -187,8 +202,8 @@ def minimize_many(
             for that unless each of its leaves has `count` rows, and f takes the first.
         *args: What else `f` takes: arrays, or nests of them, `[count, ...]` each.
             NumPy's float arrays take the dtype of the starts.
-        method: "lbfgs", or a method of your own (`tfgrad.optimize.methods.protocol`)
-            that asks for no more than gradients.
+        method: "lbfgs", "newton" (in the graph: XLA does not compile it), or a method
+            of your own (`tfgrad.optimize.methods.protocol`).
         steps: How many steps each row takes at most; None means 1000. What ended at a
             maximum or a saddle goes on from beside it, as in `minimize`, and begins to
             count anew.
@@ -248,11 +263,11 @@ def minimize_many(
         jit=jit,
         verify=verify,
     )
+    check_alone(f)
     rows = Rows(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
-    fields, _, sides = run(problem, rows, pure_method(options), options, XLA_ROWS)
-    source = functools.partial(_source, f, rows, sides)
-    return ManyResult(**fields, _source=source)
+    fields, found, sides = run(problem, rows, pure_method(options), options, XLA_ROWS)
+    return ManyResult(**fields, _source=OfRows(f, rows, sides, found.x))
 
 
 def pure_method(options: Options) -> Method:
@@ -260,114 +275,20 @@ def pure_method(options: Options) -> Method:
     stages = make_stages(options.method, None)
     method = stages[0].method
     require_support(stages[0].name, method, options.bounds, ())
-    if (
-        len(stages) > 1
-        or not isinstance(method, Method)
-        or isinstance(method, Bindable)
-    ):
+    if len(stages) > 1 or not isinstance(method, Method):
         raise InvalidArgumentError(
-            "Many problems need one method, which uses values and gradients only.",
+            "Many problems are minimised by one method that is a pure function.",
             got=f"method={options.method!r}",
-            hint='method="lbfgs"; or tfgrad.minimize for each row, in a loop',
+            hint='method="lbfgs" or "newton"; or tfgrad.minimize for each row, in a '
+            "loop",
+        )
+    if isinstance(method, Bindable) and options.jit is True:
+        raise InvalidArgumentError(
+            "XLA cannot compile rows whose inner loops differ in length.",
+            got=f"method={options.method!r} with jit=True",
+            hint='jit="auto"; or method="lbfgs"',
         )
     return method
-
-
-class Rows:
-    """The starts and the arguments of many problems, checked.
-
-    Args:
-        f: As for `minimize_many`.
-        x0s: Likewise.
-        args: Likewise.
-
-    Attributes:
-        count: How many there are.
-        first: The start of the first.
-        data: The arguments of the first, tensors.
-        arrays: The leaves of all arguments, with a row for each problem.
-        x: The starts as vectors, shape `[count, n]`.
-
-    Raises:
-        InvalidArgumentError: If the numbers of rows differ, or there are none.
-    """
-
-    def __init__(self, f: Any, x0s: Nest, args: tuple[Nest, ...]) -> None:
-        """Check them; only starts are copied."""
-        check_alone(f)
-        for path, leaf in named_leaves(x0s, "x0s"):
-            if is_variable(leaf):
-                raise InvalidArgumentError(
-                    "`x0s` holds values, with a row for each problem.",
-                    got=f"`{path}` is {describe(leaf)}",
-                    hint="variable.numpy() as the start",
-                )
-        starts = to_tensors(x0s, "x0s", weak_dtype(x0s, *args))
-        leaves = [leaf.numpy() for leaf in tf.nest.flatten(starts)]
-        dtypes = sorted({leaf.dtype.name for leaf in leaves})
-        if len(dtypes) != 1:
-            raise InvalidArgumentError(
-                "The starts must be of one dtype.",
-                got=f"leaves of {' and '.join(dtypes) or 'nothing'}",
-                hint="np.float64 for all of them",
-            )
-        dtype = leaves[0].dtype
-
-        def as_array(leaf: Any, path: str) -> Array:
-            return _array(leaf, path, dtype)
-
-        nests = [map_leaves(as_array, a, f"args[{i}]") for i, a in enumerate(args)]
-        self.arrays = tf.nest.flatten(nests)
-        named = [
-            pair for i, a in enumerate(nests) for pair in named_leaves(a, f"args[{i}]")
-        ]
-        shared = False
-        if named:
-            self.count = _count(named)
-            shared = any(leaf.shape[:1] != (self.count,) for leaf in leaves)
-        else:
-            self.count = _count(
-                named_leaves(tf.nest.pack_sequence_as(starts, leaves), "x0s")
-            )
-        self.data = tuple(
-            tf.nest.map_structure(lambda a: tf.constant(a[0]), nest) for nest in nests
-        )
-        if named and not shared and all(leaf.ndim == 1 for leaf in leaves):
-            # As many numbers as there are rows: one for each, or all for each.
-            row = tf.nest.pack_sequence_as(starts, [tf.constant(a[0]) for a in leaves])
-            shared = not _takes(f, row, self.data) and _takes(f, starts, self.data)
-        first = [tf.constant(leaf if shared else leaf[0]) for leaf in leaves]
-        self.first = tf.nest.pack_sequence_as(starts, first)
-        if sum(leaf.shape.num_elements() for leaf in first) == 0:
-            raise InvalidArgumentError(
-                "A start must hold at least one number.",
-                got=f"x0s={describe(x0s)}",
-                hint="an array with a row for each problem",
-            )
-        self.x = self.vectors(leaves, shared=shared)
-
-    def arguments(self, index: int) -> tuple[Nest, ...]:
-        """Return what f takes besides x in one row: nests of tensors."""
-        leaves = [tf.constant(array[index]) for array in self.arrays]
-        packed: tuple[Nest, ...] = tf.nest.pack_sequence_as(self.data, leaves)
-        return packed
-
-    def vectors(self, leaves: list[Array], *, shared: bool) -> Array:
-        """Return leaves as vectors, `[count, n]`: a view of one row if it is shared."""
-        if shared:
-            row = np.concatenate([np.ravel(leaf) for leaf in leaves])
-            return np.broadcast_to(row, (self.count, row.size))
-        parts = [np.reshape(leaf, (self.count, -1)) for leaf in leaves]
-        return np.concatenate(parts, axis=1)
-
-    def unraveled(self, vectors: Array) -> Nest:
-        """Return vectors `[count, n]` in the structure of the starts."""
-        shapes = [tuple(leaf.shape) for leaf in tf.nest.flatten(self.first)]
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-        parts = np.split(vectors, ends, axis=1)
-        pairs = zip(parts, shapes, strict=True)
-        leaves = [part.reshape(len(part), *shape) for part, shape in pairs]
-        return tf.nest.pack_sequence_as(self.first, leaves)
 
 
 def run(
@@ -380,7 +301,7 @@ def run(
 ) -> tuple[dict[str, Any], Outcome, list[Array]]:
     """Solve all rows; return the fields of the result, the outcome, the bounds."""
     began = time.perf_counter()
-    sides = _sides(problem, rows, options.bounds)
+    sides = sides_of(problem, rows, options.bounds)
     x = np.clip(rows.x, *sides) if sides else rows.x
     problem.evaluate(tf.nest.flatten(rows.first), rows.data)
     steps = 1000 if options.steps is None else int(options.steps)
@@ -418,108 +339,5 @@ def run(
     return fields, outcome, sides
 
 
-def _source(f: Any, rows: Rows, sides: list[Array], index: int) -> OfFunction:
-    """Return what the result of one row asks for its errors."""
-
-    def of_row(x: Nest) -> Any:
-        return f(x, *rows.arguments(index))
-
-    of_row.__name__ = name_of(f)
-    bounds = tuple(rows.unraveled(s[index : index + 1]) for s in sides) or None
-    if bounds is not None:
-        bounds = tuple(tf.nest.map_structure(lambda b: b[0], side) for side in bounds)
-    return OfFunction(of_row, None, Problem, has_aux=False, bounds=bounds)
-
-
 def _most(code: Array) -> int:
     return int(np.max(code))
-
-
-def _takes(f: Any, x: Nest, data: tuple[Nest, ...]) -> bool:
-    """Return whether f can be called so."""
-    python = getattr(f, "python_function", f)  # a tf.function would be traced for it
-    try:
-        python(x, *data)
-    except Exception:  # a user's function may raise anything
-        return False
-    return True
-
-
-def _array(leaf: Any, path: str, dtype: Any) -> Array:
-    """Return an argument as an array; NumPy's floats and numbers in `dtype`."""
-    if is_variable(leaf) or isinstance(leaf, tf.Tensor):
-        return np.asarray(tf.convert_to_tensor(leaf))
-    array = np.asarray(leaf)
-    if array.dtype.kind not in "fiub":
-        raise InvalidArgumentError(
-            f"`{path}` must be an array of numbers, with a row for each problem.",
-            got=f"`{path}` is {describe(leaf)}",
-            hint=CLOSED,
-        )
-    return array.astype(dtype, copy=False) if array.dtype.kind == "f" else array
-
-
-def _count(named: list[tuple[str, Array]]) -> int:
-    """Return the number of rows that all leaves have."""
-    for path, leaf in named:
-        if leaf.ndim == 0:
-            raise InvalidArgumentError(
-                f"`{path}` must have an axis in front, with a row for each problem.",
-                got=f"`{path}` has shape ()",
-                hint=CLOSED,
-            )
-    counts = {path: len(leaf) for path, leaf in named}
-    if len(set(counts.values())) > 1:
-        some = ", ".join(f"`{path}` has {count}" for path, count in counts.items())
-        raise InvalidArgumentError(
-            "All arguments must have the same number of rows, one for each problem.",
-            got=some,
-            hint=CLOSED,
-        )
-    count = next(iter(counts.values()))
-    if count == 0:
-        raise InvalidArgumentError(
-            "There must be at least one row.",
-            got=f"`{named[0][0]}` has shape {named[0][1].shape}",
-            hint="arrays with a row for each problem",
-        )
-    return count
-
-
-def _sides(problem: Problem, rows: Rows, bounds: Any) -> list[Array]:
-    """Return lower and upper bounds, `[count, n]` each; nothing if there are none."""
-    if bounds is None:
-        return []
-    own: list[Any] = [None, None]
-    if isinstance(bounds, tuple) and len(bounds) == 2:
-        own = [_with_rows(rows, side) for side in bounds]
-        pairs = zip(own, bounds, strict=True)
-        bounds = tuple(None if found is not None else side for found, side in pairs)
-    shared = Limits(problem, bounds, ()).sides
-    pairs = zip(own, shared, strict=True)
-    sides = [np.asarray(b if a is None else a, rows.x.dtype) for a, b in pairs]
-    lower, upper = (np.broadcast_to(side, rows.x.shape) for side in sides)
-    is_wrong = np.any(~(lower <= upper), axis=1)
-    if np.any(is_wrong):
-        row = int(np.argmax(is_wrong))
-        raise InvalidArgumentError(
-            "No lower bound may be above its upper bound, and none may be NaN.",
-            got=f"row {row}: lower {lower[row]}, upper {upper[row]}",
-            hint="bounds=(lower, upper), in this order",
-        )
-    return [lower, upper]
-
-
-def _with_rows(rows: Rows, side: Any) -> Array | None:
-    """Return a side of the bounds that has a row for each problem, as vectors."""
-    given = named_leaves(side, "x")
-    like = named_leaves(rows.first, "x")
-    if [path for path, _ in given] != [path for path, _ in like]:
-        return None
-    leaves = [np.asarray(leaf) for _, leaf in given]
-    shapes = [(rows.count, *leaf.shape) for _, leaf in like]
-    if [leaf.shape for leaf in leaves] != shapes or any(
-        leaf.dtype.kind not in "fiu" for leaf in leaves
-    ):
-        return None
-    return rows.vectors(leaves, shared=False)

@@ -16,8 +16,10 @@ from tfgrad.derivatives.vectorized import static_size
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, ravel, unravel
 from tfgrad.optimize.blocks import WIDEST, Outcome
+from tfgrad.optimize.driver import check_alone
 from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
-from tfgrad.optimize.many import ManyResult, Rows, run
+from tfgrad.optimize.many import ManyResult, run
+from tfgrad.optimize.many_uncertainty import covariances
 from tfgrad.optimize.methods import losses
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES, own_sentence
 from tfgrad.optimize.methods.marquardt import Marquardt, triangle
@@ -28,6 +30,7 @@ from tfgrad.optimize.residuals import (
     Residuals,
     check_dtypes,
 )
+from tfgrad.optimize.rows import Rows
 from tfgrad.optimize.uncertainty import OfFit
 
 Array = np.ndarray[Any, Any]
@@ -50,8 +53,8 @@ class ManyFitsResult(ManyResult):
     """
 
     _linear: Array
-    _residuals: Callable[[int], Nest]
-    _used: Callable[[], Array]
+    _residuals: Callable[[int], Nest] | None
+    _used: Callable[[], Array] | None
     _is_held: Array
 
     @functools.cached_property
@@ -61,6 +64,7 @@ class ManyFitsResult(ManyResult):
 
     @functools.cached_property
     def _counts(self) -> Array:
+        assert self._used is not None
         return self._used()
 
     @functools.cached_property
@@ -74,15 +78,10 @@ class ManyFitsResult(ManyResult):
     @functools.cached_property
     def covariance(self) -> Array:
         """Of the parameters of each fit, shape `[count, n, n]`."""
-        variance, used = self.residual_std.astype(np.float64) ** 2, self._counts
-        free = ~np.any(self._is_held, axis=1)
-        n = self._linear.shape[1]
-        found = np.full(self._linear[:, :, :n].shape, np.nan, self.fun.dtype)
-        matrix = self._linear[:, :, :n]
-        found[free] = _covariances(matrix[free], used[free], variance[free])
-        for i in np.flatnonzero(~free):
-            found[i] = self._left(int(i)).spread().covariance()
-        return found
+        n, variance = self._linear.shape[1], self.residual_std.astype(np.float64) ** 2
+        factors = self._linear[:, :, :n]
+        found = covariances(factors, self._counts, variance, self._is_held)
+        return found.astype(self.fun.dtype)
 
     def _left(self, i: int) -> OfFit:
         """Return what is left of the Jacobian of one fit."""
@@ -90,17 +89,10 @@ class ManyFitsResult(ManyResult):
         factor = self._linear[i, :, :n]
         return OfFit(factor, int(self._counts[i]), variance, self._is_held[i])
 
-    @functools.cached_property
-    def stderr(self) -> Nest:
-        """The standard error of each parameter, structured like `x`."""
-        with np.errstate(invalid="ignore"):
-            errors = np.sqrt(np.diagonal(self.covariance, axis1=1, axis2=2))
-        leaves = tf.nest.flatten(self.x)
-        sizes = [int(np.prod(leaf.shape[1:])) for leaf in leaves]
-        parts = np.split(errors, np.cumsum(sizes)[:-1], axis=1)
-        pairs = zip(parts, leaves, strict=True)
-        shaped = [part.reshape(leaf.shape) for part, leaf in pairs]
-        return tf.nest.pack_sequence_as(self.x, shaped)
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle no function: few can be. Single fits then have no residuals."""
+        known = {"_counts": self._counts}
+        return {**vars(self), **known, "_residuals": None, "_used": None}
 
     def _message(self, i: int) -> str:
         status = str(self.status[i])
@@ -114,7 +106,7 @@ class ManyFitsResult(ManyResult):
         i = range(len(self))[index]
         return LeastSquaresResult(
             **self._one(i),
-            residuals=self._residuals(i),
+            residuals=self._residuals and self._residuals(i),
             degrees_of_freedom=int(self.degrees_of_freedom[i]),
             residual_std=self.residual_std[i],
             source=self._left(i),
@@ -212,6 +204,7 @@ def least_squares_many(
         jit=jit,
         verify=verify,
     )
+    check_alone(residuals)
     rows = Rows(residuals, x0s, args)
     n = rows.x.shape[1]
     if n > MOST_PARAMETERS:
@@ -362,26 +355,3 @@ def _used(problem: RowResiduals, rows: Rows) -> Array:
         if len(part):
             used[part] -= counted([tf.constant(a[part]) for a in rows.arrays]).numpy()
     return used
-
-
-def _covariances(matrix: Array, used: Array, variance: Array) -> Array:
-    """Return variance * inv(R'R) of many triangles; see `least_squares`."""
-    n = matrix.shape[1]
-    found = np.full(matrix.shape, np.inf)
-    is_good = np.all(np.isfinite(matrix), axis=(1, 2)) & (variance >= 0)
-    if not np.any(is_good) or not n:
-        return found
-    r = matrix[is_good].astype(np.float64)
-    scale = np.linalg.norm(r, axis=1)
-    scale[scale == 0] = 1.0
-    _, s, vt = np.linalg.svd(r / scale[:, None, :])
-    epsilon = np.finfo(matrix.dtype).eps
-    is_known = s > np.maximum(used[is_good], n)[:, None] * epsilon * s[:, :1]
-    inverse = np.where(is_known, 1 / np.where(is_known, s, 1.0), 0.0)
-    v = np.swapaxes(vt, 1, 2) * inverse[:, None, :]
-    covariance = variance[is_good][:, None, None] * (v @ np.swapaxes(v, 1, 2))
-    covariance /= scale[:, :, None] * scale[:, None, :]
-    loose = np.sum(np.where(is_known[:, :, None], 0.0, vt**2), axis=1) > epsilon
-    covariance[loose[:, :, None] | loose[:, None, :]] = np.inf
-    found[is_good] = covariance
-    return found

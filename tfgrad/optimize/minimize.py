@@ -94,7 +94,9 @@ def minimize(
             anew in each epoch, the same in every run; a `tf.data.Dataset` of batches;
             or an iterable of batches (a list, a `keras.utils.PyDataset`, a generator,
             a function that returns one of them), gone through again in each epoch.
-            Float arrays of NumPy take the dtype of the variables.
+            Float arrays of NumPy take the dtype of the variables. With an optimizer
+            also what `strategy.distribute_datasets_from_function` returns: rows of each
+            worker's own.
         batch_size: How many rows of arrays a batch has; None means 32. The last batch
             of an epoch has what is left.
         epochs: How often to go through the data; None means once if there is no other
@@ -201,7 +203,8 @@ def minimize(
         `tfgrad.optimize.methods.lbfgs` and `newton` for those; Keras's and SciPy's
         documentation for each of theirs.
     """
-    require_no("minimize", unknown)
+    if unknown:
+        require_no("minimize", unknown)
     options = Options(
         wrt=wrt,
         method=method,
@@ -234,7 +237,8 @@ def run(driver: Driver) -> OptimizeResult:
         driver.hooks.append(interrupts)
         for _ in driver.states():
             pass
-    return replace(resume.result_of(driver), source=source_of(driver))
+    source = source_of(driver.run, driver.kind)
+    return replace(resume.result_of(driver.run), source=source)
 
 
 def descend(
@@ -276,12 +280,13 @@ def descend(
 
 
 def _states(driver: Driver) -> Iterator[State]:
-    if driver.status is not None:
-        result = resume.result_of(driver)
+    run = driver.run
+    if run.status is not None:
+        result = resume.result_of(run)
         size = result.history["grad_max"][-1]
         yield State(result.nit, result.x, result.fun, size, result.seconds)
         return
-    states, every, shown = driver.states(pulled=True), int(driver.options.every), -1
+    states, every, shown = driver.states(pulled=True), int(run.options.every), -1
     interrupts = Interrupts()
     driver.hooks.append(interrupts)
     with contextlib.closing(states):
@@ -290,12 +295,12 @@ def _states(driver: Driver) -> Iterator[State]:
                 ended = next(states, states) is states
             if ended:
                 return
-            is_due = driver.status is not None or driver.step >= shown + every
-            if driver.step > shown and (shown < 0 or is_due):
-                shown = driver.step
-                state = driver.shown()
-                if driver.status == "interrupted":
+            is_due = run.status is not None or run.step >= shown + every
+            if run.step > shown and (shown < 0 or is_due):
+                shown = run.step
+                state = run.shown()
+                if run.status == "interrupted":
                     raise KeyboardInterrupt
                 yield state
-                if driver.status is None:
-                    driver.refresh()
+                if run.status is None:
+                    run.refresh()

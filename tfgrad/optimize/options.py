@@ -11,12 +11,15 @@ from os import PathLike
 from typing import Any
 
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, require_bool
+from tfgrad.nested import Nest, describe, require_bool
 from tfgrad.optimize.stopping import Tolerances
 from tfgrad.runs.run import Run
 
 ENDLESS = 2**62
 """Steps of a run that something else ends."""
+
+STEPS = 1000
+"""Steps where nothing is said, for functions without data and for endless data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,19 @@ class Options:
         _check_number("target", self.target)
         _check_jit(self.jit)
         require_bool(has_aux=self.has_aux, verify=self.verify)
+        for name in ("batch_size", "epochs", "validation"):
+            value = getattr(self, name)
+            if self.data is None and value is not None:
+                raise InvalidArgumentError(
+                    f"`{name}` goes with `data`.",
+                    got=f"{name}={describe(value)} without data",
+                    hint="minimize(loss, wrt=model, data=(x, y), epochs=10)",
+                )
+
+    @property
+    def are_limited(self) -> bool:
+        """Whether bounds or constraints are given."""
+        return self.bounds is not None or bool(self.constraints)
 
     @property
     def tolerances(self) -> Tolerances:

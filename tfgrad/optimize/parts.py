@@ -16,7 +16,7 @@ import tensorflow as tf
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.nested import Nest
-from tfgrad.optimize.data import Source, rows_of, size_of
+from tfgrad.optimize.data import SIZE, Source, rows_of, size_of
 from tfgrad.optimize.distribute import Replicas
 from tfgrad.optimize.evaluator import (
     Evaluation,
@@ -52,6 +52,7 @@ class Parts:
         source: The data, all of which is gone through each time; None for a batch that
             is handed over.
         arguments: Returns what f takes of a batch of the source.
+        are_own: Whether each worker has a batch of its own.
 
     Attributes:
         is_shared: Whether there are several replicas.
@@ -63,6 +64,8 @@ class Parts:
         written: Sequence[tf.Variable],
         source: Source | None = None,
         arguments: Callable[[Nest], tuple[Nest, ...]] = tuple,
+        *,
+        are_own: bool = False,
     ) -> None:
         """Sort what f writes."""
         self.is_shared = replicas.count > 1
@@ -72,6 +75,7 @@ class Parts:
             v for v in many if v.dtype.is_integer and v.shape.as_list() == [2]
         ]
         self._replicas, self._source, self._arguments = replicas, source, arguments
+        self._are_own = are_own
 
     def put_together(
         self,
@@ -113,9 +117,14 @@ class Parts:
         if self._replicas.count == 1:
             return compute(given, batch, None), None
         rows = rows_of(batch)
-        mine, own = self._replicas.share(batch, rows)
-        share = tf.cast(own, tf.float64) / tf.cast(rows, tf.float64)
-        return compute(given, mine, share), share
+        mine, own = self._replicas.share(batch, rows, are_own=self._are_own)
+        count, rows = tf.cast(own, tf.float64), tf.cast(rows, tf.float64)
+        if self._are_own:
+            (rows,) = self._replicas.total([count])
+        part = compute(given, mine, count / rows)
+        if self._are_own:  # whose sum is the size of what all workers have
+            part.sums["aux"][SIZE] = own
+        return part, count / rows
 
     def _of_all(
         self,

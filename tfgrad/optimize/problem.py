@@ -18,20 +18,13 @@ from tfgrad.diagnosis.lines import line_of
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
-    describe,
-    is_variable,
     name_of,
-    named_leaves,
-    open_modules,
     ravel,
-    to_tensors,
     unravel,
-    variables_of,
 )
 from tfgrad.optimize.compiled import direct
 from tfgrad.optimize.data import Source, arguments_of, require_rows
 from tfgrad.optimize.distribute import (
-    is_one_of_several,
     left_scope,
     replicas_of,
     whole,
@@ -44,6 +37,7 @@ from tfgrad.optimize.evaluator import (
     is_open,
 )
 from tfgrad.optimize.parts import EvaluatorOfParts, Parts
+from tfgrad.optimize.unknowns import Unknowns
 
 FEW = 3
 """Leaves of a point that are put together by themselves; more, in a compiled call."""
@@ -63,11 +57,7 @@ class Problem:
     Attributes:
         f: The function.
         name: What to call it.
-        takes_values: Whether `f` takes the point as its first argument.
-        template: The nest to pack an answer in.
-        owners: The variables, Keras's as Keras has them: some of its optimizers ask for
-            paths. None for a function of values; empty until the first evaluation if
-            they are still to be found.
+        x: The point that is moved.
         evaluator: The function, compiled.
         example: What `f` takes besides: the arguments made of a batch, if there is
             data.
@@ -91,63 +81,56 @@ class Problem:
         verify: bool = True,
     ) -> None:
         """Check the point; nothing is traced."""
-        _check_sources(f, x0, wrt)
+        self.x = Unknowns(f, x0, wrt)
         self.f, self.name = f, name_of(f)
-        self.takes_values = x0 is not None
-        self.has_aux = has_aux
-        if self.takes_values:
-            self.template, variables = _checked_start(x0), None
-            self.owners: list[Any] = []
-        else:
-            variables = self.template = () if wrt is None else variables_of(wrt)
-            self.owners = [] if wrt is None else tf.nest.flatten(open_modules(wrt))
-            _check_distinct(tf.nest.flatten(variables))
         flags = {"has_aux": has_aux, "jit": jit, "verify": verify}
         self.options = {**flags, **self.options}
         self.evaluator: Evaluator | EvaluatorOfParts
-        self.evaluator = evaluator_of(self.kind, f, variables, **self.options)
+        self.evaluator = evaluator_of(self.kind, f, self.x.wrt, **self.options)
         self.example: tuple[Nest, ...] = ()
         self.source: Source | None = None
-        self.replicas = left_scope() if self.takes_values else replicas_of(self.owners)
+        is_ours = self.x.takes_values
+        self.replicas = left_scope() if is_ours else replicas_of(self.x.owners)
         self._at: Callable[[tf.Tensor], Evaluation] | None = None
-        self._is_put_together = False
 
     def go_through(self, source: Source) -> None:
         """Let each evaluation go through all batches of a source.
 
         Raises:
             InvalidArgumentError: If the source has no end, or cannot be gone through
-                again; if f does not take its batches.
+                again; if its rows are a worker's own; if f does not take its batches.
         """
         is_endless = getattr(source, "is_endless", False)
-        if is_endless or not source.is_repeatable:
+        if is_endless or source.is_own or not source.is_repeatable:
+            why = "from an iterator" if not source.is_own else "of a strategy"
             raise InvalidArgumentError(
                 "A method that takes f for one function goes through all of the data "
                 "at each evaluation.",
-                got=f"{source}, {'without end' if is_endless else 'from an iterator'}",
-                hint="arrays, a data set without .repeat(), or data=make, where make() "
-                "returns the iterator",
+                got=f"{source}, {'without end' if is_endless else why}",
+                hint="arrays, a data set without .repeat() that all workers share, or "
+                "data=make, where make() returns the iterator",
             )
         batch = source.example()
-        before = int(self.takes_values)
+        before = int(self.x.takes_values)
         self._take = arguments_of(self.f, before, batch)
         self.source, self.example = source, self._take(batch)
 
-    def distribute(self, written: Sequence[tf.Variable]) -> None:
+    def distribute(self, written: Sequence[tf.Variable], *, are_own: bool) -> None:
         """Let each replica evaluate its share of a batch, from now on.
 
         Args:
             written: The variables that f writes.
+            are_own: Whether each worker has a batch of its own.
         """
         require_rows(self.example)
-        self._take_apart(Parts(self.replicas, written))
+        self._take_apart(Parts(self.replicas, written, are_own=are_own))
 
     def _put_together(self, source: Source) -> None:
         """Let evaluations be those of all batches, from now on."""
         self.replicas.require_same(self.example)
         if self.replicas.count > 1:
             require_rows(self.example)
-        arguments = self.arguments(tf.nest.flatten(self.template), self.example)
+        arguments = self.x.arguments(tf.nest.flatten(self.x.template), self.example)
         traced = self.evaluator.evaluate.compiled(arguments, None)
         if traced is None:
             like, written = self.evaluator.evaluate(arguments, None), []
@@ -155,7 +138,7 @@ class Problem:
         else:
             refuse_draws(traced, self.name)
             like, written = traced.structured_outputs, written_variables(traced)
-        specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in self.leaves]
+        specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in self.x.leaves]
         like = like._replace(gradient=specs)
         parts = Parts(self.replicas, whole(written), source, self._take)
         if self.options["verify"] and not written:  # on the first batch, once
@@ -164,45 +147,16 @@ class Problem:
 
     def _take_apart(self, parts: Parts, like: Any = None) -> None:
         """Let evaluations be put together from parts, from now on."""
-        variables = None if self.takes_values else self.template
-        of_part = self.kind(self.f, variables, **self.options, is_inlined=True)
+        of_part = self.kind(self.f, self.x.wrt, **self.options, is_inlined=True)
         jit = self.options["jit"]
         self.evaluator = self.kind_of_parts(of_part, parts, like, jit=jit)
 
-    @property
-    def variables(self) -> list[tf.Variable]:
-        """The variables that are moved; none for a function of values."""
-        return [] if self.takes_values else tf.nest.flatten(self.template)
-
-    @property
-    def dtype(self) -> tf.DType | None:
-        """The dtype that all leaves share; None if they do not, or are not known."""
-        dtypes = {leaf.dtype for leaf in self.leaves}
-        return dtypes.pop() if len(dtypes) == 1 else None
-
-    @property
-    def leaves(self) -> list[tf.TensorSpec]:
-        """The specs of the leaves of the point."""
-        leaves = tf.nest.flatten(self.template)
-        return [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves]
-
-    def start(self) -> list[tf.Tensor]:
-        """Return the leaves of the point to start from; of variables, where they are.
-
-        Raises:
-            InvalidArgumentError: If f was to find its variables, and reads none.
-        """
-        if self.takes_values:
-            return list(tf.nest.flatten(self.template))
-        self.find()
-        return [variable.read_value() for variable in self.variables]
-
     def find(self) -> None:
         """Find the variables that f reads, if they were not named: trace f once."""
-        if not self.takes_values and is_open(self.template):
+        if self.x.are_open:
             self._find()
-        if self.source is not None and not self._is_put_together:
-            self._is_put_together = True
+        is_put_together = isinstance(self.evaluator, EvaluatorOfParts)
+        if self.source is not None and not is_put_together:
             self._put_together(self.source)
 
     def _find(self) -> None:
@@ -220,8 +174,7 @@ class Problem:
         if len(kept) < len(found):
             self.evaluator = self.kind(self.f, kept, **self.options)
             self.evaluator.evaluate(self.example, None)
-        self.owners = kept
-        self.template = kept if len(kept) > 1 else kept[0]
+        self.x.found(kept)
 
     def evaluate(
         self,
@@ -237,7 +190,7 @@ class Problem:
             batch: What `f` takes besides the point.
             scale: What to multiply the gradient by: a loss scale, in the value's dtype.
         """
-        arguments = self.arguments(x, batch)
+        arguments = self.x.arguments(x, batch)
         evaluation: Evaluation = self.evaluator.evaluate(arguments, scale)
         if self.source is not None and self.source.error is not None:
             raise self.source.error
@@ -257,15 +210,15 @@ class Problem:
 
     def _evaluation_of_vectors(self) -> Callable[[tf.Tensor], Evaluation]:
         """Return the function from a vector to the evaluation there."""
-        leaves = self.leaves
+        leaves = self.x.leaves
 
         def evaluate(x: tf.Tensor) -> Evaluation:
             return flat(self.evaluate(unravel(x, leaves)))
 
         if self.graph() is None:
             return evaluate
-        if self.takes_values and len(leaves) <= FEW:
-            call = direct(self.evaluator.evaluate.concrete((self.template,), None))
+        if self.x.takes_values and len(leaves) <= FEW:
+            call = direct(self.evaluator.evaluate.concrete((self.x.template,), None))
 
             def at(x: tf.Tensor) -> Evaluation:
                 if not tf.executing_eagerly():  # as part of a loop
@@ -276,7 +229,7 @@ class Problem:
                     return evaluate(x)
 
             return at
-        key = "at", signature(self.template)
+        key = "at", signature(self.x.template)
         if key not in self.evaluator.kept:
             self.evaluator.kept[key] = Traces(
                 lambda _, x: evaluate(x), self.f, jit=False
@@ -284,38 +237,21 @@ class Problem:
         kept: Callable[[tf.Tensor], Evaluation] = self.evaluator.kept[key]
         return kept
 
-    def hvp(self, x: tf.Tensor, v: tf.Tensor) -> tf.Tensor:
+    def hvp(
+        self, x: tf.Tensor, v: tf.Tensor, batch: tuple[Nest, ...] = ()
+    ) -> tf.Tensor:
         """Return the Hessian at x times v, all vectors; variables are put to x."""
-        leaves = self.leaves
-        arguments = self.arguments(unravel(x, leaves), ())
+        leaves = self.x.leaves
+        arguments = self.x.arguments(unravel(x, leaves), batch)
         product: list[tf.Tensor] = self.evaluator.products(
             arguments, unravel(v, leaves)
         )
         return ravel(product)
 
-    def assign(self, x: Sequence[tf.Tensor]) -> None:
-        """Put the variables to a point, leaf by leaf; of values there are none."""
-        for variable, value in zip(self.variables, x, strict=False):
-            variable.assign(value)
-
-    def restart(self, x: Sequence[tf.Tensor]) -> None:
-        """Let `start` return a point from now on; variables are put there."""
-        if self.takes_values:
-            self.template = self.pack(x)
-        self.assign(x)
-
-    def pack(self, leaves: Sequence[Any]) -> Nest:
-        """Return one tensor per leaf in the structure that the user passed."""
-        return tf.nest.pack_sequence_as(self.template, list(leaves))
-
     def graph(self, batch: tuple[Nest, ...] = (), scale: Any = None) -> Any:
         """Return the graph of an evaluation; None if f cannot be compiled."""
-        point = (self.template,) if self.takes_values else ()
+        point = (self.x.template,) if self.x.takes_values else ()
         return self.evaluator.evaluate.graph((*point, *batch), scale)
-
-    def named(self, leaves: Sequence[Any]) -> dict[str, Any]:
-        """Return the leaves of a point by their names in the history."""
-        return dict(named_leaves(self.pack(leaves), "x"))
 
     def reads(self) -> list[Any]:
         """Return the float variables and tensors that f reads by itself."""
@@ -331,17 +267,6 @@ class Problem:
         options = {**self.options, "jit": False, "is_inlined": True}
         other.evaluator = self.kind(self.f, self.evaluator.variables, **options)
         return other
-
-    def arguments(
-        self, x: Sequence[tf.Tensor] | None, batch: tuple[Nest, ...] = ()
-    ) -> tuple[Nest, ...]:
-        """Return what f is called with at a point, where variables are then put."""
-        if self.takes_values:
-            assert x is not None
-            return (self.pack(x), *batch)
-        if x is not None:
-            self.assign(x)
-        return batch
 
 
 def _keras_owners(variables: Sequence[tf.Variable]) -> dict[int, Any]:
@@ -382,51 +307,3 @@ def require_compiled(name: str, count: int) -> None:
             got=f"`{name}`, which cannot be compiled, on {count} replicas",
             hint="the same in tf.math or tf.experimental.numpy; NumPy in the data",
         )
-
-
-def _check_sources(f: Any, x0: Nest, wrt: Nest) -> None:
-    if not callable(f):
-        raise InvalidArgumentError(
-            "The first argument is the function to minimise.",
-            got=f"f={describe(f)}",
-            hint="tfgrad.minimize(lambda x: (x + 1) ** 2, 0.0)",
-        )
-    if x0 is not None and wrt is not None:
-        raise InvalidArgumentError(
-            "Either `x0` holds the values to start from, or `wrt` names the variables.",
-            got="both `x0` and `wrt`",
-            hint="minimize(f, x0), or minimize(f, wrt=variables)",
-        )
-    if x0 is None and wrt is None and is_one_of_several():
-        raise InvalidArgumentError(
-            "With several workers, `wrt` names the variables: they tell who writes.",
-            got=f"neither `x0` nor `wrt` for `{name_of(f)}`",
-            hint="minimize(loss, wrt=model, ...)",
-        )
-
-
-def _check_distinct(variables: Sequence[tf.Variable]) -> None:
-    if len({id(variable) for variable in variables}) < len(variables):
-        raise InvalidArgumentError(
-            "`wrt` must name each variable once.",
-            got=f"{len(variables)} variables, some of them the same",
-            hint="leave out the repeated ones; a model lists shared weights once",
-        )
-
-
-def _checked_start(x0: Nest) -> Nest:
-    for path, leaf in named_leaves(x0, "x0"):
-        if is_variable(leaf):
-            raise InvalidArgumentError(
-                "`x0` holds values; variables, which change in place, go to `wrt=`.",
-                got=f"`{path}` is {describe(leaf)}",
-                hint="minimize(f, wrt=variable), or variable.numpy() as the start",
-            )
-    point = to_tensors(x0, "x0")
-    if all(leaf.shape.num_elements() == 0 for leaf in tf.nest.flatten(point)):
-        raise InvalidArgumentError(
-            "`x0` must hold at least one number.",
-            got=f"x0={describe(x0)}",
-            hint="a number, an array, or a nest of them to start from",
-        )
-    return point

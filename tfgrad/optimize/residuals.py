@@ -201,7 +201,7 @@ class Residuals(Problem):
         """Check the point; nothing is traced."""
         self.options = {**self.options, "loss": loss, "f_scale": f_scale}
         super().__init__(*args, **options)
-        for leaf in self.leaves:
+        for leaf in self.x.leaves:
             if leaf.dtype not in DTYPES:
                 raise InvalidArgumentError(
                     "`least_squares` works in float32 or float64.",
@@ -219,7 +219,7 @@ class Residuals(Problem):
     def jacobian(self, x: list[tf.Tensor]) -> tf.Tensor:
         """Return J at a point, weighted as the loss says, shape `[m, n]`."""
         assert isinstance(self.evaluator, ResidualEvaluator)
-        matrix: tf.Tensor = self.evaluator.jacobian(self.arguments(x))
+        matrix: tf.Tensor = self.evaluator.jacobian(self.x.arguments(x))
         return matrix
 
 

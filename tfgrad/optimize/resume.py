@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,20 +19,18 @@ from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, named_leaves, unravel
 from tfgrad.optimize.chain import Chain, check_tells
+from tfgrad.optimize.data import SIZE
 from tfgrad.optimize.evaluator import is_open
 from tfgrad.optimize.history import History, Rows
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
+from tfgrad.optimize.minimisation import Minimisation
 from tfgrad.optimize.options import Options
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.solvers import State
-from tfgrad.optimize.solvers.optimizer import SIZE
 from tfgrad.optimize.stopping import RUNNING, rule_of
 from tfgrad.optimize.traced import operations, written
 from tfgrad.runs.values import as_array
-
-if TYPE_CHECKING:
-    from tfgrad.optimize.driver import Driver
 
 UNFINISHED = frozenset({None, "interrupted", "stopped"})
 """The statuses of a run that has not come to its end."""
@@ -114,10 +113,12 @@ class Saved:
 
 def identity_of(problem: Problem, chain: Chain) -> Identity:
     """Return what has to be the same where the run goes on."""
-    template = problem.template
+    template = problem.x.template
     leaves = [] if is_open(template) else named_leaves(template, "x")
     points = tuple(f"{name} of {_shape(leaf)}" for name, leaf in leaves)
-    return Identity(points, problem.has_aux, tuple(s.name for s in chain.stages))
+    return Identity(
+        points, problem.options["has_aux"], tuple(s.name for s in chain.stages)
+    )
 
 
 def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
@@ -236,7 +237,7 @@ def _shape(leaf: Any) -> str:
 # --- going on ---
 
 
-def count_from(run: Driver, result: OptimizeResult) -> None:
+def count_from(run: Minimisation, result: OptimizeResult) -> None:
     """Let a run go on from a result: as it did, or from its point by other methods."""
     saved: Saved = result.state
     run.saved = saved
@@ -252,7 +253,7 @@ def count_from(run: Driver, result: OptimizeResult) -> None:
         run.training = replace(run.training, epochs=epochs)
 
 
-def find(run: Driver, checkpoints: Any) -> None:
+def find(run: Minimisation, checkpoints: Any) -> None:
     """Let a run go on from its newest checkpoint, if there is one.
 
     Raises:
@@ -273,18 +274,20 @@ def find(run: Driver, checkpoints: Any) -> None:
     run.chain.used, run.chain.taken = saved.chain.used, list(saved.chain.taken)
     run.chain.steps = steps
     run.clock.go_on(saved.seconds, counts_anew=False)
+    if saved.directory is not None and run.options.log is not None:
+        run.record.directory = Path(str(run.options.log)) / saved.directory
     if saved.has_ended and saved.limits == limits_of(run):
         _end_at_once(run, saved)
 
 
-def is_alike(run: Driver) -> bool:
+def is_alike(run: Minimisation) -> bool:
     """Return whether the methods of a run are those of what it goes on from."""
     assert run.saved is not None
     names = tuple(stage.name for stage in run.chain.stages)
     return names == run.saved.identity.methods
 
 
-def go_on(run: Driver, saved: Saved, pulled: bool) -> tuple[State, Rows]:
+def go_on(run: Minimisation, saved: Saved) -> tuple[State, Rows]:
     """Return where a run goes on, and the rows until there.
 
     Raises:
@@ -294,23 +297,23 @@ def go_on(run: Driver, saved: Saved, pulled: bool) -> tuple[State, Rows]:
     with put_back_on_error(run.problem):
         alike = is_alike(run)
         if alike and not run.chain.stage.is_scipy:
-            state = _restored(run, saved, pulled)
+            state = _restored(run, saved)
         else:
-            state = _begun_at(run, saved, pulled)
+            state = _begun_at(run, saved)
     rows = Rows(saved.history)
     if alike and len(rows):
-        last = saved.state.step + run.loop.solver.lag
+        last = saved.state.step + run.loop.solver.stepper.lag
         rows = rows.part(rows.columns["step"] < int(last))
     if saved.epochs:
         run.record.epochs.append(Rows(saved.epochs))
     return state, rows
 
 
-def _begun_at(run: Driver, saved: Saved, pulled: bool) -> State:
+def _begun_at(run: Minimisation, saved: Saved) -> State:
     """Return where a method begins at the point where another one ended."""
     x, before = _point_of(run, saved)
-    run.problem.restart(x)
-    run.make_loop(pulled, saved.position)
+    run.problem.x.restart(x)
+    run.make_loop(saved.position)
     state, _ = run.loop.start()
     if before is not None and not run.training and repeats(run.problem):
         check_value(run.loop.solver.look(state).value, before, saved.history)
@@ -321,15 +324,15 @@ def _begun_at(run: Driver, saved: Saved, pulled: bool) -> State:
     )
 
 
-def _restored(run: Driver, saved: Saved, pulled: bool) -> State:
+def _restored(run: Minimisation, saved: Saved) -> State:
     """Return the state that was saved, if the function is the one it is of."""
     there = saved.state
     is_vector = isinstance(there.x, tf.Tensor) and there.x.shape.rank == 1
     if is_vector:
-        shapes = run.problem.leaves
+        shapes = run.problem.x.leaves
         check_shapes([there.x], [tf.zeros(_size(shapes), there.x.dtype)])
-        run.problem.restart(unravel(there.x, shapes))
-    run.make_loop(pulled, saved.position)
+        run.problem.x.restart(unravel(there.x, shapes))
+    run.make_loop(saved.position)
     solver = run.loop.solver
     fresh, evaluation = solver.init()
     leaves = tf.nest.flatten(there)
@@ -344,31 +347,24 @@ def _restored(run: Driver, saved: Saved, pulled: bool) -> State:
             check_value(evaluation.value, there.evaluation.value, saved.history)
     _assign(solver.variables(), saved.variables)
     if not is_vector and is_known and int(there.step):
-        _check_before(solver, there, saved)
-    if run.options.learning_rate is not None and hasattr(solver, "set_rate"):
-        solver.set_rate(run.options.learning_rate)
+        now = solver.look_back(there).value
+        check_value(now, there.evaluation.value, saved.history)
+    rate = run.options.learning_rate
+    if rate is not None and run.optimizer is not None and not callable(rate):
+        run.optimizer.learning_rate = rate
     code = there.code if _is_ended(run, saved) else tf.constant(RUNNING)
     return state._replace(code=code, batch=fresh.batch)
 
 
-def _check_before(solver: Any, there: State, saved: Saved) -> None:
-    """Refuse another function, by its value at the point before the last step."""
-    values = [v.read_value() for v in solver.moved]
-    _assign(solver.moved, [v.read_value() for v in solver.backup])
-    now = solver.look(there).value
-    _assign(solver.moved, values)
-    check_value(now, there.evaluation.value, saved.history)
-
-
-def _end_at_once(run: Driver, saved: Saved) -> None:
+def _end_at_once(run: Minimisation, saved: Saved) -> None:
     """Take the result of a run that has ended, if its function is this one."""
     assert saved.outcome is not None
     problem, outcome = run.problem, saved.outcome
     problem.find()
     with put_back_on_error(problem):
-        problem.restart(outcome.x)
+        problem.x.restart(outcome.x)
         if run.training is None:
-            value = problem.evaluate(problem.start()).value
+            value = problem.evaluate(problem.x.start()).value
             if repeats(problem):
                 check_value(value, outcome.fun, saved.history)
     run.status = saved.status
@@ -377,11 +373,11 @@ def _end_at_once(run: Driver, saved: Saved) -> None:
 @contextlib.contextmanager
 def put_back_on_error(problem: Problem) -> Iterator[None]:
     """Put the variables back to where they are, should the block raise."""
-    before = [variable.read_value() for variable in problem.variables]
+    before = [variable.read_value() for variable in problem.x.variables]
     try:
         yield
     except Exception:
-        _assign(problem.variables, before)
+        _assign(problem.x.variables, before)
         raise
 
 
@@ -395,7 +391,7 @@ def repeats(problem: Problem) -> bool:
 # --- putting away ---
 
 
-def snapshot(run: Driver) -> Saved:
+def snapshot(run: Minimisation) -> Saved:
     """Return the run as it is."""
     solver, state = run.loop.solver, run.state
     position = (0, 0)
@@ -413,13 +409,13 @@ def snapshot(run: Driver) -> Saved:
         epochs=run.record.epochs.columns(),
         seconds=run.clock.seconds(),
         status=run.status,
-        directory=_logged_in(run),
+        directory=run.record.name,
     )
 
 
-def with_outcome(run: Driver, saved: Saved) -> Saved:
+def with_outcome(run: Minimisation, saved: Saved) -> Saved:
     """Return the same with what came out, and with how the run was called."""
-    solver = run.loop.solver
+    solver, stepper = run.loop.solver, run.loop.solver.stepper
     evaluation = run.state.evaluation
     outcome = Outcome(
         evaluation.value, solver.point(run.state), solver.gradient(evaluation)
@@ -435,12 +431,12 @@ def with_outcome(run: Driver, saved: Saved) -> Saved:
         nit=run.step,
         nfev=int(run.state.evaluations),
         seconds=run.clock.seconds(),
-        directory=_logged_in(run),
-        options=None if solver.is_eager and solver.lag == 0 else _call_of(run),
+        directory=run.record.name,
+        options=None if stepper.is_eager and stepper.lag == 0 else _call_of(run),
     )
 
 
-def result_of(run: Driver) -> OptimizeResult:
+def result_of(run: Minimisation) -> OptimizeResult:
     """Return the result of a run that has ended."""
     saved = run.saved
     assert saved is not None
@@ -448,9 +444,9 @@ def result_of(run: Driver) -> OptimizeResult:
     history = Rows(run.record.rows.columns() or saved.history)
     fun: Any = saved.outcome.fun
     return OptimizeResult(
-        x=run.problem.pack(saved.outcome.x),
+        x=run.problem.x.pack(saved.outcome.x),
         fun=fun.numpy(),
-        grad=run.problem.pack(saved.outcome.grad),
+        grad=run.problem.x.pack(saved.outcome.grad),
         nit=saved.nit,
         nfev=saved.nfev,
         success=saved.success,
@@ -459,12 +455,12 @@ def result_of(run: Driver) -> OptimizeResult:
         history={n: c for n, c in history.columns.items() if n != SIZE},
         epochs=run.record.epochs.columns() or saved.epochs,
         seconds=saved.seconds,
-        directory=run.directory,
+        directory=run.record.directory,
         state=saved if saved.options is not None else None,
     )
 
 
-def limits_of(run: Driver) -> list[Any]:
+def limits_of(run: Minimisation) -> list[Any]:
     """Return how far a run may go, the tolerances last: what JSON can hold."""
     options = run.options
     epochs = None if run.training is None else run.training.epochs
@@ -473,30 +469,27 @@ def limits_of(run: Driver) -> list[Any]:
     return [*budgets, list(options.tolerances)]
 
 
-def _logged_in(run: Driver) -> str | None:
-    return None if run.directory is None else run.directory.name
-
-
-def _call_of(run: Driver) -> Options:
+def _call_of(run: Minimisation) -> Options:
     """Return how to call the run again, with the variables that were found."""
     wrt = run.options.wrt
-    if wrt is None and not run.problem.takes_values:
-        wrt = run.problem.template
+    if wrt is None and not run.problem.x.takes_values:
+        wrt = run.problem.x.template
     # What is large, or what no pickle takes, is to be given again.
-    again = ("data", "validation", "constraints", "log")
+    data = ("data", "batch_size", "epochs", "validation")
+    again = (*data, "constraints", "log")
     left_out: dict[str, Any] = dict.fromkeys(again)
     return replace(run.options, wrt=wrt, checkpoint=None, **left_out)
 
 
-def _point_of(run: Driver, saved: Saved) -> tuple[Sequence[tf.Tensor], Any]:
+def _point_of(run: Minimisation, saved: Saved) -> tuple[Sequence[tf.Tensor], Any]:
     """Return the leaves of the point where a run was, and the value there."""
     if saved.outcome is not None:
         return saved.outcome.x, saved.outcome.fun
-    x = unravel(saved.state.x, run.problem.leaves)
+    x = unravel(saved.state.x, run.problem.x.leaves)
     return x, saved.state.evaluation.value
 
 
-def _is_ended(run: Driver, saved: Saved) -> bool:
+def _is_ended(run: Minimisation, saved: Saved) -> bool:
     """Return whether what ended the run by itself ends it where it goes on, too."""
     return is_alike(run) and list(saved.limits[-1]) == limits_of(run)[-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,13 +14,16 @@ from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
 from tfgrad.derivatives.calls import require_function
 from tfgrad.derivatives.keeping import kept
 from tfgrad.derivatives.matrices import hessian, hvp
+from tfgrad.derivatives.repairs import repaired, wants_marks
 from tfgrad.derivatives.reverse import grad
 from tfgrad.derivatives.signatures import is_dynamic
-from tfgrad.derivatives.tapes import constant
+from tfgrad.derivatives.tapes import constant, unrecorded
 from tfgrad.derivatives.tracing import Traces, converted, not_converted
+from tfgrad.derivatives.verification import random_like
+from tfgrad.diagnosis.graphs import trace
 from tfgrad.diagnosis.number_causes import INDEFINITE, UNSOLVED
 from tfgrad.differences import EPSILONS
-from tfgrad.errors import ConvergenceError, InvalidArgumentError
+from tfgrad.errors import ConvergenceError, InvalidArgumentError, NoGradientError
 from tfgrad.nested import (
     Nest,
     describe,
@@ -31,6 +35,7 @@ from tfgrad.nested import (
     weak_dtype,
 )
 from tfgrad.optimize.chain import Stage, make_stages
+from tfgrad.optimize.chunks import in_trace
 from tfgrad.optimize.constraints import Limits, require_support
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.implicit import (
@@ -41,14 +46,14 @@ from tfgrad.optimize.implicit import (
     refined,
     withheld,
 )
-from tfgrad.optimize.loop import Loop
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import check_count
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import DTYPES, Residuals
-from tfgrad.optimize.solvers.pure import PureSolver
+from tfgrad.optimize.solvers import Ruled
+from tfgrad.optimize.solvers.pure import PureStepper
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, status_of
 
 NO_MORE = ("nonfinite", "unbounded", "steps")
@@ -107,6 +112,7 @@ def solution(
     gauss_newton: bool = False,
     steps: int = 1000,
     bounds: Any = None,
+    verify: bool = True,
 ) -> Nest:
     """Return the minimiser x of `f(x, *args)`, differentiable by all that f reads.
 
@@ -119,8 +125,7 @@ def solution(
     by minus the inverse Hessian times the change of the gradient. It costs a solution
     of linear equations with the Hessian, whatever the number of steps: up to 200
     numbers in x by Cholesky's factors, formed once for all weights of x; beyond, by
-    conjugate gradients on products with it. It can be differentiated again. Called by
-    itself, it takes f's own derivatives as they are: `check_grads` compares them.
+    conjugate gradients on products with it. It can be differentiated again.
 
     Called by itself, it compiles f once if f is a `tf.function`, or reads nothing that
     may change; else at each call. Inside a `tf.function` or a transform, all of it is
@@ -148,6 +153,9 @@ def solution(
         bounds: What x must lie between, as for `minimize`. An element that is held by
             its bound does not move: its derivative is zero, and that of the others is
             what it is with that element fixed.
+        verify: Called by itself, compare the first and second derivatives of f at the
+            first solution of each structure, shapes and dtypes with differences along a
+            random direction of x and of the arguments, as `hvp` does.
 
     Returns:
         x, structured like `x0`. Inside a trace it is NaN where there is no solution, or
@@ -160,6 +168,8 @@ def solution(
             or one of many.
         NoGradientError: While it is differentiated, if a path from a source to the
             gradient of f is cut.
+        WrongDerivativeError: Called by itself, if TensorFlow's derivative of f is
+            wrong, see `grad`.
 
     Example:
         >>> def ridge(w, penalty):
@@ -175,7 +185,7 @@ def solution(
         `tfgrad.optimize.implicit` for those.
     """
     require_function(f)
-    require_bool(residuals=residuals, gauss_newton=gauss_newton)
+    require_bool(residuals=residuals, gauss_newton=gauss_newton, verify=verify)
     check_count("steps", steps)
     weak = weak_dtype(x0, args)
     point = _checked_point(x0, weak)
@@ -191,14 +201,47 @@ def solution(
     if not tf.executing_eagerly():
         x, _ = _solve(settings, converted(f), point, arguments)
         return x
-    traces = kept(_traces, f, settings)
+    traces = kept(_traces, f, settings, verify)
     x, report = traces(point, arguments)
     _require_solved(f, report)
     return x
 
 
-def _traces(f: Callable[..., Any], settings: Settings) -> Traces:
-    return Traces(functools.partial(_solve, settings), f, jit=False)
+def _traces(f: Callable[..., Any], settings: Settings, verify: bool) -> Traces:
+    def check(found: tuple[Nest, Report], _: Nest, args: tuple[Nest, ...]) -> None:
+        _require_solved(f, found[1])
+        _verify(f, settings, found[0], args)
+
+    run = functools.partial(_solve, settings)
+    return Traces(run, f, jit=False, check=check if verify else None)
+
+
+def _verify(f: Any, settings: Settings, x: Nest, args: tuple[Nest, ...]) -> None:
+    """Refuse a function of whose first or second derivatives TensorFlow has one wrong.
+
+    Raises:
+        WrongDerivativeError: In this case.
+    """
+
+    def value(*point: Any) -> tf.Tensor:
+        return _value(settings, f(*point))
+
+    value.__name__ = name_of(f)
+    point = (x, *args)
+    floats = [
+        i
+        for i, nest in enumerate(point)
+        if all(is_dynamic(a) and a.dtype.is_floating for a in tf.nest.flatten(nest))
+    ]
+    # An argument that no derivative is asked by may be cut.
+    for argnums in (tuple(floats), (0,)):
+        direction = tuple(
+            tf.nest.pack_sequence_as(point[i], random_like(tf.nest.flatten(point[i])))
+            for i in argnums
+        )
+        with contextlib.suppress(NoGradientError):
+            hvp(value, argnums)(*point, direction)
+            return
 
 
 def _solve(
@@ -220,15 +263,17 @@ def _solve(
         point = tf.nest.pack_sequence_as(x0, unravel(x, leaves))
         return f(point, *tf.nest.pack_sequence_as(args, filled))
 
-    of_vector.__name__ = name_of(f)
     start = ravel(leaves)
+    of_vector = _right(of_vector, start, tensors)
+    of_vector.__name__ = name_of(f)
     system = _system(settings, of_vector, start)
 
     def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
         problem = _problem(settings, of_vector, start, tensors)
-        solver = _Solver(problem, settings.method, _Box.of(settings))
-        loop = Loop(solver, Tolerances(), planned=settings.steps, jit=False)
-        last = loop.whole(settings.steps)
+        stepper = _Stepper(problem, settings.method, _Box.of(settings))
+        first, _ = stepper.start(stepper.clip(problem.x.start()))
+        ruled = Ruled(stepper, Tolerances())
+        last = in_trace(ruled, stepper.begun(first), settings.steps)
         minimum = refined(system, last.x, start, tensors)
         code, evaluation = last.code, last.evaluation
         how = code, last.step, evaluation.value, evaluation.grad_max
@@ -247,6 +292,22 @@ def _solve(
     return tf.nest.pack_sequence_as(x0, unravel(x, leaves)), report
 
 
+def _right(
+    of_vector: Callable[..., Any], x: tf.Tensor, args: Args
+) -> Callable[..., Any]:
+    """Return a function with right derivatives of any order: tapes here ask for three.
+
+    Args:
+        of_vector: The function of one vector and the arguments.
+        x: A vector.
+        args: The arguments.
+    """
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (x, *args)]
+    traced = unrecorded(lambda: trace(lambda x, *args: of_vector(x, args), specs))
+    is_right = not wants_marks(traced.graph.get_operations())
+    return of_vector if is_right else repaired(of_vector)
+
+
 def _problem(
     settings: Settings, of_vector: Callable[..., Any], x: tf.Tensor, args: Args
 ) -> Any:
@@ -260,7 +321,7 @@ def _problem(
     return kind(f, x, None, has_aux=False, verify=False)
 
 
-class _Solver(PureSolver):
+class _Stepper(PureStepper):
     """A pure method whose steps are not recorded."""
 
     lag = 0
@@ -268,9 +329,6 @@ class _Solver(PureSolver):
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
         """Return nothing."""
         return {}
-
-    def _watch(self) -> None:
-        """Read nothing: nobody goes on from here."""
 
 
 class _Box:
@@ -296,11 +354,7 @@ def _system(
     """Return the equations of the minimum of a function of one vector."""
 
     def f(x: tf.Tensor, args: list[tf.Tensor]) -> tf.Tensor:
-        value = of_vector(x, args)
-        if not settings.residuals:
-            return value
-        parts = tf.nest.flatten(value)
-        return tf.add_n([tf.reduce_sum(tf.square(part)) for part in parts]) / 2
+        return _value(settings, of_vector(x, args))
 
     f.__name__ = of_vector.__name__
     n: Any = like.shape[0]
@@ -328,6 +382,14 @@ def _system(
         outside=[],
         bounds=box and Bounds(*(tf.constant(b, like.dtype) for b in box.sides)),
     )
+
+
+def _value(settings: Settings, output: Nest) -> Any:
+    """Return what is minimised of what f returns."""
+    if not settings.residuals:
+        return output
+    parts = tf.nest.flatten(output)
+    return tf.add_n([tf.reduce_sum(tf.square(part)) for part in parts]) / 2
 
 
 def _is_none(code: tf.Tensor, statuses: tuple[str, ...]) -> tf.Tensor:

@@ -12,28 +12,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tfgrad.errors import InvalidArgumentError, RunError, TfgradError
 from tfgrad.nested import named_leaves
 from tfgrad.optimize.cards import point_text, problem_card, result_card
-from tfgrad.optimize.epochs import STEPS
+from tfgrad.optimize.data import SIZE
 from tfgrad.optimize.evaluator import SMALL
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.hooks import Hook
-from tfgrad.optimize.options import ENDLESS
+from tfgrad.optimize.minimisation import Minimisation
+from tfgrad.optimize.options import ENDLESS, STEPS
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.resume import UNFINISHED
-from tfgrad.optimize.solvers.optimizer import SIZE
 from tfgrad.runs.directory import check
 from tfgrad.runs.guard import Guard
 from tfgrad.runs.run import Run
 from tfgrad.runs.values import UniqueNames
-
-if TYPE_CHECKING:
-    from tfgrad.optimize.driver import Driver
 
 TAGS = {
     "fun": "loss",
@@ -61,89 +58,199 @@ Leaves = Sequence[Any]
 """Arrays or tensors, one for each variable."""
 
 
-def check_log(log: Run | str | PathLike[str] | None) -> None:
+def check_log(log: Run | str | PathLike[str]) -> None:
     """Refuse a log that cannot be written, before anything is traced or written."""
     if isinstance(log, Run):
         log.check_open()
-    elif log is not None:
+    else:
         check(log)
+
+
+class Writer:
+    """Writes in a thread, in order, while the next chunk runs.
+
+    Attributes:
+        guard: What calls all that writes: the first failure ends it with a warning.
+    """
+
+    def __init__(self) -> None:
+        """Write nothing yet."""
+        self.guard = Guard("The optimisation")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tfgrad-log")
+        self._pending: list[Future[None]] = []
+
+    def submit(self, write: Callable[..., None], *args: Any) -> None:
+        """Have something written after what was submitted before."""
+        while len(self._pending) >= QUEUE:
+            self._pending.pop(0).result()
+        self._pending.append(self._thread.submit(self.guard, write, *args))
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+        while self._pending:
+            self._pending.pop(0).result()
+
+    def close(self) -> None:
+        """Wait, and take nothing more."""
+        self.flush()
+        self._thread.shutdown()
+
+
+class Curves:
+    """The rows of a run as curves, thinned out where they are very many.
+
+    Args:
+        run: Where they are written.
+        every: How many steps there are from one point of the log to the next.
+
+    Attributes:
+        last: The last row, written or not; None before the first one.
+    """
+
+    def __init__(self, run: Run, every: int) -> None:
+        """Write nothing yet."""
+        self._run, self._every = run, every
+        self.last: Rows | None = None
+
+    def remember(self, rows: Rows) -> None:
+        """Take note of rows that are in the run already."""
+        self.last = rows.part(slice(-1, None))
+
+    def take(self, rows: Rows) -> None:
+        """Write those of the rows that are to be kept."""
+        if self.last is not None:
+            rows = rows.part(rows.columns["step"] > self.last.columns["step"][-1])
+        if not len(rows):
+            return
+        points = _points(rows)
+        if points.size and self.last is not None:
+            way = np.diff(np.concatenate([_points(self.last), points]), axis=0)
+            rows.columns["step_length"] = np.linalg.norm(way, axis=1)
+        self.last = rows.part(slice(-1, None))
+        self._write(rows.part(self._is_kept(rows)))
+
+    def write_last(self) -> None:
+        """Write the last row, if it was left out."""
+        if self.last is not None and not self._is_kept(self.last)[0]:
+            self._write(self.last)
+
+    def _write(self, rows: Rows) -> None:
+        if len(rows):
+            columns = rows.columns
+            scalars = dict(_scalars(rows))
+            self._run.log_history(scalars, columns["step"], columns["time"])
+
+    def _is_kept(self, rows: Rows) -> np.ndarray[Any, Any]:
+        """Return whether each row is written; its step alone decides."""
+        points = rows.columns["step"] / self._every
+        doublings = np.ceil(np.log2(np.maximum(points / EVERY_STEP, 1.0)))
+        return np.asarray(points % 2 ** doublings.astype(np.int64) == 0)
+
+
+class Distributions:
+    """The distributions of many parameters and of their gradients, now and then.
+
+    The steps do not depend on the clock, so a resumed run writes its histograms at
+    the same steps again.
+
+    Args:
+        run: Where they are written.
+        names: One for each leaf of the point; none of a few parameters.
+        steps: How many steps there will be.
+    """
+
+    def __init__(self, run: Run, names: Sequence[str], steps: int) -> None:
+        """Write nothing yet."""
+        self._run, self._names, self._steps = run, names, steps
+        self._last = -1
+
+    def limit(self, step: int) -> int:
+        """Return how many steps there are to the next ones."""
+        gap = self._gap(step)
+        return gap - step % gap if self._names else ENDLESS
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a step has some, which is said once."""
+        is_due = bool(self._names) and step % self._gap(step) == 0 and step > self._last
+        self._last = step if is_due else self._last
+        return is_due
+
+    def write(self, step: int, point: Leaves, gradient: Leaves) -> None:
+        """Write those of a point and of the gradient there."""
+        for name, x in zip(self._names, point, strict=True):
+            self._run.histogram(f"parameters/{name}", x, step)
+        for name, slope in zip(self._names, gradient, strict=False):
+            self._run.histogram(f"gradients/{name}", slope, step)
+
+    def _gap(self, step: int) -> int:
+        """Return the steps from one to the next, more of them beyond the plan."""
+        doublings = math.ceil(math.log2(max(step / self._steps, 1)))
+        return max(1, self._steps // CHUNKS) * 2**doublings
 
 
 class TensorBoard(Hook):
     """Writes a run: to a directory of its own, or to one that the user opened.
 
-    A chunk is written by a thread while the next one runs. If a write fails, the log
-    ends with a warning, and the minimisation goes on.
+    If a write fails, the log ends with a warning, and the minimisation goes on.
 
     Args:
         log: A directory, in which the run gets one named after the method, or an open
             run, which stays open.
     """
 
+    _curves: Curves
+    _distributions: Distributions
+
     def __init__(self, log: Run | str | PathLike[str]) -> None:
         """Write nothing yet."""
         self._log = log
         self._run: Run | None = None
         self._is_resumed = False
-        self._guard = Guard("The optimisation")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tfgrad-log")
-        self._pending: list[Future[None]] = []
-        self._last: Rows | None = None
-        self._last_histogram = -1
-        self._names: list[str] = []
-        self._plan = 0, 1  # steps in all, and from one point of the log to the next
+        self._writer = Writer()
 
-    @property
-    def directory(self) -> Path | None:
-        """Where the run is written."""
-        return None if self._run is None else self._run.directory
+    def limit(self, run: Minimisation) -> int:
+        """Return how many steps there are to the next distributions of parameters."""
+        return ENDLESS if self._run is None else self._distributions.limit(run.step)
 
-    def limit(self, run: Driver) -> int:
-        """Return how many steps there are to the next distributions of parameters.
-
-        The steps do not depend on the clock, so a resumed run writes its histograms at
-        the same steps again.
-        """
-        gap = self._gap(run.step)
-        return gap - run.step % gap if self._names else ENDLESS
-
-    def begin(self, run: Driver, rows: Rows) -> None:
+    def begin(self, run: Minimisation) -> None:
         """Open the run; write the problem and the rows that it lacks."""
-        steps = STEPS if run.planned is None else run.planned
-        self._plan = steps, int(run.options.every)
         self._open(run)
         if self._run is None:
             return
+        run.record.directory = self._run.directory
         problem = run.problem
-        count = sum(leaf.shape.num_elements() for leaf in problem.leaves)
-        self._names = _leaf_names(problem) if count > SMALL else []
+        count = sum(leaf.shape.num_elements() for leaf in problem.x.leaves)
+        names = _leaf_names(problem) if count > SMALL else []
+        steps = STEPS if run.planned is None else run.planned
+        self._curves = Curves(self._run, int(run.options.every))
+        self._distributions = Distributions(self._run, names, steps)
         first = self._run.first_step
         if not self._is_resumed or first == 0:
-            self._write_problem(run)
+            self._write_problem(run, _thinning(steps, int(run.options.every)))
         rows = Rows(run.record.rows.columns())
         if len(rows):
             rows = Rows({**rows.columns, "time": _wall_times(rows)})
             count = int(np.searchsorted(rows.columns["step"], first))
             if count:
-                self._submit(self._remember, rows.part(slice(count)))
+                self._writer.submit(self._curves.remember, rows.part(slice(count)))
             # The first row has no step that led to it, and so a column less.
             for part in (slice(count, count + 1), slice(count + 1, None)):
-                self._submit(self._take, rows.part(part))
+                self._writer.submit(self._curves.take, rows.part(part))
         epochs = run.record.epochs.columns()
         for values in zip(*epochs.values(), strict=True):
             row = dict(zip(epochs, values, strict=True))
             if row["step"] >= first:
                 self.epoch(run, row)
-        self._submit_histograms(run)
+        self._write_distributions(run)
 
-    def rows(self, run: Driver, rows: Rows) -> None:
+    def rows(self, run: Minimisation, rows: Rows) -> None:
         """Write rows in the background, after the ones before."""
         if self._run is not None and len(rows):
             timed = Rows({**rows.columns, "time": _wall_times(rows)})
-            self._submit(self._take, timed)
-            self._submit_histograms(run)
+            self._writer.submit(self._curves.take, timed)
+            self._write_distributions(run)
 
-    def epoch(self, run: Driver, row: Mapping[str, Any]) -> None:
+    def epoch(self, run: Minimisation, row: Mapping[str, Any]) -> None:
         """Write the row of an epoch, at the step that ended it."""
         if self._run is None:
             return
@@ -152,58 +259,44 @@ class TensorBoard(Hook):
         del columns["epoch"]
         scalars = dict(_curves(columns))
         tagged = {f"epoch/{tag}": column[0] for tag, column in scalars.items()}
-        self._submit(self._run.log, step, tagged)
+        self._writer.submit(self._run.log, step, tagged)
 
     def flush(self) -> None:
         """Wait until all rows are in the file: do so before a checkpoint is saved.
 
         Else a run that is killed then, and resumed there, has a gap in its curves.
         """
-        while self._pending:
-            self._pending.pop(0).result()
+        self._writer.flush()
 
-    def end(self, run: Driver, error: BaseException | None) -> None:
+    def end(self, run: Minimisation, error: BaseException | None) -> None:
         """Write what is left, and close the run if it is not the user's."""
-        if self._run is None:
-            self._thread.shutdown()
-            return
         history = Rows(run.record.rows.columns())
-        if len(history):  # the row of the last point
+        if self._run is not None and len(history):  # the row of the last point
             last = history.part(slice(-1, None))
-            self._submit(self._take, Rows({**last.columns, "time": _wall_times(last)}))
-        self.flush()
-        self._thread.shutdown()
-        is_own = not isinstance(self._log, Run)
+            timed = Rows({**last.columns, "time": _wall_times(last)})
+            self._writer.submit(self._curves.take, timed)
+        self._writer.close()
+        if self._run is None:
+            return
+        guard, is_own = self._writer.guard, not isinstance(self._log, Run)
         is_to_be_resumed = run.options.checkpoint is not None
         if error is not None or (is_to_be_resumed and run.status in UNFINISHED):
             write = self._run.close if is_own else self._run.describe
-            self._guard(write, status=run.status if error is None else "failure")
+            guard(write, status=run.status if error is None else "failure")
             return
-        result = self._result(run)
-        if self._last is not None:
-            if not self._is_kept(self._last)[0]:
-                self._guard(self._write_rows, self._last)
-            self._guard(self._write_result, run.status or "", result, history)
-        if self._guard.is_lost and is_own:
+        result = _result(run)
+        if self._curves.last is not None:
+            guard(self._curves.write_last)
+            guard(self._write_result, run.status or "", result, history)
+        if guard.is_lost and is_own:
             with contextlib.suppress(TfgradError, OSError):  # the first one was told
                 self._run.close("failure")
         elif is_own:
-            self._guard(self._run.close, run.status, **result)
+            guard(self._run.close, run.status, **result)
         else:
-            self._guard(self._run.describe, status=run.status, result=result)
+            guard(self._run.describe, status=run.status, result=result)
 
-    def _result(self, run: Driver) -> dict[str, Any]:
-        evaluation = run.state.evaluation
-        return {
-            "x": run.problem.pack(run.loop.solver.point(run.state)),
-            "fun": float(evaluation.value),
-            "grad_max": float(evaluation.grad_max),
-            "nit": run.step,
-            "nfev": int(run.state.evaluations),
-            "message": run.message(),
-        }
-
-    def _open(self, run: Driver) -> None:
+    def _open(self, run: Minimisation) -> None:
         """Open the run, the one of a checkpoint again; without room, warn."""
         try:
             if isinstance(self._log, Run):
@@ -223,7 +316,7 @@ class TensorBoard(Hook):
                 stacklevel=2,
             )
 
-    def _resumed(self, run: Driver) -> Path | None:
+    def _resumed(self, run: Minimisation) -> Path | None:
         """Return the directory in which a checkpoint's run was logged, if it is there.
 
         Only its name is saved, so that logs may be moved.
@@ -235,77 +328,32 @@ class TensorBoard(Hook):
         path = Path(str(self._log)) / saved.directory
         return path if path.is_dir() and not saved.has_ended else None
 
-    # --- what is written ---
-
-    def _write_problem(self, run: Driver) -> None:
+    def _write_problem(self, run: Minimisation, thinning: str) -> None:
         assert self._run is not None
-        problem = run.problem
-        start = problem.pack(run.loop.solver.point(run.state))
-        facts = {**_given(run), "start": point_text(start)}
-        if curves := _thinning(*self._plan):
-            facts["curves"] = curves
-        self._guard(self._run.describe, **facts)
-        self._guard(self._run.text, "problem", problem_card(problem.f, facts))
-        self._guard(self._write_graph, problem, run.loop.solver.point(run.state))
+        problem, point = run.problem, run.loop.solver.point(run.state)
+        facts = {**_given(run), "start": point_text(problem.x.pack(point))}
+        if thinning:
+            facts["curves"] = thinning
+        guard = self._writer.guard
+        guard(self._run.describe, **facts)
+        guard(self._run.text, "problem", problem_card(problem.f, facts))
+        guard(self._write_graph, problem, point)
 
     def _write_graph(self, problem: Problem, x: Leaves) -> None:
         assert self._run is not None
-        arguments = problem.arguments(list(x), problem.example)
+        arguments = problem.x.arguments(list(x), problem.example)
         with contextlib.suppress(InvalidArgumentError):  # it runs eagerly: no graph
             self._run.graph(problem.f, *arguments)
 
-    def _remember(self, rows: Rows) -> None:
-        """Take note of rows that are in the run already."""
-        self._last = rows.part(slice(-1, None))
-
-    def _take(self, rows: Rows) -> None:
-        """Write those of the rows that are to be kept."""
-        if self._last is not None:
-            rows = rows.part(rows.columns["step"] > self._last.columns["step"][-1])
-        if not len(rows):
+    def _write_distributions(self, run: Minimisation) -> None:
+        if not self._distributions.is_due(run.step):
             return
-        points = _points(rows)
-        if points.size and self._last is not None:
-            way = np.diff(np.concatenate([_points(self._last), points]), axis=0)
-            rows.columns["step_length"] = np.linalg.norm(way, axis=1)
-        self._last = rows.part(slice(-1, None))
-        self._write_rows(rows.part(self._is_kept(rows)))
-
-    def _write_rows(self, rows: Rows) -> None:
-        if len(rows):
-            assert self._run is not None
-            columns = rows.columns
-            scalars = dict(_scalars(rows))
-            self._run.log_history(scalars, columns["step"], columns["time"])
-
-    def _is_kept(self, rows: Rows) -> np.ndarray[Any, Any]:
-        """Return whether each row is written; its step alone decides."""
-        points = rows.columns["step"] / self._plan[1]
-        doublings = np.ceil(np.log2(np.maximum(points / EVERY_STEP, 1.0)))
-        return np.asarray(points % 2 ** doublings.astype(np.int64) == 0)
-
-    def _gap(self, step: int) -> int:
-        """Return the steps between distributions, more of them beyond the plan."""
-        doublings = math.ceil(math.log2(max(step / self._plan[0], 1)))
-        return max(1, self._plan[0] // CHUNKS) * 2**doublings
-
-    def _submit_histograms(self, run: Driver) -> None:
-        is_due = self._names and run.step % self._gap(run.step) == 0
-        if is_due and run.step > self._last_histogram:
-            self._last_histogram = run.step
-            solver = run.loop.solver
-            leaves: list[Leaves] = [solver.point(run.state), []]
-            if not run.problem.replicas.is_clustered:  # all evaluate, or none
-                leaves[1] = solver.gradient(solver.look(run.state))
-            point, gradient = ([np.asarray(x) for x in part] for part in leaves)
-            self._submit(self._write_histograms, run.step, point, gradient)
-
-    def _write_histograms(self, step: int, point: Leaves, gradient: Leaves) -> None:
-        assert self._run is not None
-        for name, x in zip(self._names, point, strict=True):
-            self._run.histogram(f"parameters/{name}", x, step)
-        for name, slope in zip(self._names, gradient, strict=False):
-            self._run.histogram(f"gradients/{name}", slope, step)
+        solver = run.loop.solver
+        leaves: list[Leaves] = [solver.point(run.state), []]
+        if not run.problem.replicas.is_clustered:  # all evaluate, or none
+            leaves[1] = solver.gradient(solver.look(run.state))
+        point, gradient = ([np.asarray(x) for x in part] for part in leaves)
+        self._writer.submit(self._distributions.write, run.step, point, gradient)
 
     def _write_result(
         self, status: str, result: Mapping[str, Any], history: Rows
@@ -317,15 +365,21 @@ class TensorBoard(Hook):
         shown = {**result, "x": point_text(result["x"]), "seconds": seconds}
         self._run.text("result", result_card(status, shown), step)
 
-    # --- the thread ---
 
-    def _submit(self, write: Callable[..., None], *args: Any) -> None:
-        while len(self._pending) >= QUEUE:
-            self._pending.pop(0).result()
-        self._pending.append(self._thread.submit(self._guard, write, *args))
+def _result(run: Minimisation) -> dict[str, Any]:
+    """Return what the log says about the outcome."""
+    evaluation = run.state.evaluation
+    return {
+        "x": run.problem.x.pack(run.loop.solver.point(run.state)),
+        "fun": float(evaluation.value),
+        "grad_max": float(evaluation.grad_max),
+        "nit": run.step,
+        "nfev": int(run.state.evaluations),
+        "message": run.message(),
+    }
 
 
-def _given(run: Driver) -> dict[str, Any]:
+def _given(run: Minimisation) -> dict[str, Any]:
     """Return what the log says about how a function is minimised."""
     options = run.options
     facts = {
@@ -359,10 +413,10 @@ def _thinning(steps: int, every: int) -> str:
 def _leaf_names(problem: Problem) -> list[str]:
     """Return a name for the histograms of each variable."""
     unique = UniqueNames()
-    if problem.takes_values:
-        paths = [path for path, _ in named_leaves(problem.template, "x")]
+    if problem.x.takes_values:
+        paths = [path for path, _ in named_leaves(problem.x.template, "x")]
         return [unique.take(_as_tag(path)) for path in paths]
-    names = (getattr(v, "path", v.name.removesuffix(":0")) for v in problem.owners)
+    names = (getattr(v, "path", v.name.removesuffix(":0")) for v in problem.x.owners)
     return [unique.take(name) for name in names]
 
 

@@ -38,7 +38,7 @@ def written(problem: Problem) -> list[tf.Variable]:
     Raises:
         InvalidArgumentError: If it writes to what is minimised.
     """
-    point = (problem.template,) if problem.takes_values else ()
+    point = (problem.x.template,) if problem.x.takes_values else ()
     traced = problem.evaluator.evaluate.concrete(point, None)
     return [] if traced is None else not_moved(problem, written_variables(traced))
 
@@ -46,7 +46,7 @@ def written(problem: Problem) -> list[tf.Variable]:
 def not_moved(problem: Problem, written: list[tf.Variable]) -> list[tf.Variable]:
     """Return variables that f writes to; refuse those that are moved."""
     written = whole(written)
-    moved = {id(variable) for variable in problem.variables}
+    moved = {id(variable) for variable in problem.x.variables}
     for variable in written:
         if id(variable) in moved:
             raise InvalidArgumentError(
@@ -59,7 +59,7 @@ def not_moved(problem: Problem, written: list[tf.Variable]) -> list[tf.Variable]
 
 def others(problem: Problem) -> list[tf.Variable]:
     """Return the other variables that f reads: seeds, averages, what is frozen."""
-    own = {id(variable) for variable in problem.variables}
+    own = {id(variable) for variable in problem.x.variables}
     read = whole(problem.evaluator.evaluate.variables())
     return [v for v in read if id(v) not in own]
 
@@ -79,7 +79,7 @@ def for_xla(problem: Problem, *, is_bound: bool) -> Problem | None:
         return None
     if CALLS.isdisjoint(operations(problem)) and not is_bound:
         return problem
-    kept, key = problem.evaluator.kept, ("xla", signature(problem.template))
+    kept, key = problem.evaluator.kept, ("xla", signature(problem.x.template))
     if key not in kept:
         kept[key] = _inlined(problem)
     form: Problem | None = kept[key]
@@ -90,7 +90,7 @@ def _inlined(problem: Problem) -> Problem | None:
     other = problem.inlined()
     before = [(variable, variable.read_value()) for variable in written(problem)]
     with inlined(), contextlib.suppress(Exception):  # as AutoGraph's in a function
-        other.evaluate(problem.start())
+        other.evaluate(problem.x.start())
     for variable, value in before:
         variable.assign(value)
     try:
@@ -122,12 +122,12 @@ def explained(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> Explana
 
     def value(*arguments: Nest) -> Any:
         output = problem.f(*arguments)
-        return output[0] if problem.has_aux else output
+        return output[0] if problem.options["has_aux"] else output
 
-    wrt = None if problem.takes_values else problem.variables
-    before = [variable.read_value() for variable in problem.variables]
+    wrt = None if problem.x.takes_values else problem.x.variables
+    before = [variable.read_value() for variable in problem.x.variables]
     try:
-        arguments = problem.arguments(x, batch or problem.example)
+        arguments = problem.x.arguments(x, batch or problem.example)
         return explain(value, *arguments, wrt=wrt)
     finally:
-        problem.assign(before)
+        problem.x.assign(before)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import re
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -18,14 +19,14 @@ from tfgrad.derivatives.calls import Call, Compiled
 from tfgrad.derivatives.certificates import certified, inner, verify
 from tfgrad.derivatives.outputs import objective
 from tfgrad.derivatives.replicas import Replica
-from tfgrad.derivatives.signatures import is_dynamic, signature
-from tfgrad.derivatives.soundness import UnverifiableGradientError
-from tfgrad.derivatives.tracing import (
+from tfgrad.derivatives.signatures import (
     MOST_TRACES,
-    as_written,
-    not_converted,
-    trace,
+    OpenTraces,
+    is_dynamic,
+    signature,
 )
+from tfgrad.derivatives.soundness import UnverifiableGradientError
+from tfgrad.derivatives.tracing import as_written, not_converted, trace
 from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.errors import InvalidArgumentError, NoGradientError
 from tfgrad.nested import (
@@ -37,7 +38,7 @@ from tfgrad.nested import (
     variables_of,
     weak_dtype,
 )
-from tfgrad.optimize.distribute import out_of_scope
+from tfgrad.optimize.distribute import Replicas, out_of_scope
 from tfgrad.optimize.evaluator import dense
 from tfgrad.optimize.methods.keras_optimizer import (
     by_name,
@@ -46,7 +47,6 @@ from tfgrad.optimize.methods.keras_optimizer import (
     plain,
     require_optimizer,
 )
-from tfgrad.optimize.open_traces import OpenTraces
 from tfgrad.optimize.sparse import SparseRecording, summed_for
 
 
@@ -89,9 +89,9 @@ def train_step(
         A function with the arguments of `loss` that updates the variables and returns
         the loss before the update, of shape `[]`. Its `optimizer` is the optimizer, its
         `variables` are what it updates. It may be called in a `tf.function`, in the
-        `train_step` of a `keras.Model`, and in `strategy.run` of `tf.distribute`, where
-        the gradient is the mean of the replicas' gradients (Keras's optimizers clip
-        before they take it). Outside of `strategy.run`, one replica computes it all.
+        `train_step` of a `keras.Model`, and in `strategy.run` of `tf.distribute`: there
+        the optimizer takes the mean of the replicas' gradients, once for all, as it
+        would in one process. Outside of `strategy.run`, each process computes it all.
 
     Raises:
         InvalidArgumentError: If there is no such optimizer, if it is bound to other
@@ -126,6 +126,14 @@ def train_step(
     return TrainStep(loss, wrt, chosen, has_aux=has_aux, jit=jit, verify=verify)
 
 
+class _Flags(NamedTuple):
+    """What `train_step` was asked for."""
+
+    has_aux: bool
+    jit: bool
+    verify: bool
+
+
 class TrainStep:
     """What `train_step` returns.
 
@@ -150,10 +158,10 @@ class TrainStep:
         self.variables: list[Any] = []
         self._loss, self._wrt = loss, wrt
         self._sources: list[tf.Variable] = []  # what the tape watches
-        self._has_aux, self._jit, self._verify = has_aux, jit, verify
+        self._flags = _Flags(has_aux, jit, verify)
         self._names = parameter_names(loss)
         self._evaluated = Compiled(loss, self._answer)
-        self._traces = OpenTraces(self._trace)
+        self._traces = OpenTraces()
         self._short_cuts: dict[Hashable, Callable[..., Any]] = {}
         if not _is_unbuilt(wrt):
             self._bind()
@@ -170,12 +178,14 @@ class TrainStep:
             nests = self._in_tensors(args, kwargs)
             self._bind_if_unbuilt(nests)
             return self._step(*nests)
+        _check_compiled()
         short_cut = None if kwargs else self._short_cuts.get(signature(args))
         if short_cut is not None:
             return short_cut(*tf.nest.flatten(args))
         nests = self._in_tensors(args, kwargs)
         self._bind_if_unbuilt(nests)
-        traced, dynamic = self._traces(nests), _tensors(nests)
+        traced = self._traces.of(nests, functools.partial(self._trace, nests))
+        dynamic = _tensors(nests)
         if len(dynamic) == len(tf.nest.flatten((args, kwargs))) == len(_tensors(args)):
             if len(self._short_cuts) >= 2 * MOST_TRACES:
                 self._short_cuts.clear()
@@ -200,7 +210,7 @@ class TrainStep:
             return traced.get_concrete_function(*specs)
 
         evaluate = _out_of_scope(lambda: _explained(compiled, self._loss))
-        if self._verify:
+        if self._flags.verify:
             with as_written(optimized=False):  # optimizing takes longer than it saves
                 self._require_right(evaluate, _tensors(nests))
 
@@ -211,7 +221,7 @@ class TrainStep:
 
         if not isinstance(self.optimizer, keras.optimizers.Optimizer):
             return stepped  # what it keeps in Python, a trace would freeze
-        options = {"autograph": False, "jit_compile": self._jit or None}
+        options = {"autograph": False, "jit_compile": self._flags.jit or None}
         whole = tf.function(stepped, **options)
         return _out_of_scope(lambda: whole.get_concrete_function(*specs))
 
@@ -224,7 +234,7 @@ class TrainStep:
         if not certified(evaluate) or any(map(_strategy_of, self._sources)):
             return
         answer, gradients = Replica(evaluate)(tensors)
-        value = answer[0] if self._has_aux else answer
+        value = answer[0] if self._flags.has_aux else answer
         weight = float(self._weight(tf.ones_like(value)))
         slopes = [0.0 if g is None else g for g in dense(gradients)]
         if weight != 1 and not all(np.all(np.isfinite(slope)) for slope in slopes):
@@ -234,7 +244,7 @@ class TrainStep:
             tensors,
             (answer, gradients),
             variables=self._sources,
-            outputs=lambda found: [found[0][0] if self._has_aux else found[0]],
+            outputs=lambda found: [found[0][0] if self._flags.has_aux else found[0]],
             slope=lambda v, weights: float(weights[0]) * inner(slopes, v) / weight,
             name=name_of(self._loss),
             names=[getattr(v, "path", v.name) for v in self.variables],
@@ -250,11 +260,11 @@ class TrainStep:
 
     def _answer(self, call: Call) -> tuple[tuple[Any, list[Any]], Any]:
         """Return the loss, and aux, and the gradients for the optimizer, in a trace."""
-        has_aux = self._has_aux
+        has_aux = self._flags.has_aux
         recording = SparseRecording(objective(has_aux), call, has_aux=has_aux)
         value = recording.output
         weight = self._weight(value)
-        if self._verify:
+        if self._flags.verify:
             gradients = recording.gradients(weight)
         else:
             gradients = recording.pull([weight])
@@ -273,6 +283,29 @@ class TrainStep:
         return tf.cast(scale(one), value.dtype)
 
     def _apply(self, gradients: Sequence[Any]) -> None:
+        """Update the variables: in a replica, once, by what all of them add up to.
+
+        There, optimizers clip each share by itself, wait for ever where one share
+        overflows, and refuse to accumulate. So the update is taken out of the replicas.
+        """
+        context: Any = tf.distribute.get_replica_context()
+        if context is None or context.num_replicas_in_sync == 1:
+            self._update(gradients)
+            return
+        found = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        replicas = Replicas(context.strategy)
+        sums = replicas.total(dense([gradients[i] for i in found]))
+
+        def update(strategy: Any, sums: Sequence[Any]) -> None:
+            total: list[Any] = [None] * len(gradients)
+            for i, each in zip(found, sums, strict=True):
+                total[i] = strategy.experimental_local_results(each)[0]
+            with out_of_scope():
+                self._update(total)
+
+        context.merge_call(update, args=(sums,))
+
+    def _update(self, gradients: Sequence[Any]) -> None:
         if isinstance(self.optimizer, keras.optimizers.Optimizer):
             self.optimizer.apply(gradients, self.variables)
             return
@@ -326,6 +359,17 @@ def _out_of_scope(compile: Callable[[], Any]) -> Any:
         return thread.submit(compile).result()
 
 
+def _check_compiled() -> None:
+    """Refuse a step that each replica would take by itself, and none for all."""
+    context: Any = tf.distribute.get_replica_context()
+    if context is not None and context.num_replicas_in_sync > 1:
+        raise InvalidArgumentError(
+            "In `strategy.run`, a step is part of a compiled function.",
+            got="a call in eager mode",
+            hint="tf.function(lambda *batch: strategy.run(step, args=batch))",
+        )
+
+
 def _explained(compile: Callable[[Any], Any], loss: Callable[..., Any]) -> Any:
     """Return `compile(loss)`; say what is wrong where `loss` leaves TensorFlow."""
     try:
@@ -349,6 +393,13 @@ def _optimizer(optimizer: Any, learning_rate: Any) -> Any:
     if not isinstance(optimizer, str):
         require_optimizer(optimizer, learning_rate, "optimizer")
         return optimizer
+    if not tf.executing_eagerly():
+        raise InvalidArgumentError(
+            "A step by the name of an optimizer is made once, outside of a "
+            "tf.function: each trace of that would begin anew, with new moments.",
+            got=f"optimizer={optimizer!r} in a function that is being traced",
+            hint="step = tfgrad.train_step(...) before it, and step(x, y) in it",
+        )
     names = optimizer_names()
     kind = names.get(optimizer.lower())
     if kind is None:

@@ -26,7 +26,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, name_of, ravel, to_tensors
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.data import can_take
-from tfgrad.optimize.driver import Driver
+from tfgrad.optimize.minimisation import Minimisation
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import MOST_ELEMENTS, Residuals
 from tfgrad.optimize.result import OptimizeResult
@@ -261,7 +261,7 @@ class OfFunction:
         if self.obstacle:
             _refuse(self.obstacle)
         with at_point(self.variables, result.x):
-            problem = self._problem_at(result)
+            problem = self.problem_at(result)
             is_held = held(problem, self.bounds, result.x)
             if isinstance(problem, Residuals):
                 return _spread_of_large_fit(problem, result, is_held)
@@ -269,12 +269,12 @@ class OfFunction:
         epsilon = _epsilon(result.x)
         return spread_of_square(square, 1.0, is_held, epsilon, needs_all=True)
 
-    def _problem_at(self, result: OptimizeResult) -> Problem:
+    def problem_at(self, result: OptimizeResult) -> Problem:
         """Return the problem, if f is what it was; variables are at the result."""
         start = result.x if self.variables is None else None
         wrt = None if self.variables is None else list(self.variables)
         problem = self.kind(self.f, start, wrt, has_aux=self.has_aux, verify=False)
-        value = problem.evaluate(problem.start()).value
+        value = problem.evaluate(problem.x.start()).value
         if not repeats(problem):
             _refuse("random")
         if not has_value(value, result.fun, result.history):
@@ -321,16 +321,18 @@ def _first(only: Any) -> Any:
     return only
 
 
-def source_of(driver: Driver, fit: OfFit | None = None) -> OfFunction:
+def source_of(
+    run: Minimisation, kind: Callable[..., Problem], fit: OfFit | None = None
+) -> OfFunction:
     """Return what a result keeps of its function; nothing is computed."""
-    problem, options = driver.problem, driver.options
-    has_data = driver.training is not None or problem.source is not None
+    problem, options = run.problem, run.options
+    has_data = run.training is not None or problem.source is not None
     obstacle = "constraints" if options.constraints else ""
     return OfFunction(
         f=problem.f,
-        variables=None if problem.takes_values else problem.variables,
-        kind=driver.kind,
-        has_aux=problem.has_aux,
+        variables=None if problem.x.takes_values else problem.x.variables,
+        kind=kind,
+        has_aux=problem.options["has_aux"],
         bounds=options.bounds,
         obstacle="data" if has_data else obstacle,
         fit=fit,
@@ -365,11 +367,11 @@ def _hessian(problem: Problem, x: Nest) -> Array:
     sizes = _sizes(x)
     if sum(sizes) ** 2 > MOST_ELEMENTS:
         _refuse("size")
-    has_aux = problem.has_aux
-    if problem.takes_values:
+    has_aux = problem.options["has_aux"]
+    if problem.x.takes_values:
         answer = hessian(problem.f, has_aux=has_aux)(x)
     else:
-        answer = hessian(problem.f, wrt=problem.variables, has_aux=has_aux)()
+        answer = hessian(problem.f, wrt=problem.x.variables, has_aux=has_aux)()
     blocks = tf.nest.flatten(answer[0] if has_aux else answer)
     return np.vstack(_stacked(blocks, sizes, sizes))
 

@@ -8,7 +8,8 @@ the clock of one worker), and how late it is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,9 @@ from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.optimize.distribute import Replicas
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.hooks import Callback, Hook
+from tfgrad.optimize.minimisation import Minimisation
 from tfgrad.optimize.options import ENDLESS
 from tfgrad.optimize.stopping import code_of, status_of
-
-if TYPE_CHECKING:
-    from tfgrad.optimize.driver import Driver
 
 
 class Workers(Hook):
@@ -28,18 +27,19 @@ class Workers(Hook):
 
     Args:
         replicas: Those of the run.
+        hooks: The others.
     """
 
-    def __init__(self, replicas: Replicas) -> None:
+    def __init__(self, replicas: Replicas, hooks: Sequence[Hook]) -> None:
         """Agree on nothing yet."""
-        self._replicas = replicas
+        self._replicas, self._hooks = replicas, hooks
         self._limit = ENDLESS
 
-    def limit(self, run: Driver) -> int:
+    def limit(self, run: Minimisation) -> int:
         """Return the least number of steps that any worker asks for."""
         return self._limit
 
-    def open(self, run: Driver) -> None:
+    def open(self, run: Minimisation) -> None:
         """Wait until all workers have read where they go on.
 
         Raises:
@@ -47,7 +47,7 @@ class Workers(Hook):
             RunError: If they go on at different steps.
         """
         step = -1 if run.saved is None else int(run.saved.state.step)
-        count = sum(isinstance(hook, Callback) for hook in run.hooks)
+        count = sum(isinstance(hook, Callback) for hook in self._hooks)
         steps, counts = self._replicas.gather([step, count]).T
         if np.any(counts != counts[0]):  # its state takes an evaluation by all
             raise InvalidArgumentError(
@@ -63,21 +63,21 @@ class Workers(Hook):
                 hint="a directory for `checkpoint` that all workers can read",
             )
 
-    def begin(self, run: Driver, rows: Rows) -> None:
+    def begin(self, run: Minimisation) -> None:
         """Agree on the first chunk."""
         self._agree(run)
 
-    def rows(self, run: Driver, rows: Rows) -> None:
+    def rows(self, run: Minimisation, rows: Rows) -> None:
         """Agree on the next chunk, or on the end."""
         self._agree(run)
 
-    def end(self, run: Driver, error: BaseException | None) -> None:
+    def end(self, run: Minimisation, error: BaseException | None) -> None:
         """Wait until the chief has written all."""
         if error is None:
             self._replicas.gather([0])
 
-    def _agree(self, run: Driver) -> None:
-        limit = min(hook.limit(run) for hook in run.hooks if hook is not self)
+    def _agree(self, run: Minimisation) -> None:
+        limit = min(hook.limit(run) for hook in self._hooks)
         code = 0 if run.status is None else code_of(run.status)
         value = float(run.state.evaluation.value)
         pace = getattr(run.loop, "pace", None)  # SciPy's methods have none

@@ -192,3 +192,15 @@ def test_a_single_number_of_16_bits_is_verified(dtype):
 
     assert float(grad(lambda x: x**2)(x)) == 6.0
     assert float(hessian(lambda x: x**2)(x)) == 2.0
+
+
+def test_a_stop_that_tensorflow_puts_into_a_gradient_switches_nothing_off():
+    """The gradient of average pooling stops that of a shape."""
+
+    def f(x):
+        pooled = tf.nn.avg_pool1d(x[tf.newaxis, :, tf.newaxis], 2, 2, "VALID")
+        text = tf.strings.as_string(x[0])
+        return tf.reduce_sum(pooled**2) + tf.strings.to_number(text)
+
+    with pytest.raises(WrongDerivativeError, match="AsString"):
+        hvp(f)([1.0, 2.0], [1.0, 1.0])

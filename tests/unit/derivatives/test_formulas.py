@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.derivatives.reverse import grad, vjp
-from tfgrad.errors import NoGradientError
+from tfgrad.errors import NoGradientError, WrongDerivativeError
 
 SINGULAR = tf.constant([[1.0, 2.0], [2.0, 4.0]], tf.float64)
 
@@ -29,6 +29,138 @@ def test_a_determinant_of_zeros_has_no_slope_and_its_right_curvature():
 
     np.testing.assert_allclose(grad(tf.linalg.det)(tf.zeros([3, 3])), np.zeros((3, 3)))
     assert float(grad(grad(grad(corner)))(0.0)) == pytest.approx(36.0)
+
+
+@pytest.mark.parametrize("n", [5, 9])
+def test_larger_singular_determinants_inside_of_a_users_function(n):
+    x = np.random.default_rng(n).normal(size=(n, n))
+    x[0] = x[1]
+    v = tf.constant(np.random.default_rng(0).normal(size=(n, n)))
+    slopes = tf.function(lambda x: grad(tf.linalg.det)(x))
+    product = tf.function(lambda x: tfgrad.hvp(tf.linalg.det)(x, v))
+
+    first, _ = tfgrad.finite_difference(tf.linalg.det, x)
+    second, _ = tfgrad.finite_difference(slopes, x, v)
+
+    close = {"rtol": 1e-6, "atol": 1e-7}
+    np.testing.assert_allclose(slopes(tf.constant(x)), first, **close)
+    np.testing.assert_allclose(product(tf.constant(x)), second, **close)
+
+
+def test_the_logarithm_of_no_determinant_has_no_slope_and_raises_nothing():
+    f = tf.function(lambda x: grad(lambda x: tf.linalg.slogdet(x)[1])(x))
+
+    assert np.isnan(f(tf.ones((5, 5)))).all()
+
+
+# Functions by eigenvectors and singular vectors.
+
+
+def by_eigenvectors(x):
+    values, vectors = tf.linalg.eigh(x)
+    return tf.matmul(vectors * tf.exp(values), vectors, adjoint_b=True)
+
+
+def by_singular_vectors(x):
+    s, u, v = tf.linalg.svd(x)
+    return tf.matmul(u / tf.cast(s + 1, x.dtype), v, adjoint_b=True)
+
+
+def weighed(f):
+    """Return a number that all elements of f go into, each by another weight."""
+
+    def total(x):
+        y = f(x)
+        weights = tf.reshape(tf.cos(tf.range(9.0)[: tf.size(y)]), y.shape)
+        return tf.reduce_sum(tf.math.real(y) * tf.cast(weights, x.dtype.real_dtype))
+
+    return total
+
+
+def complex_of(f):
+    return lambda x: f(tf.complex(x, x**2))
+
+
+ANY = np.random.default_rng(0).normal(size=(3, 3))
+SYMMETRIC = ANY + ANY.T
+REPEATED = np.array([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
+
+DECOMPOSED = {
+    "eigenvectors": (weighed(by_eigenvectors), SYMMETRIC),
+    "square": (weighed(by_singular_vectors), ANY),
+    "tall": (weighed(by_singular_vectors), ANY[:, :2]),
+    "wide": (weighed(by_singular_vectors), ANY[:2]),
+    "complex, square": (complex_of(weighed(by_singular_vectors)), ANY),
+    "complex, tall": (complex_of(weighed(by_singular_vectors)), ANY[:, :2]),
+    "singular values": (
+        lambda x: tf.reduce_sum(tf.exp(tf.linalg.svd(x, compute_uv=False))),
+        ANY,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_decompositions_twice(name):
+    f, x = DECOMPOSED[name]
+    v = SYMMETRIC[: x.shape[0], : x.shape[1]] * np.abs(x).max()
+
+    first, _ = tfgrad.finite_difference(f, x, v)
+    second, _ = tfgrad.finite_difference(grad(f), x, v)
+
+    np.testing.assert_allclose(np.sum(grad(f)(x) * v), first, rtol=1e-6)
+    np.testing.assert_allclose(tfgrad.hvp(f)(x, v), second, rtol=1e-5)
+
+
+def test_eigenvalues_that_are_small_are_no_repeated_ones():
+    def scaled(x):
+        values, vectors = tf.linalg.eigh(x)
+        return tf.matmul(vectors * tf.exp(1e12 * values), vectors, adjoint_b=True)
+
+    expected = grad(weighed(by_eigenvectors))(SYMMETRIC)
+
+    answer = grad(weighed(scaled))(1e-12 * SYMMETRIC)
+
+    np.testing.assert_allclose(1e-12 * answer, expected, rtol=1e-6)
+
+
+REPEATING = {
+    "eigenvectors": (weighed(by_eigenvectors), REPEATED),
+    "singular vectors": (weighed(by_singular_vectors), np.eye(3)),
+    "the pseudoinverse": (weighed(tf.linalg.pinv), np.eye(3)[[1, 2, 0]] * 2),
+}
+
+
+@pytest.mark.parametrize("name", REPEATING)
+def test_no_slope_is_made_up_where_values_repeat(name):
+    f, x = REPEATING[name]
+    second = tfgrad.jvp(lambda x: grad(f)(x), (x,), (SYMMETRIC,))[1]
+
+    assert not np.isfinite(second).all()
+    assert not np.isfinite(tf.function(lambda x: grad(f)(x))(tf.constant(x))).all()
+    with pytest.raises(WrongDerivativeError, match=r"singular|eigen"):
+        grad(f)(x)
+
+
+def test_slopes_of_the_values_alone_are_known_where_they_repeat():
+    values = lambda x: tf.reduce_sum(tf.exp(tf.linalg.eigh(x)[0]))  # noqa: E731
+    one = lambda x: tf.linalg.eigh(x)[1][0, 0] ** 2  # noqa: E731  of a simple value
+    x = np.diag([1.0, 3.0, 3.0])
+
+    np.testing.assert_allclose(grad(values)(x), np.diag(np.exp([1.0, 3.0, 3.0])))
+    np.testing.assert_allclose(grad(one)(x), np.zeros((3, 3)))
+
+
+def test_slices_of_sparse_tensors_are_differentiated_twice():
+    def f(values):
+        tensor = tf.SparseTensor([[0, 1], [1, 2], [1, 3]], values, [2, 4])
+        return tf.sparse.slice(tensor, [0, 2], [2, 2]).values ** 3
+
+    x = np.array([1.0, 2.0, 3.0])
+
+    np.testing.assert_allclose(tfgrad.jvp(f, (x,), (x,))[1], [24.0, 81.0])
+    np.testing.assert_allclose(
+        tfgrad.hessian(lambda x: tf.reduce_sum(f(x)))(x), np.diag([0.0, 12.0, 18.0])
+    )
 
 
 def test_a_tape_around_the_gradient_of_a_determinant_is_right_where_it_is_singular():

@@ -171,3 +171,13 @@ def test_the_product_of_a_shape_asks_for_no_repair():
 
     assert not is_repairable(count.op)
     assert is_repairable(product.op)
+
+
+def test_a_gradient_inside_of_a_function_that_rounds_its_shape_is_no_cut():
+    """What may hide a cut is looked at once more, repaired as the answer is."""
+    image = np.ones((1, 4, 4, 1), "float32")
+    f = lambda x: tf.reduce_sum(tf.image.resize_with_pad(x, 5, 7) ** 2)  # noqa: E731
+
+    answer = grad(lambda x: tf.reduce_sum(grad(f)(x)))(image)
+
+    np.testing.assert_allclose(answer, hvp(f)(image, image), rtol=1e-5)

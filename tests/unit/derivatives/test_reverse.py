@@ -170,6 +170,20 @@ def test_a_cotangent_of_another_shape_is_refused():
         pullback([1.0, 2.0, 3.0])
 
 
+def test_a_loss_without_second_derivatives_has_a_pull_back():
+    """Its gradient is a function that TensorFlow cannot go back through."""
+
+    def f(x):
+        return tf.nn.ctc_loss([[1, 2]], x, [2], [4], logits_time_major=False)
+
+    x = np.random.default_rng(0).normal(size=(1, 4, 3)).astype("float32")
+
+    _, pullback = vjp(f, x)
+
+    expected = grad(lambda x: f(x)[0])(x)
+    np.testing.assert_allclose(pullback([2.0])[0], 2 * expected, rtol=1e-5)
+
+
 def test_a_function_is_compiled_once_for_all_its_pull_backs():
     f = tf.function(lambda x: x**2)
 

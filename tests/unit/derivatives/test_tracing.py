@@ -207,14 +207,6 @@ def test_other_threads_wait_until_an_answer_is_checked():
     assert order == ["checked", 9.0]
 
 
-def test_the_ops_of_a_trace_can_be_read():
-    traces = Traces(lambda f, x: f(x), tf.function(tf.sin), jit=False)
-
-    traces(tf.constant(1.0))
-
-    assert "Sin" in traces.operations(tf.constant(2.0))
-
-
 def test_as_written_restores_the_options_it_found():
     options = tf.config.optimizer
     before = options.get_experimental_options()

@@ -672,3 +672,18 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_as_one_without_a_break(
     for name in ("step", "fun", "x[0]"):
         np.testing.assert_array_equal(rest.history[name], whole.history[name])
     np.testing.assert_array_equal(rest.epochs["fun"], whole.epochs["fun"])
+
+
+def test_a_validation_that_is_never_called_is_a_warning():
+    def endless():
+        while True:
+            yield np.ones(2, "f")
+
+    options = {"data": endless, "steps": 3, "method": "sgd"}
+    with pytest.warns(RuntimeWarning, match="none has ended in 3 steps"):
+        tfgrad.minimize(
+            lambda x, b: tf.reduce_sum((x - b) ** 2),
+            0.0,
+            validation=lambda x: x,
+            **options,
+        )

@@ -29,7 +29,7 @@ HUGE = Y.copy()
 HUGE[10] = 1e307  # times the scale, its gradient overflows: in one of the shares
 
 def train(scope, kind="plain", method="sgd", x=X, y=Y, inside=False, named=True,
-          **more):
+          data=None, **more):
     with scope():
         keras.utils.set_random_seed(1)
         first = [keras.Input([4])]
@@ -47,7 +47,8 @@ def train(scope, kind="plain", method="sgd", x=X, y=Y, inside=False, named=True,
         m = model(x, training=True)
         return tf.reduce_mean(tf.where(y < 1e300, (m - y) ** 2, m * y))
     budget = {} if isinstance(method, str) and method != "sgd" else {"epochs": 3}
-    call = dict(wrt=model if named else None, data=(x, y), batch_size=8, method=method)
+    call = dict(wrt=model if named else None, data=data or (x, y), method=method)
+    call["batch_size"] = None if data else 8
     with scope() if inside else contextlib.nullcontext():
         result = tfgrad.minimize(loss, **call, **budget, **more)
     copies = 0.0
@@ -59,8 +60,9 @@ def train(scope, kind="plain", method="sgd", x=X, y=Y, inside=False, named=True,
     weights = np.concatenate(weights)
     return weights, result.nit, copies
 
-def compare(name, inside=False, named=True, **options):
+def compare(name, inside=False, named=True, own=None, **options):
     alone, steps, _ = train(contextlib.nullcontext, **options)
+    options = {**options, "data": own} if own else options
     both, taken, copies = train(strategy.scope, inside=inside, named=named, **options)
     difference = float(np.max(np.abs(alone - both)))
     is_finite = bool(np.all(np.isfinite(both)))
@@ -78,6 +80,11 @@ compare("a scale that overflows", y=HUGE,
         method=OPTIMIZERS.LossScaleOptimizer(OPTIMIZERS.Adam(0.02)))
 compare("batches of one row", x=X[:9], y=Y[:9])  # one share of the last is empty
 compare("sparse rows", kind="sparse", x=WORDS, method=OPTIMIZERS.Adam(0.02))
+WHOLE = tf.data.Dataset.from_tensor_slices((X, Y))
+compare("rows of its own", data=WHOLE.batch(8),
+        own=strategy.distribute_datasets_from_function(lambda _: WHOLE.batch(4)))
+compare("distributed", data=WHOLE.batch(8),
+        own=strategy.experimental_distribute_dataset(WHOLE.batch(8)))
 compare("synchronized", kind="synchronized")
 compare("averages", kind="averages")
 compare("dropout", kind="dropout")
@@ -95,6 +102,11 @@ with strategy.scope():
     a = tf.Variable(1.0, name="mirrored")
 b = tf.Variable(1.0, name="plain")
 refused("mixed", lambda: tfgrad.minimize(lambda: 1 / 0, wrt=[a, b]))
+endless = strategy.distribute_datasets_from_function(lambda _: WHOLE.batch(4).repeat())
+refused("own rows", lambda: tfgrad.minimize(
+    lambda x, y: a * tf.reduce_mean(x), wrt=a, data=endless, method="lbfgs"))
+refused("endless", lambda: tfgrad.minimize(
+    lambda x, y: a * tf.reduce_mean(x), wrt=a, data=endless, epochs=2))
 def broken(x):
     raise ValueError("the user's own")
 refused("an error", lambda: tfgrad.minimize(broken, wrt=a, data=X))
@@ -123,6 +135,8 @@ EQUAL = {
     "a scale that overflows": 1e-14,
     "batches of one row": 1e-14,
     "sparse rows": 1e-14,
+    "rows of its own": 1e-14,
+    "distributed": 1e-14,
     "synchronized": 1e-13,
     "lbfgs": 1e-10,
     "newton": 1e-10,
@@ -145,6 +159,11 @@ def test_variables_of_two_strategies_are_refused_before_anything_is_traced(found
 
     assert kind == "InvalidArgumentError"
     assert "'mirrored:0' of MirroredStrategy and 'plain:0' of no strategy" in text
+
+
+def test_rows_of_a_workers_own_go_with_optimizers_and_have_an_end(found):
+    assert "goes through all of the data" in found["own rows"][1]
+    assert "Data without end has no epochs" in found["endless"][1]
 
 
 def test_parameter_servers_are_refused_by_name(found):

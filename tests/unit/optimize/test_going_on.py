@@ -360,3 +360,15 @@ def test_a_number_as_rate_that_becomes_a_variable_is_refused_with_what_to_do():
     with pytest.raises(InvalidArgumentError, match="a number stays one") as caught:
         tfgrad.minimize(rosenbrock, result, learning_rate=tf.Variable(0.1), steps=2)
     assert caught.value.got == "6 tensors there, 5 here"
+
+
+@pytest.mark.parametrize("method", ["sgd", "lbfgs"])
+def test_going_on_without_the_data_says_that_it_is_given_again(method):
+    def loss(x, batch):
+        return tf.reduce_mean((x - batch) ** 2)
+
+    budget = {"epochs": 1} if method == "sgd" else {"steps": 1}
+    result = tfgrad.minimize(loss, 3.0, data=np.ones(8, "f"), method=method, **budget)
+
+    with pytest.raises(InvalidArgumentError, match=r"given again.*\n.*loss\(x, b"):
+        tfgrad.minimize(loss, result)

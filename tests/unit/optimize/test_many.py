@@ -411,11 +411,13 @@ ONE = np.ones(2)
         ),
         (
             lambda: tfgrad.minimize_many(rosenbrock, np.ones((2, 2)), method="adam"),
-            "gradients alone",
+            "pure function",
         ),
         (
-            lambda: tfgrad.minimize_many(rosenbrock, np.ones((2, 2)), method="newton"),
-            "method=.newton",
+            lambda: tfgrad.minimize_many(
+                rosenbrock, np.ones((2, 2)), method="newton", jit=True
+            ),
+            "inner loops",
         ),
         (
             lambda: tfgrad.minimize_many(
@@ -568,5 +570,91 @@ def test_a_pickled_result_says_why_it_has_no_errors():
     again = pickle.loads(pickle.dumps(result))
 
     np.testing.assert_array_equal(again.x, result.x)
-    with pytest.raises(InvalidArgumentError, match="pickle"):
-        _ = again[0].stderr
+    for each in (again, again[0]):
+        with pytest.raises(InvalidArgumentError, match="pickle"):
+            _ = each.stderr
+
+
+@pytest.mark.parametrize("bounds", [None, (0.5, np.array([[9.0, 9.0], [1.5, 9.0]]))])
+def test_errors_are_arrays_too(bounds):
+    a = np.array([[1.0, 2.0], [3.0, 4.0]])
+
+    def f(x, a):
+        return tf.reduce_sum((x["p"] - a) ** 2 * [1.0, 4.0]) + x["p"][0] * x["q"] ** 2
+
+    start = {"p": np.ones(2), "q": np.float64(1)}
+    sides = bounds and (
+        {"p": np.full((2, 2), 0.5), "q": [-9.0, -9.0]},
+        {"p": bounds[1], "q": [9.0, 9.0]},
+    )
+    result = tfgrad.minimize_many(f, start, a, bounds=sides)
+
+    assert result.covariance.shape == (2, 3, 3)
+    assert result.stderr["p"].shape == (2, 2)
+    for i in range(2):
+        np.testing.assert_allclose(
+            result.covariance[i], result[i].covariance, rtol=1e-9, atol=1e-15
+        )
+        np.testing.assert_allclose(result.stderr["p"][i], result[i].stderr["p"])
+
+
+def test_errors_of_starts_are_nan_where_there_is_no_minimum():
+    def f(x):
+        return (x[0] - 1) ** 2 + (x[0] * x[1]) ** 4
+
+    result = tfgrad.minimize_many(f, np.array([[3.0, 1.0], [1.0, 0.0]]), steps=1)
+    bowl = tfgrad.minimize_many(lambda x: x**2 + x**4, np.linspace(-3, 3, 1500))
+
+    assert np.isnan(result.covariance[1]).all()  # flat along x[1]
+    np.testing.assert_allclose(bowl.stderr, 2**-0.5, rtol=1e-6)
+
+
+def test_errors_of_a_function_with_a_loop():
+    @tf.function
+    def f(x, a):
+        power = tf.while_loop(lambda i, y: i < 2, lambda i, y: (i + 1, y * x), (0, a))
+        return power[1]  # a x**2
+
+    with pytest.warns(RuntimeWarning, match="does not vectorise"):
+        result = tfgrad.minimize_many(f, np.ones(3), np.array([1.0, 2.0, 4.0]))
+
+    np.testing.assert_allclose(result.covariance[:, 0, 0], [0.5, 0.25, 0.125])
+
+
+def test_errors_are_refused_of_what_has_changed():
+    factor = tf.Variable(1.0, dtype=tf.float64)
+
+    def f(x, a):
+        return factor * ((x - a) ** 2 + 1)
+
+    result = tfgrad.minimize_many(f, np.float64(0), ONE)
+    factor.assign(2.0)
+
+    with pytest.raises(InvalidArgumentError, match="changed"):
+        _ = result.stderr
+
+
+def test_newton_takes_the_steps_of_minimize():
+    x0s = np.random.default_rng(0).normal(size=(4, 3))
+
+    def f(x, a):
+        return rosenbrock(x) + a * x[0]
+
+    result = tfgrad.minimize_many(f, x0s, np.arange(4.0), method="newton")
+
+    for i in range(4):
+        alone = tfgrad.minimize(lambda x, i=i: f(x, i), x0s[i], method="newton")
+        assert result.status[i] == alone.status
+        assert result.nfev[i] == alone.nfev
+        np.testing.assert_allclose(result.x[i], alone.x, rtol=1e-8)
+
+
+def test_a_pickled_fit_keeps_its_errors():
+    _, y = signals(3)
+    result = tfgrad.least_squares_many(lambda p, y: decay(p, y), START, y)
+
+    again = pickle.loads(pickle.dumps(result))
+
+    np.testing.assert_array_equal(again.stderr, result.stderr)
+    np.testing.assert_array_equal(again[1].stderr, result[1].stderr)
+    assert again[1].residuals is None

@@ -18,7 +18,7 @@ from tfgrad.errors import (
     ScalarObjectiveError,
 )
 from tfgrad.optimize.solvers import NO_XLA, Form
-from tfgrad.optimize.solvers.optimizer import OptimizerSolver
+from tfgrad.optimize.solvers.optimizer import OptimizerForms
 
 # From the founding notebook, as printed: epoch, x, f.
 NOTEBOOK = """
@@ -63,11 +63,11 @@ def parabola(x):
 def form(request, monkeypatch):
     """Force one compiled form of the loop."""
 
-    def form(solver, *_):
-        refused = request.param == "xla" and solver.kept()[0].get(NO_XLA)
+    def form(forms, *_):
+        refused = request.param == "xla" and forms.kept()[0].get(NO_XLA)
         return Form("graph" if refused else request.param)
 
-    monkeypatch.setattr(OptimizerSolver, "form", form)
+    monkeypatch.setattr(OptimizerForms, "form", form)
     return request.param
 
 

@@ -78,10 +78,10 @@ def test_products_made_of_the_gradients_trace_are_those_of_hvp(name):
 
     problem = Problem(counted, matrix(), None, has_aux=False)
     v = tf.constant(matrix()[::-1])
-    problem.evaluate(problem.start())
+    problem.evaluate(problem.x.start())
     before = len(calls)
     assert before == 1 + (name in TRACED_AGAIN)
-    product = problem.hvp(ravel(problem.start()), ravel([v]))
+    product = problem.hvp(ravel(problem.x.start()), ravel([v]))
 
     product = tf.reshape(product, v.shape)
     np.testing.assert_allclose(product, hvp(f)(matrix(), v), rtol=1e-12, atol=1e-12)

@@ -4,7 +4,12 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.errors import ConvergenceError, InvalidArgumentError, NoGradientError
+from tfgrad.errors import (
+    ConvergenceError,
+    InvalidArgumentError,
+    NoGradientError,
+    WrongDerivativeError,
+)
 
 GENERATOR = np.random.default_rng(0)
 INPUTS = GENERATOR.normal(size=(50, 5))
@@ -241,6 +246,7 @@ def test_a_penalty_is_tuned_by_minimize():
         ({"residuals": True, "method": "newton"}, "Levenberg"),
         ({"steps": 0}, "steps"),
         ({"residuals": 1}, "residuals"),
+        ({"verify": "no"}, "verify"),
         ({"method": "newton", "bounds": (0, 1)}, "bounds"),
     ],
 )
@@ -422,3 +428,39 @@ def residual(a):
 )
 def test_check_grads_passes_on_each_kind(f, at):
     assert tfgrad.check_grads(f, np.array(at), order=1, modes=["reverse"])
+
+
+@pytest.mark.parametrize("place", [1.0, 1.5])  # at 1, an element of x is zero
+def test_second_derivatives_are_right_where_those_of_tensorflow_are_not(place):
+    # The third derivative of x**2 at zero is NaN in TensorFlow.
+    def squares(x, a):
+        return tf.reduce_sum(tf.exp(x) - x * a) + tf.reduce_sum(x**2) * a[0]
+
+    def products(x, a):
+        return tf.reduce_sum(tf.exp(x) - x * a) + tf.reduce_sum(x * x) * a[0]
+
+    def total(f):
+        return lambda a: tf.reduce_sum(tfgrad.solution(f, np.zeros(2), a) ** 2)
+
+    a, v = np.array([place, 2.0]), np.array([1.0, -1.0])
+    found, expected = (tfgrad.hvp(total(f))(a, v) for f in (squares, products))
+
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_a_wrong_derivative_of_f_is_refused():
+    def f(w, a):  # Cholesky reads one triangle only; TensorFlow's gradient, both
+        matrix = [[3.0 * w[0], w[1]], [0.3 * a, 2.0 * w[1]]]
+        bowl = tf.reduce_sum((w - 1.0) ** 2)
+        return 10 * bowl + tf.reduce_sum(tf.linalg.cholesky(matrix))
+
+    with pytest.raises(WrongDerivativeError, match="of `f` is wrong"):
+        tfgrad.solution(f, [1.0, 2.0], 1.0)
+    assert tfgrad.solution(f, [1.0, 2.0], 1.0, verify=False).shape == (2,)
+
+
+def test_an_argument_without_derivative_is_none_of_the_solution():
+    def f(x, a, k):
+        return (x - tf.round(a)) ** 2 + tf.cast(k, x.dtype)
+
+    np.testing.assert_allclose(tfgrad.solution(f, 0.0, 1.2, 3), 1.0, rtol=1e-6)

@@ -599,3 +599,14 @@ def test_variables_made_outside_of_a_scope_are_stepped_in_it():
 
     assert float(value) == 4.0
     assert float(w) == pytest.approx(1.4)
+
+
+def test_a_step_by_name_in_a_function_that_is_traced_is_refused():
+    w = tf.Variable(1.0)
+
+    @tf.function
+    def inside():
+        return tfgrad.train_step(lambda: w * w, wrt=w, optimizer="sgd")()
+
+    with pytest.raises(InvalidArgumentError, match=r"outside of a tf\.function"):
+        inside()

@@ -38,7 +38,7 @@ from tfgrad.optimize.methods.levenberg_marquardt import (
 )
 from tfgrad.optimize.methods.protocol import Move, Point
 
-FIRST_DAMPING, LEAST_DAMPING = 1e-3, 1e-14
+FIRST_DAMPING, LEAST_DAMPING = 1e-2, 1e-14
 """Of squares of singular values in scaled parameters, which are about 1."""
 
 EASED = 0.1

@@ -1,8 +1,10 @@
 """Solvers: what takes one step. One file for each kind of method.
 
-A step has three parts, so that a loop can run each where it is cheapest: `evaluate`
-knows the function and nothing of the method; `accept` says what becomes of the point
-that was evaluated; `move` goes on from there, unless a rule has ended the run.
+A solver is three things. A `Stepper` takes a step, in three parts, so that a loop can
+run each where it is cheapest: `evaluate` knows the function and nothing of the method;
+`accept` says what becomes of the point that was evaluated; `move` goes on from there,
+unless a rule has ended the run: `Ruled` asks. `Forms` says how steps are compiled. The
+`Solver` itself does what is due before, between and after them, outside of any trace.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfgrad.optimize import stopping
 from tfgrad.optimize.evaluator import Evaluation
+from tfgrad.optimize.stopping import RUNNING, Step, Tolerances, code_of, judge
 
 NO_XLA = "no XLA"
 """The key that is set if XLA was found to compute something else than the graph."""
@@ -46,23 +50,10 @@ class State(NamedTuple):
     batch: Any = ()
 
 
-class Form(NamedTuple):
-    """How steps are run.
+class Stepper:
+    """Takes steps; may be traced. What it says nothing about is as here.
 
     Attributes:
-        name: "calls" (a call of each part), "graph" or "xla" (one compiled loop).
-        evaluations: The number of evaluations from which on it is another form.
-    """
-
-    name: str
-    evaluations: int = 2**62
-
-
-class Solver:
-    """A method at work on a problem; the functions here are the defaults.
-
-    Attributes:
-        name: What to call the method.
         lag: How many steps were taken when a point that was accepted is recorded, less
             those when it was evaluated: 1 for a trial, 0 for the current point.
         is_eager: Whether `accept` and `move` have to run outside of a trace.
@@ -70,38 +61,9 @@ class Solver:
             asked then.
     """
 
-    name: str
     lag: int
     is_eager: Any = False
     knows_solutions: Any = False
-
-    # --- where a run is ---
-
-    def init(self) -> tuple[State, Evaluation | None]:
-        """Return where a run begins, and the evaluation of it, if it was made."""
-        raise NotImplementedError
-
-    def begin(self, x: list[tf.Tensor], before: State) -> tuple[State, Evaluation]:
-        """Return where a run goes on from a point, evaluated anew."""
-        raise NotImplementedError
-
-    def point(self, state: State) -> list[tf.Tensor]:
-        """Return the leaves of the current point."""
-        raise NotImplementedError
-
-    def gradient(self, evaluation: Evaluation) -> list[tf.Tensor]:
-        """Return the leaves of the gradient of an evaluation, without a loss scale."""
-        raise NotImplementedError
-
-    def variables(self) -> list[tf.Variable]:
-        """Return the variables that belong to where the run is."""
-        raise NotImplementedError
-
-    # --- a step ---
-
-    def prepare(self, state: State) -> State:
-        """Return the state with what the next evaluation takes at hand."""
-        return state
 
     def has_next(self, state: State) -> Any:
         """Return whether there is something to evaluate next, shape `[]`."""
@@ -113,6 +75,15 @@ class Solver:
 
     def evaluate(self, query: Any) -> Evaluation:
         """Return the function at the point that comes next."""
+        raise NotImplementedError
+
+    def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
+        """Return what the history keeps of a point.
+
+        Args:
+            x: What `query` returned; None for the current point.
+            evaluation: The function there.
+        """
         raise NotImplementedError
 
     def accept(self, state: State, evaluation: Evaluation) -> State:
@@ -127,26 +98,100 @@ class Solver:
         """Return what `move` takes besides, for a chunk of up to `limit` steps."""
         return ()
 
-    def move(
-        self, old: State, new: State, evaluation: Evaluation, *inputs: Any
-    ) -> State:
+    def move(self, new: State, evaluation: Evaluation, *inputs: Any) -> State:
         """Go on from the current point, unless the code of `new` ends the run."""
         return new
 
-    def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
-        """Return what the history keeps of a point.
+    def for_xla(self) -> Stepper | None:
+        """Return it in a form that XLA compiles once; None if there is none."""
+        return self
+
+
+class Ruled(NamedTuple):
+    """A stepper whose steps the rules look at.
+
+    Attributes:
+        stepper: What takes a step.
+        tolerances: The rules that were asked for.
+    """
+
+    stepper: Stepper
+    tolerances: Tolerances
+
+    @property
+    def key(self) -> Any:
+        """All that the rules depend on."""
+        return self.tolerances, stopping.RULES, self.stepper.knows_solutions
+
+    def first(self, fun: Any, grad_max: Any, expected: Any, first: Any) -> tf.Tensor:
+        """Return the code of the rules at a start."""
+        expected = self._believed(expected)
+        return judge(
+            Step(
+                fun, grad_max, [fun], expected, first, fun, [fun], expected,
+                tf.constant(True), self.tolerances,
+            )
+        )  # fmt: skip
+
+    def step(self, state: State, evaluation: Evaluation, *inputs: Any) -> State:
+        """Return the state after a step, given the evaluation of it."""
+        new = self.stepper.accept(state, evaluation)
+        judged = judge(self._step(state, new))
+        is_asked = (
+            new.accepted & (new.code != code_of("nonfinite")) & (judged != RUNNING)
+        )
+        new = new._replace(code=tf.where(is_asked, judged, new.code))
+        return self.stepper.move(new, evaluation, *inputs)
+
+    def _step(self, old: State, new: State) -> Step:
+        """Return what the rules look at."""
+        x: tuple[list[Any], list[Any]] = ([], [])
+        if self.tolerances.xtol is not None:
+            x = self.stepper.way(old, new)
+        return Step(
+            fun=new.evaluation.value,
+            grad_max=new.evaluation.grad_max,
+            x=x[0],
+            expected=self._believed(new.expected),
+            first=new.first,
+            before_fun=old.evaluation.value,
+            before_x=x[1],
+            before_expected=old.expected,
+            is_start=new.step == 0,
+            tolerances=self.tolerances,
+        )
+
+    def _believed(self, expected: tf.Tensor) -> tf.Tensor:
+        """Return nothing known of a method that looks for solutions itself."""
+        if not self.stepper.knows_solutions:
+            return expected
+        return tf.constant(expected.dtype.max, expected.dtype)
+
+
+class Form(NamedTuple):
+    """How steps are run.
+
+    Attributes:
+        name: "calls" (a call of each part), "graph" or "xla" (one compiled loop).
+        evaluations: The number of evaluations from which on it is another form.
+    """
+
+    name: str
+    evaluations: int = 2**62
+
+
+class Forms:
+    """In which form steps are run, and where what was compiled for them is kept."""
+
+    def form(self, state: State, planned: int, jit: bool | str) -> Form:
+        """Return how the next steps are run.
 
         Args:
-            x: What `query` returned; None for the current point.
-            evaluation: The function there.
+            state: Where the run is.
+            planned: How many steps there will be in all, at most.
+            jit: As for `minimize`.
         """
         raise NotImplementedError
-
-    def named(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """Return the columns of rows with the names of leaves for those of a vector."""
-        return columns
-
-    # --- how it is compiled ---
 
     def kept(self) -> tuple[Any, Any]:
         """Return a dict to keep compiled steps in, and what they depend on.
@@ -159,21 +204,52 @@ class Solver:
         """Return the same for what depends on the function, too."""
         return self.kept()
 
-    def form(self, state: State, planned: int, jit: bool | str) -> Form:
-        """Return how the next steps are run.
+
+class Solver:
+    """A method at work on a problem; the functions here are the defaults.
+
+    Attributes:
+        stepper: What takes its steps.
+        forms: How they are compiled.
+    """
+
+    stepper: Any
+    forms: Forms
+
+    # --- where a run is ---
+
+    def init(
+        self, x: list[tf.Tensor] | None = None, before: State | None = None
+    ) -> tuple[State, Evaluation | None]:
+        """Return where a run begins, and the evaluation of it, if it was made.
 
         Args:
-            state: Where the run is.
-            planned: How many steps there will be in all, at most.
-            jit: As for `minimize`.
+            x: The leaves of a point to begin anew at; None for the problem's start.
+            before: The run until there.
         """
         raise NotImplementedError
 
-    def for_xla(self) -> Solver | None:
-        """Return the solver in a form that XLA compiles once; None if there is none."""
-        return self
+    def point(self, state: State) -> list[tf.Tensor]:
+        """Return the leaves of the current point."""
+        raise NotImplementedError
+
+    def gradient(self, evaluation: Evaluation) -> list[tf.Tensor]:
+        """Return the leaves of the gradient of an evaluation, without a loss scale."""
+        raise NotImplementedError
+
+    def variables(self) -> list[tf.Variable]:
+        """Return the variables that belong to where the run is."""
+        raise NotImplementedError
+
+    def named(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """Return the columns of rows with the names of leaves for those of a vector."""
+        return columns
 
     # --- between steps, and at the end ---
+
+    def prepare(self, state: State) -> State:
+        """Return the state with what the next evaluation takes at hand."""
+        return state
 
     def settle(self, state: State) -> None:
         """Put the user's variables to the current point."""
@@ -210,6 +286,3 @@ class Solver:
     def why(self, state: State) -> tuple[str, str] | None:
         """Return the method's own status and sentence, if it gave up and has some."""
         return None
-
-    def close(self) -> None:
-        """Release what the run holds."""

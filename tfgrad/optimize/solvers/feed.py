@@ -50,6 +50,9 @@ class Feed:
     ) -> None:
         """Open the data where the run begins; look at what a batch is."""
         self._problem, self.source, self._position = problem, source, position
+        self._next: Any = lambda iterator: iterator.get_next_as_optional()
+        if source.is_own:  # eagerly, its spec would be that of one batch alone
+            self._next = tf.function(self._next, autograph=False)
         epoch, count = position
         # One batch earlier: if the rest of the epoch is empty, that batch shows the
         # form of batches.
@@ -57,8 +60,9 @@ class Feed:
         self.first = self._draw()
         require_batch(bool(self.first.has_value()))
         batch = source.batch(self.first.get_value())
-        problem.replicas.require_same(batch)
-        self.arguments = arguments_of(problem.f, int(problem.takes_values), batch)
+        if not source.is_own:
+            problem.replicas.require_same(batch)
+        self.arguments = arguments_of(problem.f, int(problem.x.takes_values), batch)
         problem.example = self.arguments(batch)
 
     def begin(self) -> Batches:
@@ -85,7 +89,8 @@ class Feed:
             self._iterator = self.source.open(int(epoch))
             ahead = self._draw()
             replicas = self._problem.replicas
-            if replicas.is_clustered and bool(ahead.has_value()):
+            is_same = replicas.is_clustered and not self.source.is_own
+            if is_same and bool(ahead.has_value()):
                 replicas.require_same(self.source.batch(ahead.get_value()))
         return Batches(ahead, batches.last, 0 * epoch, epoch)
 
@@ -126,7 +131,7 @@ class Feed:
 
     def blame(self, batches: Batches, arguments: tuple[Nest, ...]) -> str:
         """Return what is not finite in the batch at hand, or ""."""
-        before = int(self._problem.takes_values)
+        before = int(self._problem.x.takes_values)
         names = names_of_parts(self._problem.f, before, arguments)
         for name, leaf in zip(names, tf.nest.flatten(arguments), strict=True):
             if not isinstance(leaf, tf.Tensor) or not leaf.dtype.is_floating:
@@ -142,6 +147,6 @@ class Feed:
 
     def _draw(self) -> Any:
         """Return the next batch, if there is one."""
-        ahead = self._iterator.get_next_as_optional()
+        ahead = self._next(self._iterator)
         self._is_exhausted = not bool(ahead.has_value())
         return ahead

@@ -15,18 +15,16 @@ import tensorflow as tf
 from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.errors import TfgradError
 from tfgrad.nested import Nest
-from tfgrad.optimize.data import Source, size_of
+from tfgrad.optimize.data import SIZE, Source, size_of
 from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, operations_of
 from tfgrad.optimize.methods.keras_optimizer import Factory, KerasMethod, plain
 from tfgrad.optimize.problem import Problem, require_compiled
-from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
+from tfgrad.optimize.solvers import NO_XLA, Form, Forms, Solver, State, Stepper
+from tfgrad.optimize.solvers.backup import Backup
 from tfgrad.optimize.solvers.feed import Feed
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA
 from tfgrad.optimize.stopping import RUNNING, rule_of, status_of
 from tfgrad.optimize.traced import blame, not_moved, others
-
-SIZE = "size of the batch"
-"""A column of the rows: the weight of a batch in the mean of its epoch."""
 
 LOOP_STEPS = 100
 """Compiling the loop pays from about here, measured on functions of 30 to 140 ops."""
@@ -38,17 +36,217 @@ XLA_STEPS_PER_OP = 20
 """... and for larger functions, which take longer to compile, from this many per op."""
 
 
-class OptimizerSolver(Solver):
+class OptimizerStepper(Stepper):
     """Evaluate where the variables are, then let the optimizer move them.
+
+    Args:
+        problem: What to minimise.
+        factory: Returns the optimizer; see `methods.keras_optimizer`.
+        feed: The batches, if there is data.
+
+    Attributes:
+        problem: As above.
+        feed: As above.
+        method: The optimizer at work.
+        moved: The variables that it moves.
+        backup: The same before the last step.
+        written: The variables that f writes, as far as a trace tells.
+        compiled: The evaluation, compiled; None if f runs eagerly.
+    """
+
+    lag = 0
+
+    def __init__(self, problem: Problem, factory: Factory, feed: Feed | None) -> None:
+        """Find the variables, build the optimizer; evaluate nothing else."""
+        self.problem, self.feed = problem, feed
+        self.method: Any = None
+        owners = problem.x.owners
+        if problem.x.takes_values:  # new ones, that hold the values
+            start = problem.x.start()
+            owners = [keras.Variable(x, dtype=x.dtype.name) for x in start]
+        self.moved = [plain(owner) for owner in owners]
+        self.compiled = self._compile()
+        if not self.moved:  # they were found by the trace
+            problem.find()
+            owners = problem.x.owners
+            self.moved = [plain(owner) for owner in owners]
+        self.written: list[tf.Variable] = []
+        if self.compiled is not None:
+            self.written = not_moved(problem, written_variables(self.compiled))
+        self.method = KerasMethod(factory, owners)
+        is_shared = feed is not None and problem.replicas.count > 1
+        if feed is not None and is_shared:
+            if self.compiled is None:  # eagerly, f raises the user's own error
+                self._evaluated(feed.first.get_value())
+                require_compiled(problem.name, problem.replicas.count)
+            problem.distribute(self.written, are_own=feed.source.is_own)
+        if is_shared or self.method.scale() is not None:
+            self.compiled = self._compile()
+        self.backup = Backup(self.moved, owners, self.method.optimizer)
+        self._before = [tf.Variable(v, trainable=False) for v in self.written]
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether the updates have to run outside of a trace."""
+        return not self.method.is_compiled or self.compiled is None
+
+    def has_next(self, state: State) -> Any:
+        """Return whether there is a batch at hand."""
+        return True if self.feed is None else state.batch.ahead.has_value()
+
+    def query(self, state: State) -> Any:
+        """Return the batch that comes next."""
+        return () if self.feed is None else state.batch.ahead
+
+    def evaluate(self, query: Any) -> Evaluation:
+        """Return the function where the variables are, on a batch if there is data."""
+        for kept, variable in zip(self._before, self.written, strict=True):
+            kept.assign(variable.read_value())
+        drawn = () if self.feed is None else (query.get_value(),)
+        if self.compiled is None:
+            return self._evaluated(*drawn)
+        evaluation: Evaluation = self.compiled(*drawn)
+        return evaluation
+
+    def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
+        """Return value, gradient and aux values, and the point while it is small."""
+        row = {"fun": evaluation.value, "grad_max": evaluation.grad_max}
+        if sum(variable.shape.num_elements() for variable in self.moved) <= SMALL:
+            row |= self.problem.x.named([v.read_value() for v in self.moved])
+        rate = self.method.rate()
+        if rate is not None:
+            row["learning_rate"] = rate
+        return {**row, **evaluation.aux}
+
+    def accept(self, state: State, evaluation: Evaluation) -> State:
+        """Return the state with the current point evaluated."""
+        here = _carried(evaluation)
+        if self.method.scale() is not None:
+            # An overflow is the optimizer's own affair: it takes a smaller scale.
+            size = here.grad_max
+            known = tf.where(tf.math.is_finite(size), size, size.dtype.max)
+            here = here._replace(grad_max=known)
+        return state._replace(
+            evaluation=here,
+            memory=state.evaluation,
+            accepted=tf.constant(True),
+            evaluations=state.evaluations + 1,
+        )
+
+    def way(self, old: State, new: State) -> tuple[list[Any], list[Any]]:
+        """Return the current point and the one before, leaf by leaf."""
+        read = [
+            [v.read_value() for v in each]
+            for each in (self.moved, self.backup.variables)
+        ]
+        return read[0], read[1]
+
+    def inputs(self, state: State, limit: int) -> tuple[Any, ...]:
+        """Return the iterator, and the step up to which batches are drawn from it."""
+        return () if self.feed is None else self.feed.inputs(int(state.step) + limit)
+
+    def move(self, new: State, evaluation: Evaluation, *inputs: Any) -> State:
+        """Let the optimizer move the variables, unless the run has ended."""
+
+        def go() -> tf.Tensor:
+            self.backup.keep(evaluation.gradient)
+            self.method.update(evaluation.gradient)
+            return tf.constant(1)
+
+        def stay() -> tf.Tensor:
+            for kept, variable in zip(self._before, self.written, strict=True):
+                variable.assign(kept.read_value())
+            return tf.constant(0)
+
+        taken = tf.cond(new.code == RUNNING, go, stay)
+        new = new._replace(step=new.step + taken)
+        if self.feed is None:
+            return new
+        batch = self.feed.advance(
+            new.batch, new.code == RUNNING, new.step, self.moved, *inputs
+        )
+        return new._replace(batch=batch)
+
+    def _compile(self) -> Any:
+        """Return the compiled evaluation, for batches of all sizes at once.
+
+        None if f leaves TensorFlow: eagerly, it runs or raises the user's own error.
+        """
+        function = tf.function(self._evaluated, autograph=False)
+        specs = [] if self.feed is None else [self.feed.source.spec]
+        try:
+            return function.get_concrete_function(*specs)
+        except TfgradError:
+            raise
+        except Exception:
+            return None
+
+    def _evaluated(self, *drawn: Any) -> Evaluation:
+        """Return the evaluation, with the size of the batch among the aux values."""
+        point = None
+        if self.problem.x.takes_values:
+            point = [variable.read_value() for variable in self.moved]
+        scale = None if self.method is None else self.method.scale()
+        arguments: tuple[Nest, ...] = ()
+        if self.feed is not None:
+            batch = self.feed.source.batch(*drawn)
+            arguments = self.feed.arguments(batch)
+        evaluation = self.problem.evaluate(point, arguments, scale)
+        if self.feed is not None:
+            aux = {SIZE: size_of(batch), **evaluation.aux}
+            evaluation = evaluation._replace(aux=aux)
+        is_traced = not tf.executing_eagerly()
+        if is_traced and self.problem.graph(arguments, scale) is None:
+            raise NotImplementedError  # f runs eagerly
+        return evaluation
+
+
+class OptimizerForms(Forms):
+    """The compiled loop that pays for so many steps; it serves one run.
+
+    Args:
+        stepper: What takes steps.
+    """
+
+    def __init__(self, stepper: OptimizerStepper) -> None:
+        """Compile nothing."""
+        self._stepper = stepper
+        self._kept: dict[Any, Any] = {}
+
+    def form(self, state: State, planned: int, jit: bool | str) -> Form:
+        """Return the compiled loop that pays for so many steps."""
+        if self._stepper.is_eager:
+            return Form("calls")
+        if self._stepper.feed is not None:
+            return Form("graph")
+        if jit is True:
+            return Form("xla")
+        if planned < LOOP_STEPS:
+            return Form("calls")
+        operations = operations_of(self._stepper.compiled.graph)
+        is_fit = not any(part in op for op in operations for part in NOT_FOR_XLA)
+        is_long = planned >= max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations))
+        is_fit &= jit == "auto" and not self._kept.get(NO_XLA)
+        return Form("xla" if is_fit and is_long else "graph")
+
+    def kept(self) -> tuple[Any, Any]:
+        """Return that what is compiled serves this run alone."""
+        return self._kept, None
+
+
+class OptimizerSolver(Solver):
+    """An optimizer at work on a problem, with or without batches.
 
     Args:
         problem: What to minimise.
         factory: Returns the optimizer; see `methods.keras_optimizer`.
         source: The batches, if there is data.
         position: How many epochs are over, and how many batches of the next one.
-    """
 
-    lag = 0
+    Attributes:
+        optimizer: The optimizer.
+        blamed: The leaves of a point that was not finite, and what f took besides.
+    """
 
     def __init__(
         self,
@@ -58,53 +256,23 @@ class OptimizerSolver(Solver):
         position: tuple[int, int] = (0, 0),
     ) -> None:
         """Find the variables, build the optimizer; evaluate nothing else."""
-        self.problem = problem
-        self._method: Any = None
-        self._kept: dict[Any, Any] = {}
-        self.blamed: tuple[list[tf.Tensor], tuple[Nest, ...]] = [], ()
-        owners = problem.owners
-        if problem.takes_values:  # new ones, that hold the values
-            start = problem.start()
-            owners = [keras.Variable(x, dtype=x.dtype.name) for x in start]
-        self.moved = [plain(owner) for owner in owners]
         self._feed = None if source is None else Feed(problem, source, position)
-        self._compiled = self._compile()
-        if not self.moved:  # they were found by the trace
-            problem.find()
-            owners = problem.owners
-            self.moved = [plain(owner) for owner in owners]
-        self._written: list[tf.Variable] = []  # as far as a trace tells
-        if self._compiled is not None:
-            self._written = not_moved(problem, written_variables(self._compiled))
-        self._method = KerasMethod(factory, owners)
-        self.name, self.optimizer = self._method.name, self._method.optimizer
-        is_shared = self._feed is not None and problem.replicas.count > 1
-        if self._feed is not None and is_shared:
-            if self._compiled is None:  # eagerly, f raises the user's own error
-                self._evaluated(self._feed.first.get_value())
-                require_compiled(problem.name, problem.replicas.count)
-            problem.distribute(self._written)
-        if is_shared or self._method.scale() is not None:
-            self._compiled = self._compile()
-        self.backup = [tf.Variable(v, trainable=False) for v in self.moved]
-        self._before = [tf.Variable(v, trainable=False) for v in self._written]
+        self._problem = problem
+        self.stepper = OptimizerStepper(problem, factory, self._feed)
+        self.forms = OptimizerForms(self.stepper)
+        self.optimizer = self.stepper.method.optimizer
+        self.blamed: tuple[list[tf.Tensor], tuple[Nest, ...]] = [], ()
 
-    @property
-    def is_eager(self) -> bool:
-        """Whether the updates have to run outside of a trace."""
-        return not self._method.is_compiled or self._compiled is None
-
-    def kept(self) -> tuple[Any, Any]:
-        """Return that what is compiled serves this run alone."""
-        return self._kept, None
-
-    def init(self) -> tuple[State, Evaluation | None]:
+    def init(
+        self, x: list[tf.Tensor] | None = None, before: State | None = None
+    ) -> tuple[State, Evaluation | None]:
         """Return where the variables are; nothing is evaluated if f can be traced."""
         batch = () if self._feed is None else self._feed.begin()
-        if self._compiled is None:  # only a look can tell its dtypes
-            evaluation = _carried(self.evaluate(getattr(batch, "ahead", ())))
+        if self.stepper.compiled is None:  # only a look can tell its dtypes
+            query = getattr(batch, "ahead", ())
+            evaluation = _carried(self.stepper.evaluate(query))
         else:
-            specs = _carried(self._compiled.structured_outputs)
+            specs = _carried(self.stepper.compiled.structured_outputs)
             evaluation = tf.nest.map_structure(
                 lambda spec: tf.zeros(spec.shape, spec.dtype), specs
             )
@@ -123,96 +291,71 @@ class OptimizerSolver(Solver):
         )
         return state, None
 
-    def inputs(self, state: State, limit: int) -> tuple[Any, ...]:
-        """Return the iterator, and the step up to which batches are drawn from it."""
-        return () if self._feed is None else self._feed.inputs(int(state.step) + limit)
+    def point(self, state: State) -> list[tf.Tensor]:
+        """Return the values of the variables."""
+        return [variable.read_value() for variable in self.stepper.moved]
 
-    def query(self, state: State) -> Any:
-        """Return the batch that comes next."""
-        return () if self._feed is None else state.batch.ahead
+    def gradient(self, evaluation: Evaluation) -> list[tf.Tensor]:
+        """Return the gradient without the loss scale, dense."""
+        leaves, scale = dense(evaluation.gradient), self.stepper.method.scale()
+        if scale is None:
+            return leaves
+        return [leaf / tf.cast(scale, leaf.dtype) for leaf in leaves]
 
-    def evaluate(self, query: Any, *inputs: Any) -> Evaluation:
-        """Return the function where the variables are, on a batch if there is data."""
-        for kept, variable in zip(self._before, self._written, strict=True):
-            kept.assign(variable.read_value())
-        drawn = () if self._feed is None else (query.get_value(),)
-        if self._compiled is None:
-            return self._evaluated(*drawn)
-        evaluation: Evaluation = self._compiled(*drawn)
+    def variables(self) -> list[tf.Variable]:
+        """Return what is moved, the optimizer's moments, and what else f reads."""
+        stepper = self.stepper
+        # What f reads comes in reading order, the same in every process.
+        of_f = (*others(self._problem), *stepper.written)
+        parts = (
+            stepper.moved,
+            stepper.backup.variables,
+            stepper.method.variables(),
+            of_f,
+        )
+        return list({id(v): v for part in parts for v in part}.values())
+
+    def look(self, state: State) -> Evaluation:
+        """Return the function where the variables are; undo what that writes."""
+        query: Any = ()
+        if self._feed is not None:
+            batch = state.batch
+            query = batch.ahead if bool(batch.ahead.has_value()) else batch.last
+        before = [variable.read_value() for variable in self.stepper.written]
+        evaluation: Evaluation = self.stepper.evaluate(query)
+        for variable, value in zip(self.stepper.written, before, strict=True):
+            variable.assign(value)
         return evaluation
 
-    def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
-        """Return value, gradient and aux values, and the point while it is small."""
-        row = {"fun": evaluation.value, "grad_max": evaluation.grad_max}
-        if sum(variable.shape.num_elements() for variable in self.moved) <= SMALL:
-            row |= self.problem.named([v.read_value() for v in self.moved])
-        rate = self._method.rate()
-        if rate is not None:
-            row["learning_rate"] = rate
-        return {**row, **evaluation.aux}
+    def look_back(self, state: State) -> Evaluation:
+        """Return the function where the variables were before the last step."""
+        moved, point = self.stepper.moved, self.point(state)
+        for variable, kept in zip(moved, self.stepper.backup.variables, strict=True):
+            variable.assign(kept.read_value())
+        evaluation = self.look(state)
+        for variable, value in zip(moved, point, strict=True):
+            variable.assign(value)
+        return evaluation
 
-    def accept(self, state: State, evaluation: Evaluation) -> State:
-        """Return the state with the current point evaluated."""
-        here = _carried(evaluation)
-        if self._method.scale() is not None:
-            # An overflow is the optimizer's own affair: it takes a smaller scale.
-            size = here.grad_max
-            known = tf.where(tf.math.is_finite(size), size, size.dtype.max)
-            here = here._replace(grad_max=known)
-        return state._replace(
-            evaluation=here,
-            memory=state.evaluation,
-            accepted=tf.constant(True),
-            evaluations=state.evaluations + 1,
-        )
-
-    def way(self, old: State, new: State) -> tuple[list[Any], list[Any]]:
-        """Return the current point and the one before, leaf by leaf."""
-        read = [[v.read_value() for v in each] for each in (self.moved, self.backup)]
-        return read[0], read[1]
-
-    def move(
-        self, old: State, new: State, evaluation: Evaluation, *inputs: Any
-    ) -> State:
-        """Let the optimizer move the variables, unless the run has ended."""
-
-        def go() -> tf.Tensor:
-            for kept, variable in zip(self.backup, self.moved, strict=True):
-                kept.assign(variable.read_value())
-            self._method.update(evaluation.gradient)
-            return tf.constant(1)
-
-        def stay() -> tf.Tensor:
-            for kept, variable in zip(self._before, self._written, strict=True):
-                variable.assign(kept.read_value())
-            return tf.constant(0)
-
-        taken = tf.cond(new.code == RUNNING, go, stay)
-        new = new._replace(step=new.step + taken)
-        if self._feed is None:
-            return new
-        batch = self._feed.advance(
-            new.batch, new.code == RUNNING, new.step, self.moved, *inputs
-        )
-        return new._replace(batch=batch)
-
-    def has_next(self, state: State) -> Any:
-        """Return whether there is a batch at hand."""
-        return True if self._feed is None else state.batch.ahead.has_value()
+    def refresh(self, state: State) -> State:
+        """Return the same: what the user has changed is evaluated next."""
+        self.stepper.backup.forget()
+        return state
 
     def recover(self, state: State) -> tuple[State, str]:
         """Say what is not finite, and go back to the point before, if there is one."""
-        point = [variable.read_value() for variable in self.moved]
+        point = self.point(state)
         arguments: tuple[Nest, ...] = ()
         found = ""
         if self._feed is not None:
             arguments = self._feed.arguments_at_hand(state.batch)
             found = self._feed.blame(state.batch, arguments)
-        found = found or blame(self.problem, point, *arguments)
+        found = found or blame(self._problem, point, *arguments)
         self.blamed = point, arguments
         if int(state.step) == 0:
             return state, found
-        for kept, variable in zip(self.backup, self.moved, strict=True):
+        pairs = zip(self.stepper.backup.variables, self.stepper.moved, strict=True)
+        for kept, variable in pairs:
             variable.assign(kept.read_value())
         state = state._replace(step=state.step - 1, evaluation=state.memory)
         return state, found
@@ -227,74 +370,13 @@ class OptimizerSolver(Solver):
         ended = status_of(int(state.code))
         has_row = ended is not None and rule_of(ended).holds is not None
         last, counted = evaluation, int(not has_row)
-        if self._method.finish():  # the averages are in place now
+        if self.stepper.method.finish():  # the averages are in place now
             last, counted = self.look(state), counted + 1
         evaluations = state.evaluations + counted
         state = state._replace(evaluation=last, evaluations=evaluations)
         return state, None if has_row else evaluation
 
-    def look(self, state: State) -> Evaluation:
-        """Return the function where the variables are; undo what that writes."""
-        query: Any = ()
-        if self._feed is not None:
-            batch = state.batch
-            query = batch.ahead if bool(batch.ahead.has_value()) else batch.last
-        before = [variable.read_value() for variable in self._written]
-        evaluation = self.evaluate(query)
-        for variable, value in zip(self._written, before, strict=True):
-            variable.assign(value)
-        return evaluation
-
-    def point(self, state: State) -> list[tf.Tensor]:
-        """Return the values of the variables."""
-        return [variable.read_value() for variable in self.moved]
-
-    def gradient(self, evaluation: Evaluation) -> list[tf.Tensor]:
-        """Return the gradient without the loss scale, dense."""
-        leaves, scale = dense(evaluation.gradient), self._method.scale()
-        if scale is None:
-            return leaves
-        return [leaf / tf.cast(scale, leaf.dtype) for leaf in leaves]
-
-    def variables(self) -> list[tf.Variable]:
-        """Return what is moved, the optimizer's moments, and what else f reads."""
-        # What f reads comes in reading order, the same in every process.
-        of_f = (*others(self.problem), *self._written)
-        parts = (self.moved, self.backup, self._method.variables(), of_f)
-        return list({id(v): v for part in parts for v in part}.values())
-
-    def form(self, state: State, planned: int, jit: bool | str) -> Form:
-        """Return the compiled loop that pays for so many steps."""
-        if self.is_eager:
-            return Form("calls")
-        if self._feed is not None:
-            return Form("graph")
-        if jit is True:
-            return Form("xla")
-        if planned < LOOP_STEPS:
-            return Form("calls")
-        operations = operations_of(self._compiled.graph)
-        is_fit = not any(part in op for op in operations for part in NOT_FOR_XLA)
-        is_long = planned >= max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations))
-        is_fit &= jit == "auto" and not self._kept.get(NO_XLA)
-        return Form("xla" if is_fit and is_long else "graph")
-
-    def set_rate(self, rate: Any) -> None:
-        """Let the optimizer go on with another learning rate."""
-        if not callable(rate):
-            self._method.optimizer.learning_rate = rate
-
     # --- batches ---
-
-    def may_draw(self, state: State) -> bool:
-        """Return whether the epoch may have a batch that is not drawn yet."""
-        assert self._feed is not None
-        return self._feed.may_draw
-
-    def next_epoch(self, state: State, *, opens: bool) -> State:
-        """Return the state at the next epoch, at its first batch if it opens."""
-        assert self._feed is not None
-        return state._replace(batch=self._feed.next_epoch(state.batch, opens=opens))
 
     def prepare(self, state: State) -> State:
         """Draw the next batch if it is not at hand yet."""
@@ -302,38 +384,15 @@ class OptimizerSolver(Solver):
             return state
         return state._replace(batch=self._feed.refill(state.batch))
 
-    def _compile(self) -> Any:
-        """Return the compiled evaluation, for batches of all sizes at once.
+    def has_more(self, state: State) -> bool:
+        """Return whether the epoch may have another batch, at hand or not drawn yet."""
+        assert self._feed is not None
+        return bool(self.stepper.has_next(state)) or self._feed.may_draw
 
-        None if f leaves TensorFlow: eagerly, it runs or raises the user's own error.
-        """
-        function = tf.function(self._evaluated, autograph=False)
-        specs = [] if self._feed is None else [self._feed.source.spec]
-        try:
-            return function.get_concrete_function(*specs)
-        except TfgradError:
-            raise
-        except Exception:
-            return None
-
-    def _evaluated(self, *drawn: Any) -> Evaluation:
-        """Return the evaluation, with the size of the batch among the aux values."""
-        point = None
-        if self.problem.takes_values:
-            point = [variable.read_value() for variable in self.moved]
-        scale = None if self._method is None else self._method.scale()
-        arguments: tuple[Nest, ...] = ()
-        if self._feed is not None:
-            batch = self._feed.source.batch(*drawn)
-            arguments = self._feed.arguments(batch)
-        evaluation = self.problem.evaluate(point, arguments, scale)
-        if self._feed is not None:
-            aux = {**evaluation.aux, SIZE: size_of(batch)}
-            evaluation = evaluation._replace(aux=aux)
-        is_traced = not tf.executing_eagerly()
-        if is_traced and self.problem.graph(arguments, scale) is None:
-            raise NotImplementedError  # f runs eagerly
-        return evaluation
+    def next_epoch(self, state: State, *, opens: bool) -> State:
+        """Return the state at the next epoch, at its first batch if it opens."""
+        assert self._feed is not None
+        return state._replace(batch=self._feed.next_epoch(state.batch, opens=opens))
 
 
 def _carried(evaluation: Evaluation) -> Evaluation:

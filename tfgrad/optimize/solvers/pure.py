@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from tfgrad.derivatives.signatures import signature
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either, ravel, unravel
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
@@ -18,7 +18,7 @@ from tfgrad.optimize.methods.convergence import at_precision
 from tfgrad.optimize.methods.protocol import Bindable, Explained, Method, Move, Point
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.saddle import point_beside
-from tfgrad.optimize.solvers import NO_XLA, Form, Solver, State
+from tfgrad.optimize.solvers import NO_XLA, Form, Forms, Solver, State, Stepper
 from tfgrad.optimize.stopping import RUNNING, code_of
 from tfgrad.optimize.traced import blame, for_xla, operations, others, written
 
@@ -79,7 +79,7 @@ class Start(NamedTuple):
         )
 
 
-class PureSolver(Solver):
+class PureStepper(Stepper):
     """Evaluate the trial, ask the method what to make of it.
 
     Args:
@@ -87,8 +87,11 @@ class PureSolver(Solver):
         method: How.
         limits: Bounds of x, for a method that has `within(bounds)`; None for none.
 
-    Raises:
-        InvalidArgumentError: If the leaves of the point have several dtypes.
+    Attributes:
+        problem: As above.
+        given: The method within its bounds.
+        method: The same, bound to the problem if it asks for that.
+        failure: The code of a run in which the method failed.
     """
 
     lag = 1
@@ -96,75 +99,44 @@ class PureSolver(Solver):
     def __init__(
         self, problem: Problem, method: Method, limits: Limits | None = None
     ) -> None:
-        """Find the variables; move the start into the bounds; evaluate nothing."""
-        self.name = method.name
+        """Evaluate nothing."""
         self.problem = problem
-        problem.find()
-        self._like = problem.leaves
-        _check_unconstrained(self.name, problem.owners)
-        self._limits = limits if limits is not None and limits.are_any else None
-        if self._limits is not None:
+        self.limits = limits if limits is not None and limits.are_any else None
+        if self.limits is not None:
             within: Any = method
-            method = within.within((self._limits.lower, self._limits.upper))
-        dtypes = {leaf.dtype.name for leaf in self._like}
-        if len(dtypes) > 1:
-            raise InvalidArgumentError(
-                f"`{self.name}` works on one vector of one dtype.",
-                got=f"leaves of {' and '.join(sorted(dtypes))}",
-                hint="cast them to one dtype, or a Keras optimizer such as 'adam'",
-            )
-        self._given = self._method = method
+            method = within.within((self.limits.lower, self.limits.upper))
+        self.given = self.method = method
         self.failure = code_of(getattr(method, "failure", "linesearch"))
-        self._others: list[Any] = []
-        self.blamed: tuple[list[tf.Tensor], tuple[Any, ...]] = [], ()
 
     @property
     def knows_solutions(self) -> bool:
         """Whether the method says itself where a solution is."""
-        return _knows_solutions(self._method)
+        is_told = isinstance(self.method, Explained)
+        return is_told and getattr(self.method, "knows_solutions", True)
 
-    def kept(self) -> tuple[Any, Any]:
-        """Return where updates are kept: with the function if they depend on it."""
-        settings = getattr(self._given, "settings", None)
-        key = self._given if settings is None else (type(self._given), settings)
-        is_bound = self._method is not self._given
-        return (self.problem.evaluator.kept if is_bound else None), key
+    @property
+    def is_bound(self) -> bool:
+        """Whether the method depends on the problem."""
+        return self.method is not self.given
 
-    def kept_with_f(self) -> tuple[Any, Any]:
-        """Return where compiled loops are kept: with the function."""
-        return self.problem.evaluator.kept, (self.kept()[1], signature(self._like))
-
-    def init(self) -> tuple[State, Evaluation | None]:
-        """Evaluate the start, and ask where to look next."""
-        start = self.problem.start()
-        if self._limits is not None:
-            x = ravel(start)
-            start = unravel(self._box(x).clip(x), self._like)
-        return self.begin(start)
-
-    def begin(self, x: list[tf.Tensor], before: State | None = None) -> Any:
-        """Evaluate a point and let the method begin there.
+    def start(
+        self, x: list[tf.Tensor], before: State | None = None
+    ) -> tuple[Start, Evaluation]:
+        """Evaluate a point, and let the method see the problem.
 
         Args:
             x: The leaves of the point.
             before: The run until there.
         """
         evaluation = flat(self.problem.evaluate(x))
-        if isinstance(self._given, Bindable):
-            self._method = self._given.bind(self.problem)
-        start = Start.at(ravel(x), evaluation, before)
-        self._watch()
-        if not tf.executing_eagerly():  # it is part of another trace
-            return self.begun(start), evaluation
-        place, key = self.kept()
-        key = "start", key, shapes_of(start)
-        begun = kept(place, key, lambda: compiled(self.begun, start))
-        return begun(*tf.nest.flatten(start)), evaluation
+        if isinstance(self.given, Bindable):
+            self.method = self.given.bind(self.problem)
+        return Start.at(ravel(x), evaluation, before), evaluation
 
     def begun(self, start: Start) -> State:
         """Return where a run begins: the method's first move is part of it."""
         x, evaluation = start.x, start.evaluation
-        move = self._method.init(_point(x, evaluation))
+        move = self.method.init(_point(x, evaluation))
         value = evaluation.value
         is_bad = ~(tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max))
         return State(
@@ -194,23 +166,11 @@ class PureSolver(Solver):
             row[VECTOR] = x
         return {**row, **evaluation.aux}
 
-    def named(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """Return the columns with the leaves of the points."""
-        if VECTOR not in columns:
-            return columns
-        shapes: list[Any] = [tuple(leaf.shape) for leaf in self._like]
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-        parts = np.split(columns[VECTOR], ends, axis=1)
-        pairs = zip(parts, shapes, strict=True)
-        leaves = [part.reshape(len(part), *shape) for part, shape in pairs]
-        rest = {name: c for name, c in columns.items() if name != VECTOR}
-        return {**rest, **self.problem.named(leaves)}
-
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Let the method decide on the trial."""
         trial, remembered = state.memory
         old = _point(state.x, state.evaluation)
-        move = self._method.update(_point(trial, evaluation), old, remembered)
+        move = self.method.update(_point(trial, evaluation), old, remembered)
         evaluation = self._projected(trial, evaluation)
         value = evaluation.value
         is_finite = tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max)
@@ -240,40 +200,136 @@ class PureSolver(Solver):
         """Return the current point and the one before."""
         return [new.x], [old.x]
 
-    def settle(self, state: State) -> None:
-        """Put the user's variables to the current point."""
-        if self.problem.variables:
-            self.problem.assign(self.point(state))
+    def for_xla(self) -> Stepper | None:
+        """Return it in a form that XLA compiles once; None if there is none."""
+        problem = for_xla(self.problem, is_bound=self.is_bound)
+        if problem is None or problem is self.problem:
+            return self if problem is not None else None
+        stepper = copy.copy(self)
+        stepper.problem = problem
+        if isinstance(self.given, Bindable):
+            stepper.method = self.given.bind(problem)
+        return stepper
 
-    def recover(self, state: State) -> tuple[State, str]:
-        """Find what made the trial, or the start, not finite; restore the variables."""
-        is_start = not np.isfinite(state.evaluation.grad_max)
-        trial = unravel(state.x if is_start else state.memory.trial, self._like)
-        self.blamed = trial, ()
-        found = blame(self.problem, trial)
-        self.settle(state)
-        return state, found
+    def clip(self, x: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Return the leaves of a point moved into the bounds."""
+        if self.limits is None:
+            return x
+        vector = ravel(x)
+        return unravel(self._box(vector).clip(vector), x)
 
-    def escape(self, state: State) -> tuple[State, Evaluation | None]:
-        """Begin anew at a lower point beside a maximum or a saddle, if this is one."""
-        is_bound = self._method is not self._given
-        lower = None
-        if self._limits is None:  # beside them, a lower point may be forbidden
-            lower = point_beside(self.problem, state, products=is_bound)
-        self.settle(state)
-        if lower is None:
-            return state, None
-        found: tuple[State, Evaluation] = self.begin(unravel(lower, self._like), state)
-        return found
+    def _projected(self, x: tf.Tensor, evaluation: Evaluation) -> Evaluation:
+        """Return the evaluation with the slope of what no bound holds."""
+        if self.limits is None:
+            return evaluation
+        free = self._box(x).reduced(_point(x, evaluation))
+        return evaluation._replace(grad_max=free.grad_max)
 
-    def refresh(self, state: State) -> State:
-        """Begin anew where the variables are if one that f reads was changed."""
-        if self._is_as_it_was(state):
-            return state
-        variables = self.problem.variables
-        x = self.problem.start() if variables else self.point(state)
-        fresh, _ = self.begin(x, state)
-        return fresh._replace(step=state.step)
+    def _box(self, x: tf.Tensor) -> Bounds:
+        assert self.limits is not None
+        return Bounds(*(tf.cast(b, x.dtype) for b in self.limits.sides))
+
+
+class PureForms(Forms):
+    """Calls at first; XLA from the evaluation on at which it pays.
+
+    Args:
+        stepper: What takes steps.
+    """
+
+    def __init__(self, stepper: PureStepper) -> None:
+        """Compile nothing."""
+        self._stepper, self._problem = stepper, stepper.problem
+
+    def form(self, state: State, planned: int, jit: bool | str) -> Form:
+        """Return XLA from the evaluation on at which it pays."""
+        problem = self._problem
+        is_refused = problem.evaluator.kept.get(NO_XLA) and jit == "auto"
+        if is_refused or problem.source is not None:
+            return Form("calls")
+        types = operations(problem)
+        if not types or jit is False:  # it runs eagerly, or shall
+            return Form("calls")
+        if jit is True:
+            return Form("xla")
+        if any(part in op for op in types for part in NOT_FOR_XLA):
+            return Form("calls")
+        size = sum(leaf.shape.num_elements() for leaf in problem.x.leaves)
+        once = COMPILATION[0] + COMPILATION[1] * len(types)
+        pays = int(once / (SAVED[0] + SAVED[1] * size))
+        pays = 0 if pays < AT_ONCE else pays
+        return Form("xla") if int(state.evaluations) >= pays else Form("calls", pays)
+
+    def kept(self) -> tuple[Any, Any]:
+        """Return where updates are kept: with the function if they depend on it."""
+        given = self._stepper.given
+        settings = getattr(given, "settings", None)
+        key = given if settings is None else (type(given), settings)
+        place = self._problem.evaluator.kept if self._stepper.is_bound else None
+        return place, key
+
+    def kept_with_f(self) -> tuple[Any, Any]:
+        """Return where compiled loops are kept: with the function."""
+        key = self.kept()[1], shapes_of(self._problem.x.template)
+        return self._problem.evaluator.kept, key
+
+
+class PureSolver(Solver):
+    """A pure method at work on a problem.
+
+    Args:
+        problem: What to minimise.
+        method: How.
+        limits: Bounds of x, for a method that has `within(bounds)`; None for none.
+
+    Attributes:
+        blamed: The leaves of a point that was not finite, and what f took besides.
+
+    Raises:
+        InvalidArgumentError: If the leaves of the point have several dtypes, or one of
+            the variables a constraint.
+    """
+
+    def __init__(
+        self, problem: Problem, method: Method, limits: Limits | None = None
+    ) -> None:
+        """Find the variables; evaluate nothing."""
+        self.problem = problem
+        problem.find()
+        self._like = problem.x.leaves
+        _check_unconstrained(method.name, problem.x.owners)
+        dtypes = {leaf.dtype.name for leaf in self._like}
+        if len(dtypes) > 1:
+            raise InvalidArgumentError(
+                f"`{method.name}` works on one vector of one dtype.",
+                got=f"leaves of {' and '.join(sorted(dtypes))}",
+                hint="cast them to one dtype, or a Keras optimizer such as 'adam'",
+            )
+        self.stepper = PureStepper(problem, method, limits)
+        self.forms = PureForms(self.stepper)
+        self._others: list[Any] = []
+        self.blamed: tuple[list[tf.Tensor], tuple[Any, ...]] = [], ()
+
+    def init(
+        self, x: list[tf.Tensor] | None = None, before: State | None = None
+    ) -> tuple[State, Evaluation]:
+        """Evaluate a point, the start moved into the bounds; let the method begin.
+
+        Args:
+            x: The leaves of a point to begin anew at; None for the problem's start.
+            before: The run until there.
+        """
+        if x is None:
+            x = self.stepper.clip(self.problem.x.start())
+        start, evaluation = self.stepper.start(x, before)
+        # The variables that f reads and does not write, as they are.
+        own = {id(variable) for variable in written(self.problem)}
+        rest = [v for v in others(self.problem) if id(v) not in own]
+        self._others = [(variable, variable.read_value()) for variable in rest]
+        place, key = self.forms.kept()
+        key = "start", key, shapes_of(start)
+        begun = kept(place, key, lambda: compiled(self.stepper.begun, start))
+        return begun(*tf.nest.flatten(start)), evaluation
 
     def point(self, state: State) -> list[tf.Tensor]:
         """Return the leaves of the current point."""
@@ -287,69 +343,62 @@ class PureSolver(Solver):
         """Return what else f reads: seeds, averages."""
         return others(self.problem)
 
+    def named(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """Return the columns with the leaves of the points."""
+        if VECTOR not in columns:
+            return columns
+        shapes: list[Any] = [tuple(leaf.shape) for leaf in self._like]
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+        parts = np.split(columns[VECTOR], ends, axis=1)
+        pairs = zip(parts, shapes, strict=True)
+        leaves = [part.reshape(len(part), *shape) for part, shape in pairs]
+        rest = {name: c for name, c in columns.items() if name != VECTOR}
+        return {**rest, **self.problem.x.named(leaves)}
+
+    def settle(self, state: State) -> None:
+        """Put the user's variables to the current point."""
+        if self.problem.x.variables:
+            self.problem.x.assign(self.point(state))
+
+    def refresh(self, state: State) -> State:
+        """Begin anew where the variables are if one that f reads was changed."""
+        variables = self.problem.x.variables
+        moved = zip(variables, self.point(state), strict=False)
+        pairs = [*moved, *self._others]
+        if all(bool(tf.reduce_all(v.read_value() == value)) for v, value in pairs):
+            return state
+        x = self.problem.x.start() if variables else self.point(state)
+        fresh, _ = self.init(x, state)
+        return fresh._replace(step=state.step)
+
+    def recover(self, state: State) -> tuple[State, str]:
+        """Find what made the trial, or the start, not finite; restore the variables."""
+        is_start = not np.isfinite(state.evaluation.grad_max)
+        trial = unravel(state.x if is_start else state.memory.trial, self._like)
+        self.blamed = trial, ()
+        found = blame(self.problem, trial)
+        self.settle(state)
+        return state, found
+
+    def escape(self, state: State) -> tuple[State, Evaluation | None]:
+        """Begin anew at a lower point beside a maximum or a saddle, if this is one."""
+        lower = None
+        if self.stepper.limits is None:  # beside them, a lower point may be forbidden
+            products = self.stepper.is_bound
+            lower = point_beside(self.problem, state, products=products)
+        self.settle(state)
+        if lower is None:
+            return state, None
+        return self.init(unravel(lower, self._like), state)
+
     def why(self, state: State) -> tuple[str, str] | None:
         """Return what the method says about its memory."""
-        method: Any = self._method
-        has_failed = int(state.code) in (self.failure, code_of("converged"))
-        is_own = has_failed and _knows_solutions(method)
-        return method.why(state.memory.method) if is_own else None
-
-    def form(self, state: State, planned: int, jit: bool | str) -> Form:
-        """Return XLA from the evaluation on at which it pays."""
-        is_kept_from = self.problem.evaluator.kept.get(NO_XLA) and jit == "auto"
-        if is_kept_from or self.problem.source is not None:
-            return Form("calls")
-        types = operations(self.problem)
-        if not types or jit is False:  # it runs eagerly, or shall
-            return Form("calls")
-        if jit is True:
-            return Form("xla")
-        if any(part in op for op in types for part in NOT_FOR_XLA):
-            return Form("calls")
-        size = sum(leaf.shape.num_elements() for leaf in self._like)
-        once = COMPILATION[0] + COMPILATION[1] * len(types)
-        pays = int(once / (SAVED[0] + SAVED[1] * size))
-        pays = 0 if pays < AT_ONCE else pays
-        return Form("xla") if int(state.evaluations) >= pays else Form("calls", pays)
-
-    def for_xla(self) -> Solver | None:
-        """Return the solver in a form that XLA compiles once; None if there is none."""
-        problem = for_xla(self.problem, is_bound=self._method is not self._given)
-        if problem is None or problem is self.problem:
-            return self if problem is not None else None
-        solver = PureSolver(problem, self._given)
-        solver._limits = self._limits
-        if isinstance(self._given, Bindable):
-            solver._method = self._given.bind(problem)
-        return solver
-
-    def _projected(self, x: tf.Tensor, evaluation: Evaluation) -> Evaluation:
-        """Return the evaluation with the slope of what no bound holds."""
-        if self._limits is None:
-            return evaluation
-        free = self._box(x).reduced(_point(x, evaluation))
-        return evaluation._replace(grad_max=free.grad_max)
-
-    def _box(self, x: tf.Tensor) -> Bounds:
-        assert self._limits is not None
-        return Bounds(*(tf.cast(b, x.dtype) for b in self._limits.sides))
-
-    def _watch(self) -> None:
-        """Remember the variables that f reads and does not write, as they are."""
-        own = {id(variable) for variable in written(self.problem)}
-        rest = [v for v in others(self.problem) if id(v) not in own]
-        self._others = [(variable, variable.read_value()) for variable in rest]
-
-    def _is_as_it_was(self, state: State) -> bool:
-        """Return whether those, and the variables that are moved, are as they were."""
-        moved = zip(self.problem.variables, self.point(state), strict=False)
-        pairs = [*moved, *self._others]
-        return all(bool(tf.reduce_all(v.read_value() == value)) for v, value in pairs)
-
-
-def _knows_solutions(method: Method) -> bool:
-    is_told = isinstance(method, Explained)
-    return is_told and getattr(method, "knows_solutions", True)
+        has_failed = int(state.code) in (self.stepper.failure, code_of("converged"))
+        if not (has_failed and self.stepper.knows_solutions):
+            return None
+        method: Any = self.stepper.method
+        said: tuple[str, str] | None = method.why(state.memory.method)
+        return said
 
 
 def _check_unconstrained(name: str, owners: Any) -> None:

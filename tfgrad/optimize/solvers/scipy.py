@@ -26,7 +26,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -81,6 +81,79 @@ class _LeftError(Exception):
     """Raised within SciPy where the run has ended."""
 
 
+class _Function:
+    """A problem as SciPy asks for it: at vectors of float64, again and again.
+
+    Args:
+        problem: What is minimised.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._known: OrderedDict[bytes, Evaluation] = OrderedDict()
+
+    def at(self, x: Array) -> Evaluation:
+        """Return the evaluation at x; SciPy asks for the same points again."""
+        key = x.tobytes()
+        if key not in self._known:
+            self._known[key] = self._problem.at(self.vector(x))
+            if len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def hvp(self, x: Array, v: Array) -> Array:
+        """Return the Hessian times v."""
+        product = self._problem.hvp(self.vector(x), self.vector(v))
+        return np.asarray(product, np.float64)
+
+    def vector(self, x: Array) -> tf.Tensor:
+        """Return a point in the dtype of the problem."""
+        return tf.constant(x, self._problem.x.leaves[0].dtype)
+
+    def leaves(self, x: Array) -> list[tf.Tensor]:
+        """Return the leaves of a point."""
+        return unravel(self.vector(x), self._problem.x.leaves)
+
+
+class _Limited(NamedTuple):
+    """The rules, asked only where no limit speaks against them.
+
+    Attributes:
+        limits: Bounds and constraints.
+        tolerances: The rules that were asked for.
+    """
+
+    limits: Limits
+    tolerances: Tolerances
+
+    def code(self, old: State, new: State) -> tf.Tensor:
+        """Return the code of a state, which an iteration of SciPy's led to."""
+        rules = self.tolerances
+        if new is old or np.array_equal(np.asarray(old.x), np.asarray(new.x)):
+            # It stands, as where a simplex turns about its best corner.
+            rules = rules._replace(ftol=None, xtol=None)
+        if self.limits.violation(np.asarray(new.x, np.float64)) > FEASIBLE:
+            rules = Tolerances()  # no point to stop at
+        elif self.limits.are_any:
+            rules = rules._replace(gtol=None)  # at a limit the gradient need not vanish
+        code: tf.Tensor = judge(
+            Step(
+                fun=new.evaluation.value,
+                grad_max=new.evaluation.grad_max,
+                x=[new.x],
+                expected=new.expected,
+                first=new.first,
+                before_fun=old.evaluation.value,
+                before_x=[old.x],
+                before_expected=old.expected,
+                is_start=new.step == 0,
+                tolerances=rules,
+            )
+        )
+        return code
+
+
 class SciPyLoop:
     """A run of one of SciPy's methods, from iteration to iteration.
 
@@ -92,12 +165,13 @@ class SciPyLoop:
         clock: Returns the seconds since the run began.
 
     Attributes:
-        solver: What evaluates.
+        solver: What begins, recovers and looks.
         visit: Called with each state and its row; returns whether to go on. None: a
             call of `advance` takes one iteration, and SciPy runs in a thread.
         bad: A row that is not finite, where that ended the run.
         blame: Which op and line made it so, if that was found.
-        verdict: SciPy's own: whether it succeeded, and its last words.
+        verdict: SciPy's own, no limit being broken: whether it succeeded, and its last
+            words.
     """
 
     def __init__(
@@ -113,29 +187,25 @@ class SciPyLoop:
         self.visit: Callable[[State, Rows], bool] | None = None
         self.bad: Rows | None = None
         self.blame = ""
-        self.verdict = False, ""
-        self._method, self._limits, self._clock = method, limits, clock
-        self._tolerances = tolerances
-        self._known: OrderedDict[bytes, Evaluation] = OrderedDict()
+        self._method, self._clock = method, clock
+        self._rules, self._function = _Limited(limits, tolerances), _Function(problem)
         self._hand: _Hand | None = None
-        self._is_feasible = True
+        self.verdict = False, ""
 
     def start(self) -> tuple[State, Rows]:
         """Evaluate the start, moved into the bounds."""
         problem = self.solver.problem
-        x = np.asarray(ravel(problem.start()), np.float64)
-        inside = self._limits.clip(x)
+        x = np.asarray(ravel(problem.x.start()), np.float64)
+        inside = self._rules.limits.clip(x)
         if np.any(inside != x):
-            problem.restart(self._leaves(inside))
+            problem.x.restart(self._function.leaves(inside))
         state, evaluation = self.solver.init()
-        assert evaluation is not None
-        state, row = state, self._row(state, evaluation)
+        row = self._row(state, evaluation)
         if int(state.code):
             self.bad = row
             state, self.blame = self.solver.recover(state)
             return state, row
-        rules = self._tolerances._replace(ftol=None, xtol=None)
-        return state._replace(code=self._code(state, state, rules)), row
+        return state._replace(code=self._rules.code(state, state)), row
 
     def advance(self, state: State, limit: int) -> tuple[State, Rows]:
         """Let SciPy iterate: to its end, or once."""
@@ -151,15 +221,15 @@ class SciPyLoop:
 
     def escape(self, state: State) -> tuple[State, Rows]:
         """Leave a maximum or a saddle where no limit may be what holds the point."""
-        if self._limits.are_any:
+        if self._rules.limits.are_any:
             return state, Rows({})
         lower = point_beside(self.solver.problem, state, products=False)
         if lower is None:
             self.solver.settle(state)
             return state, Rows({})
         self.close()
-        leaves = self._leaves(np.asarray(lower, np.float64))
-        state, evaluation = self.solver.begin(leaves, state)
+        leaves = self._function.leaves(np.asarray(lower, np.float64))
+        state, evaluation = self.solver.init(leaves, state)
         return state, self._row(state, evaluation)
 
     def finish(self, state: State) -> tuple[State, Rows]:
@@ -170,7 +240,7 @@ class SciPyLoop:
     @property
     def succeeded(self) -> bool:
         """Whether SciPy reports success, and no limit is broken."""
-        return self.verdict[0] and self._is_feasible
+        return self.verdict[0]
 
     def close(self) -> None:
         """Leave SciPy where it is."""
@@ -182,9 +252,8 @@ class SciPyLoop:
         """Return the status and the sentence of a run that SciPy ended."""
         if int(state.code) not in (code_of("scipy"), code_of("infeasible")):
             return None
-        broken = self._limits.violation(np.asarray(state.x, np.float64))
-        self._is_feasible = broken <= FEASIBLE
         said = f"SciPy ended: {self.verdict[1].rstrip('.')}."
+        broken = self._rules.limits.violation(np.asarray(state.x, np.float64))
         if broken > FEASIBLE:
             return "infeasible", f"{said} A limit is broken by {broken:.2g}."
         return "scipy", said
@@ -193,23 +262,24 @@ class SciPyLoop:
         """Let SciPy run until it ends, or until a visit ends it."""
         from scipy.optimize import minimize
 
-        session = _Session(self, state, visit)
-        method, second = self._method, self._method.second
-        functions = {"hessp": session.hessp, "hess": session.hess}
+        session = _Session(self._function, state, self._moved, visit)
+        method, limits = self._method, self._rules.limits
+        second = {"hessp": session.hessp, "hess": session.hess}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the status of the run says it all
             try:
                 found = minimize(
-                    session.fun,
+                    session.fun if method.gradient else lambda x: session.fun(x)[0],
                     np.asarray(state.x, np.float64),
                     method=method.own_name,
                     jac=True if method.gradient else None,
-                    bounds=self._limits.bounds_for_scipy(),
-                    constraints=self._limits.for_scipy(),
+                    bounds=limits.bounds_for_scipy(),
+                    constraints=limits.for_scipy(),
                     callback=session.iteration,
                     options=dict(method.options),
-                    **({second: functions[second]} if second else {}),
+                    **({method.second: second[method.second]} if method.second else {}),
                 )
+                session.end(np.asarray(found.x, np.float64))
             except _LeftError:
                 return session.state
             except tf.errors.OpError:
@@ -217,112 +287,75 @@ class SciPyLoop:
             except Exception as error:
                 if session.error is not None:
                     raise session.error from None
-                found, self.verdict = None, (False, str(error))
-        if found is not None:
-            is_clean = not session.was_bad
-            message = str(found.message)
-            if session.was_bad:
-                message = "f has no finite value at a point that it went on to"
-            self.verdict = bool(found.success) and is_clean, message
-            last = np.asarray(found.x, np.float64)
-            if np.array_equal(last, session.x):
-                return self._ended(session.state)
-            session.iteration(last)
-        return self._ended(session.state)
+                self.verdict = False, str(error)
+            else:
+                self.verdict = bool(found.success), str(found.message)
+                if session.was_bad:
+                    words = "f has no finite value at a point that it went on to"
+                    self.verdict = False, words
+        ended = session.state._replace(code=tf.constant(code_of("scipy")))
+        if limits.violation(np.asarray(ended.x, np.float64)) > FEASIBLE:
+            self.verdict = False, self.verdict[1]
+        return ended
 
-    def _ended(self, state: State) -> State:
-        return state._replace(code=tf.constant(code_of("scipy")))
-
-    def moved(self, state: State, x: Array) -> tuple[State, Rows]:
+    def _moved(self, state: State, x: Array) -> tuple[State, Rows]:
         """Return the state at SciPy's point, the rules asked, and its row."""
-        evaluation = self.at(x)
+        evaluation = self._function.at(x)
         new = state._replace(
             x=tf.constant(x, state.x.dtype),
             evaluation=evaluation._replace(aux={}, linear=()),
             step=state.step + 1,
         )
         row = self._row(new, evaluation)
-        stands = np.array_equal(np.asarray(state.x), np.asarray(new.x))
-        rules = self._tolerances
-        if stands:  # as where a simplex turns about its best corner
-            rules = rules._replace(ftol=None, xtol=None)
-        new = new._replace(code=self._code(state, new, rules))
+        new = new._replace(code=self._rules.code(state, new))
         if int(new.code) == code_of("nonfinite"):
             self.bad = row
-            leaves = self._leaves(x)
-            self.solver.problem.assign(leaves)
+            leaves = self._function.leaves(x)
+            self.solver.problem.x.assign(leaves)
             self.solver.blamed = leaves, ()
             self.blame = blame(self.solver.problem, leaves)
-            new = state._replace(code=new.code)
-            return new, Rows({})
+            return state._replace(code=new.code), Rows({})
         return new, row
 
-    def at(self, x: Array) -> Evaluation:
-        """Return the evaluation at x; SciPy asks for the same points again."""
-        key = x.tobytes()
-        if key not in self._known:
-            self._known[key] = self.solver.problem.at(self._vector(x))
-            if len(self._known) > KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
-
-    def _code(self, old: State, new: State, rules: Tolerances) -> tf.Tensor:
-        if self._limits.violation(np.asarray(new.x, np.float64)) > FEASIBLE:
-            rules = Tolerances()  # no point to stop at
-        elif self._limits.are_any:
-            rules = rules._replace(gtol=None)  # at a limit the gradient need not vanish
-        step = Step(
-            fun=new.evaluation.value,
-            grad_max=new.evaluation.grad_max,
-            x=[new.x],
-            expected=new.expected,
-            first=new.first,
-            before_fun=old.evaluation.value,
-            before_x=[old.x],
-            before_expected=old.expected,
-            is_start=new.step == 0,
-            tolerances=rules,
-        )
-        code: tf.Tensor = judge(step)
-        return code
-
     def _row(self, state: State, evaluation: Evaluation) -> Rows:
-        row = self.solver.row(state.x, evaluation)
+        row = self.solver.stepper.row(state.x, evaluation)
         columns = {name: as_array(value)[None] for name, value in row.items()}
         columns = self.solver.named(columns)
         now = self._clock()
         return Rows({"step": np.array([int(state.step)]), **columns}).timed(now, now)
 
-    def _vector(self, x: Array) -> tf.Tensor:
-        return tf.constant(x, self.solver.problem.leaves[0].dtype)
-
-    def _leaves(self, x: Array) -> list[tf.Tensor]:
-        return unravel(self._vector(x), self.solver.problem.leaves)
-
 
 class _Session:
     """What SciPy calls, and where it is.
 
-    Attributes:
+    Args:
+        function: What is minimised.
         state: Where the run is.
-        x: The point of it, in float64.
+        moved: Returns the state at a point, and its row.
+        visit: Takes both; returns whether to go on.
+
+    Attributes:
+        state: As above.
         error: What a function of the user's raised.
         was_bad: Whether the last point evaluated had no finite value.
     """
 
     def __init__(
-        self, loop: SciPyLoop, state: State, visit: Callable[[State, Rows], bool]
+        self,
+        function: _Function,
+        state: State,
+        moved: Callable[[State, Array], tuple[State, Rows]],
+        visit: Callable[[State, Rows], bool],
     ) -> None:
-        self.state, self.x = state, np.asarray(state.x, np.float64)
+        self.state, self.was_bad = state, False
         self.error: BaseException | None = None
-        self.was_bad = False
-        self._loop, self._visit = loop, visit
+        self._function, self._moved, self._visit = function, moved, visit
+        self._x = np.asarray(state.x, np.float64)
         self._highest = self._lowest = float(state.evaluation.value)
 
-    def fun(self, x: Array) -> Any:
+    def fun(self, x: Array) -> tuple[float, Array]:
         """Return value and gradient; a finite stand-in where f has none."""
-        at = self._guarded(self._loop.at, np.array(x))
+        at = self._guarded(self._function.at, np.array(x))
         value, grad = float(at.value), np.asarray(at.gradient, np.float64)
         self.state = self.state._replace(evaluations=self.state.evaluations + 1)
         self.was_bad = not np.isfinite(value) or not np.all(np.isfinite(grad))
@@ -332,15 +365,12 @@ class _Session:
         else:
             height = self._highest - self._lowest
             value = self._highest + BEYOND * max(height, abs(self._highest), 1e-300)
-        if not self._loop._method.gradient:
-            return value
         return value, np.where(np.isfinite(grad), grad, 0.0)
 
     def hessp(self, x: Array, v: Array) -> Array:
         """Return the Hessian times v."""
-        problem, vector = self._loop.solver.problem, self._loop._vector
-        product = self._guarded(problem.hvp, vector(x), vector(v))
-        return np.asarray(product, np.float64)
+        product: Array = self._guarded(self._function.hvp, x, v)
+        return product
 
     def hess(self, x: Array) -> Array:
         """Return the Hessian."""
@@ -349,10 +379,15 @@ class _Session:
 
     def iteration(self, x: Array, *_: Any) -> None:
         """Hand on a step; leave SciPy if the run has ended."""
-        self.x = np.array(x, np.float64)
-        self.state, rows = self._guarded(self._loop.moved, self.state, self.x)
+        self._x = np.array(x, np.float64)
+        self.state, rows = self._guarded(self._moved, self.state, self._x)
         if not self._guarded(self._visit, self.state, rows):
             raise _LeftError
+
+    def end(self, x: Array) -> None:
+        """Hand on the last point, unless it was."""
+        if not np.array_equal(x, self._x):
+            self.iteration(x)
 
     def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function; keep what it raises, which SciPy may swallow."""

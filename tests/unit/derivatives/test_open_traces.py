@@ -3,16 +3,17 @@ import threading
 import pytest
 import tensorflow as tf
 
-from tfgrad.derivatives.tracing import MOST_TRACES
-from tfgrad.optimize.open_traces import OpenTraces
+from tfgrad.derivatives.signatures import MOST_TRACES, OpenTraces
 
 
 def traces_of(seen):
-    def trace(nests, specs):
+    traces = OpenTraces()
+
+    def trace(specs):
         seen.append([spec.shape.as_list() for spec in specs])
         return len(seen)
 
-    return OpenTraces(trace)
+    return lambda nests: traces.of(nests, trace)
 
 
 def test_the_second_shape_opens_the_dimension_that_differs():
@@ -64,32 +65,32 @@ def test_ragged_and_sparse_tensors_are_opened_likewise():
 def test_where_the_open_trace_fails_each_shape_has_its_own():
     seen = []
 
-    def trace(nests, specs):
+    def trace(specs):
         if None in specs[0].shape.as_list():
             raise TypeError
         seen.append(specs[0].shape[0])
         return tuple(seen)
 
-    traces = OpenTraces(trace)
-    found = [traces(tf.zeros([n])) for n in (1, 2, 3, 2)]
+    traces = OpenTraces()
+    found = [traces.of(tf.zeros([n]), trace) for n in (1, 2, 3, 2)]
 
     assert seen == [1, 2, 3]
     assert found[3] == found[1]
 
 
 def test_an_error_of_the_first_trace_is_raised():
-    def trace(nests, specs):
+    def trace(specs):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        OpenTraces(trace)(tf.zeros([1]))
+        OpenTraces().of(tf.zeros([1]), trace)
 
 
 def test_shapes_without_end_do_not_fill_the_memory():
     seen = []
-    traces = traces_of(seen)
+    traces = OpenTraces()
     for n in range(3 * MOST_TRACES):
-        traces(tf.zeros([n]))
+        traces.of(tf.zeros([n]), lambda specs: seen.append(specs) or len(seen))
 
     assert len(seen) == 2
     assert len(traces._known) <= 2 * MOST_TRACES

@@ -1,0 +1,155 @@
+"""How well the parameters of many results are known: `uncertainty`, all rows at once.
+
+References:
+    `tfgrad.optimize.uncertainty` for those.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfgrad.derivatives.matrices import hvp
+from tfgrad.derivatives.vectorized import is_straight
+from tfgrad.differences import EPSILONS
+from tfgrad.nested import Nest, name_of, ravel, unravel
+from tfgrad.optimize.blocks import mapped, slots_for
+from tfgrad.optimize.problem import Problem
+from tfgrad.optimize.rows import Rows
+from tfgrad.optimize.uncertainty import ROUNDINGS, OfFunction
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class OfRows:
+    """A function that was minimised in many rows, to be asked for second derivatives.
+
+    Attributes:
+        f: The function.
+        rows: What it took.
+        sides: The bounds of each row; nothing if there were none.
+        x: Where the rows ended, shape `[count, n]`.
+    """
+
+    f: Any
+    rows: Rows
+    sides: list[Array]
+    x: Array
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle nothing: functions seldom can be."""
+        return type(None), ()
+
+    def of(self, index: int) -> OfFunction:
+        """Return what the result of one row asks for its errors."""
+
+        def of_row(x: Nest) -> Any:
+            return self.f(x, *self.rows.arguments(index))
+
+        of_row.__name__ = name_of(self.f)
+        pairs = [self.rows.unraveled(side[index : index + 1]) for side in self.sides]
+        bounds = [tf.nest.map_structure(lambda b: b[0], side) for side in pairs]
+        return OfFunction(
+            of_row, None, Problem, has_aux=False, bounds=tuple(bounds) or None
+        )
+
+    def covariance(self) -> Array:
+        """Return the inverse of the Hessian of each row, `[count, n, n]`."""
+        is_held = np.zeros(self.x.shape, bool)
+        if self.sides:
+            lower, upper = self.sides
+            is_held = (self.x <= lower) | (self.x >= upper)
+        epsilon = EPSILONS[tf.as_dtype(self.x.dtype)]
+        found = inverses(hessians(self.f, self.rows, self.x), is_held, epsilon)
+        return found.astype(self.x.dtype)
+
+
+def hessians(f: Any, rows: Rows, x: Array) -> Array:
+    """Return the Hessian of each row at x, shape `[count, n, n]`."""
+    product, leaves = hvp(f), tf.nest.flatten(rows.first)
+    identity = tf.eye(x.shape[1], dtype=x.dtype)
+
+    def column(unit: tf.Tensor, row: list[tf.Tensor]) -> tf.Tensor:
+        of_row = tf.nest.pack_sequence_as(rows.data, row[1:])
+        point, direction = (
+            tf.nest.pack_sequence_as(rows.first, unravel(v, leaves))
+            for v in (row[0], unit)
+        )
+        return ravel(tf.nest.flatten(product(point, *of_row, direction)))
+
+    arrays = [x, *rows.arrays]
+    first = [tf.constant(array[0]) for array in arrays]
+    column(identity[0], first)  # the first answer is verified
+    one = tf.function(column, autograph=False).get_concrete_function(identity[0], first)
+    is_fast = is_straight(one.graph.get_operations())
+    spec = tf.TensorSpec(identity[0].shape, identity.dtype)
+
+    @functools.partial(tf.function, autograph=False)
+    def columns(unit: tf.Tensor, block: list[tf.Tensor]) -> Any:
+        by_row = functools.partial(column, unit)
+        return mapped(by_row, block, spec, vectorises=is_fast)
+
+    found = np.empty([*x.shape, x.shape[1]], x.dtype)
+    width = slots_for(sum(array[:1].nbytes for array in arrays), len(x))
+    for begin in range(0, len(x), width):
+        some = np.arange(begin, min(begin + width, len(x)))
+        # A block is always full: it is traced once.
+        block = [tf.constant(array[np.resize(some, width)]) for array in arrays]
+        for j, unit in enumerate(identity):
+            found[some, :, j] = columns(unit, block).numpy()[: len(some)]
+    return found
+
+
+def inverses(matrices: Array, is_held: Array, epsilon: float) -> Array:
+    """Return the inverses of Hessians, `[count, n, n]`; see `spread_of_square`.
+
+    NaN in the rows and columns of what is held, and where a matrix is not positive.
+    """
+    n = matrices.shape[1]
+    either_held = is_held[:, :, None] | is_held[:, None, :]
+    square = matrices.astype(np.float64)
+    square = (square + np.swapaxes(square, 1, 2)) / 2
+    is_known = np.all(np.isfinite(square) | either_held, axis=(1, 2))
+    square = np.where(either_held | ~is_known[:, None, None], np.eye(n), square)
+    sizes = np.abs(np.diagonal(square, axis1=1, axis2=2))
+    scale = np.sqrt(np.where(sizes > 0, sizes, 1.0))
+    values, vectors = np.linalg.eigh(square / scale[:, :, None] / scale[:, None, :])
+    least = ROUNDINGS * n * epsilon * np.max(np.abs(values), axis=1)
+    is_known &= np.all(values > least[:, None], axis=1)
+    vectors /= np.sqrt(np.where(values > 0, values, 1.0))[:, None, :]
+    root = vectors / scale[:, :, None]
+    found: Array = root @ np.swapaxes(root, 1, 2)
+    found[either_held | ~is_known[:, None, None]] = np.nan
+    return found
+
+
+def covariances(matrix: Array, used: Array, variance: Array, is_held: Array) -> Array:
+    """Return variance * inv(R'R) of many triangles; see `spread_of_factor`.
+
+    NaN in the rows and columns of what is held, as if that was fixed.
+    """
+    n = matrix.shape[1]
+    found = np.full(matrix.shape, np.inf)
+    is_good = np.all(np.isfinite(matrix), axis=(1, 2)) & (variance >= 0)
+    if not np.any(is_good) or not n:
+        return found
+    r = np.where(is_held[:, None, :], 0.0, matrix)[is_good].astype(np.float64)
+    scale = np.linalg.norm(r, axis=1)
+    scale[scale == 0] = 1.0
+    _, s, vt = np.linalg.svd(r / scale[:, None, :])
+    epsilon = np.finfo(matrix.dtype).eps
+    is_known = s > np.maximum(used[is_good], n)[:, None] * epsilon * s[:, :1]
+    inverse = np.where(is_known, 1 / np.where(is_known, s, 1.0), 0.0)
+    v = np.swapaxes(vt, 1, 2) * inverse[:, None, :]
+    covariance = variance[is_good][:, None, None] * (v @ np.swapaxes(v, 1, 2))
+    covariance /= scale[:, :, None] * scale[:, None, :]
+    loose = np.sum(np.where(is_known[:, :, None], 0.0, vt**2), axis=1) > epsilon
+    covariance[loose[:, :, None] | loose[:, None, :]] = np.inf
+    found[is_good] = covariance
+    found[is_held[:, :, None] | is_held[:, None, :]] = np.nan
+    return found
