@@ -81,7 +81,7 @@ for part, label in ((fit, "fitted"), (choose, "to choose by"), (test, "never see
     left.plot(grid, [float(error(w, part)) for w in closed], label=label)
 left.axvline(float(one.x), color="black", lw=1)
 left.set(xlabel="log of the penalty", ylabel="mean squared error", ylim=(0, 6))
-left.legend()
+_ = left.legend()
 
 # %% [markdown]
 # ## A penalty for each coefficient

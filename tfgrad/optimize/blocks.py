@@ -26,7 +26,7 @@ from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.nested import Nest, either, unravel
 from tfgrad.optimize.evaluator import Evaluation, flat, operations_of
 from tfgrad.optimize.hooks import Interrupts
-from tfgrad.optimize.methods.levenberg_marquardt import ORTHOGONAL, STANDS, VANISHED
+from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.solvers import Ruled, State
@@ -394,7 +394,6 @@ def _compile(
         (problem.x.template, *plan.data), None
     )
     splits = 1 + len(task.sides)
-    table = {ORTHOGONAL: "gtol", STANDS: "xtol", VANISHED: "target"}
 
     is_blank = hasattr(method, "blank")
 
@@ -431,7 +430,7 @@ def _compile(
         if stepper.knows_solutions:
             verdict = new.memory.method.verdict
             is_own = (code == code_of("converged")) | (code == stepper.failure)
-            for position, status in table.items():
+            for position, status in STATUSES.items():
                 holds = is_own & (verdict == position)
                 code = tf.where(holds, code_of(status), code)
         is_used_up = (code == RUNNING) & (new.step >= plan.steps)

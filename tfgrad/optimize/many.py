@@ -116,6 +116,9 @@ class ManyResult:
         shaped = [part.reshape(leaf.shape) for part, leaf in pairs]
         return tf.nest.pack_sequence_as(self.x, shaped)
 
+    def _message(self, i: int) -> str:
+        return sentence(str(self.status[i]), step=self.nit[i], **self._facts)
+
     def _one(self, index: int) -> dict[str, Any]:
         """Return the fields of one result."""
         i = range(len(self))[index]  # negative ones, too, and an IndexError
@@ -124,7 +127,6 @@ class ManyResult:
             for nest in (self.x, self.grad)
         )
         largest = [np.max(np.abs(g[i]), initial=0) for g in tf.nest.flatten(self.grad)]
-        facts = {**self._facts, "step": self.nit[i]}
         return {
             "x": x,
             "fun": self.fun[i],
@@ -133,7 +135,7 @@ class ManyResult:
             "nfev": int(self.nfev[i]),
             "success": bool(self.success[i]),
             "status": str(self.status[i]),
-            "message": sentence(str(self.status[i]), **facts),
+            "message": self._message(i),
             "history": {
                 "step": self.nit[i : i + 1],
                 "fun": self.fun[i : i + 1],

@@ -21,6 +21,7 @@ from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
 from tfgrad.optimize.many import ManyResult, run
 from tfgrad.optimize.many_uncertainty import covariances
 from tfgrad.optimize.methods import losses
+from tfgrad.optimize.methods.levenberg_marquardt import STATUSES, own_sentence
 from tfgrad.optimize.methods.marquardt import Marquardt, triangle
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.residuals import (
@@ -92,6 +93,13 @@ class ManyFitsResult(ManyResult):
         """Pickle no function: few can be. Single fits then have no residuals."""
         known = {"_counts": self._counts}
         return {**vars(self), **known, "_residuals": None, "_used": None}
+
+    def _message(self, i: int) -> str:
+        status = str(self.status[i])
+        if status in STATUSES.values() and self._facts[status] is None:
+            dtype = tf.as_dtype(self.fun.dtype)
+            return own_sentence(status, dtype, float(self.fun[i]))
+        return super()._message(i)
 
     def __getitem__(self, index: int) -> LeastSquaresResult:
         """Return the result of one fit, as `least_squares` returns it."""

@@ -289,6 +289,8 @@ def test_one_result_is_that_of_least_squares():
     one = tfgrad.least_squares_many(decay, START, y)[1]
 
     assert isinstance(one, tfgrad.LeastSquaresResult)
+    alone = tfgrad.least_squares(lambda p: decay(p, y[1]), START)
+    assert (one.status, one.message) == (alone.status, alone.message)
     np.testing.assert_allclose(one.residuals, decay(one.x, y[1]))
     assert one.degrees_of_freedom == 47
     assert "+-" in repr(one)

@@ -65,6 +65,28 @@ RUNS, ORTHOGONAL, STANDS, VANISHED, STUCK = range(5)
 way on."""
 
 
+STATUSES = {ORTHOGONAL: "gtol", STANDS: "xtol", VANISHED: "target"}
+"""The statuses of a run that one of these rules has ended."""
+
+
+def own_sentence(status: str, dtype: tf.DType, least: float) -> str:
+    """Return the sentence for a run that a rule of the method has ended.
+
+    Args:
+        status: One of `STATUSES`.
+        dtype: Of the parameters.
+        least: What f is at most, if the residuals have vanished.
+    """
+    part = f"{tolerance(dtype):.1g}"
+    return {
+        "gtol": "The residuals are orthogonal to what the parameters can do, but for "
+        f"at most {part} of them.",
+        "xtol": f"The Gauss-Newton step changes no parameter by more than {part}, "
+        "relatively.",
+        "target": f"The residuals have vanished: f is at most {least:.2g}.",
+    }[status]
+
+
 class Linear(NamedTuple):
     """The residuals around a point, in scaled parameters: J D^-1 = U diag(s) V'.
 
@@ -236,23 +258,10 @@ class LevenbergMarquardt:
 
     def why(self, state: State) -> tuple[str, str] | None:
         """Return the status and the sentence for a point that cannot be improved."""
-        part = f"{tolerance(state.radius.dtype):.1g}"
-        return {
-            ORTHOGONAL: (
-                "gtol",
-                "The residuals are orthogonal to what the parameters can do, but for "
-                f"at most {part} of them.",
-            ),
-            STANDS: (
-                "xtol",
-                f"The Gauss-Newton step changes no parameter by more than {part}, "
-                "relatively.",
-            ),
-            VANISHED: (
-                "target",
-                f"The residuals have vanished: f is at most {float(state.least):.2g}.",
-            ),
-        }.get(int(state.verdict))
+        status = STATUSES.get(int(state.verdict))
+        if status is None:
+            return None
+        return status, own_sentence(status, state.radius.dtype, float(state.least))
 
     def _search(self, here: Point, state: State) -> Move:
         linear = state.linear
