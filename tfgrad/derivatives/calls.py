@@ -154,8 +154,8 @@ class Compiled:
         slopes: The derivatives of what is in the ladder, which the answer holds; None
             leaves the answer unverified.
         opens: Leave open a dimension that varies, after the second shape.
-        lower: From a call to the ladder, where the body returns none: an answer that
-            costs nothing to compute alone would cost more with it at every call.
+        lower: From a call to the ladder, where the body returns none, since it would
+            cost more at every call than to trace it once apart from the answer.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class Compiled:
         if getattr(self._f, _OURS, False):  # it verifies its answer if called by itself
             call.output()
         if certified(concrete):
-            lower = self._traced_lower(*nests)
+            lower = None if found[1] else self._traced_lower(*nests)
             Certificate(call, concrete, *found, self._slopes, lower).require_right()
 
     def _traced_lower(self, *nests: Any) -> Any:
