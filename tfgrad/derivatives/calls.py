@@ -177,8 +177,8 @@ class Compiled:
         slopes: From an answer, the slopes that it claims for the functions of the
             ladder (see `Slopes`); None: the answer is not verified.
         opens: From the second shape on, trace for any size of the dimensions that vary.
-        lower: From a call to the ladder, where the body returns an empty one since the
-            ladder would make every call slower.
+        lower: From a call to the ladder, where the body returns an empty one, since
+            the ladder would make every call slower.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class Compiled:
         if getattr(self._f, _OURS, False):  # f verifies its own answer in this call
             call.output()
         if certified(concrete):
-            lower = self._traced_lower(*nests)
+            lower = None if found[1] else self._traced_lower(*nests)
             Certificate(call, concrete, *found, self._slopes, lower).require_right()
 
     def _traced_lower(self, *nests: Any) -> Any:

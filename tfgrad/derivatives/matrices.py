@@ -27,6 +27,10 @@ from tfgrad.nested import Nest, require_bool
 
 MODES = ("auto", "reverse", "forward")
 
+FEW = 2**13
+"""Numbers up to which it costs less to return a gradient that nobody asked for, at each
+call, than to trace it once apart from the answer."""
+
 
 @not_converted
 def jacobian(
@@ -99,7 +103,13 @@ def jacobian(
         blocks = jacobian_blocks(recording, mode, chunk_size, jit=jit)
         packed = [call.pack(row) for row in blocks]
         answer = tf.nest.pack_sequence_as(recording.output, packed)
-        return ((answer, recording.aux) if has_aux else answer), [recording.outputs]
+        # XLA fuses less where f itself is an output, too.
+        ladder = [] if jit else [recording.outputs]
+        return ((answer, recording.aux) if has_aux else answer), ladder
+
+    def lower(call: Call) -> Ladder:
+        function = with_aux(float_outputs, has_aux)
+        return [Recording(function, call, has_aux=has_aux).outputs]
 
     def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
         blocks = tf.nest.flatten(it.answer[0] if has_aux else it.answer)
@@ -112,6 +122,7 @@ def jacobian(
         wrt=wrt,
         jit=jit,
         slopes=slopes if verify else None,
+        lower=lower,
     )
 
 
@@ -177,10 +188,6 @@ def hessian(
         _, aux = recording.aux
         return ((answer, aux) if has_aux else answer), []
 
-    def lower(call: Call) -> Ladder:
-        gradient, (value, _) = _gradient(has_aux)(call)
-        return [value, gradient]
-
     def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
         blocks = tf.nest.flatten(it.answer[0] if has_aux else it.answer)
         first = float(weights[0][0]) * slope_along(it.ladder[1], v)
@@ -193,7 +200,7 @@ def hessian(
         wrt=wrt,
         jit=jit,
         slopes=slopes if verify else None,
-        lower=lower,
+        lower=_gradient_ladder(has_aux),
         require=require,
     )
 
@@ -248,6 +255,8 @@ def hvp(
         found = recording.gradients(tf.nest.flatten(call.direction))
         answer, (value, aux) = call.pack(found), recording.aux
         ladder = [value, recording.outputs]
+        if (static_size(call.sources) or 0) > FEW:  # to trace them apart costs less
+            ladder = []
         return ((answer, aux) if has_aux else answer), ladder
 
     def slopes(it: Certificate, v: Arrays, weights: list[Arrays]) -> list[float]:
@@ -264,6 +273,7 @@ def hvp(
         jit=jit,
         direction="v",
         slopes=slopes if verify else None,
+        lower=_gradient_ladder(has_aux),
         opens=True,
     )
 
@@ -276,6 +286,16 @@ def _gradient(has_aux: bool) -> Callable[[Call], Any]:
         return recording.gradients(), (recording.outputs, recording.aux)
 
     return gradient
+
+
+def _gradient_ladder(has_aux: bool) -> Callable[[Call], Ladder]:
+    """Return the function from a call to its value and its gradient."""
+
+    def lower(call: Call) -> Ladder:
+        gradient, (value, _) = _gradient(has_aux)(call)
+        return [value, gradient]
+
+    return lower
 
 
 def jacobian_blocks(

@@ -24,6 +24,8 @@ ROWS = np.arange(9.0).reshape(3, 3) ** 2
 REPEATED = np.array([[2.0, 1, 0], [1, 2, 0], [0, 0, 3]])
 SINGLE = np.array([[2.0, 1, 0], [1, 2, 0], [0, 0, 5]])
 
+MANY = np.zeros(10_000)
+
 ROADS = {
     "grad": lambda f, x: grad(f)(x),
     "value_and_grad": lambda f, x: value_and_grad(f)(x)[1],
@@ -32,6 +34,9 @@ ROADS = {
     "jvp": lambda f, x: jvp(f, (x,), (np.ones((3, 3)),))[1],
     "hessian": lambda f, x: hessian(f)(x),
     "hvp": lambda f, x: hvp(f)(x, np.ones((3, 3))),
+    "hvp of many": lambda f, x: hvp(
+        lambda x, b: f(x) + tf.reduce_sum(b**2), argnums=(0, 1)
+    )(x, MANY, (np.ones((3, 3)), MANY))[0],
     "a transform of a transform": lambda f, x: jacobian(grad(f))(x),
 }
 
