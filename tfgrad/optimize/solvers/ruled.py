@@ -66,8 +66,9 @@ class Ruled(NamedTuple):
             tolerances=self.tolerances,
         )
 
-    def _believed(self, expected: tf.Tensor) -> tf.Tensor:
-        """Return nothing known of a method that looks for solutions itself."""
-        if not self.solver.knows_solutions:
-            return expected
-        return tf.constant(expected.dtype.max, expected.dtype)
+    def _believed(self, expected: tf.Tensor) -> tf.Tensor | None:
+        """Return the fall that a rule may believe in; None where none is told.
+
+        An optimizer tells none, nor does a method that looks for solutions itself.
+        """
+        return expected if self.solver.lag and not self.solver.knows_solutions else None
