@@ -32,6 +32,7 @@ from tfgrad.optimize.distribute import (
 from tfgrad.optimize.evaluator import (
     Evaluation,
     Evaluator,
+    dense,
     evaluator_of,
     flat,
     is_open,
@@ -219,11 +220,15 @@ class Problem:
             return evaluate
         if self.x.takes_values and len(leaves) <= FEW:
             call = direct(self.evaluator.evaluate.concrete((self.x.template,), None))
+            is_vector = [leaf.shape.rank for leaf in leaves] == [1]
 
             def at(x: tf.Tensor) -> Evaluation:
                 if not tf.executing_eagerly():  # as part of a loop
                     return evaluate(x)
                 try:
+                    if is_vector:  # which asks no tensor for its shape
+                        found: Evaluation = call(x)
+                        return found._replace(gradient=dense(found.gradient)[0])
                     return flat(call(*unravel(x, leaves)))
                 except tf.errors.OpError:  # which the other one explains
                     return evaluate(x)

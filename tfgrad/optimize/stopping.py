@@ -45,7 +45,7 @@ class Step(NamedTuple):
         grad_max: The largest |element| of the gradient there.
         x: The leaves of the point; empty where no rule asks for them.
         expected: By how much the method expects f to fall yet; the dtype's largest
-            number if the method does not say.
+            number if the method does not say; None if no rule is to ask.
         first: The value of f at the first point of the run.
         before_fun: The value at the point before.
         before_x: The leaves of the point before.
@@ -57,7 +57,7 @@ class Step(NamedTuple):
     fun: tf.Tensor
     grad_max: tf.Tensor
     x: list[tf.Tensor]
-    expected: tf.Tensor
+    expected: tf.Tensor | None
     first: tf.Tensor
     before_fun: tf.Tensor
     before_x: list[tf.Tensor]
@@ -124,7 +124,7 @@ def _hardly_moves(step: Step) -> Any:
 
 
 def _is_converged(step: Step) -> Any:
-    if step.tolerances[:3] != (None, None, None):
+    if step.expected is None or step.tolerances[:3] != (None, None, None):
         return None
     return converged(step.fun, step.expected, step.before_expected, step.first)
 

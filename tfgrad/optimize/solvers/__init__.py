@@ -57,11 +57,13 @@ class Stepper:
         lag: How many steps were taken when a point that was accepted is recorded, less
             those when it was evaluated: 1 for a trial, 0 for the current point.
         is_eager: Whether `accept` and `move` have to run outside of a trace.
+        expects: Whether the method says by how much it expects f to fall.
         knows_solutions: Whether the method says itself where a solution is: no rule is
             asked then.
     """
 
     lag: int
+    expects = True
     is_eager: Any = False
     knows_solutions: Any = False
 
@@ -121,7 +123,12 @@ class Ruled(NamedTuple):
     @property
     def key(self) -> Any:
         """All that the rules depend on."""
-        return self.tolerances, stopping.RULES, self.stepper.knows_solutions
+        return self.tolerances, stopping.RULES, self.believes
+
+    @property
+    def believes(self) -> bool:
+        """Whether a rule may ask for the fall of f that the method expects."""
+        return self.stepper.expects and not self.stepper.knows_solutions
 
     def first(self, fun: Any, grad_max: Any, expected: Any, first: Any) -> tf.Tensor:
         """Return the code of the rules at a start."""
@@ -161,11 +168,9 @@ class Ruled(NamedTuple):
             tolerances=self.tolerances,
         )
 
-    def _believed(self, expected: tf.Tensor) -> tf.Tensor:
-        """Return nothing known of a method that looks for solutions itself."""
-        if not self.stepper.knows_solutions:
-            return expected
-        return tf.constant(expected.dtype.max, expected.dtype)
+    def _believed(self, expected: tf.Tensor) -> tf.Tensor | None:
+        """Return the fall that a rule may believe in; None where none is told."""
+        return expected if self.believes else None
 
 
 class Form(NamedTuple):

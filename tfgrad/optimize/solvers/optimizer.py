@@ -55,6 +55,7 @@ class OptimizerStepper(Stepper):
     """
 
     lag = 0
+    expects = False
 
     def __init__(self, problem: Problem, factory: Factory, feed: Feed | None) -> None:
         """Find the variables, build the optimizer; evaluate nothing else."""
