@@ -201,7 +201,7 @@ def minimize(
         `tfgrad.optimize.methods.lbfgs` and `newton` for those; Keras's and SciPy's
         documentation for each of theirs.
     """
-    require_no("minimize", unknown)
+    require_no(minimize, unknown)
     options = Options(
         wrt=wrt,
         method=method,
@@ -272,7 +272,7 @@ def descend(
         1 2.3 6.59
         2 1.74 3.7676
     """
-    return _states(Driver(f, x0, options_of("descend", options), callback=callback))
+    return _states(Driver(f, x0, options_of(descend, options), callback=callback))
 
 
 def _states(driver: Driver) -> Iterator[State]:
