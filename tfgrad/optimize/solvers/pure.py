@@ -101,8 +101,8 @@ class PureSolver(Solver):
         self.problem = problem
         problem.find()
         self._like = problem.leaves
-        _check_unconstrained(self.name, problem.owners)
         self._limits = limits if limits is not None and limits.are_any else None
+        _check_unconstrained(self.name, problem.owners, self._limits)
         if self._limits is not None:
             within: Any = method
             method = within.within((self._limits.lower, self._limits.upper))
@@ -352,15 +352,19 @@ def _knows_solutions(method: Method) -> bool:
     return is_told and getattr(method, "knows_solutions", True)
 
 
-def _check_unconstrained(name: str, owners: Any) -> None:
-    """Refuse variables with a constraint, which the method would not heed."""
+def _check_unconstrained(name: str, owners: Any, limits: Limits | None) -> None:
+    """Refuse variables with a constraint that neither method nor bounds heed."""
+    end = 0
     for owner in owners:
+        start, end = end, end + int(np.prod(owner.shape))
         constraint = getattr(owner, "constraint", None)
         if constraint is None:
             continue
         kind = getattr(constraint, "__name__", type(constraint).__name__)
         is_sign = kind.lower() in ("nonneg", "non_neg", "nonnegative")
-        bounds = "bounds=(0, None)" if is_sign else "bounds=(lower, upper)"
+        if is_sign and limits is not None and np.all(limits.lower[start:end] >= 0):
+            continue
+        bounds = "bounds=(0, None)" if is_sign else "a variable without it"
         raise InvalidArgumentError(
             f"`{name}` does not apply the constraint of a variable.",
             got=f"{owner.name!r} with the constraint {kind}",
