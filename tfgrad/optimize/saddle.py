@@ -34,6 +34,10 @@ MOST_NUMBERS = 2**23
 NOISE = 10
 """Rounding errors of f up to which two of its values are the same."""
 
+MISTAKEN = 10
+"""How many times as far as slope and curvature say f has to fall beside a point for it
+to be no minimum: an inflection, which both of them vanish at."""
+
 LEAST_LOOK, MOST_LOOK = 8, 60
 """Gradients that a look around a stationary point may cost, between these bounds."""
 
@@ -138,13 +142,14 @@ def lower_points(
     `product` and `value` take and return.
     """
     least, largest, direction = _least_curvatures(product, x.shape, epsilon, products)
+    is_known = np.isfinite(least)
+    if not np.any(is_known):
+        return x, is_known
     clearly = epsilon**0.5 * largest
     # A flat direction is a way down from an exact zero of the gradient only; else the
     # point is on its slow way to a minimum that is as flat.
     is_stationary = ~np.any(grad, axis=1)
     is_open = (least <= -clearly) | ((least <= clearly) & is_stationary)
-    if not np.any(is_open):
-        return x, is_open
     # Long enough for a fall of the third order to be seen beside rounding errors.
     size = epsilon ** (1 / 6) * np.maximum(1.0, np.linalg.norm(x, axis=1))
     step = size[:, None] * direction
@@ -156,6 +161,8 @@ def lower_points(
     bends_down = least < -clearly
     mean = np.where(np.all(is_finite, axis=0), np.mean(values, axis=0), lowest)
     level = np.where(bends_down, mean, lowest)
+    told = np.abs(np.sum(grad * step, axis=1)) + np.abs(least) * size**2
+    is_open |= fun - lowest > MISTAKEN * told
     is_lower = is_open & (level < fun - NOISE * epsilon * np.abs(fun))
     is_ahead = values[0] <= values[1]
     return np.where(is_ahead[:, None], x + step, x - step), is_lower
