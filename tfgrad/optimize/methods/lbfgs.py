@@ -265,6 +265,7 @@ class LBFGS:
             expected, before.expected, here.fun, sized, before.first_fun
         )
         hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * narrowed.noise
+        hidden &= expectation.has_flattened(progress)
         last = tf.where(hidden, tf.zeros_like(expected), expected)
         # Where f is uncertain by more than its size tells, a fall by that may be left.
         is_noisy = narrowed.noise > LEVEL * EPSILONS[new.fun.dtype] * tf.abs(here.fun)
