@@ -102,7 +102,7 @@ class PureSolver(Solver):
         problem.find()
         self._like = problem.leaves
         self._limits = limits if limits is not None and limits.are_any else None
-        _check_unconstrained(self.name, problem.owners, self._limits)
+        _check_unconstrained(self.name, problem, self._limits)
         if self._limits is not None:
             within: Any = method
             method = within.within((self._limits.lower, self._limits.upper))
@@ -352,11 +352,11 @@ def _knows_solutions(method: Method) -> bool:
     return is_told and getattr(method, "knows_solutions", True)
 
 
-def _check_unconstrained(name: str, owners: Any, limits: Limits | None) -> None:
+def _check_unconstrained(name: str, problem: Problem, limits: Limits | None) -> None:
     """Refuse variables with a constraint that neither method nor bounds heed."""
     end = 0
-    for owner in owners:
-        start, end = end, end + int(np.prod(owner.shape))
+    for owner, leaf in zip(problem.owners, problem.leaves, strict=False):
+        start, end = end, end + (leaf.shape.num_elements() or 0)
         constraint = getattr(owner, "constraint", None)
         if constraint is None:
             continue
