@@ -22,6 +22,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -182,7 +183,9 @@ class Newton:
         """
         assert self._objective is not None
         hvp, largest = self._objective.hvp, here.fun.dtype.max
-        unit = tf.where(here.grad_max > 0, here.grad_max, tf.ones_like(here.fun))
+        # A power of 2 rounds nothing.
+        unit = 2.0 ** tf.floor(tf.math.log(here.grad_max) / math.log(2))
+        unit = tf.where(unit > 0, unit, tf.ones_like(unit))
         grad = here.grad / unit
         radius = tf.minimum(state.radius / unit, largest**MOST_POWER)
         size = tf.norm(grad)
