@@ -159,6 +159,8 @@ def test_errors_beside_a_bound_are_those_of_a_fit_with_the_others_fixed():
     [
         ({"loss": "l1"}, "'soft_l1', 'huber'"),
         ({"f_scale": 0.0}, "positive number"),
+        ({"f_scale": 1e60, "loss": "huber"}, "whose square float32 holds"),
+        ({"f_scale": 1e-60, "loss": "huber"}, "whose square float32 holds"),
         ({"bounds": (1.0, 0.0)}, "above its upper"),
         ({"bounds": (np.nan, None)}, "must not be NaN"),
     ],

@@ -181,8 +181,9 @@ def test_a_kink_is_a_minimum_for_a_method_without_gradients():
     assert float(result.x[0]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("method", ["scipy:l-bfgs-b", "scipy:cobyqa"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_method_backs_off_where_f_has_no_value_and_arrives(bad):
+def test_a_method_backs_off_where_f_has_no_value_and_arrives(bad, method):
     y = np.array([1.1, 0.2, 0.7, 1.9, 1.4])
 
     def likelihood(p):  # of a normal distribution, NaN at sigma = 0
@@ -193,7 +194,7 @@ def test_a_method_backs_off_where_f_has_no_value_and_arrives(bad):
     result = tfgrad.minimize(
         likelihood,
         {"mean": np.float64(30.0), "sigma": np.float64(0.05)},
-        method="scipy:l-bfgs-b",
+        method=method,
         bounds=({"mean": None, "sigma": 0.0}, None),
     )
 

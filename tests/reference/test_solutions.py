@@ -93,6 +93,18 @@ def test_lbfgs_in_float32_neither_spins_nor_lies():
     assert max(end.evaluations for end in runs.values()) <= 500
 
 
+@pytest.mark.parametrize("units", UNITS)
+def test_newton_in_float32_knows_no_units(units):
+    names = ["1 Rosenbrock", "5 Beale", "16 Brown-Dennis"]
+    problems = {name: more_garbow_hillstrom.PROBLEMS[name] for name in names}
+
+    runs = ends(Newton(), problems, [units], tf.float32, most=200)
+    solved, lies, _ = judged(runs, problems, is_near)
+
+    assert len(solved) == len(names)
+    assert not lies
+
+
 def test_newton_claims_nothing_where_float32_cannot_tell():
     meyer = more_garbow_hillstrom.PROBLEMS["10 Meyer"]
 
@@ -140,6 +152,20 @@ def test_what_is_no_minimum_is_not_claimed(name, method):
         assert end.fun == pytest.approx(1, rel=1e-12)
     else:
         assert not end.success, end
+
+
+def test_noise_at_a_kink_does_not_make_it_a_solution():
+    rows = np.random.default_rng(3).normal(size=(15, 3))
+    y = np.random.default_rng(4).normal(size=15)
+
+    def absolute_deviations(x):
+        a, b = tf.constant(rows, x.dtype), tf.constant(y, x.dtype)
+        return tf.reduce_sum(tf.abs(tf.linalg.matvec(a, x) - b))
+
+    end = run(LBFGS(), Objective(absolute_deviations, 3, tf.float32), np.zeros(3))
+
+    assert end.fun > 10.08  # 10.0533 is possible
+    assert not end.success
 
 
 def test_a_start_at_a_solution_is_one():

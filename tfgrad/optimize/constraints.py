@@ -18,7 +18,8 @@ import tensorflow as tf
 
 from tfgrad.derivatives.matrices import jacobian
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.nested import Nest, describe, named_leaves, ravel, unravel
+from tfgrad.nested import Nest, describe, name_of, named_leaves, ravel, unravel
+from tfgrad.optimize.data import can_take
 from tfgrad.optimize.methods.scipy import SCIPY
 from tfgrad.optimize.problem import Problem
 
@@ -26,6 +27,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 MOST_SHOWN = 80
 """Characters up to which numbers are shown as such."""
+
+NUMBERS = (numbers.Real, type(None), tf.bfloat16.as_numpy_dtype)
+"""The types of a bound; NumPy's truth values, texts and dates are none of them."""
 
 KINDS = {"eq": (0.0, 0.0), "ineq": (0.0, np.inf)}
 """SciPy's dicts: what the value of the function has to lie between."""
@@ -104,6 +108,15 @@ class Limits:
             worst = max(worst, np.maximum(lower - value, value - upper).max(initial=0))
         return float(worst)
 
+    def check(self, x: Array) -> None:
+        """Refuse constraints that say nothing at the start, x.
+
+        Raises:
+            InvalidArgumentError: With what a function returned, or what its limits are.
+        """
+        for function in self.functions:
+            function.check(x)
+
     def bounds_for_scipy(self) -> Any:
         """Return SciPy's bounds; None if there are none."""
         if not np.any(np.isfinite([self.lower, self.upper])):
@@ -140,6 +153,23 @@ class Constraint:
             self._last = x.tobytes(), self.evaluate(x)
         return self._last[1]
 
+    def check(self, x: Array) -> None:
+        """Refuse limits that do not fit the value, or that nothing keeps to."""
+        value, _ = self.at(x)
+        sides: list[Any] = [self.lower, self.upper]
+        try:
+            lower, upper = (np.broadcast_to(side, value.shape) for side in sides)
+            fits = bool(np.all(lower <= upper))
+        except ValueError:
+            fits = False
+        if not fits:
+            raise InvalidArgumentError(
+                "The limits of a constraint are numbers, the lower one not above the "
+                "upper one, for each value of its function.",
+                got=f"lb={self.lower}, ub={self.upper} for {len(value)} of them",
+                hint="NonlinearConstraint(fun, lb, ub), with infinities for no limit",
+            )
+
     def for_scipy(self) -> Any:
         """Return SciPy's object with functions of a vector."""
 
@@ -160,9 +190,10 @@ class Constraint:
 
 def _constraint(problem: Problem, entry: Any) -> Constraint:
     if isinstance(entry, Mapping) and entry.get("type") in KINDS:
-        if callable(entry.get("fun")):
-            extra = tuple(entry.get("args", ()))
-            function = _Function(problem, entry["fun"], entry.get("jac"), extra)
+        extra = entry.get("args", ())
+        if callable(entry.get("fun")) and isinstance(extra, list | tuple):
+            jac = entry.get("jac") if callable(entry.get("jac")) else None
+            function = _Function(problem, entry["fun"], jac, tuple(extra))
             return Constraint(entry, function, *KINDS[entry["type"]])
     elif callable(getattr(entry, "fun", None)):
         jac = entry.jac if callable(entry.jac) else None
@@ -171,6 +202,13 @@ def _constraint(problem: Problem, entry: Any) -> Constraint:
         return Constraint(entry, function, lower, upper)
     elif hasattr(entry, "A"):
         matrix = np.atleast_2d(_dense(entry.A))
+        n = int(sum(leaf.shape.num_elements() for leaf in problem.x.leaves))
+        if matrix.shape[1] != n or not np.all(np.isfinite(matrix)):
+            raise InvalidArgumentError(
+                "A LinearConstraint has a finite number for each element of the point.",
+                got=f"A of {describe(matrix)}, for a point of {n}",
+                hint=f"an array of shape (m, {n})",
+            )
         lower, upper = (np.asarray(v, np.float64) for v in (entry.lb, entry.ub))
         return Constraint(entry, lambda x: (matrix @ x, matrix), lower, upper)
     raise InvalidArgumentError(
@@ -199,6 +237,13 @@ class _Function:
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Return value `[m]` and Jacobian `[m, n]`."""
         arguments = self._put(x)
+        if not can_take(self._fun, len(arguments) + len(self._extra)):
+            raise InvalidArgumentError(
+                "The function of a constraint takes what f takes, and `args`.",
+                got=f"`{name_of(self._fun)}`, which does not take "
+                f"{len(arguments) + len(self._extra)} arguments",
+                hint="lambda x: x[0] - 1; of variables, lambda: variable[0] - 1",
+            )
         if self._jac is None and self._is_tensorflow(arguments):
             blocks, value = self._differentiated(arguments)
             count, flat = len(value), tf.nest.flatten(blocks)
@@ -207,8 +252,15 @@ class _Function:
         value = self._value(x)
         if self._jac is None:
             return value, self._differences(x)
-        slope = np.asarray(self._jac(*self._put(x), *self._extra), np.float64)
-        return value, np.reshape(slope, (len(value), len(x)))
+        answer = self._jac(*self._put(x), *self._extra)
+        slope = self._array(answer, "the Jacobian of ")
+        if slope.size != value.size * x.size:
+            raise InvalidArgumentError(
+                "The Jacobian of a constraint has a row for each value of it.",
+                got=f"{describe(answer)} for {value.size} values of {x.size} elements",
+                hint="leave `jac` out: functions of TensorFlow are differentiated",
+            )
+        return value, np.reshape(slope, (value.size, x.size))
 
     def _put(self, x: Array) -> tuple[Nest, ...]:
         leaves = self._problem.x.leaves
@@ -218,6 +270,7 @@ class _Function:
     def _is_tensorflow(self, arguments: tuple[Nest, ...]) -> bool:
         if self._compiled is None:
             answer = self._fun(*arguments, *self._extra)
+            self._array(answer)
             if not any(isinstance(y, tf.Tensor) for y in tf.nest.flatten(answer)):
                 return False
             self._compiled = jacobian(
@@ -241,8 +294,18 @@ class _Function:
         return vector, vector
 
     def _value(self, x: Array) -> Array:
-        answer = tf.nest.flatten(self._fun(*self._put(x), *self._extra))
-        return np.concatenate([np.ravel(np.asarray(y, np.float64)) for y in answer])
+        return self._array(self._fun(*self._put(x), *self._extra))
+
+    def _array(self, answer: Nest, what: str = "") -> Array:
+        """Return the numbers that the user's function returned, as one vector."""
+        leaves = [np.asarray(leaf) for leaf in tf.nest.flatten(answer)]
+        if not leaves or any(leaf.dtype.kind not in "iuf" for leaf in leaves):
+            raise InvalidArgumentError(
+                "A constraint is a function that returns numbers.",
+                got=f"{what}`{name_of(self._fun)}` returned {describe(answer)}",
+                hint='{"type": "ineq", "fun": lambda x: x[0] - 1}, which keeps it >= 0',
+            )
+        return np.concatenate([np.ravel(leaf) for leaf in leaves]).astype(np.float64)
 
     def _differences(self, x: Array) -> Array:
         """Return central differences: NumPy's functions have no derivative."""
@@ -276,7 +339,7 @@ def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
         return np.broadcast_to(-np.inf, n), np.broadcast_to(np.inf, n)  # no memory
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
         pair = bounds.lb, bounds.ub
-    elif isinstance(bounds, list) and len(bounds) == n:
+    elif _is_list_of_pairs(bounds, n):
         pair = _column(bounds, 0), _column(bounds, 1)
     elif isinstance(bounds, tuple) and len(bounds) == 2:
         pair = bounds
@@ -288,14 +351,23 @@ def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
         )
     lower = _side(problem, pair[0], shapes, -np.inf, "lower")
     upper = _side(problem, pair[1], shapes, np.inf, "upper")
-    if np.any(lower > upper):
-        i = int(np.argmax(lower > upper))
+    is_empty = (lower > upper) | (lower == np.inf) | (upper == -np.inf)
+    if np.any(is_empty):
+        i = int(np.argmax(is_empty))
         raise InvalidArgumentError(
             "No lower bound may be above its upper bound.",
             got=f"element {i}: lower {lower[i]:g}, upper {upper[i]:g}",
-            hint="bounds=(lower, upper), in this order",
+            hint="bounds=(lower, upper), in this order, None where there is none",
         )
     return lower, upper
+
+
+def _is_list_of_pairs(bounds: Any, n: int) -> bool:
+    is_list = isinstance(bounds, list) and len(bounds) == n
+    return is_list and all(
+        isinstance(pair, list | tuple | np.ndarray) and len(pair) == 2
+        for pair in bounds
+    )
 
 
 def _column(pairs: list[Any], which: int) -> list[Any]:
@@ -340,6 +412,9 @@ def _fitted(leaf: Any, shape: Any, none: float) -> Array:
 def _numbers(leaf: Any, none: float) -> Array:
     """Return numbers as an array, with `none` in place of None."""
     given = np.asarray(leaf, dtype=object)
+    types = {type(np.asarray(x)[()]) for x in given.flat}
+    if not all(issubclass(kind, NUMBERS) for kind in types):
+        raise TypeError
     is_none = np.vectorize(lambda x: x is None, otypes=[bool])(given)
     values = np.where(is_none, none, given).astype(np.float64)
     if np.any(np.isnan(values)):

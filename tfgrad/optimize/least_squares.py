@@ -196,7 +196,7 @@ def least_squares(
         Moré (1978), The Levenberg-Marquardt algorithm: implementation and theory.
         Bates and Watts (1988), Nonlinear Regression Analysis, section 2.3.
     """
-    require_no("least_squares", unknown, ("loss", "f_scale"))
+    require_no(least_squares, unknown)
     check_loss(loss, f_scale)
     own_rules = (gtol, ftol, xtol) == (None, None, None)
     options = Options(

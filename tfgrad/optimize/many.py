@@ -250,7 +250,7 @@ def minimize_many(
     References:
         `tfgrad.optimize.methods.lbfgs`.
     """
-    require_no("minimize_many", unknown)
+    require_no(minimize_many, unknown)
     options = Options(
         method=method,
         steps=steps,

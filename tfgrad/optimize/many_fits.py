@@ -184,7 +184,7 @@ def least_squares_many(
     References:
         `tfgrad.optimize.methods.marquardt`.
     """
-    require_no("least_squares_many", unknown, ("loss", "f_scale", "missing"))
+    require_no(least_squares_many, unknown)
     check_loss(loss, f_scale)
     if missing not in ("nonfinite", "drop"):
         raise InvalidArgumentError(

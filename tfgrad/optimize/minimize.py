@@ -204,7 +204,7 @@ def minimize(
         documentation for each of theirs.
     """
     if unknown:
-        require_no("minimize", unknown)
+        require_no(minimize, unknown)
     options = Options(
         wrt=wrt,
         method=method,
@@ -276,7 +276,7 @@ def descend(
         1 2.3 6.59
         2 1.74 3.7676
     """
-    return _states(Driver(f, x0, options_of("descend", options), callback=callback))
+    return _states(Driver(f, x0, options_of(descend, options), callback=callback))
 
 
 def _states(driver: Driver) -> Iterator[State]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -84,65 +85,89 @@ class Options:
 
 
 FOREIGN = {
-    "lr": "learning_rate=",
-    "tol": "gtol=, ftol= or xtol=; without them a run ends where it has converged",
-    "maxiter": "steps=",
-    "max_iter": "steps=",
-    "iterations": "steps=",
-    "num_iterations": "steps=",
-    "nb_epoch": "epochs=",
-    "jac": "nothing: f is differentiated",
-    "grad": "nothing: f is differentiated",
-    "hess": 'nothing: method="newton" differentiates f twice',
-    "hessp": 'nothing: method="newton" differentiates f twice',
-    "options": "steps=, gtol= and so on, as arguments of their own",
-    "optimizer": "method=",
-    "optimiser": "method=",
-    "logdir": "log=",
-    "log_dir": "log=",
-    "callbacks": "callback=",
-    "verbose": "nothing: a progress bar shows itself; log= or callback= for more",
-    "disp": "nothing: a progress bar shows itself; log= or callback= for more",
-    "jit_compile": "jit=",
-    "args": "a function that closes over them: lambda x: f(x, a)",
-    "var_list": "wrt=",
-    "variables": "wrt=",
-    "params": "wrt= for variables, or x0 for values",
-    "dataset": "data=",
-    "validation_data": "validation=, a function that returns a number",
-    "x": "x0",
+    "wrt=": "varlist variables trainablevariables weights model params",
+    "wrt= for variables, or x0 for values": "initparams parameters",
+    "x0": "x",
+    "the second argument, where to start": "p0 init initial initialguess guess start "
+    "initialposition",
+    "f, the first argument": "fun func function objective lossfn",
+    "method=": "optimizer optimiser solver algorithm algo",
+    "learning_rate=": "lr rate eta alpha stepsize",
+    "steps=": "maxiter iterations iters niter numiterations nit maxsteps niterations "
+    "maxfun maxfev maxnfev nfev",
+    "epochs=": "nbepoch numepochs",
+    "data=": "dataset dataloader traindata",
+    "validation=, a function that returns a number": "validationdata validationsplit",
+    "gtol=, ftol= or xtol=; without them a run ends where it has converged": "tol "
+    "tolerance rtol atol",
+    "seconds=": "timeout timelimit maxtime",
+    "bounds=, a pair (lower, upper)": "lower upper lb ub",
+    "steps=, gtol= and so on, as arguments of their own": "options",
+    "log=": "logdir tensorboard",
+    "callback=": "callbacks",
+    "jit=": "jitcompile compile xla",
+    "method=tfgrad.optimize.methods.lbfgs.LBFGS(memory=10)": "memory maxcor history",
+    "residuals divided by it": "sigma",
+    "nothing: the parameters are scaled by themselves": "xscale",
+    "nothing: f is differentiated": "jac grad grads gradient valueandgrad",
+    'nothing: method="newton" differentiates f twice': "hess hessp",
+    "nothing: a progress bar shows itself; log= or callback= for more": "verbose disp "
+    "progress progressbar",
+    "nothing: data are shuffled the same in every run": "seed randomstate",
+    "a function that closes over them: lambda x: f(x, a)": "args kwargs",
 }
-"""What people of SciPy, Keras, JAX and PyTorch type, and what to write here."""
+"""What to write, by what people of SciPy, Keras, JAX and PyTorch type: without case and
+underscores."""
 
 
-def require_no(name: str, unknown: dict[str, Any], also: Iterable[str] = ()) -> None:
+def require_no(
+    function: Callable[..., Any], unknown: dict[str, Any], also: Iterable[str] = ()
+) -> None:
     """Raise for arguments that a function does not have; name the ones meant.
 
     Args:
-        name: What to call the function.
+        function: What was called.
         unknown: The arguments that it was called with besides its own.
-        also: Arguments that it has besides the options.
+        also: Arguments that it has besides those of its signature.
 
     Raises:
         TypeError: If there is one.
     """
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD] + [*also]
     for option in unknown:
-        known = [field.name for field in fields(Options)] + [*also]
-        close = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
-        hint = FOREIGN.get(option) or (f"{close[0]}=" if close else ", ".join(known))
         raise TypeError(
-            f"{name}() got an unexpected keyword argument {option!r}\n  try: {hint}"
+            f"{function.__name__}() got an unexpected keyword argument {option!r}\n"
+            f"  try: {_meant(option, known)}"
         )
 
 
-def options_of(name: str, given: dict[str, Any]) -> Options:
-    """Return the options that a function of that name was called with.
+def _meant(option: str, known: list[str]) -> str:
+    """Return what to write in place of an argument, as far as that is known."""
+    plain = option.replace("_", "").lower()
+    for hint, names in FOREIGN.items():
+        argument = hint.partition("=")[0]
+        is_there = argument in known or not argument.isidentifier()
+        if plain in names.split() and is_there:
+            return hint
+    close = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
+    if not close:  # as close to another library's
+        words = " ".join(FOREIGN.values()).split()
+        other = difflib.get_close_matches(plain, words, n=1, cutoff=0.85)
+        if other and other[0] != plain:
+            return _meant(other[0], known)
+    return f"{close[0]}=" if close else ", ".join(known)
+
+
+def options_of(function: Callable[..., Any], given: dict[str, Any]) -> Options:
+    """Return the options that a function was called with.
 
     Raises:
         TypeError: If there is no such option.
     """
-    known = {field.name for field in fields(Options)}
-    require_no(name, {n: value for n, value in given.items() if n not in known})
+    known = [field.name for field in fields(Options)]
+    rest = {name: value for name, value in given.items() if name not in known}
+    require_no(function, rest, known)
     return Options(**given)
 
 

@@ -24,6 +24,10 @@ from tfgrad.optimize.problem import Problem
 DTYPES = (tf.float32, tf.float64)
 """The dtypes that TensorFlow factorises matrices in."""
 
+LARGEST_SCALE = 0.45
+"""The power of the dtype's largest number that `f_scale` may be, and one over it: its
+square is a part of what is minimised, and divides the squares of the residuals."""
+
 MOST_PARAMETERS = 500
 """Parameters up to which there are matrices: a step takes a second or so there."""
 
@@ -188,7 +192,8 @@ class Residuals(Problem):
         **options: As for `Problem`.
 
     Raises:
-        InvalidArgumentError: If the parameters are of a dtype without factorisations.
+        InvalidArgumentError: If the parameters are of a dtype without factorisations,
+            or of one that cannot hold the square of `f_scale`.
     """
 
     kind = ResidualEvaluator
@@ -199,6 +204,7 @@ class Residuals(Problem):
         self, *args: Any, loss: str = "linear", f_scale: float = 1.0, **options: Any
     ) -> None:
         """Check the point; nothing is traced."""
+        f_scale = 1.0 if loss == "linear" else f_scale  # which does not depend on it
         self.options = {**self.options, "loss": loss, "f_scale": f_scale}
         super().__init__(*args, **options)
         for leaf in self.x.leaves:
@@ -207,6 +213,14 @@ class Residuals(Problem):
                     "`least_squares` works in float32 or float64.",
                     got=f"parameters of {leaf.dtype.name}",
                     hint="tf.cast(x0, tf.float32)",
+                )
+            largest = float(leaf.dtype.max) ** LARGEST_SCALE
+            if not 1 / largest < f_scale < largest:
+                raise InvalidArgumentError(
+                    f"`f_scale` must be a number whose square {leaf.dtype.name} holds.",
+                    got=f"f_scale={f_scale:g}",
+                    hint="float64 parameters and data; the size of a residual that is "
+                    "no outlier yet",
                 )
 
     @property

@@ -35,6 +35,10 @@ MOST_NUMBERS = 2**23
 NOISE = 10
 """Rounding errors of f up to which two of its values are the same."""
 
+MISTAKEN = 10
+"""How many times as far as slope and curvature say f has to fall beside a point for it
+to be no minimum: an inflection, which both of them vanish at."""
+
 LEAST_LOOK, MOST_LOOK = 8, 60
 """The least and the most gradients that may be spent around a stationary point."""
 
@@ -139,13 +143,14 @@ def lower_points(
     `product` and `value` take and return.
     """
     least, largest, direction = _least_curvatures(product, x.shape, epsilon, products)
+    is_known = np.isfinite(least)
+    if not np.any(is_known):
+        return x, is_known
     clearly = epsilon**0.5 * largest
     # A direction without curvature is tried only where the gradient is exactly zero;
     # elsewhere the run approaches a flat minimum slowly.
     is_stationary = ~np.any(grad, axis=1)
     is_open = (least <= -clearly) | ((least <= clearly) & is_stationary)
-    if not np.any(is_open):
-        return x, is_open
     # Long enough for a fall of the third order to be seen beside rounding errors.
     size = epsilon ** (1 / 6) * np.maximum(1.0, np.linalg.norm(x, axis=1))
     step = size[:, None] * direction
@@ -158,6 +163,8 @@ def lower_points(
     bends_down = least < -clearly
     mean = np.where(np.all(is_finite, axis=0), np.mean(values, axis=0), lowest)
     level = np.where(bends_down, mean, lowest)
+    told = np.abs(np.sum(grad * step, axis=1)) + np.abs(least) * size**2
+    is_open |= fun - lowest > MISTAKEN * told
     is_lower = is_open & (level < fun - NOISE * epsilon * np.abs(fun))
     is_ahead = values[0] <= values[1]
     return np.where(is_ahead[:, None], x + step, x - step), is_lower

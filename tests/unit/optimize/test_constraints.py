@@ -83,8 +83,56 @@ def test_scipys_objects_say_what_they_limit():
         (None, {"type": "eq"}, "SciPy's dicts"),
         ((np.nan, None), (), "must not be NaN"),
         (([0.0, np.nan, 0.0], None), (), "must not be NaN"),
+        (("0", None), (), "the lower bound is str '0'"),
+        ((None, [True, False, True]), (), "the upper bound is list"),
+        ((tf.constant("0"), None), (), "must fit the point"),
+        ((np.datetime64("2020-01-01"), None), (), "must fit the point"),
+        ((np.inf, None), (), "lower inf, upper inf"),
+        ([0, 1, 2], (), "a pair"),
+        ([(0, 1, 2), (0, 1), (0, 1)], (), "a pair"),
+        (None, LinearConstraint([[1, 1]], 0, 2), r"shape \(m, 3\)"),
+        (None, {"type": "eq", "fun": abs, "args": 1.0}, "SciPy's dicts"),
     ],
 )
 def test_what_does_not_fit_the_point_is_refused(bounds, constraints, match):
     with pytest.raises(InvalidArgumentError, match=match):
         Limits(problem(), bounds, constraints)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda p: None, "returned NoneType None"),
+        (lambda p: "above", "returned str 'above'"),
+        (lambda p: [p["b"], None], r"returned list \["),
+        (lambda p: p["b"] > 1, "bool"),
+        (lambda p: [], r"returned list \[\]"),
+        (lambda: 1.0, "does not take 1 arguments"),
+        (lambda p, a: 1.0, "does not take 1"),
+    ],
+)
+def test_a_constraint_that_is_no_function_to_numbers_is_refused(function, words):
+    for constraint in (
+        {"type": "ineq", "fun": function}, NonlinearConstraint(function, 0, 1),
+    ):  # fmt: skip
+        limits = Limits(problem(), None, constraint)
+        with pytest.raises(InvalidArgumentError, match=words):
+            limits.check(np.ones(3))
+
+
+@pytest.mark.parametrize(("lower", "upper"), [(1, 0), (np.nan, 1), ([0, 0], [1, 1])])
+def test_limits_of_a_constraint_that_cannot_be_kept_are_refused(lower, upper):
+    limits = Limits(
+        problem(), None, NonlinearConstraint(lambda p: p["b"], lower, upper)
+    )
+
+    with pytest.raises(InvalidArgumentError, match="limits of a constraint"):
+        limits.check(np.ones(3))
+
+
+def test_a_jacobian_of_another_shape_is_refused():
+    entry = {"type": "eq", "fun": lambda p: p["b"], "jac": lambda p: [1.0, 2.0]}
+    limits = Limits(problem(), None, entry)
+
+    with pytest.raises(InvalidArgumentError, match="a row for each value"):
+        limits.check(np.ones(3))

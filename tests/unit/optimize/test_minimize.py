@@ -531,6 +531,8 @@ FOREIGN = {
     "options": "steps=", "optimizer": "method=", "logdir": "log=",
     "callbacks": "callback=", "verbose": "log=", "jit_compile": "jit=",
     "args": "lambda x", "stpes": "steps=", "learning_rat": "learning_rate=",
+    "max_iters": "steps=", "solver": "method=", "stepsize": "learning_rate=",
+    "p0": "second argument", "timeout": "seconds=", "random_state": "nothing",
 }  # fmt: skip
 
 
@@ -539,6 +541,14 @@ FOREIGN = {
 def test_an_argument_of_another_library_is_refused_with_ours(call, name):
     with pytest.raises(TypeError, match=rf"'{name}'(?s:.)*try: .*{FOREIGN[name]}"):
         call(parabola, 3.0, **{name: 1})
+
+
+def test_what_is_meant_is_an_argument_of_the_function_that_was_called():
+    with pytest.raises(TypeError) as error:
+        tfgrad.least_squares(lambda x: x, [1.0], learning_rate=0.1)
+
+    assert "try: residuals, x0, wrt" in str(error.value)
+    assert "learning_rate=\n" not in str(error.value)
 
 
 def test_a_run_that_diverges_names_the_rate_first():

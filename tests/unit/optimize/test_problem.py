@@ -113,6 +113,26 @@ def test_a_constraint_that_a_method_would_drop_is_refused(method):
     assert float(w) == 1.0
 
 
+@pytest.mark.parametrize("method", ["lbfgs", "scipy:l-bfgs-b"])
+def test_a_constraint_that_bounds_keep_to_is_none_that_is_dropped(method):
+    free = tf.Variable(2.0)
+    w = keras.Variable([3.0, 1.0])
+    w.constraint = keras.constraints.NonNeg()
+
+    def f():
+        return tf.reduce_sum((w.value + 1) ** 2) + (free + 3) ** 2
+
+    result = tfgrad.minimize(
+        f, wrt=[free, w], method=method, bounds=([None, [0.0, 0.5]], None)
+    )
+
+    np.testing.assert_allclose(w, [0, 0.5])
+    assert float(free) == pytest.approx(-3, abs=1e-3)
+    assert result.success
+    with pytest.raises(InvalidArgumentError, match="NonNeg"):
+        tfgrad.minimize(f, wrt=[free, w], method=method, bounds=(-1.0, None))
+
+
 @pytest.mark.parametrize("method", ["lbfgs", "sgd"])
 def test_a_function_that_assigns_what_is_minimised_is_refused(method):
     x = tf.Variable(3.0)

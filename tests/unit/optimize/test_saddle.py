@@ -108,6 +108,17 @@ def test_newton_does_not_end_at_a_saddle_that_its_steps_lead_to(dtype):
     assert np.any(np.all(np.abs(result.history["x"]) < 1e-6, axis=1))
 
 
+@pytest.mark.parametrize("method", ["newton", "lbfgs"])
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_an_inflection_that_the_steps_lead_to_is_left(level, method):
+    def f(x):
+        return x[0] ** 3 + x[1] ** 2 + level
+
+    result = tfgrad.minimize(f, np.ones(2), method=method)
+
+    assert result.status == "unbounded"
+
+
 def test_variables_end_where_the_result_says():
     x = tf.Variable([0.0, 0.0], dtype=tf.float64)
 

@@ -164,6 +164,7 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
         before.first_fun,
     )
     hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * noise
+    hidden &= expectation.has_flattened(progress)
     told = tf.where(failed, tf.where(hidden, 0 * expected, expected), told)
     is_kink = expectation.is_kink(here, progress, expected)
     told = tf.where(is_kink, told.dtype.max, told)

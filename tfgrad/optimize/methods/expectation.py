@@ -108,7 +108,12 @@ def is_kink(here: Point, progress: Progress, expected: tf.Tensor) -> tf.Tensor:
     """Return whether the point is taken for a kink: see `KINK`."""
     kink = min(KINK, float(expected.dtype.max))  # float16 holds no million
     has_fallen = (progress.first_fun - here.fun) / kink > expected
-    return has_fallen & (progress.grad_max > FALLEN * progress.most_grad)
+    return has_fallen & tf.logical_not(has_flattened(progress))
+
+
+def has_flattened(progress: Progress) -> tf.Tensor:
+    """Return whether the gradient has fallen, as it does not at a kink."""
+    return progress.grad_max <= FALLEN * progress.most_grad
 
 
 def told(

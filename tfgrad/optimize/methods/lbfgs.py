@@ -267,6 +267,7 @@ class LBFGS:
             expected, before.expected, here.fun, sized, before.first_fun
         )
         hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * narrowed.noise
+        hidden &= expectation.has_flattened(progress)
         last = tf.where(hidden, tf.zeros_like(expected), expected)
         # If the noise in f exceeds its rounding, f may still fall by that noise.
         is_noisy = narrowed.noise > LEVEL * EPSILONS[new.fun.dtype] * tf.abs(here.fun)

@@ -22,12 +22,14 @@ References:
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import either
+from tfgrad.optimize.methods.expectation import length_of
 from tfgrad.optimize.methods.protocol import Curvature, Move, Point
 
 ACCEPTABLE = 1e-4
@@ -47,6 +49,9 @@ NOISE = 10
 
 MOST_TRIALS = 30
 """Trials in a row that are not taken; a radius is then 1e-18 of what it was."""
+
+MOST_POWER = 0.4
+"""The power of the dtype's largest number that a radius may be: it is squared."""
 
 MOST_IDLE = 8
 """Steps in a row that change nothing before the precision of the dtype is reached."""
@@ -123,17 +128,16 @@ class Newton:
     def init(self, start: Point) -> Move:
         """Return a step that is no longer than x, or |f| / |g| if x is zero."""
         zero, none = tf.zeros_like(start.fun), tf.constant(0)
-        divide, size = tf.math.divide_no_nan, tf.norm(start.x)
-        radius = tf.where(
-            size > 0, size, divide(tf.abs(start.fun), tf.norm(start.grad))
-        )
+        size, slope = length_of(start.x), length_of(start.grad)
+        of_f = tf.math.divide_no_nan(tf.abs(start.fun), slope)
+        radius = tf.where(size > 0, size, of_f)
         state = State(
             step=tf.zeros_like(start.x),
             predicted=zero,
             expected=zero,
             radius=tf.where(radius > 0, radius, tf.ones_like(radius)),
             trials=none,
-            first_grad=tf.norm(start.grad),
+            first_grad=slope,
             least_grad=start.grad_max,
             idle=none,
             noise=zero,
@@ -174,12 +178,21 @@ class Newton:
         return Move(x, state, failed=failed, expected=told)
 
     def _minimiser(self, here: Point, state: State) -> Model:
-        """Return where the model is least, about (7.2)."""
+        """Return where the model is least, about (7.2).
+
+        The gradient is counted in its own size, so that no square overflows.
+        """
         assert self._objective is not None
-        hvp, radius, size = self._objective.hvp, state.radius, tf.norm(here.grad)
+        hvp, largest = self._objective.hvp, here.fun.dtype.max
+        # A power of 2 rounds nothing.
+        unit = 2.0 ** tf.floor(tf.math.log(here.grad_max) / math.log(2))
+        unit = tf.where(unit > 0, unit, tf.ones_like(unit))
+        grad = here.grad / unit
+        radius = tf.minimum(state.radius / unit, largest**MOST_POWER)
+        size = tf.norm(grad)
         n: Any = here.x.shape[0]
         most = 2 * n + 10  # n would do in exact arithmetic
-        part = tf.sqrt(tf.math.divide_no_nan(size, state.first_grad))
+        part = tf.sqrt(tf.math.divide_no_nan(size * unit, state.first_grad))
         part = tf.minimum(part, FORCING)
 
         def goes_on(i: Any, is_over: Any, z: Any, r: Any, d: Any, _: Any) -> tf.Tensor:
@@ -193,26 +206,28 @@ class Newton:
             product = tf.where(is_known, product, tf.zeros_like(product))
             curvature, square = _dot(d, product), _dot(r, r)
             length = tf.math.divide_no_nan(square, curvature)
-            more = tf.where(curvature > 0, square * length / 2, square.dtype.max / 4)
+            more = tf.where(curvature > 0, square * length / 2, largest / 4)
             leaves = (curvature <= 0) | ~(tf.norm(z + length * d) < radius)
             length = tf.where(leaves, _to_boundary(z, d, radius), length)
             z, r = z + length * d, r + length * product
             return i + 1, leaves, z, r, _dot(r, r) / square * d - r, fall + more
 
         zero, none = tf.zeros_like(here.x), tf.zeros_like(here.fun)
-        start = (0, size == 0, zero, here.grad, -here.grad, none)
+        start = (0, size == 0, zero, grad, -grad, none)
         end = tf.while_loop(goes_on, body, start, parallel_iterations=1)
         _, leaves, z, r, _, fall = end
         # As r = g + H z, the model at z is (g + r).z / 2.
-        predicted = -_dot(z, here.grad + r) / 2
-        return Model(z, predicted, fall, ~leaves | (size == 0))
+        predicted = -_dot(z, grad + r) / 2
+        predicted, known = (unit * (unit * number) for number in (predicted, fall))
+        fall = tf.where(fall < largest / 4, known, largest / 4)
+        return Model(unit * z, predicted, fall, ~leaves | (size == 0))
 
 
 def _radius(state: State, ratio: tf.Tensor) -> tf.Tensor:
     """Return the new radius, for the ratio of actual to predicted decrease."""
-    length, radius = tf.norm(state.step), state.radius
+    length, radius = length_of(state.step), state.radius
     is_at_boundary = length > 0.9 * radius
-    grown = tf.minimum(GROWTH * radius, radius.dtype.max**0.4)
+    grown = tf.minimum(GROWTH * radius, radius.dtype.max**MOST_POWER)
     grown = tf.where((ratio > GOOD) & is_at_boundary, grown, radius)
     return tf.where(ratio < BAD, SHRINKAGE * length, grown)
 

@@ -297,7 +297,7 @@ class PureSolver(Solver):
         self.problem = problem
         problem.find()
         self._like = problem.x.leaves
-        _check_unconstrained(method.name, problem.x.owners)
+        _check_unconstrained(method.name, problem, limits)
         dtypes = {leaf.dtype.name for leaf in self._like}
         if len(dtypes) > 1:
             raise InvalidArgumentError(
@@ -401,15 +401,19 @@ class PureSolver(Solver):
         return said
 
 
-def _check_unconstrained(name: str, owners: Any) -> None:
-    """Refuse variables with a constraint, which the method would not heed."""
-    for owner in owners:
+def _check_unconstrained(name: str, problem: Problem, limits: Limits | None) -> None:
+    """Refuse variables with a constraint that neither method nor bounds heed."""
+    end = 0
+    for owner, leaf in zip(problem.x.owners, problem.x.leaves, strict=False):
+        start, end = end, end + (leaf.shape.num_elements() or 0)
         constraint = getattr(owner, "constraint", None)
         if constraint is None:
             continue
         kind = getattr(constraint, "__name__", type(constraint).__name__)
         is_sign = kind.lower() in ("nonneg", "non_neg", "nonnegative")
-        bounds = "bounds=(0, None)" if is_sign else "bounds=(lower, upper)"
+        if is_sign and limits is not None and np.all(limits.lower[start:end] >= 0):
+            continue
+        bounds = "bounds=(0, None)" if is_sign else "a variable without it"
         raise InvalidArgumentError(
             f"`{name}` does not apply the constraint of a variable.",
             got=f"{owner.name!r} with the constraint {kind}",

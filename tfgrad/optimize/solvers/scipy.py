@@ -35,6 +35,7 @@ from tfgrad.nested import ravel, unravel
 from tfgrad.optimize.constraints import Array, Limits
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
+from tfgrad.optimize.methods import bounded
 from tfgrad.optimize.methods.protocol import Move
 from tfgrad.optimize.methods.scipy import SciPyMethod
 from tfgrad.optimize.problem import Problem
@@ -66,7 +67,14 @@ class _Still:
     """The method of a point that stays where it is, until SciPy moves it."""
 
     name = "scipy"
-    settings = ()
+
+    def __init__(self, bounds: Any = None) -> None:
+        self._bounds = bounds
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What the slope at the start depends on."""
+        return (bounded.settings(self._bounds),)
 
     def init(self, start: Any) -> Move:
         """Return the start."""
@@ -75,6 +83,10 @@ class _Still:
     def update(self, new: Any, old: Any, state: Any) -> Move:
         """Return the point."""
         return Move(new.x)
+
+    def within(self, bounds: Any) -> _Still:
+        """Return the method within bounds, which SciPy heeds."""
+        return _Still(bounds)
 
 
 class _LeftError(Exception):
@@ -183,7 +195,7 @@ class SciPyLoop:
         clock: Callable[[], float],
     ) -> None:
         """Evaluate nothing."""
-        self.solver = PureSolver(problem, _Still())
+        self.solver = PureSolver(problem, _Still(), limits)
         self.visit: Callable[[State, Rows], bool] | None = None
         self.bad: Rows | None = None
         self.blame = ""
@@ -197,6 +209,7 @@ class SciPyLoop:
         problem = self.solver.problem
         x = np.asarray(ravel(problem.x.start()), np.float64)
         inside = self._rules.limits.clip(x)
+        self._rules.limits.check(inside)
         if np.any(inside != x):
             problem.x.restart(self._function.leaves(inside))
         state, evaluation = self.solver.init()
@@ -337,7 +350,7 @@ class _Session:
     Attributes:
         state: As above.
         error: What a function of the user's raised.
-        was_bad: Whether the last point evaluated had no finite value.
+        was_bad: Whether a point since the last iteration had no finite value.
     """
 
     def __init__(
@@ -358,7 +371,8 @@ class _Session:
         at = self._guarded(self._function.at, np.array(x))
         value, grad = float(at.value), np.asarray(at.gradient, np.float64)
         self.state = self.state._replace(evaluations=self.state.evaluations + 1)
-        self.was_bad = not np.isfinite(value) or not np.all(np.isfinite(grad))
+        is_bad = not np.isfinite(value) or not np.all(np.isfinite(grad))
+        self.was_bad |= is_bad
         if np.isfinite(value):
             self._lowest = min(value, self._lowest)
             self._highest = max(value, self._highest)
@@ -378,16 +392,26 @@ class _Session:
         return (matrix + matrix.T) / 2
 
     def iteration(self, x: Array, *_: Any) -> None:
-        """Hand on a step; leave SciPy if the run has ended."""
-        self._x = np.array(x, np.float64)
-        self.state, rows = self._guarded(self._moved, self.state, self._x)
+        """Hand on a step; leave SciPy if the run has ended.
+
+        Some methods iterate at points that have no value: they are no steps.
+        """
+        x = np.array(x, np.float64)
+        if not np.isfinite(self._guarded(self._function.at, x).value):
+            return
+        self.was_bad = False
+        self._hand_on(x)
+
+    def _hand_on(self, x: Array) -> None:
+        self._x = x
+        self.state, rows = self._guarded(self._moved, self.state, x)
         if not self._guarded(self._visit, self.state, rows):
             raise _LeftError
 
     def end(self, x: Array) -> None:
         """Hand on the last point, unless it was."""
         if not np.array_equal(x, self._x):
-            self.iteration(x)
+            self._hand_on(x)
 
     def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function; keep what it raises, which SciPy may swallow."""
