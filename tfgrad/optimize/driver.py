@@ -145,7 +145,7 @@ class Driver:
         callback: Any = None,
     ) -> None:
         """Check what can be checked; nothing is traced or written."""
-        _check_alone(f)
+        check_alone(f)
         self.hooks: list[Hook] = [ProgressBar(), *watching(callback)]
         check_log(options.log)
         before = x0 if isinstance(x0, OptimizeResult) else None
@@ -255,7 +255,7 @@ class Driver:
         if self.saved is None:
             self.make_loop(pulled)
             self.state, rows = self.loop.start()
-            _check_unwatched(self.problem)
+            check_unwatched(self.problem)
         else:
             self.state, rows = resume.go_on(self, self.saved, pulled)
         self.record.keep(rows)
@@ -443,7 +443,7 @@ class Driver:
                 self.loop.solver.settle(self.state)
 
 
-def _check_alone(f: Any) -> None:
+def check_alone(f: Any) -> None:
     """Refuse to run inside of what is traced: the answer would have no derivative."""
     if not tf.executing_eagerly():
         raise InvalidArgumentError(
@@ -454,7 +454,7 @@ def _check_alone(f: Any) -> None:
         )
 
 
-def _check_unwatched(problem: Problem) -> None:
+def check_unwatched(problem: Problem) -> None:
     """Refuse a function of what a tape watches: the answer has no derivative by it.
 
     The variables that are moved do not count: they are given new values.

@@ -17,6 +17,7 @@ from tfgrad.nested import Nest
 from tfgrad.optimize.blocks import Outcome, Plan, Task
 from tfgrad.optimize.chain import make_stages
 from tfgrad.optimize.constraints import require_support
+from tfgrad.optimize.driver import check_alone, check_unwatched
 from tfgrad.optimize.many_saddles import solve_all
 from tfgrad.optimize.many_uncertainty import OfRows
 from tfgrad.optimize.methods.protocol import Bindable, Method
@@ -247,7 +248,8 @@ def minimize_many(
     References:
         `tfgrad.optimize.methods.lbfgs`.
     """
-    require_no("minimize_many", unknown)
+    require_no("minimize_many", unknown, function=minimize_many)
+    check_alone(f)
     options = Options(
         method=method,
         steps=steps,
@@ -300,6 +302,7 @@ def run(
     sides = sides_of(problem, rows, options.bounds)
     x = np.clip(rows.x, *sides) if sides else rows.x
     problem.evaluate(tf.nest.flatten(rows.first), rows.data)
+    check_unwatched(problem)
     steps = 1000 if options.steps is None else int(options.steps)
     plan = Plan(
         problem, rows.data, method, options.tolerances, steps, options.jit, pays

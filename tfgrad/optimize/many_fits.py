@@ -16,6 +16,7 @@ from tfgrad.derivatives.vectorized import static_size
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, ravel, unravel
 from tfgrad.optimize.blocks import WIDEST, Outcome
+from tfgrad.optimize.driver import check_alone
 from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
 from tfgrad.optimize.many import ManyResult, run
 from tfgrad.optimize.many_uncertainty import covariances
@@ -175,7 +176,8 @@ def least_squares_many(
     References:
         `tfgrad.optimize.methods.marquardt`.
     """
-    require_no("least_squares_many", unknown, ("loss", "f_scale", "missing"))
+    require_no("least_squares_many", unknown, function=least_squares_many)
+    check_alone(residuals)
     check_loss(loss, f_scale)
     if missing not in ("nonfinite", "drop"):
         raise InvalidArgumentError(

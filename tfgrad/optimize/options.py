@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable
@@ -100,19 +101,29 @@ FOREIGN = {
 """What people of SciPy, Keras, JAX and PyTorch type, and what to write here."""
 
 
-def require_no(name: str, unknown: dict[str, Any], also: Iterable[str] = ()) -> None:
+def require_no(
+    name: str,
+    unknown: dict[str, Any],
+    also: Iterable[str] = (),
+    *,
+    function: Callable[..., Any] | None = None,
+) -> None:
     """Refuse arguments that a function does not have, naming what they may mean.
 
     Args:
         name: What to call the function.
         unknown: The arguments that it was called with besides its own.
         also: Arguments that it has besides the options.
+        function: The function, if it has but some of the options.
 
     Raises:
         TypeError: If there is one.
     """
     for option in unknown:
         known = [field.name for field in fields(Options)] + [*also]
+        if function is not None:
+            parameters = inspect.signature(function).parameters.values()
+            known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
         close = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
         hint = FOREIGN.get(option) or (f"{close[0]}=" if close else ", ".join(known))
         raise TypeError(
