@@ -9,6 +9,7 @@ There is a block for each core; all of them run the same program.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -481,6 +482,7 @@ def _compile(
         evaluated, like = tf.nest.map_structure(
             tf.TensorSpec.from_tensor, traced.structured_outputs
         )
-    options = {"autograph": False, "jit_compile": jit or None}
-    both = [tf.function(each, **options) for each in (advance, values)]
+    # Functions of their own: TensorFlow counts the traces of each name.
+    own = functools.partial(advance), functools.partial(values)
+    both = [tf.function(f, autograph=False, jit_compile=jit or None) for f in own]
     return like, *both

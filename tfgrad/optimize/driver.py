@@ -146,7 +146,7 @@ class Driver:
         if run.saved is None:
             run.make_loop()
             run.state, rows = run.loop.start()
-            _check_unwatched(run.problem)
+            check_unwatched(run.problem)
         else:
             run.state, rows = resume.go_on(run, run.saved)
         run.record.keep(rows)
@@ -224,7 +224,7 @@ def check_alone(f: Any) -> None:
         )
 
 
-def _check_unwatched(problem: Problem) -> None:
+def check_unwatched(problem: Problem) -> None:
     """Refuse a function of what a tape watches: the answer has no derivative by it.
 
     The variables that are moved do not count: they are given new values.

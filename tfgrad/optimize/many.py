@@ -17,7 +17,7 @@ from tfgrad.nested import Nest
 from tfgrad.optimize.blocks import Outcome, Plan, Task
 from tfgrad.optimize.chain import make_stages
 from tfgrad.optimize.constraints import require_support
-from tfgrad.optimize.driver import check_alone
+from tfgrad.optimize.driver import check_alone, check_unwatched
 from tfgrad.optimize.many_saddles import solve_all
 from tfgrad.optimize.many_uncertainty import OfRows
 from tfgrad.optimize.methods.protocol import Bindable, Method
@@ -251,6 +251,7 @@ def minimize_many(
         `tfgrad.optimize.methods.lbfgs`.
     """
     require_no(minimize_many, unknown)
+    check_alone(f)
     options = Options(
         method=method,
         steps=steps,
@@ -263,7 +264,6 @@ def minimize_many(
         jit=jit,
         verify=verify,
     )
-    check_alone(f)
     rows = Rows(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
     fields, found, sides = run(problem, rows, pure_method(options), options, XLA_ROWS)
@@ -304,6 +304,7 @@ def run(
     sides = sides_of(problem, rows, options.bounds)
     x = np.clip(rows.x, *sides) if sides else rows.x
     problem.evaluate(tf.nest.flatten(rows.first), rows.data)
+    check_unwatched(problem)
     steps = 1000 if options.steps is None else int(options.steps)
     plan = Plan(
         problem, rows.data, method, options.tolerances, steps, options.jit, pays

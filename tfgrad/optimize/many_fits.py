@@ -185,6 +185,7 @@ def least_squares_many(
         `tfgrad.optimize.methods.marquardt`.
     """
     require_no(least_squares_many, unknown)
+    check_alone(residuals)
     check_loss(loss, f_scale)
     if missing not in ("nonfinite", "drop"):
         raise InvalidArgumentError(
@@ -204,7 +205,6 @@ def least_squares_many(
         jit=jit,
         verify=verify,
     )
-    check_alone(residuals)
     rows = Rows(residuals, x0s, args)
     n = rows.x.shape[1]
     if n > MOST_PARAMETERS:

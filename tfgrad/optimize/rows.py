@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.derivatives.tapes import is_watched
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
@@ -158,7 +159,15 @@ def _takes(f: Any, x: Nest, data: tuple[Nest, ...]) -> bool:
 def _array(leaf: Any, path: str, dtype: Any) -> Array:
     """Return an argument as an array; NumPy's floats and numbers in `dtype`."""
     if is_variable(leaf) or isinstance(leaf, tf.Tensor):
-        return np.asarray(tf.convert_to_tensor(leaf))
+        tensor = tf.convert_to_tensor(leaf)
+        if is_watched(tensor):
+            raise InvalidArgumentError(
+                "Many minimisations cannot be differentiated by what they are given.",
+                got=f"`{path}` is {describe(leaf)}, which a tape watches",
+                hint="tfgrad.solution(f, x0, *args) of each row, which has a "
+                "derivative; or the call outside of the tape",
+            )
+        return np.asarray(tensor)
     array = np.asarray(leaf)
     if array.dtype.kind not in "fiub":
         raise InvalidArgumentError(

@@ -457,6 +457,30 @@ def test_an_unknown_argument_is_refused():
         tfgrad.minimize_many(rosenbrock, np.ones((2, 2)), maxiter=3)
 
 
+def test_what_only_minimize_has_is_not_proposed():
+    with pytest.raises(TypeError) as raised:
+        tfgrad.minimize_many(rosenbrock, np.ones((2, 2)), callback=print)
+    assert "checkpoint" not in str(raised.value)
+    with pytest.raises(TypeError, match="missing"):
+        tfgrad.least_squares_many(decay, START, ONE, mising="drop")
+
+
+def test_many_minimisations_have_no_derivative_and_say_so():
+    def f(x, a):
+        return (x - a) ** 2
+
+    a = tf.constant([1.0, 2.0])
+    with tf.GradientTape() as tape:
+        tape.watch(a)
+        for given in (a, tf.Variable(a)):
+            with pytest.raises(InvalidArgumentError, match="tape watches"):
+                tfgrad.minimize_many(f, 0.0, given)
+        with pytest.raises(InvalidArgumentError, match="tape watches"):
+            tfgrad.minimize_many(lambda x: f(x, a[0]), np.zeros(2, np.float32))
+    with pytest.raises(InvalidArgumentError, match="traced"):
+        tf.function(lambda x: tfgrad.minimize_many(f, x, ONE).x)(a)
+
+
 def test_errors_of_one_problem_come_as_of_minimize():
     with pytest.raises(tfgrad.errors.ScalarObjectiveError):
         tfgrad.minimize_many(lambda x: x, np.ones((3, 2)))

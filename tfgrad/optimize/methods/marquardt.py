@@ -41,6 +41,9 @@ from tfgrad.optimize.methods.protocol import Move, Point
 FIRST_DAMPING, LEAST_DAMPING = 1e-2, 1e-14
 """Of squares of singular values in scaled parameters, which are about 1."""
 
+LAST = 4
+"""How many times the tolerance a point may miss that rounding lets nobody improve."""
+
 EASED = 0.1
 """What the damping is multiplied by where the model has been good."""
 
@@ -215,7 +218,7 @@ class Marquardt:
                 has_slope |= is_known & box.holds_all(here)
             # Where rounding does not forbid it, the run goes on to a tenth of that.
             enough = tf.constant(tolerance(here.x.dtype), here.x.dtype)
-            enough = tf.where(is_over, enough, enough / 10)
+            enough = tf.where(is_over, LAST * enough, enough / 10)
             is_short = tf.reduce_all(tf.abs(newton) <= enough * tf.abs(here.x))
             stands = has_slope & is_short & ((part <= LITTLE) | is_over)
             verdict = tf.where(stands, STANDS, verdict)
