@@ -273,9 +273,9 @@ def _check_takes(f: Any, count: int, *, goes_on: bool) -> None:
 def _warn_of_validation(run: Minimisation) -> None:
     """Say that a validation was never called: nobody knows where some data ends."""
     training = run.training
-    if training is None or training.validation is None:
+    if training is None or training.validation is None or training.source.batches:
         return
-    if training.source.batches is None and not run.record.epochs.columns():
+    if run.status in ("steps", "seconds") and not run.record.epochs.columns():
         warnings.warn(
             "`validation` is called at the end of an epoch, and none has ended in "
             f"{run.step} steps: let `data` end after some batches",

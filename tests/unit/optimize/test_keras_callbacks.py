@@ -521,3 +521,12 @@ def test_a_run_without_nan_has_nothing_to_explain():
 
     assert tfgrad.minimize(square, 3.0, callback=watch).success
     assert watch.epoch is None
+
+
+def test_callbacks_in_a_nested_list_are_taken_as_fit_takes_them():
+    steps, history = [], keras.callbacks.History()
+    given = [[lambda state: steps.append(state.step)], history]
+    tfgrad.minimize(lambda x: x**2, 3.0, method="sgd", steps=2, callback=given)
+
+    assert steps == [1, 2]
+    assert len(history.history["loss"]) == 2
