@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.derivatives.signatures import signature
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either, ravel, unravel
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
@@ -270,7 +271,7 @@ class PureForms(Forms):
 
     def kept_with_f(self) -> tuple[Any, Any]:
         """Return where compiled loops are kept: with the function."""
-        key = self.kept()[1], shapes_of(self._problem.x.template)
+        key = self.kept()[1], signature(self._problem.x.template)
         return self._problem.evaluator.kept, key
 
 
