@@ -333,7 +333,8 @@ def slope_along(gradients: Sequence[Any], direction: Arrays) -> float:
     total = 0.0
     for gradient, v in zip(gradients, direction, strict=True):
         part = moving_part(v.size)  # all else of the direction is zero
-        total += inner(*([x.reshape(-1)[part]] for x in (_view(gradient), v)))
+        if np.any(v.reshape(-1)[part]):  # else NaN times 0 would blame this source
+            total += inner(*([x.reshape(-1)[part]] for x in (_view(gradient), v)))
     return total
 
 
