@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -15,13 +15,18 @@ KEPT: OrderedDict[Any, Any] = OrderedDict()
 """Compiled functions that do not depend on the user's function: made only once."""
 
 
-def direct(concrete: Any) -> Callable[..., Any]:
+def direct(concrete: Any, captured: Sequence[Any] | None = None) -> Callable[..., Any]:
     """Return a concrete function of tensors, to be called with them in a flat row.
+
+    Args:
+        concrete: The function.
+        captured: What to take in place of its `captured_inputs`.
 
     A call looks neither at the number and dtypes of the tensors nor at the answer,
     which would take half of the time of a short one; and no tape records it.
     """
-    function, captured = concrete.inference_fn, list(concrete.captured_inputs)
+    function = concrete.inference_fn
+    captured = list(concrete.captured_inputs if captured is None else captured)
     pack = _packer(concrete.structured_outputs)
     context: Any = getattr(function, "_bound_context", None)  # as in TensorFlow 2.21
     if pack is None or not hasattr(context, "call_function"):
@@ -56,10 +61,36 @@ def _packer(structure: Any) -> Callable[[Iterator[Any]], Any] | None:
     return lambda tensors: kind([pack(tensors) for pack in packers])
 
 
-def compiled(function: Callable[..., Any], *nests: Any) -> Callable[..., Any]:
-    """Return a function of nests like these, compiled: of their leaves in a row."""
+def concrete_for(function: Callable[..., Any], *nests: Any) -> Any:
+    """Return a function of nests like these, traced: of their leaves in a row."""
     specs = tf.nest.map_structure(tf.type_spec_from_value, nests)
-    return direct(tf.function(function, autograph=False).get_concrete_function(*specs))
+    return tf.function(function, autograph=False).get_concrete_function(*specs)
+
+
+def compiled(function: Callable[..., Any], *nests: Any) -> Callable[..., Any]:
+    """Return the same, to be called with tensors alone."""
+    return direct(concrete_for(function, *nests))
+
+
+class OfVariables(NamedTuple):
+    """A traced function that reads and writes variables, which others may replace.
+
+    Attributes:
+        concrete: The function.
+        variables: The variables that it was traced with.
+    """
+
+    concrete: Any
+    variables: Sequence[tf.Variable]
+
+    def of(self, variables: Sequence[tf.Variable]) -> Callable[..., Any] | None:
+        """Return the function of other variables; None if it has captured more."""
+        pairs = zip(self.variables, variables, strict=True)
+        handles = {id(old.handle): new.handle for old, new in pairs}
+        captured = self.concrete.captured_inputs
+        if any(id(tensor) not in handles for tensor in captured):
+            return None
+        return direct(self.concrete, [handles[id(tensor)] for tensor in captured])
 
 
 def compiled_once(function: Callable[..., Any], jit: Any) -> Callable[..., Any]:
@@ -100,4 +131,5 @@ def kept(place: Any, key: Any, make: Callable[[], Any]) -> Any:
 
 def shapes_of(nest: Any) -> tuple[Any, ...]:
     """Return a key of the shapes and dtypes of the tensors in a nest."""
-    return tuple((leaf.shape, leaf.dtype) for leaf in tf.nest.flatten(nest))
+    leaves = tf.nest.flatten(nest, expand_composites=True)
+    return tuple((leaf.shape, leaf.dtype) for leaf in leaves)

@@ -26,7 +26,14 @@ from tfgrad.optimize.chunks import (
     array,
     held,
 )
-from tfgrad.optimize.compiled import compiled, kept, shapes_of
+from tfgrad.optimize.compiled import (
+    OfVariables,
+    compiled,
+    concrete_for,
+    direct,
+    kept,
+    shapes_of,
+)
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.solvers import Form, Ruled, Solver, State
@@ -187,7 +194,8 @@ class Loop:
             row = stepper.row(query if stepper.lag else None, evaluation)
             if turn is None:
                 turn = self._turn(state, evaluation)
-            known = tf.nest.flatten(evaluation._replace(aux={}))
+            known = evaluation._replace(aux={})
+            known = tf.nest.flatten(known, expand_composites=True)
             flags, query, expected, leaves = turn(*leaves, *known, *inputs)
             code, accepted = flags.numpy()
             evaluations += 1
@@ -224,6 +232,14 @@ class Loop:
             return flags, query, state.expected, tf.nest.flatten(state)
 
         place, key = self.solver.forms.kept()
-        key = "turn", key, self._ruled.key, shapes_of((state, known))
-        made: Callable[..., Any] = kept(place, key, lambda: compiled(run, state, known))
-        return made
+        variables = self.solver.forms.variables()
+        shapes = (*((v.shape, v.dtype) for v in variables), *shapes_of((state, known)))
+        key = "turn", key, self._ruled.key, shapes
+
+        def make() -> OfVariables:
+            return OfVariables(concrete_for(run, state, known), variables)
+
+        made: OfVariables = kept(place, key, make)
+        if made.variables is variables or not variables:
+            return direct(made.concrete)
+        return made.of(variables) or direct(make().concrete)

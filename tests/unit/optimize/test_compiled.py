@@ -1,9 +1,12 @@
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfgrad
+from tfgrad.optimize import loop
 from tfgrad.optimize.compiled import direct
 
 
@@ -39,3 +42,71 @@ def test_a_direct_call_answers_as_the_function_itself_does(name):
             if getattr(a, "dtype", None) != tf.variant:
                 np.testing.assert_array_equal(a, b)
         variable.assign([5.0, 6.0])
+
+
+def founding_loop(f, optimizer, steps):
+    x = tf.Variable([3.0, 4.0])
+    for _ in range(steps):
+        with tf.GradientTape() as tape:
+            value = f(x)
+        optimizer.apply_gradients([(tape.gradient(value, x), x)])
+    return x.numpy()
+
+
+@pytest.mark.parametrize("kind", [keras.optimizers.SGD, keras.optimizers.Adam])
+def test_an_update_of_an_optimizer_is_traced_for_the_first_run_alone(kind, monkeypatch):
+    traced = []
+
+    def concrete_for(function, *nests):
+        traced.append(function)
+        return real(function, *nests)
+
+    real = loop.concrete_for
+    monkeypatch.setattr(loop, "concrete_for", concrete_for)
+    clipped = [0.7, 0.7, 0.2, 0.7]  # a norm that no other test takes
+    for run, (norm, rate) in enumerate(zip(clipped, [0.1, 0.2, 0.1, 0.3], strict=True)):
+
+        def f(x, run=run):
+            return tf.reduce_sum((x - run) ** 2)
+
+        optimizer = kind(rate, clipnorm=norm)
+        found = tfgrad.minimize(f, [3.0, 4.0], method=optimizer, steps=9)
+        theirs = founding_loop(f, kind(rate, clipnorm=norm), 9)
+        np.testing.assert_array_equal(found.x, theirs)
+
+    assert len(traced) == 2  # for each norm, not for each function or rate
+
+
+def test_variables_that_an_update_has_served_are_left_alone():
+    first = tf.Variable([3.0, 4.0])
+    tfgrad.minimize(lambda: tf.reduce_sum(first**2), wrt=first, method="sgd", steps=5)
+    before = first.numpy()
+
+    second = tf.Variable([1.0, 2.0])
+    tfgrad.minimize(lambda: tf.reduce_sum(second**2), wrt=second, method="sgd", steps=5)
+
+    np.testing.assert_array_equal(first, before)
+    np.testing.assert_allclose(second, tf.constant([1.0, 2.0]) * 0.98**5, rtol=1e-6)
+
+
+def test_an_update_by_rows_is_not_that_of_whole_tables():
+    tables = [tf.Variable(np.ones((rows, 2), np.float32)) for rows in (5, 5, 7, 5)]
+    for table, rows in zip(
+        tables, ([0, 1, 2, 3, 4], [0, 2, 2], [6, 6, 1], [0, 0, 1]), strict=True
+    ):
+
+        def f(table=table, rows=rows):
+            return tf.reduce_sum(
+                (table if len(rows) == 5 else tf.gather(table, rows)) ** 2
+            )
+
+        tfgrad.minimize(f, wrt=table, method="adagrad", learning_rate=0.1, steps=3)
+
+        theirs = tf.Variable(tf.ones_like(table))
+        optimizer = keras.optimizers.Adagrad(0.1)
+        for _ in range(3):
+            with tf.GradientTape() as tape:
+                value = f(theirs)
+            gradient = tf.convert_to_tensor(tape.gradient(value, theirs))
+            optimizer.apply_gradients([(gradient, theirs)])
+        np.testing.assert_allclose(table, theirs, rtol=1e-6)

@@ -154,6 +154,17 @@ class KerasMethod:
                 self._build()
         self.name = type(self.optimizer).__name__.lower()
 
+    def settings(self) -> Any:
+        """Return what updates depend on besides variables; None if that is unknown."""
+        kind, names = type(self.optimizer), ("weight_decay", "exclude_layers")
+        is_known = kind in optimizer_names().values()
+        is_known &= all(getattr(v, "constraint", None) is None for v in self._variables)
+        if not is_known or any(getattr(self.optimizer, name, None) for name in names):
+            return None  # what is decayed depends on names of variables, too
+        config = {**self.optimizer.get_config(), "name": ""}
+        rate = config.pop("learning_rate", None)  # a number is held by a variable
+        return (kind, self._floatx, repr(config)) if isinstance(rate, float) else None
+
     def scale(self) -> tf.Tensor | None:
         """Return what `update` wants the gradient multiplied by, if anything."""
         if not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):

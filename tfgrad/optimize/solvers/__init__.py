@@ -209,6 +209,10 @@ class Forms:
         """Return the same for what depends on the function, too."""
         return self.kept()
 
+    def variables(self) -> list[tf.Variable]:
+        """Return what a compiled step reads and writes, in the same order always."""
+        return []
+
 
 class Solver:
     """A method at work on a problem; the functions here are the defaults.

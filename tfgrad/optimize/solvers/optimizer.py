@@ -7,6 +7,7 @@ the last step leads to is evaluated once more at the end.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import keras
@@ -15,6 +16,7 @@ import tensorflow as tf
 from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.errors import TfgradError
 from tfgrad.nested import Nest
+from tfgrad.optimize.compiled import direct
 from tfgrad.optimize.data import SIZE, Source, size_of
 from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, operations_of
 from tfgrad.optimize.methods.keras_optimizer import Factory, KerasMethod, plain
@@ -35,6 +37,9 @@ XLA_STEPS = 3000
 XLA_STEPS_PER_OP = 20
 """... and for larger functions, which take longer to compile, from this many per op."""
 
+KEPT_SIZE = 2**16
+"""The most elements of variables that are kept alive by an update compiled for them."""
+
 
 class OptimizerStepper(Stepper):
     """Evaluate where the variables are, then let the optimizer move them.
@@ -51,6 +56,7 @@ class OptimizerStepper(Stepper):
         moved: The variables that it moves.
         backup: The same before the last step.
         written: The variables that f writes, as far as a trace tells.
+        before: Copies of these.
         compiled: The evaluation, compiled; None if f runs eagerly.
     """
 
@@ -83,8 +89,10 @@ class OptimizerStepper(Stepper):
             problem.distribute(self.written, are_own=feed.source.is_own)
         if is_shared or self.method.scale() is not None:
             self.compiled = self._compile()
+        is_closed = feed is None and self.compiled is not None and not self.written
+        self._direct = direct(self.compiled) if is_closed else None
         self.backup = Backup(self.moved, owners, self.method.optimizer)
-        self._before = [tf.Variable(v, trainable=False) for v in self.written]
+        self.before = [tf.Variable(v, trainable=False) for v in self.written]
 
     @property
     def is_eager(self) -> bool:
@@ -101,12 +109,17 @@ class OptimizerStepper(Stepper):
 
     def evaluate(self, query: Any) -> Evaluation:
         """Return the function where the variables are, on a batch if there is data."""
-        for kept, variable in zip(self._before, self.written, strict=True):
+        for kept, variable in zip(self.before, self.written, strict=True):
             kept.assign(variable.read_value())
         drawn = () if self.feed is None else (query.get_value(),)
         if self.compiled is None:
             return self._evaluated(*drawn)
-        evaluation: Evaluation = self.compiled(*drawn)
+        evaluation: Evaluation
+        if self._direct is not None and tf.executing_eagerly():
+            with contextlib.suppress(tf.errors.OpError):  # the other call explains it
+                evaluation = self._direct()
+                return evaluation
+        evaluation = self.compiled(*drawn)
         return evaluation
 
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
@@ -155,7 +168,7 @@ class OptimizerStepper(Stepper):
             return tf.constant(1)
 
         def stay() -> tf.Tensor:
-            for kept, variable in zip(self._before, self.written, strict=True):
+            for kept, variable in zip(self.before, self.written, strict=True):
                 variable.assign(kept.read_value())
             return tf.constant(0)
 
@@ -213,6 +226,10 @@ class OptimizerForms(Forms):
         """Compile nothing."""
         self._stepper = stepper
         self._kept: dict[Any, Any] = {}
+        self._variables = [
+            *stepper.moved, *stepper.backup.variables, *stepper.method.variables(),
+            *stepper.written, *stepper.before,
+        ]  # fmt: skip
 
     def form(self, state: State, planned: int, jit: bool | str) -> Form:
         """Return the compiled loop that pays for so many steps."""
@@ -231,8 +248,21 @@ class OptimizerForms(Forms):
         return Form("xla" if is_fit and is_long else "graph")
 
     def kept(self) -> tuple[Any, Any]:
-        """Return that what is compiled serves this run alone."""
+        """Return where updates are kept: of small variables, for all functions."""
+        stepper = self._stepper
+        size = sum(v.shape.num_elements() for v in stepper.moved)
+        is_alone = stepper.feed is None and stepper.problem.replicas.count == 1
+        if is_alone and size <= KEPT_SIZE and (key := stepper.method.settings()):
+            return None, key
         return self._kept, None
+
+    def kept_with_f(self) -> tuple[Any, Any]:
+        """Return that a compiled loop serves this run alone."""
+        return self._kept, None
+
+    def variables(self) -> list[tf.Variable]:
+        """Return what is moved, with copies, the optimizer's state, what f writes."""
+        return self._variables
 
 
 class OptimizerSolver(Solver):
