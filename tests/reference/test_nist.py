@@ -107,19 +107,17 @@ def test_rows_of_starts_reach_the_certified_parameters(name, start):
 
 
 def test_rows_that_end_elsewhere_end_at_minima_too():
-    # ENSO has more than one, and Eckerle4 the same curve with two signs changed.
-    for name, start in (("ENSO", 1), ("Eckerle4", 0)):
-        truth, residuals = nist["read"](name), nist["residuals"](name, tf)
-        x0 = truth.starts[start]
-        x0s = x0 * (1 + 0.1 * np.random.default_rng(0).uniform(-1, 1, (50, len(x0))))
+    truth, residuals = nist["read"]("ENSO"), nist["residuals"]("ENSO", tf)
+    x0 = truth.starts[1]
+    x0s = x0 * (1 + 0.1 * np.random.default_rng(0).uniform(-1, 1, (50, len(x0))))
 
-        result = tfgrad.least_squares_many(residuals, x0s)
-        is_elsewhere = np.any(~np.isclose(result.x, truth.certified, rtol=1e-5), axis=1)
-        found = result.x[result.success & is_elsewhere]
-        bend = tfgrad.hessian(lambda p, r=residuals: tf.reduce_sum(r(p) ** 2) / 2)
+    result = tfgrad.least_squares_many(residuals, x0s)
+    is_elsewhere = np.any(~np.isclose(result.x, truth.certified, rtol=1e-5), axis=1)
+    found = result.x[result.success & is_elsewhere]
+    bend = tfgrad.hessian(lambda p: tf.reduce_sum(residuals(p) ** 2) / 2)
 
-        assert len(found)
-        for x in found:
-            matrix = bend(tf.constant(x)).numpy()
-            sizes = np.sqrt(np.diag(matrix))
-            assert np.linalg.eigvalsh(matrix / sizes / sizes[:, None])[0] > 0.01
+    assert len(found)
+    for x in found:
+        matrix = bend(tf.constant(x)).numpy()
+        sizes = np.sqrt(np.diag(matrix))
+        assert np.linalg.eigvalsh(matrix / sizes / sizes[:, None])[0] > 0.01

@@ -397,7 +397,7 @@ class _Session:
         Some methods iterate at points that have no value: they are no steps.
         """
         x = np.array(x, np.float64)
-        if not np.isfinite(self._guarded(self._function.at, x).value):
+        if not np.isfinite(float(self._guarded(self._function.at, x).value)):
             return
         self.was_bad = False
         self._hand_on(x)
