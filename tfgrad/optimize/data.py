@@ -143,13 +143,14 @@ class Arrays:
         self._count = _common_length(named)
         self._batches = self.batches = -(-self._count // batch_size)
         self.spec = tf.TensorSpec([], tf.int64)
+        self._numbers = _plain(tf.data.Dataset.range(self._batches))
         self._order = tf.Variable(tf.range(self._count), trainable=False)
 
     def open(self, epoch: int, batch: int = 0) -> Any:
         """Shuffle, and return an iterator over numbers of batches."""
         order = np.random.default_rng([SEED, epoch]).permutation(self._count)
         self._order.assign(order.astype(np.int32))
-        return iter(_plain(tf.data.Dataset.range(batch, self._batches)))
+        return iter(self._numbers.skip(batch) if batch else self._numbers)
 
     def batch(self, drawn: tf.Tensor) -> Nest:
         """Return the rows of a batch, by its number."""
