@@ -64,7 +64,7 @@ def form(request, monkeypatch):
     """Force one compiled form of the loop."""
 
     def form(forms, *_):
-        refused = request.param == "xla" and forms.kept()[0].get(NO_XLA)
+        refused = request.param == "xla" and forms.kept_with_f()[0].get(NO_XLA)
         return Form("graph" if refused else request.param)
 
     monkeypatch.setattr(OptimizerForms, "form", form)

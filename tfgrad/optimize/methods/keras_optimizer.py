@@ -161,7 +161,10 @@ class KerasMethod:
         is_known &= all(getattr(v, "constraint", None) is None for v in self._variables)
         if not is_known or any(getattr(self.optimizer, name, None) for name in names):
             return None  # what is decayed depends on names of variables, too
-        config = {**self.optimizer.get_config(), "name": ""}
+        try:
+            config = {**self.optimizer.get_config(), "name": ""}
+        except TypeError:  # a rate that a variable of the user's holds
+            return None
         rate = config.pop("learning_rate", None)  # a number is held by a variable
         return (kind, self._floatx, repr(config)) if isinstance(rate, float) else None
 
