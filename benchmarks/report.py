@@ -97,7 +97,7 @@ def versions_of_peers(python: str) -> list[str]:
 
 def title_of(file: Path) -> str:
     """Return the first sentence of a benchmark file's docstring."""
-    found = re.match(r'"""(.+?)(?:\.|"""|\n)', file.read_text(encoding="utf-8"))
+    found = re.match(r'"""(.+?)(?:\.(?!\w)|"""|\n)', file.read_text(encoding="utf-8"))
     return found[1] if found else file.stem
 
 
