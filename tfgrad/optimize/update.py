@@ -167,7 +167,7 @@ class Update:
             if all(gradient is None for gradient in gradients):
                 raise _reads_none(call)
             if share is None:  # else they become dense
-                gradients = summed_for(self._optimizer, gradients)
+                gradients = summed_for(self._optimizer, gradients, self.sources)
             return ((value, recording.aux) if self._has_aux else value, gradients), []
 
         compiled = Compiled(self._loss, answer)
