@@ -156,7 +156,8 @@ def uneven(kind, scope):  # five rows and one in turn: a replica has fewer, or n
         return tf.reduce_mean((model(x, training=True) - y) ** 2)
 
     step = tfgrad.train_step(loss, wrt=model, optimizer=optimizer)
-    run = tf.function(lambda *both: strategy.run(step, args=both), reduce_retracing=True)
+    whole = lambda *both: strategy.run(step, args=both)
+    run = tf.function(whole, reduce_retracing=True)
 
     def cut(part):
         def of(context):

@@ -272,7 +272,8 @@ class TrainStep:
         if not isinstance(self.optimizer, keras.optimizers.Optimizer):
             return stepped  # what it keeps in Python, a trace would freeze
         options = {"autograph": False, "jit_compile": self._jit or None}
-        return tf.function(stepped, **options).get_concrete_function(*specs)
+        whole = tf.function(stepped, **options).get_concrete_function(*specs)
+        return self._update.guarded(whole)
 
     def _require_right(self, evaluate: Any, tensors: Sequence[Any]) -> None:
         """Refuse a first gradient that differences disagree with; nothing is written.

@@ -20,7 +20,15 @@ from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.errors import InvalidArgumentError, NoGradientError
 from tfgrad.nested import Nest, name_of
-from tfgrad.optimize.distribute import ONE, Replicas, out_of_scope, replicas_of, whole
+from tfgrad.optimize.distribute import (
+    LOST,
+    ONE,
+    Replicas,
+    lost_worker,
+    out_of_scope,
+    replicas_of,
+    whole,
+)
 from tfgrad.optimize.evaluator import dense
 from tfgrad.optimize.parts import GivenParts, Part, weighted, without_nan
 from tfgrad.optimize.sparse import SparseRecording, summed_for
@@ -113,6 +121,20 @@ class Update:
         answer, gradients, averages = self._replicas.run(one, *nests)
         parts.settle(averages)
         return answer, gradients
+
+    def guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a compiled step that says what to do where another worker is lost."""
+        replicas = self._replicas
+        if not replicas.is_clustered:
+            return step
+
+        def run(*tensors: Any) -> Any:
+            try:
+                return step(*tensors)
+            except LOST as error:
+                raise lost_worker(error, replicas) or error from None
+
+        return run
 
     def _parts(self, nests: Nests, replicas: Replicas) -> GivenParts:
         """Return how results of replicas are combined; it depends on what f writes.
