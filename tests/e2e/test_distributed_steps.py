@@ -134,6 +134,62 @@ for wrt, optimizer in (
         assert "must be of one strategy" in error.rule
     else:
         raise AssertionError
+keras.config.set_dtype_policy("float64")
+x, y = x.astype("float64"), y.astype("float64")
+BETWEEN = {
+    "uneven": lambda: keras.layers.Activation("linear"),
+    "synchronized": lambda: keras.layers.BatchNormalization(synchronized=True),
+    "averages": lambda: keras.layers.BatchNormalization(),
+    "dropout": lambda: keras.layers.Dropout(0.3, seed=5),
+}
+
+
+def uneven(kind, scope):  # five rows and one in turn: a replica has fewer, or none
+    with scope:
+        keras.utils.set_random_seed(0)
+        hidden = keras.layers.Dense(8, activation="tanh")
+        layers = [hidden, BETWEEN[kind](), keras.layers.Dense(1)]
+        model = keras.Sequential([keras.Input([4]), *layers])
+        optimizer = O.Adam(0.01, clipnorm=0.1)
+
+    def loss(x, y):
+        return tf.reduce_mean((model(x, training=True) - y) ** 2)
+
+    step = tfgrad.train_step(loss, wrt=model, optimizer=optimizer)
+    whole = lambda *both: strategy.run(step, args=both)
+    run = tf.function(whole, reduce_retracing=True)
+
+    def cut(part):
+        def of(context):
+            index = context.replica_id_in_sync_group
+            return tf.constant(np.array_split(part, 2)[1 - index])
+
+        return strategy.experimental_distribute_values_from_function(of)
+
+    for k in range(6):
+        rows = slice(5 * k, 5 * k + (5 if k % 2 else 1))
+        if optimizer._distribution_strategy is strategy:
+            value = run(cut(x[rows]), cut(y[rows]))
+            first, second = strategy.experimental_local_results(value)
+            assert float(first) == float(second)  # that of all
+            for v in model.variables:
+                a, b = strategy.experimental_local_results(v.value)
+                np.testing.assert_array_equal(a, b)
+        else:
+            value = first = step(x[rows], y[rows])
+    weights = np.concatenate([np.ravel(v) for v in model.get_weights()])
+    assert np.all(np.isfinite(weights.astype(float)))
+    return weights.astype(float), float(first)
+
+
+for kind in BETWEEN:
+    one, other = uneven(kind, contextlib.nullcontext()), uneven(kind, strategy.scope())
+    print(kind, np.abs(one[0] - other[0]).max(), abs(one[1] - other[1]))
+with strategy.scope():
+    w = tf.Variable(1.0)
+    step = tfgrad.train_step(lambda x: w * x, wrt=w, optimizer="sgd", learning_rate=0.5)
+    tf.function(lambda x: step(x))(2.0)
+assert float(w.numpy()) == 0.0
 for model in (fitted, run, inside, outside):
     print(f"{largest(alone, model):.1e}")
 """
@@ -163,3 +219,14 @@ def test_in_replicas_an_optimizer_does_what_it_does_in_one_process(printed, name
     (difference,) = (line.split()[1] for line in printed if line.startswith(name))
 
     assert float(difference) < 1e-5  # in float32; Adam magnifies what rounds otherwise
+
+
+@pytest.mark.parametrize("kind", ["uneven", "synchronized", "averages", "dropout"])
+def test_replicas_with_other_numbers_of_rows_take_the_step_of_one(printed, kind):
+    (line,) = (line for line in printed if line.startswith(kind))
+    weights, value = map(float, line.split()[1:])
+
+    if kind in ("averages", "dropout"):  # by the rows, and masks, of each replica
+        assert weights > 1e-3
+    else:
+        assert max(weights, value) < 1e-12

@@ -75,6 +75,25 @@ for kind, method, epochs in CASES:
     found[f"{kind} {method} fun"] = result.history["fun"]
     if result.epochs:
         found[f"{kind} {method} means"] = result.epochs["fun"]
+with scope():
+    model = model_of("plain")
+tfgrad.minimize(loss, wrt=model, data=own_rows(), method="lbfgs", steps=10)
+found["lbfgs own"] = np.concatenate([np.ravel(w) for w in model.get_weights()])
+
+def part(rows):  # of its own
+    count = 1 if WORKER < 0 else strategy.num_replicas_in_sync
+    return np.array_split(rows, count)[max(WORKER, 0)]
+
+for kind, given in ("same", lambda rows: rows), ("own", part):
+    with scope():
+        model = model_of("plain")
+        optimizer = METHODS["adam"]()
+    step = tfgrad.train_step(loss, wrt=model, optimizer=optimizer)
+    for i in range(0, 49, 8):  # the last batch has one row
+        rows = slice(i, min(i + 8, 49))
+        value = step(given(X[rows]), given(Y[rows]))
+    found[f"step {kind}"] = np.concatenate([np.ravel(w) for w in model.get_weights()])
+    found[f"step {kind} fun"] = value.numpy()
 np.savez(f"{sys.argv[1]}/{WORKER}.npz", **found)
 """
 

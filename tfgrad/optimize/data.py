@@ -261,6 +261,13 @@ class Distributed(Dataset):
         """Return the first batch of an iterator of its own."""
         return self.batch(super().example())
 
+    def fold(self, add: Callable[[Any, Any], Any], start: Any) -> Any:
+        """Add up the batches of this worker, as each of its replicas does."""
+        # Nothing but the data set itself can be gone through in a replica.
+        variant = tf.nest.flatten(self._dataset, expand_composites=True)[0]
+        spec = tf.nest.map_structure(_of_one, self.spec)
+        return _folded(tf.data.experimental.from_variant(variant, spec), add, start)
+
     def __str__(self) -> str:
         """Return what the log says of it."""
         return "batches of each worker's own"
@@ -543,6 +550,14 @@ def _folded(
     return tf.while_loop(
         lambda goes_on, _: goes_on, next_one, (True, start), parallel_iterations=1
     )[1]
+
+
+def _of_one(spec: Any) -> Any:
+    """Return the spec of what one of a worker's replicas draws, with rows left open."""
+    spec = getattr(spec, "_value_specs", (spec,))[0]
+    if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
+        return spec
+    return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
 
 
 def _joined(leaf: Any) -> Any:

@@ -95,20 +95,37 @@ class Parts:
             like: Returns what a part looks like: a nest of specs or tensors.
             join: Returns the linear model of two parts together.
         """
-        replicas = self._replicas
 
         def one(given: Nest, batch: tuple[Nest, ...]) -> Any:
-            with replicas.own_masks(self._seeds):
-                if self._source is None:
-                    part, share = self._of_share(compute, given, batch)
-                else:
-                    part, share = self._of_all(compute, given, like(), join)
-            return self._total(part, share, join)
+            return self.of_replica(compute, given, batch, like, join)
 
-        part, averages = replicas.run(one, given, batch)
+        part, averages = self._replicas.run(one, given, batch)
+        self.settle(averages)
+        return part
+
+    def of_replica(
+        self,
+        compute: Callable[[Nest, tuple[Nest, ...], Any], Part],
+        given: Nest,
+        batch: tuple[Nest, ...],
+        like: Callable[[], Part] = lambda: Part((), ()),
+        join: Callable[[Any, Any], Any] = lambda a, b: (),
+    ) -> tuple[Part, list[tf.Tensor]]:
+        """Return the combined result within one of the replicas, and the averages.
+
+        The arguments are those of `put_together`; `settle` wants the averages.
+        """
+        with self._replicas.own_masks(self._seeds):
+            if self._source is None:
+                part, share = self._of_share(compute, given, batch)
+            else:
+                part, share = self._of_all(compute, given, like(), join)
+        return self._total(part, share, join)
+
+    def settle(self, averages: Sequence[tf.Tensor]) -> None:
+        """Let the averages that f writes be the replicas' mean, outside of those."""
         for variable, mean in zip(self._averages, averages, strict=True):
             variable.assign(mean)
-        return part
 
     def _of_share(
         self, compute: Callable[..., Part], given: Nest, batch: tuple[Nest, ...]
@@ -119,10 +136,11 @@ class Parts:
         rows = rows_of(batch)
         mine, own = self._replicas.share(batch, rows, are_own=self._are_own)
         count, rows = tf.cast(own, tf.float64), tf.cast(rows, tf.float64)
-        if self._are_own:
+        is_step = self._are_own and self._source is None
+        if is_step:  # a batch is what all workers have drawn
             (rows,) = self._replicas.total([count])
         part = compute(given, mine, count / rows)
-        if self._are_own:  # whose sum is the size of what all workers have
+        if is_step:
             part.sums["aux"][SIZE] = own
         return part, count / rows
 
@@ -153,6 +171,8 @@ class Parts:
         zeros = _map(lambda x: tf.zeros(x.shape, wide_dtype(x.dtype)), like)
         none = tf.zeros([], tf.float64)
         total, rows, own = source.fold(add, (zeros, none, none))
+        if self._are_own and self.is_shared:
+            (rows,) = self._replicas.total([own])
         means = _map(lambda x: x / tf.cast(rows, x.dtype), total.means)
         narrow = _map(
             lambda x, y: tf.cast(x, y.dtype), total._replace(means=means), like
@@ -183,6 +203,24 @@ class Parts:
                 joined = join(joined, other)
             part = part._replace(linear=joined)
         return part, averages
+
+
+class GivenParts(Parts):
+    """Parts of a batch that nobody cuts: each replica has been given one."""
+
+    def _of_share(
+        self, compute: Callable[..., Part], given: Nest, batch: tuple[Nest, ...]
+    ) -> tuple[Part, Any]:
+        """Return the result of what this replica was given, and its share of all rows.
+
+        Parts of several lengths, as of a batch and some weights, have the least one.
+        """
+        counts = [size_of(x) for x in tf.nest.flatten(batch) if x.shape.rank]
+        count = tf.reduce_min(tf.stack(counts or [tf.constant(1)]))
+        count = tf.cast(count, tf.float64)
+        (rows,) = self._replicas.total([count])
+        share = tf.math.divide_no_nan(count, rows)
+        return compute(given, batch, share), share
 
 
 class EvaluatorOfParts:

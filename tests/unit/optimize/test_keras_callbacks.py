@@ -413,6 +413,26 @@ def test_the_rate_of_the_runs_optimizer_may_be_set():
 
 
 @pytest.mark.parametrize("options", [{}, {"jit": True}, {"data": NUMBERS}])
+def test_a_schedule_that_is_set_in_a_callback_is_heeded(options):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([2], [0.25, 0.125])
+
+    def put(state):
+        if state.step == 1:
+            state.optimizer.learning_rate = schedule
+
+    def slope_1(x, batch=0.0):
+        return x + 0.0 * tf.reduce_mean(batch)
+
+    given = keras.optimizers.SGD(0.5)
+    result = tfgrad.minimize(
+        slope_1, 3.0, method=given, steps=4, callback=put, **options
+    )
+
+    assert result.history["learning_rate"].tolist() == [0.5, 0.25, 0.25, 0.125, 0.125]
+    assert float(result.x) == 3 - 0.5 - 0.25 - 0.25 - 0.125
+
+
+@pytest.mark.parametrize("options", [{}, {"jit": True}, {"data": NUMBERS}])
 @pytest.mark.parametrize("kind", [tf.Variable, keras.Variable], ids=["tf", "keras"])
 def test_a_variable_as_the_rate_is_followed(options, kind):
     rate = kind(0.5)

@@ -15,7 +15,7 @@ def test_summed_rows_are_the_same_tensor(rows):
     values = np.random.default_rng(0).normal(size=(len(rows), 2))
     shape = tf.constant([5, 2])
     given = tf.IndexedSlices(tf.constant(values), tf.constant(rows, tf.int32), shape)
-    summed = rows_summed(given)
+    summed = rows_summed(given, 5)
 
     expected = np.zeros([5, 2])
     np.add.at(expected, rows, values)
@@ -38,7 +38,9 @@ def test_summed_rows_are_the_same_tensor(rows):
 )
 def test_only_what_subtracts_a_multiple_takes_rows_twice(optimizer, kept):
     dense = tf.ones([2])
-    first, second, third = summed_for(optimizer, [SLICES, dense, None])
+    first, second, third = summed_for(
+        optimizer, [SLICES, dense, None], [tf.zeros([5, 1])] * 3
+    )
 
     assert (first is SLICES) == kept
     assert second is dense

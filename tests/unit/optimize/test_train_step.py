@@ -96,6 +96,20 @@ def test_the_instance_that_is_given_is_the_one_that_moves():
     assert all(map(np.array_equal, before, model.get_weights()))
 
 
+@pytest.mark.parametrize("wrap", [lambda o: o, keras.optimizers.LossScaleOptimizer])
+def test_a_schedule_that_is_assigned_later_is_heeded(wrap):
+    w = tf.Variable(10.0)
+    optimizer = wrap(keras.optimizers.SGD(1.0))
+    step = tfgrad.train_step(lambda: w * 1.0, wrt=w, optimizer=optimizer)
+    step()
+    later = keras.optimizers.schedules.PiecewiseConstantDecay([2], [2.0, 5.0])
+    step.optimizer.learning_rate = later  # 2 at the steps 1 and 2, then 5
+    for _ in range(3):
+        step()
+
+    assert float(w) == 10 - 1 - 2 - 2 - 5
+
+
 def test_a_checkpoint_of_model_and_optimizer_goes_on_to_the_last_bit(tmp_path):
     def begin():
         model = network()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -16,7 +17,7 @@ import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import describe
-from tfgrad.optimize.distribute import scope_of
+from tfgrad.optimize.distribute import scope_of, strategy_of
 
 
 @functools.cache
@@ -28,6 +29,31 @@ def optimizer_names() -> dict[str, type[keras.optimizers.Optimizer]]:
         for name, kind in inspect.getmembers(keras.optimizers, inspect.isclass)
         if issubclass(kind, base) and kind is not base and not _needs_arguments(kind)
     }
+
+
+def named(
+    name: str, names: Mapping[str, Any], argument: str, also: Iterable[str] = ()
+) -> Any:
+    """Return what a name stands for, whatever its case.
+
+    Args:
+        name: The name.
+        names: What there is, by names in lower case.
+        argument: What the user calls it.
+        also: Other names that may be meant.
+
+    Raises:
+        InvalidArgumentError: If there is no such name.
+    """
+    if name.lower() in names:
+        return names[name.lower()]
+    close = difflib.get_close_matches(name.lower(), [*names, *also], n=3, cutoff=0.4)
+    kind = "a Keras optimizer" if argument == "optimizer" else "a method"
+    raise InvalidArgumentError(
+        f"`{argument}` must be the name of {kind}, or an optimizer.",
+        got=f"{argument}={name!r}",
+        hint=" or ".join(map(repr, close or sorted(names))),
+    )
 
 
 Factory = Callable[[Sequence[Any]], Any]
@@ -236,6 +262,39 @@ def check_free(optimizer: Any, variables: Sequence[Any]) -> None:
             "those that are to be moved",
             hint="a new instance, or its name with `learning_rate`",
         )
+
+
+def check_strategy(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Refuse an optimizer made for other replicas than the variables."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        return
+    theirs = _replicated(getattr(optimizer, "_distribution_strategy", None))
+    for variable in variables:
+        strategy = _replicated(strategy_of(variable))
+        if strategy is not theirs:
+            both = strategy, theirs
+            of, by = (type(s).__name__ if s else "no strategy" for s in both)
+            raise InvalidArgumentError(
+                "The variables and the optimizer must be of one strategy.",
+                got=f"{variable.name!r} of {of}, and an optimizer of {by}",
+                hint="the optimizer made in strategy.scope(), or its name",
+            )
+
+
+def rates_of(optimizer: Any) -> tuple[Any, ...]:
+    """Return what an optimizer's rate is made of: variables, schedules, functions.
+
+    A trace reads a variable anew, but keeps the schedule that it has seen.
+    """
+    parts = getattr(optimizer, "optimizers", None)  # a MultiOptimizer
+    parts = parts or [getattr(optimizer, "inner_optimizer", optimizer)]
+    return tuple(getattr(part, "_learning_rate", None) for part in parts)
+
+
+def _replicated(strategy: Any) -> Any:
+    """Return the strategy if it has more than one replica; else None."""
+    many = strategy is not None and strategy.num_replicas_in_sync > 1
+    return strategy if many else None
 
 
 def _needs_arguments(kind: type) -> bool:

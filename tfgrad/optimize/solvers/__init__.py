@@ -213,6 +213,9 @@ class Forms:
         """Return what a compiled step reads and writes, in the same order always."""
         return []
 
+    def refresh(self) -> None:
+        """Take note of what the user may have changed in what traces hold."""
+
 
 class Solver:
     """A method at work on a problem; the functions here are the defaults.

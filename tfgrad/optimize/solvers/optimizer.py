@@ -8,6 +8,8 @@ the last step leads to is evaluated once more at the end.
 from __future__ import annotations
 
 import contextlib
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -19,7 +21,12 @@ from tfgrad.nested import Nest
 from tfgrad.optimize.compiled import direct
 from tfgrad.optimize.data import SIZE, Source, size_of
 from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, operations_of
-from tfgrad.optimize.methods.keras_optimizer import Factory, KerasMethod, plain
+from tfgrad.optimize.methods.keras_optimizer import (
+    Factory,
+    KerasMethod,
+    plain,
+    rates_of,
+)
 from tfgrad.optimize.problem import Problem, require_compiled
 from tfgrad.optimize.solvers import NO_XLA, Form, Forms, Solver, State, Stepper
 from tfgrad.optimize.solvers.backup import Backup
@@ -226,6 +233,17 @@ class OptimizerForms(Forms):
         """Compile nothing."""
         self._stepper = stepper
         self._kept: dict[Any, Any] = {}
+        self._rates: Sequence[Any] = ()
+        self._schedules = -1  # how many came after the first
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compile all anew if the optimizer has another schedule, which traces hold."""
+        stepper, before = self._stepper, self._rates
+        self._rates = rates_of(stepper.method.optimizer)
+        if before and not any(map(operator.is_not, self._rates, before)):
+            return
+        self._schedules += 1
         self._variables = [
             *stepper.moved, *stepper.backup.variables, *stepper.method.variables(),
             *stepper.written, *stepper.before,
@@ -254,11 +272,11 @@ class OptimizerForms(Forms):
         is_alone = stepper.feed is None and stepper.problem.replicas.count == 1
         if is_alone and size <= KEPT_SIZE and (key := stepper.method.settings()):
             return None, key
-        return self._kept, None
+        return self.kept_with_f()
 
     def kept_with_f(self) -> tuple[Any, Any]:
         """Return that a compiled loop serves this run alone."""
-        return self._kept, None
+        return self._kept, self._schedules
 
     def variables(self) -> list[tf.Variable]:
         """Return what is moved, with copies, the optimizer's state, what f writes."""
@@ -371,6 +389,7 @@ class OptimizerSolver(Solver):
     def refresh(self, state: State) -> State:
         """Return the same: what the user has changed is evaluated next."""
         self.stepper.backup.forget()
+        self.forms.refresh()
         return state
 
     def recover(self, state: State) -> tuple[State, str]:
