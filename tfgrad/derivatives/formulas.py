@@ -343,6 +343,23 @@ def _singular_vectors(op: Any, by_s: tf.Tensor, *by_vectors: tf.Tensor) -> Any:
 
 
 @_repairs(
+    "Qr",
+    reason="where columns depend on each other, it divides by what rounding left",
+)
+def _orthogonal_factor(op: Any, by_q: tf.Tensor, by_r: tf.Tensor) -> Any:
+    x, r = op.inputs[0], op.outputs[1]
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        factors = tf.linalg.qr(x, op.get_attr("full_matrices"))
+    pivots = tf.abs(tf.linalg.diag_part(r))
+    largest = tf.reduce_max(pivots, axis=-1, keepdims=True)
+    least = 100 * EPSILONS[pivots.dtype] * largest  # two digits would be left
+    unknown = _as_matrices(tf.reduce_any(pivots <= least, axis=-1))
+    known = tf.where(unknown, tf.cast(np.nan, x.dtype), tf.ones([], x.dtype))
+    return tape.gradient(factors, x, [by_q * known, by_r * known])
+
+
+@_repairs(
     "SparseSlice",
     reason="right by itself; the op that it is made of has no gradient",
     first=False,

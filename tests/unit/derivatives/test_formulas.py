@@ -66,6 +66,11 @@ def by_singular_vectors(x):
     return tf.matmul(u / tf.cast(s + 1, x.dtype), v, adjoint_b=True)
 
 
+def by_orthogonal_factor(x):
+    q, r = tf.linalg.qr(x)
+    return tf.matmul(q, r, adjoint_b=True) if x.shape[0] == x.shape[1] else q
+
+
 def weighed(f):
     """Return a number that all elements of f go into, each by another weight."""
 
@@ -92,6 +97,10 @@ DECOMPOSED = {
     "wide": (weighed(by_singular_vectors), ANY[:2]),
     "complex, square": (complex_of(weighed(by_singular_vectors)), ANY),
     "complex, tall": (complex_of(weighed(by_singular_vectors)), ANY[:, :2]),
+    "factors, square": (weighed(by_orthogonal_factor), ANY),
+    "factors, tall": (weighed(by_orthogonal_factor), ANY[:, :2]),
+    "factors, wide": (weighed(lambda x: tf.linalg.qr(x)[1]), ANY[:2]),
+    "factors, complex": (complex_of(weighed(by_orthogonal_factor)), ANY),
     "singular values": (
         lambda x: tf.reduce_sum(tf.exp(tf.linalg.svd(x, compute_uv=False))),
         ANY,
@@ -127,6 +136,8 @@ REPEATING = {
     "eigenvectors": (weighed(by_eigenvectors), REPEATED),
     "singular vectors": (weighed(by_singular_vectors), np.eye(3)),
     "the pseudoinverse": (weighed(tf.linalg.pinv), np.eye(3)[[1, 2, 0]] * 2),
+    "columns": (weighed(by_orthogonal_factor), ANY[:, [0, 1, 0]]),
+    "columns up to rounding": (weighed(by_orthogonal_factor), ANY[:, :2] @ ANY[:2]),
 }
 
 
@@ -137,7 +148,7 @@ def test_no_slope_is_made_up_where_values_repeat(name):
 
     assert not np.isfinite(second).all()
     assert not np.isfinite(tf.function(lambda x: grad(f)(x))(tf.constant(x))).all()
-    with pytest.raises(WrongDerivativeError, match=r"singular|eigen"):
+    with pytest.raises(WrongDerivativeError, match=r"singular|eigen|columns"):
         grad(f)(x)
 
 
