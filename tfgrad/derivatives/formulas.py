@@ -332,11 +332,11 @@ def _singular_vectors(op: Any, by_s: tf.Tensor, *by_vectors: tf.Tensor) -> Any:
         turn = tf.math.imag(tf.linalg.diag_part(right))
         inner -= tf.linalg.diag(tf.complex(0 * s, tf.math.xdivy(turn, s)))
     slope = tf.matmul(u, tf.matmul(inner, v, adjoint_b=True))
-    height, width = x.shape[-2:]
-    if height > width:
+    height, width = _sides(x)
+    if height is None or width is None or height > width:
         outside = tf.math.xdivy(by_u - tf.matmul(u, left), row)
         slope += tf.matmul(outside, v, adjoint_b=True)
-    if width > height:
+    if height is None or width is None or width > height:
         outside = tf.math.xdivy(by_v - tf.matmul(v, right), row)
         slope += tf.matmul(u, outside, adjoint_b=True)
     return slope
@@ -805,10 +805,14 @@ def _is_square_of(x: tf.Tensor, most: int) -> bool:
 
 def _is_economic(op: tf.Operation) -> bool:
     """Return whether a decomposition has the vectors of the singular values only."""
-    height, width = op.inputs[0].shape[-2:] if op.inputs[0].shape.rank else (None, None)
-    if height is None or width is None:
-        return False
-    return height == width or not op.get_attr("full_matrices")
+    height, width = _sides(op.inputs[0])
+    is_square = height is not None and height == width
+    return is_square or not op.get_attr("full_matrices")
+
+
+def _sides(x: tf.Tensor) -> Any:
+    """Return the height and the width of matrices; None for what is not known."""
+    return x.shape[-2:] if x.shape.rank else (None, None)
 
 
 def _as_matrices(x: tf.Tensor) -> tf.Tensor:

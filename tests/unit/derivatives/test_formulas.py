@@ -95,6 +95,7 @@ DECOMPOSED = {
     "square": (weighed(by_singular_vectors), ANY),
     "tall": (weighed(by_singular_vectors), ANY[:, :2]),
     "wide": (weighed(by_singular_vectors), ANY[:2]),
+    "the spectral norm": (lambda x: tf.norm(x, 2, axis=[0, 1]), ANY[:2]),
     "complex, square": (complex_of(weighed(by_singular_vectors)), ANY),
     "complex, tall": (complex_of(weighed(by_singular_vectors)), ANY[:, :2]),
     "factors, square": (weighed(by_orthogonal_factor), ANY),
