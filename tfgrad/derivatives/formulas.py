@@ -127,11 +127,12 @@ def _cumprod(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
+    "SegmentProd",
     "UnsortedSegmentProd",
-    reason="TensorFlow divides by x: its second derivative is NaN where that is 0",
+    reason="TensorFlow divides by x: its second derivative is lost where that is 0",
 )
 def _segment_products(op: Any, grad: tf.Tensor) -> Any:
-    x, ids, _ = op.inputs
+    x, ids, *count = op.inputs
     places = tf.reshape(ids, [-1])
     rows = tf.reshape(x, tf.concat([[-1], tf.shape(x)[tf.rank(ids) :]], axis=0))
     # Segment by segment: the product of all elements before, times that of all after.
@@ -146,7 +147,8 @@ def _segment_products(op: Any, grad: tf.Tensor) -> Any:
         others *= _recurrence(factors, terms, first)
     others = tf.gather(others, tf.math.invert_permutation(order))
     taken = _where_rows(ids > -1, tf.gather(grad, tf.maximum(ids, 0)))
-    return taken * tf.math.conj(tf.reshape(others, tf.shape(x))), None, None
+    slope = taken * tf.math.conj(tf.reshape(others, tf.shape(x)))
+    return slope, None, *(None for _ in count)
 
 
 @_repairs(
@@ -403,8 +405,7 @@ def _matrix_square_root(op: Any, grad: tf.Tensor) -> Any:
 
 @_repairs(
     "EuclideanNorm",
-    reason="TensorFlow divides by the cotangent",
-    first=False,
+    reason="TensorFlow divides by the cotangent, which may be zero",
 )
 def _euclidean_norm(op: Any, grad: tf.Tensor) -> Any:
     x, axes = op.inputs
@@ -412,7 +413,8 @@ def _euclidean_norm(op: Any, grad: tf.Tensor) -> Any:
     if not op.get_attr("keep_dims"):
         shape = _kept(tf.shape(x), axes)
         y, grad = tf.reshape(y, shape), tf.reshape(grad, shape)
-    return x * (grad / y), None
+    # The gradient of a root is 0 where nothing arrives, as behind a square.
+    return 2 * x * tf.raw_ops.SqrtGrad(y=y, dy=grad), None
 
 
 @_repairs(
@@ -573,14 +575,13 @@ def _inverse_real_fourier(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "Relu",
-    reason="in tf.nn.weighted_cross_entropy_with_logits, 0 is taken for 1/2 at the tie",
+    "Abs",
+    reason="in tf.nn.weighted_cross_entropy_with_logits, it loses a term at the tie",
     applies=lambda op: _is_in_weighted_loss(op),
 )
-def _relu(op: Any, grad: tf.Tensor) -> Any:
-    x = op.inputs[0]
-    slope = tf.where(x > 0, tf.ones_like(x), tf.zeros_like(x))
-    return grad * tf.where(tf.equal(x, 0), tf.constant(0.5, x.dtype), slope)
+def _absolute(op: Any, grad: tf.Tensor) -> Any:
+    # The other kink there, of a rectifier, has the slope of the same side.
+    return tf.where(op.inputs[0] < 0, -grad, grad)
 
 
 @_repairs("BesselI1", "BesselJ1", reason="TensorFlow has 1 for its slope at 0, 1/2")

@@ -223,6 +223,35 @@ def test_hues_of_negative_colors():
     np.testing.assert_allclose(grad(f)(colors), expected, rtol=1e-6, atol=1e-8)
 
 
+def test_the_curvature_of_products_of_segments_at_zeros():
+    f = lambda x: tf.reduce_sum(tf.math.segment_prod(x, [0, 0, 0, 2]))  # noqa: E731
+    x = tf.constant([0.0, 2.0, 3.0, 0.0], tf.float64)
+    expected = [[0, 3, 2, 0], [3, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]]
+
+    np.testing.assert_allclose(tfgrad.hessian(f)(x), expected)
+    np.testing.assert_allclose(taped(f, x, [1.0, 0, 0, 0]), expected[0])
+
+
+@pytest.mark.parametrize("label", [0.0, 0.3, 1.0])
+def test_the_curvature_of_a_weighted_loss_at_the_tie(label):
+    def f(z):
+        return tf.nn.weighted_cross_entropy_with_logits(label, z, 3.0)
+
+    # The loss is (1 - label) z + (1 + 2 label) log(1 + exp(-z)).
+    slope, curvature = (1 - label) - (1 + 2 * label) / 2, (1 + 2 * label) / 4
+
+    np.testing.assert_allclose(grad(f)(0.0), slope, rtol=1e-6)
+    np.testing.assert_allclose(tfgrad.hvp(f)(0.0, 1.0), curvature, rtol=1e-6)
+    np.testing.assert_allclose(taped(f, tf.constant(0.0), 1.0), curvature, rtol=1e-6)
+
+
+def test_the_square_of_a_norm_is_flat_at_zero():
+    f = lambda x: tf.math.reduce_euclidean_norm(x) ** 2  # noqa: E731
+
+    np.testing.assert_allclose(grad(f)(np.zeros(3)), np.zeros(3))
+    np.testing.assert_allclose(grad(f)(np.array([3.0, 4.0])), [6.0, 8.0])
+
+
 def test_what_has_first_derivatives_only_is_pulled_back_all_the_same():
     f = lambda a: tf.math.igamma(a, tf.constant(0.5, tf.float64))  # noqa: E731
     a = tf.constant(0.7, tf.float64)
