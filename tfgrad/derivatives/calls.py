@@ -378,7 +378,7 @@ def require_function(f: Any) -> None:
 def _checked_argnums(f: Any, argnums: Any, wrt: Any) -> Any:
     """Return `argnums` as plain integers."""
     require_function(f)
-    numbers = argnums if isinstance(argnums, list | tuple) else (argnums,)
+    numbers = argnums if isinstance(argnums, Sequence) else (argnums,)
     try:
         if not numbers or any(isinstance(n, bool | np.bool_) for n in numbers):
             raise TypeError
@@ -395,4 +395,4 @@ def _checked_argnums(f: Any, argnums: Any, wrt: Any) -> Any:
             got=f"argnums={argnums!r} together with wrt",
             hint="one transform for the arguments and one for the variables",
         )
-    return plain if isinstance(argnums, list | tuple) else plain[0]
+    return plain if isinstance(argnums, Sequence) else plain[0]

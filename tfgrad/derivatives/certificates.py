@@ -45,6 +45,7 @@ Slopes = Callable[["Certificate", Arrays, list[Arrays]], Sequence[float]]
 SUSPICIOUS = {
     "Cholesky": "it reads one triangle only; f of (x + transpose of x) / 2 does not",
     "Angle": "under XLA its second derivative has the wrong sign",
+    "Qr": "where columns depend on each other, its slope is not known",
     "SelfAdjointEigV2": "where eigenvalues repeat, the slopes of eigenvectors are lost",
     "Svd": "where singular values repeat, the slopes of the vectors are lost",
     "AsString": "text has no slope, so this path is left out",

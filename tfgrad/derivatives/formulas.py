@@ -127,11 +127,12 @@ def _cumprod(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
+    "SegmentProd",
     "UnsortedSegmentProd",
-    reason="TensorFlow divides by x: its second derivative is NaN where that is 0",
+    reason="TensorFlow divides by x: its second derivative is lost where that is 0",
 )
 def _segment_products(op: Any, grad: tf.Tensor) -> Any:
-    x, ids, _ = op.inputs
+    x, ids, *count = op.inputs
     places = tf.reshape(ids, [-1])
     rows = tf.reshape(x, tf.concat([[-1], tf.shape(x)[tf.rank(ids) :]], axis=0))
     # Segment by segment: the product of all elements before, times that of all after.
@@ -146,7 +147,8 @@ def _segment_products(op: Any, grad: tf.Tensor) -> Any:
         others *= _recurrence(factors, terms, first)
     others = tf.gather(others, tf.math.invert_permutation(order))
     taken = _where_rows(ids > -1, tf.gather(grad, tf.maximum(ids, 0)))
-    return taken * tf.math.conj(tf.reshape(others, tf.shape(x))), None, None
+    slope = taken * tf.math.conj(tf.reshape(others, tf.shape(x)))
+    return slope, None, *(None for _ in count)
 
 
 @_repairs(
@@ -332,14 +334,31 @@ def _singular_vectors(op: Any, by_s: tf.Tensor, *by_vectors: tf.Tensor) -> Any:
         turn = tf.math.imag(tf.linalg.diag_part(right))
         inner -= tf.linalg.diag(tf.complex(0 * s, tf.math.xdivy(turn, s)))
     slope = tf.matmul(u, tf.matmul(inner, v, adjoint_b=True))
-    height, width = x.shape[-2:]
-    if height > width:
+    height, width = _sides(x)
+    if height is None or width is None or height > width:
         outside = tf.math.xdivy(by_u - tf.matmul(u, left), row)
         slope += tf.matmul(outside, v, adjoint_b=True)
-    if width > height:
+    if height is None or width is None or width > height:
         outside = tf.math.xdivy(by_v - tf.matmul(v, right), row)
         slope += tf.matmul(u, outside, adjoint_b=True)
     return slope
+
+
+@_repairs(
+    "Qr",
+    reason="where columns depend on each other, it divides by what rounding left",
+)
+def _orthogonal_factor(op: Any, by_q: tf.Tensor, by_r: tf.Tensor) -> Any:
+    x, r = op.inputs[0], op.outputs[1]
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        factors = tf.linalg.qr(x, op.get_attr("full_matrices"))
+    pivots = tf.abs(tf.linalg.diag_part(r))
+    largest = tf.reduce_max(pivots, axis=-1, keepdims=True)
+    least = 100 * EPSILONS[pivots.dtype] * largest  # two digits would be left
+    unknown = _as_matrices(tf.reduce_any(pivots <= least, axis=-1))
+    known = tf.where(unknown, tf.cast(np.nan, x.dtype), tf.ones([], x.dtype))
+    return tape.gradient(factors, x, [by_q * known, by_r * known])
 
 
 @_repairs(
@@ -386,8 +405,7 @@ def _matrix_square_root(op: Any, grad: tf.Tensor) -> Any:
 
 @_repairs(
     "EuclideanNorm",
-    reason="TensorFlow divides by the cotangent",
-    first=False,
+    reason="TensorFlow divides by the cotangent, which may be zero",
 )
 def _euclidean_norm(op: Any, grad: tf.Tensor) -> Any:
     x, axes = op.inputs
@@ -395,7 +413,8 @@ def _euclidean_norm(op: Any, grad: tf.Tensor) -> Any:
     if not op.get_attr("keep_dims"):
         shape = _kept(tf.shape(x), axes)
         y, grad = tf.reshape(y, shape), tf.reshape(grad, shape)
-    return x * (grad / y), None
+    # The gradient of a root is 0 where nothing arrives, as behind a square.
+    return 2 * x * tf.raw_ops.SqrtGrad(y=y, dy=grad), None
 
 
 @_repairs(
@@ -556,14 +575,13 @@ def _inverse_real_fourier(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
-    "Relu",
-    reason="in tf.nn.weighted_cross_entropy_with_logits, 0 is taken for 1/2 at the tie",
+    "Abs",
+    reason="in tf.nn.weighted_cross_entropy_with_logits, it loses a term at the tie",
     applies=lambda op: _is_in_weighted_loss(op),
 )
-def _relu(op: Any, grad: tf.Tensor) -> Any:
-    x = op.inputs[0]
-    slope = tf.where(x > 0, tf.ones_like(x), tf.zeros_like(x))
-    return grad * tf.where(tf.equal(x, 0), tf.constant(0.5, x.dtype), slope)
+def _absolute(op: Any, grad: tf.Tensor) -> Any:
+    # The other kink there, of a rectifier, has the slope of the same side.
+    return tf.where(op.inputs[0] < 0, -grad, grad)
 
 
 @_repairs("BesselI1", "BesselJ1", reason="TensorFlow has 1 for its slope at 0, 1/2")
@@ -788,10 +806,14 @@ def _is_square_of(x: tf.Tensor, most: int) -> bool:
 
 def _is_economic(op: tf.Operation) -> bool:
     """Return whether a decomposition has the vectors of the singular values only."""
-    height, width = op.inputs[0].shape[-2:] if op.inputs[0].shape.rank else (None, None)
-    if height is None or width is None:
-        return False
-    return height == width or not op.get_attr("full_matrices")
+    height, width = _sides(op.inputs[0])
+    is_square = height is not None and height == width
+    return is_square or not op.get_attr("full_matrices")
+
+
+def _sides(x: tf.Tensor) -> Any:
+    """Return the height and the width of matrices; None for what is not known."""
+    return x.shape[-2:] if x.shape.rank else (None, None)
 
 
 def _as_matrices(x: tf.Tensor) -> tf.Tensor:

@@ -44,7 +44,7 @@ ASKED_RTOL = {tf.float64: 1e-6, tf.float32: 3e-4, tf.float16: 3e-2, tf.bfloat16:
 LARGE, LARGE_RTOL = 2**20, 0.1
 """From this many elements on, an evaluation is dear, and `rtol` at least the second."""
 
-MOST_MOVING = 2**18
+MOST_MOVING = 2**16
 """At most so many elements of one source are moved."""
 
 STEEPER = 30.0
@@ -319,6 +319,7 @@ def _wrong(
     floor: float,
 ) -> Disagreement | None:
     """Return the disagreement with slopes on which both sides and two steps agree."""
+    secants = np.maximum(np.abs(right), np.abs(left))[2:]
     # Richardson's extrapolation removes what curvature adds to one-sided slopes.
     right, left = ((4 * side[1:] - side[:-1]) / 3 for side in (right, left))
     slopes = (right + left) / 2
@@ -333,8 +334,8 @@ def _wrong(
         clear &= abs(claimed) <= STEEPER * np.abs(slopes) + floor
         agree = apart <= SAME * gaps
     else:
-        clear = errors <= SAME * np.maximum(np.abs(slopes), value)
-        agree = apart <= SAME * np.abs(slopes) + errors
+        clear = errors <= SAME * np.maximum(secants, value)
+        agree = apart <= SAME * secants + errors
     places = np.flatnonzero(clear & agree)
     if not places.size:
         return None

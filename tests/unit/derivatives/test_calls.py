@@ -26,7 +26,10 @@ def never(*args, **kwargs):
 
 @pytest.mark.parametrize(
     ("argnums", "expected"),
-    [(0, 9.0), (1, 12.0), (-1, 12.0), (-2, 9.0), ((0, 1), (9.0, 12.0))],
+    [
+        *((0, 9.0), (1, 12.0), (-1, 12.0), (-2, 9.0)),
+        *(((0, 1), (9.0, 12.0)), (range(2), (9.0, 12.0))),
+    ],
 )
 def test_argnums_choose_the_differentiated_arguments(argnums, expected):
     answer = grad(product, argnums)(2.0, 3.0)

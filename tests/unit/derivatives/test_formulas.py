@@ -66,6 +66,11 @@ def by_singular_vectors(x):
     return tf.matmul(u / tf.cast(s + 1, x.dtype), v, adjoint_b=True)
 
 
+def by_orthogonal_factor(x):
+    q, r = tf.linalg.qr(x)
+    return tf.matmul(q, r, adjoint_b=True) if x.shape[0] == x.shape[1] else q
+
+
 def weighed(f):
     """Return a number that all elements of f go into, each by another weight."""
 
@@ -90,8 +95,13 @@ DECOMPOSED = {
     "square": (weighed(by_singular_vectors), ANY),
     "tall": (weighed(by_singular_vectors), ANY[:, :2]),
     "wide": (weighed(by_singular_vectors), ANY[:2]),
+    "the spectral norm": (lambda x: tf.norm(x, 2, axis=[0, 1]), ANY[:2]),
     "complex, square": (complex_of(weighed(by_singular_vectors)), ANY),
     "complex, tall": (complex_of(weighed(by_singular_vectors)), ANY[:, :2]),
+    "factors, square": (weighed(by_orthogonal_factor), ANY),
+    "factors, tall": (weighed(by_orthogonal_factor), ANY[:, :2]),
+    "factors, wide": (weighed(lambda x: tf.linalg.qr(x)[1]), ANY[:2]),
+    "factors, complex": (complex_of(weighed(by_orthogonal_factor)), ANY),
     "singular values": (
         lambda x: tf.reduce_sum(tf.exp(tf.linalg.svd(x, compute_uv=False))),
         ANY,
@@ -127,6 +137,8 @@ REPEATING = {
     "eigenvectors": (weighed(by_eigenvectors), REPEATED),
     "singular vectors": (weighed(by_singular_vectors), np.eye(3)),
     "the pseudoinverse": (weighed(tf.linalg.pinv), np.eye(3)[[1, 2, 0]] * 2),
+    "columns": (weighed(by_orthogonal_factor), ANY[:, [0, 1, 0]]),
+    "columns up to rounding": (weighed(by_orthogonal_factor), ANY[:, :2] @ ANY[:2]),
 }
 
 
@@ -137,7 +149,7 @@ def test_no_slope_is_made_up_where_values_repeat(name):
 
     assert not np.isfinite(second).all()
     assert not np.isfinite(tf.function(lambda x: grad(f)(x))(tf.constant(x))).all()
-    with pytest.raises(WrongDerivativeError, match=r"singular|eigen"):
+    with pytest.raises(WrongDerivativeError, match=r"singular|eigen|columns"):
         grad(f)(x)
 
 
@@ -209,6 +221,35 @@ def test_hues_of_negative_colors():
     expected, _ = tfgrad.finite_difference(f, colors)
 
     np.testing.assert_allclose(grad(f)(colors), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_curvature_of_products_of_segments_at_zeros():
+    f = lambda x: tf.reduce_sum(tf.math.segment_prod(x, [0, 0, 0, 2]))  # noqa: E731
+    x = tf.constant([0.0, 2.0, 3.0, 0.0], tf.float64)
+    expected = [[0, 3, 2, 0], [3, 0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]]
+
+    np.testing.assert_allclose(tfgrad.hessian(f)(x), expected)
+    np.testing.assert_allclose(taped(f, x, [1.0, 0, 0, 0]), expected[0])
+
+
+@pytest.mark.parametrize("label", [0.0, 0.3, 1.0])
+def test_the_curvature_of_a_weighted_loss_at_the_tie(label):
+    def f(z):
+        return tf.nn.weighted_cross_entropy_with_logits(label, z, 3.0)
+
+    # The loss is (1 - label) z + (1 + 2 label) log(1 + exp(-z)).
+    slope, curvature = (1 - label) - (1 + 2 * label) / 2, (1 + 2 * label) / 4
+
+    np.testing.assert_allclose(grad(f)(0.0), slope, rtol=1e-6)
+    np.testing.assert_allclose(tfgrad.hvp(f)(0.0, 1.0), curvature, rtol=1e-6)
+    np.testing.assert_allclose(taped(f, tf.constant(0.0), 1.0), curvature, rtol=1e-6)
+
+
+def test_the_square_of_a_norm_is_flat_at_zero():
+    f = lambda x: tf.math.reduce_euclidean_norm(x) ** 2  # noqa: E731
+
+    np.testing.assert_allclose(grad(f)(np.zeros(3)), np.zeros(3))
+    np.testing.assert_allclose(grad(f)(np.array([3.0, 4.0])), [6.0, 8.0])
 
 
 def test_what_has_first_derivatives_only_is_pulled_back_all_the_same():

@@ -45,6 +45,13 @@ def test_a_right_derivative_passes(dtype, scale):
     assert disagreement(functions(cubes(dtype), 3 * x**2, x, dtype)) is None
 
 
+def test_one_that_is_no_number_at_a_minimum_is_found():
+    lost = np.full(3, np.nan)
+
+    assert disagreement(functions(np.square, lost, np.zeros(3))) is not None
+    assert disagreement(functions(np.abs, lost, np.zeros(3))) is None
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_one_that_lacks_a_term_is_found(dtype, scale):
