@@ -290,7 +290,7 @@ class TrainStep:
         Raises:
             WrongDerivativeError: If they do.
         """
-        if not certified(evaluate) or any(map(strategy_of, self._update.sources)):
+        if not certified(evaluate) or self._update.replicas.count > 1:
             return
         answer, gradients = Replica(evaluate)(tensors)
         value = answer[0] if self._has_aux else answer
