@@ -190,6 +190,15 @@ with strategy.scope():
     step = tfgrad.train_step(lambda x: w * x, wrt=w, optimizer="sgd", learning_rate=0.5)
     tf.function(lambda x: step(x))(2.0)
 assert float(w.numpy()) == 0.0
+tfgrad.train_step(lambda: w * w, wrt=w, optimizer="sgd", jit=True)()
+with strategy.scope():
+    late = keras.Sequential([keras.layers.Dense(1)])
+    try:
+        tfgrad.train_step(lambda x: tf.reduce_sum(late(x)), wrt=late)(x)
+    except tfgrad.errors.InvalidArgumentError as error:
+        assert "a model is built before its step" in error.rule
+    else:
+        raise AssertionError
 for model in (fitted, run, inside, outside):
     print(f"{largest(alone, model):.1e}")
 """

@@ -33,11 +33,12 @@ def summed_for(
     slices = tf.IndexedSlices
     pairs = zip(gradients, sources, strict=True)
     return [
-        rows_summed(g, s.shape[0]) if isinstance(g, slices) else g for g, s in pairs
+        rows_summed(g, s.shape[0] or tf.shape(s)[0]) if isinstance(g, slices) else g
+        for g, s in pairs
     ]
 
 
-def rows_summed(slices: tf.IndexedSlices, rows: int) -> tf.IndexedSlices:
+def rows_summed(slices: tf.IndexedSlices, rows: Any) -> tf.IndexedSlices:
     """Return the slices with rows that stand there twice added up, at the first place.
 
     Keras's optimizers need that: the square of a sum is not the sum of the squares. The

@@ -75,7 +75,7 @@ def train_step(
         learning_rate: With a name: a positive number, a variable, which is followed, or
             a Keras schedule; None means the optimizer's default.
         has_aux: `loss` returns `(value, aux)`, and so does the step.
-        jit: Compile with XLA.
+        jit: Compile with XLA, if there is one replica.
         verify: Compare the first gradient of each trace with differences, and refuse a
             loss whose gradient would lack a term, as `grad` does. It costs the time of
             some evaluations when the loss is traced, and none later; nothing is
@@ -216,12 +216,20 @@ class TrainStep:
         weak = weak_dtype(args, kwargs, self._update.sources)
         nests = arguments_in_tensors(args, kwargs, (), self._names(len(args)), weak)
         if not self.variables:
-            self._build(*nests)
+            if _is_unbuilt(self._wrt):
+                self._build(*nests)
             self._bind()
         return nests
 
     def _build(self, args: Any, kwargs: Any) -> None:
         """Trace the loss alone: layers make their variables; nothing is computed."""
+        if tf.distribute.get_strategy().num_replicas_in_sync > 1:  # they had no values
+            raise InvalidArgumentError(
+                "Under a strategy, a model is built before its step is called.",
+                got="a model without variables",
+                hint="keras.Input as its first layer, or model.build(shape), in "
+                "strategy.scope()",
+            )
 
         def compiled(loss: Callable[..., Any]) -> Any:
             traced = tf.function(loss, autograph=False)
@@ -271,7 +279,8 @@ class TrainStep:
 
         if not isinstance(self.optimizer, keras.optimizers.Optimizer):
             return stepped  # what it keeps in Python, a trace would freeze
-        options = {"autograph": False, "jit_compile": self._jit or None}
+        jit = self._jit and self._update.replicas.count == 1
+        options = {"autograph": False, "jit_compile": jit or None}
         whole = tf.function(stepped, **options).get_concrete_function(*specs)
         return self._update.guarded(whole)
 
@@ -281,7 +290,7 @@ class TrainStep:
         Raises:
             WrongDerivativeError: If they do.
         """
-        if not certified(evaluate) or any(map(strategy_of, self._update.sources)):
+        if not certified(evaluate) or self._update.replicas.count > 1:
             return
         answer, gradients = Replica(evaluate)(tensors)
         value = answer[0] if self._has_aux else answer

@@ -49,6 +49,7 @@ class Update:
     Attributes:
         variables: What is updated, in the order of the optimizer's.
         sources: The same, as a tape watches them.
+        replicas: Those that have copies of them.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Update:
         self._has_aux, self._verify = has_aux, verify
         self.variables: list[Any] = []
         self.sources: list[tf.Variable] = []
-        self._replicas = ONE
+        self.replicas = ONE
 
     def bind(self, variables: list[Any], sources: list[tf.Variable]) -> None:
         """Update these from now on.
@@ -72,7 +73,7 @@ class Update:
         Raises:
             InvalidArgumentError: If they are of several strategies.
         """
-        self._replicas = replicas_of(variables)
+        self.replicas = replicas_of(variables)
         self.variables, self.sources = variables, sources
 
     def step(self, *nests: Any) -> Any:
@@ -111,20 +112,20 @@ class Update:
 
         Several processes take the mean of what each computes of its own arguments.
         """
-        if not self._replicas.is_clustered:
+        if not self.replicas.is_clustered:
             return self._gradients(nests)
-        parts = self._parts(nests, self._replicas)
+        parts = self._parts(nests, self.replicas)
 
         def one(*nests: Any) -> Any:
             return self._evaluate_part(nests, parts)
 
-        answer, gradients, averages = self._replicas.run(one, *nests)
+        answer, gradients, averages = self.replicas.run(one, *nests)
         parts.settle(averages)
         return answer, gradients
 
     def guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled step that says what to do where another worker is lost."""
-        replicas = self._replicas
+        replicas = self.replicas
         if not replicas.is_clustered:
             return step
 
