@@ -23,12 +23,14 @@ from tfgrad.derivatives.repairs import (
     RepairableGradientError,
     called,
     is_repairing,
+    mark,
     needs_marks,
     repaired,
     repairing,
 )
 from tfgrad.derivatives.signatures import MOST_TRACES, is_dynamic, signature
 from tfgrad.derivatives.soundness import every, folds_wrongly, require_right_kernels
+from tfgrad.derivatives.tapes import is_watched
 from tfgrad.derivatives.tracing import (
     Traces,
     converted,
@@ -213,18 +215,29 @@ class Compiled:
         except RepairableGradientError:
             # The ops of the failed attempt stay in the graph. That is harmless unless
             # they write to variables; then tfgrad begins a trace of its own anew, and
-            # refuses to go on in a trace of the user's.
+            # refuses to go on in a trace of the user's, unless `Recording` can.
             if any(map(writes, every(traced_operations()[before:]))):
                 raise
             with repairing():
                 answer, _ = self._run(repaired(f), *nests)
         made = traced_operations()[before:]
-        if is_compiling() or not needs_marks(made) or any(map(writes, every(made))):
+        if is_compiling() or not needs_marks(made):
             return answer
         # A tape of the user's around this call would use the wrong gradients of ops
         # that `repairs` has not marked.
-        with repairing():
-            return called(lambda: self._run(repaired(f), *nests)[0])
+        if not any(map(writes, every(made))):
+            with repairing():
+                return called(lambda: self._run(repaired(f), *nests)[0])
+        if any(map(is_watched, filter(is_dynamic, tf.nest.flatten(answer)))):
+            raise RepairableGradientError(
+                f"A tape around the derivative of `{self.name}` would be wrong here.",
+                got="ops that have to be traced anew to be right, and a function that "
+                "writes to variables, as dropout and batch normalisation do",
+                hint="the transform outside of your own tf.function; "
+                "`with tape.stop_recording():` around it, if that is a constant",
+            )
+        mark(made)  # for a tape around the user's function
+        return answer
 
     def function(self, *nests: Any) -> Callable[..., Any]:
         """Return the compiled function of tensors that answered `nests` before."""

@@ -58,7 +58,10 @@ SUSPICIOUS = {
 }
 """Ops whose derivatives are known to come out wrong at some points, and why."""
 
-_BY_DESIGN = ("FakeQuant", "QuantizeAndDequantize", "PreventGradient")
+_BY_DESIGN = (
+    *("FakeQuant", "QuantizeAndDequantize", "PreventGradient"),
+    "StatelessRandomGamma",  # that of the distribution, not of its sampler
+)
 """Ops whose gradient is not meant to be the slope, by the first part of their names."""
 
 

@@ -576,11 +576,11 @@ def _inverse_real_fourier(op: Any, grad: tf.Tensor) -> Any:
 
 @_repairs(
     "Abs",
-    reason="in tf.nn.weighted_cross_entropy_with_logits, it loses a term at the tie",
-    applies=lambda op: _is_in_weighted_loss(op),
+    reason="beside another kink, which it makes up for, it loses a term at the tie",
+    applies=lambda op: _is_in_smooth_function(op),
 )
 def _absolute(op: Any, grad: tf.Tensor) -> Any:
-    # The other kink there, of a rectifier, has the slope of the same side.
+    # The other kink, of a rectifier or a maximum, has the slope of the same side.
     return tf.where(op.inputs[0] < 0, -grad, grad)
 
 
@@ -720,9 +720,12 @@ def _is_made_by(op: tf.Operation, file: str, function: str) -> bool:
     return any(frame.name.startswith(function) for frame in frames)
 
 
-def _is_in_weighted_loss(op: tf.Operation) -> bool:
-    function = "weighted_cross_entropy_with_logits"
-    return "logistic_loss" in op.name and _is_made_by(op, "nn_impl.py", function)
+def _is_in_smooth_function(op: tf.Operation) -> bool:
+    return (
+        _is_made_by(op, "nn_impl.py", "weighted_cross_entropy_with_logits")
+        or _is_made_by(op, "np_math_ops.py", "logaddexp")
+        or _is_made_by(op, "numpy.py", "logaddexp")
+    )
 
 
 def _keeps_length(op: tf.Operation) -> bool:

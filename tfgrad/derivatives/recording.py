@@ -14,7 +14,12 @@ import tensorflow as tf
 from tfgrad.derivatives.calls import Call
 from tfgrad.derivatives.certificates import wrong_gradient
 from tfgrad.derivatives.refusals import refusal_by_gradient
-from tfgrad.derivatives.repairs import require_right, unrepaired
+from tfgrad.derivatives.repairs import (
+    RepairableGradientError,
+    mark,
+    require_right,
+    unrepaired,
+)
 from tfgrad.derivatives.soundness import every, may_drop, require_whole
 from tfgrad.derivatives.tapes import resumed
 from tfgrad.derivatives.tracing import (
@@ -24,7 +29,7 @@ from tfgrad.derivatives.tracing import (
 )
 from tfgrad.derivatives.verification import random_like
 from tfgrad.diagnosis.causes import cause_of_cut
-from tfgrad.diagnosis.graphs import results
+from tfgrad.diagnosis.graphs import results, writes
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.diagnosis.path import Cut, may_hide_a_cut, missing_gradients
 from tfgrad.diagnosis.report import no_gradient_error
@@ -80,7 +85,17 @@ class Recording:
         self.aux: Any
         self.output, self.aux = returned if has_aux else (returned, None)
         self.outputs: list[tf.Tensor] = tf.nest.flatten(self.output)
-        self.require_right(twice=around is not None)
+        self._is_marked = False
+        try:
+            self.require_right(twice=around is not None)
+        except RepairableGradientError:
+            is_nested = around is not None or inside.has_inner
+            if is_compiling() or persistent or is_nested or not self._writes():
+                raise
+            # In a trace of the user's, f cannot be evaluated once more: it would write
+            # twice. Unlike a tape, `tf.gradients` obeys marks where the ops are.
+            mark(self.operations)
+            self._is_marked = True
 
     def require_right(self, *, twice: bool) -> None:
         """Raise for ops that TensorFlow differentiates wrongly, so that f is repaired.
@@ -90,6 +105,9 @@ class Recording:
         """
         operations = self.operations if twice else self._moving()
         require_right(operations, self.name, twice=twice)
+
+    def _writes(self) -> bool:
+        return any(map(writes, every(self.operations)))
 
     def _moving(self) -> list[tf.Operation]:
         """Return the ops that depend on the sources; all ops if those are variables."""
@@ -185,6 +203,8 @@ class Recording:
     def _pulled(self, outputs: list[tf.Tensor], weights: Any) -> list[Any]:
         """Return what the tape finds for each source: a gradient, or None."""
         with refusals_explained(self.name):
+            if self._is_marked:
+                return list(tf.gradients(outputs, self.sources, weights))
             found: list[Any] = self._tape.gradient(
                 outputs, self.sources, output_gradients=weights
             )

@@ -78,8 +78,11 @@ def called(f: Callable[[], Any]) -> Any:
 
 
 def needs_marks(operations: Iterable[tf.Operation]) -> bool:
-    """Return whether TensorFlow would differentiate `operations` wrongly."""
-    return any(_wrong(op, twice=True) is not None for op in operations)
+    """Return whether a tape would differentiate `operations` wrongly.
+
+    It obeys marks in called functions only.
+    """
+    return any(is_marked(op) or _wrong(op, twice=True) for op in operations)
 
 
 def wants_marks(operations: Iterable[tf.Operation]) -> bool:

@@ -117,6 +117,16 @@ def test_what_a_user_redefines_is_no_wrong_derivative():
     np.testing.assert_allclose(grad(lambda x: tf.reduce_sum(quantized(x)))([1.3]), [1])
 
 
+def test_the_slope_of_a_distribution_is_not_that_of_its_sampler():
+    """The mean of a gamma distribution is its shape, so the mean slope is one."""
+
+    def mean(shape):
+        draws = tf.random.stateless_gamma([20_000], [1, 2], shape, dtype=tf.float64)
+        return tf.reduce_mean(draws)
+
+    assert float(grad(mean)(np.float64(2.0))) == pytest.approx(1.0, abs=0.05)
+
+
 @pytest.mark.parametrize("draw", [tf.random.normal, tf.random.uniform])
 def test_random_functions_are_not_compared(draw):
     def f(x):

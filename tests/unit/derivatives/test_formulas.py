@@ -1,5 +1,6 @@
 """Gradients of the table where TensorFlow's are wrong or missing, by several roads."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -243,6 +244,18 @@ def test_the_curvature_of_a_weighted_loss_at_the_tie(label):
     np.testing.assert_allclose(grad(f)(0.0), slope, rtol=1e-6)
     np.testing.assert_allclose(tfgrad.hvp(f)(0.0, 1.0), curvature, rtol=1e-6)
     np.testing.assert_allclose(taped(f, tf.constant(0.0), 1.0), curvature, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "library", [keras.ops, tf.experimental.numpy], ids=["keras", "numpy"]
+)
+def test_a_sum_of_exponentials_where_both_are_equal(library):
+    f = lambda x: tf.reduce_sum(library.logaddexp(x[0], x[1]))  # noqa: E731
+    x, v = tf.constant([[1.0], [1.0]], tf.float64), [[1.0], [0.0]]
+
+    np.testing.assert_allclose(grad(f)(x), [[0.5], [0.5]])
+    np.testing.assert_allclose(tfgrad.hvp(f)(x, v), [[0.25], [-0.25]])
+    np.testing.assert_allclose(taped(f, x, v), [[0.25], [-0.25]])
 
 
 def test_the_square_of_a_norm_is_flat_at_zero():

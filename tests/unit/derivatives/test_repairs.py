@@ -9,6 +9,7 @@ from tfgrad.derivatives.forward import jvp
 from tfgrad.derivatives.matrices import hessian, hvp, jacobian
 from tfgrad.derivatives.repairs import is_marked, is_repairable, repaired
 from tfgrad.derivatives.reverse import grad
+from tfgrad.errors import WrongDerivativeError
 
 RNG = np.random.default_rng(0)
 IMAGE = tf.constant(RNG.normal(size=(1, 4, 5, 2)).astype("float32"))
@@ -181,3 +182,59 @@ def test_a_gradient_inside_of_a_function_that_rounds_its_shape_is_no_cut():
     answer = grad(lambda x: tf.reduce_sum(grad(f)(x)))(image)
 
     np.testing.assert_allclose(answer, hvp(f)(image, image), rtol=1e-5)
+
+
+# Functions that write to variables, as dropout and batch normalisation do: in a user's
+# own tf.function, they cannot be traced anew.
+
+
+class Counting:
+    """A linear model that counts its calls, with a loss whose labels may be masked."""
+
+    def __init__(self):
+        self.weights = tf.Variable(RNG.normal(size=(3, 2)))
+        self.calls = tf.Variable(0)
+
+    def __call__(self, x):
+        self.calls.assign_add(1)
+        labels = tf.constant([[0.0, 1.0], [0.0, 0.0]], tf.float64)
+        logits = tf.matmul(x, self.weights)
+        return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(labels, logits))
+
+
+ROWS = tf.constant(RNG.normal(size=(2, 3)))
+
+
+@pytest.mark.parametrize("by_weights", [True, False])
+def test_a_first_derivative_in_a_users_function_writes_once_and_is_right(by_weights):
+    model = Counting()
+    slope = grad(model, wrt=model.weights) if by_weights else grad(model)
+    expected = slope(ROWS)
+    model.calls.assign(0)
+
+    answer = tf.function(lambda x: slope(x))(ROWS)
+
+    np.testing.assert_allclose(answer, expected, rtol=1e-12)
+    assert int(model.calls) == 1
+
+
+def test_a_tape_around_what_cannot_be_traced_anew_is_refused():
+    model = Counting()
+
+    @tf.function
+    def penalty(x):
+        with tf.GradientTape() as tape:
+            size = tf.reduce_sum(grad(model)(x) ** 2)
+        return tape.gradient(size, model.weights)
+
+    @tf.function
+    def attacked(x):
+        with tf.GradientTape() as tape:
+            with tape.stop_recording():
+                slope = grad(model)(x)
+            value = model(x + tf.sign(slope))
+        return tape.gradient(value, model.weights)
+
+    with pytest.raises(WrongDerivativeError, match="stop_recording"):
+        penalty(ROWS)
+    assert attacked(ROWS).shape == (3, 2)
