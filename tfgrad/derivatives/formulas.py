@@ -228,7 +228,7 @@ def _xdivy(op: Any, grad: tf.Tensor) -> Any:
 @_repairs(
     "Pow",
     reason="TensorFlow has 0 * infinity for the slope of x**0 at 0",
-    applies=lambda op: _may_be_zero(op.inputs[1]),
+    applies=lambda op: all(map(_may_be_zero, reversed(op.inputs))),
     leads=lambda op: _static_value(op.inputs[1]) is not None,
 )
 def _pow(op: Any, grad: tf.Tensor) -> Any:

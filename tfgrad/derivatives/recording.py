@@ -184,7 +184,7 @@ class Recording:
         if leaves_tensorflow():
             every_one = self._places(self.outputs)
             self._again.verify(every_one, self._dense(found), weights)
-        if may_drop(self._moving()):
+        if may_drop(self.operations) and may_drop(self._moving()):
             self._again.require_whole(self._places(outputs))
         hidden = may_hide_a_cut(self.operations)
         if hidden or any(gradient is None for gradient in found):

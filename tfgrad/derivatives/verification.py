@@ -388,6 +388,8 @@ def moving_part(size: int) -> slice:
 
     Of a large array these are a part, since moving all costs more than evaluating f.
     """
+    if size <= MOST_MOVING:
+        return slice(0, size)
     first = np.random.default_rng(size).integers(max(size - MOST_MOVING, 0) + 1)
     return slice(int(first), int(first) + MOST_MOVING)
 

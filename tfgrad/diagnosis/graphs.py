@@ -95,8 +95,9 @@ def handle_of(variable: tf.Variable, traced: Any) -> tf.Tensor | None:
 
 def writes(op: tf.Operation) -> bool:
     """Return whether `op` writes to a variable, whose handle is its first input."""
-    to_handle = len(op.inputs) > 0 and op.inputs[0].dtype == tf.resource
-    return to_handle and op.type.startswith(_WRITES)
+    if not op.type.startswith(_WRITES):  # which is asked much faster than its inputs
+        return False
+    return len(op.inputs) > 0 and op.inputs[0].dtype == tf.resource
 
 
 def unrepeatable(graph: Any) -> tf.Operation | None:

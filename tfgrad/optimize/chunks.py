@@ -47,6 +47,7 @@ class Packing:
 
     Args:
         like: A nest of the structure, shapes and dtypes.
+        group: How many scalars are in one vector at most.
 
     >>> packing = Packing({"a": tf.constant(1.0), "b": [tf.constant(2.0), tf.ones(3)]})
     >>> packed = packing.pack({"a": 1.0, "b": [2.0, tf.ones(3)]})
@@ -54,7 +55,7 @@ class Packing:
     [[1.0, 2.0], [1.0, 1.0, 1.0]]
     """
 
-    def __init__(self, like: Nest) -> None:
+    def __init__(self, like: Nest, group: int = GROUP) -> None:
         """Group the scalars by dtype."""
         leaves = [_spec(leaf) for leaf in tf.nest.flatten(like)]
         self._structure = tf.nest.pack_sequence_as(like, leaves)
@@ -63,9 +64,9 @@ class Packing:
             if isinstance(leaf, tf.TensorSpec) and leaf.shape.rank == 0:
                 scalars.setdefault(leaf.dtype, []).append(i)
         self._groups = [
-            indices[k : k + GROUP]
+            indices[k : k + group]
             for indices in scalars.values()
-            for k in range(0, len(indices), GROUP)
+            for k in range(0, len(indices), group)
         ]
         grouped = {i for group in self._groups for i in group}
         self._others = [i for i in range(len(leaves)) if i not in grouped]
@@ -333,6 +334,8 @@ def held(state: State) -> State:
     A tensor that is handed from call to call is copied by each call. While a value read
     from a variable is in use, the next write to the variable copies it.
     """
+    if not any(map(_is_large, tf.nest.flatten(state))):
+        return state
     return tf.nest.map_structure(
         lambda leaf: tf.Variable(leaf, trainable=False) if _is_large(leaf) else leaf,
         state,
@@ -340,9 +343,7 @@ def held(state: State) -> State:
 
 
 def _is_large(leaf: Any) -> bool:
-    if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
-        return False
-    return (leaf.shape.num_elements() or 0) >= LARGE
+    return isinstance(leaf, tf.Tensor) and (leaf.shape.num_elements() or 0) >= LARGE
 
 
 def _value(leaf: Any) -> Any:

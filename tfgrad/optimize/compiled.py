@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+
+# Nothing public calls a function with an executor of its own; and no stubs know this.
+from tensorflow.python.eager import execute  # type: ignore[attr-defined]
+
+from tfgrad.diagnosis.graphs import bodies
 
 MOST_KEPT = 128
 """Compiled functions that are kept; the least recently used goes first."""
@@ -15,12 +21,25 @@ KEPT: OrderedDict[Any, Any] = OrderedDict()
 """Compiled functions that do not depend on the user's function: made only once."""
 
 
-def direct(concrete: Any, captured: Sequence[Any] | None = None) -> Callable[..., Any]:
+IN_SEQUENCE = "SINGLE_THREADED_EXECUTOR"
+"""TensorFlow's executor that runs one op after the other: a fifth faster where ops are
+short. It takes no loops and branches."""
+
+
+def executor_for(concrete: Any) -> str:
+    """Return the executor that runs a function of short ops fastest."""
+    return "" if any(map(bodies, concrete.graph.get_operations())) else IN_SEQUENCE
+
+
+def direct(
+    concrete: Any, captured: Sequence[Any] | None = None, executor: str = ""
+) -> Callable[..., Any]:
     """Return a concrete function of tensors, to be called with them in a flat row.
 
     Args:
         concrete: The function.
         captured: What to take in place of its `captured_inputs`.
+        executor: Which one of TensorFlow's runs it; "" for the default.
 
     A call looks neither at the number and dtypes of the tensors nor at the answer,
     which would take half of the time of a short one; and no tape records it.
@@ -29,12 +48,15 @@ def direct(concrete: Any, captured: Sequence[Any] | None = None) -> Callable[...
     captured = list(concrete.captured_inputs if captured is None else captured)
     pack = _packer(concrete.structured_outputs)
     context: Any = getattr(function, "_bound_context", None)  # as in TensorFlow 2.21
-    if pack is None or not hasattr(context, "call_function"):
+    if pack is None or not hasattr(context, "function_call_options"):
         return lambda *tensors: function.call_preflattened([*tensors, *captured])
-    name, count = function.name, len(function.function_type.flat_outputs)
+    name, count = function.name.decode(), len(function.function_type.flat_outputs)
+    options = {**context.function_call_options.as_attrs(), "executor_type": executor}
+    attributes = tuple(itertools.chain(*options.items()))
 
     def call(*tensors: Any) -> Any:
-        return pack(iter(context.call_function(name, [*tensors, *captured], count)))
+        inputs = [*tensors, *captured]
+        return pack(iter(execute.execute(name, count, inputs, attributes, context)))
 
     vars(call)["concrete"] = concrete  # with which its graph would go
     return call
@@ -69,7 +91,8 @@ def concrete_for(function: Callable[..., Any], *nests: Any) -> Any:
 
 def compiled(function: Callable[..., Any], *nests: Any) -> Callable[..., Any]:
     """Return the same, to be called with tensors alone."""
-    return direct(concrete_for(function, *nests))
+    concrete = concrete_for(function, *nests)
+    return direct(concrete, executor=executor_for(concrete))
 
 
 class OfVariables(NamedTuple):
@@ -78,19 +101,23 @@ class OfVariables(NamedTuple):
     Attributes:
         concrete: The function.
         variables: The variables that it was traced with.
+        executor: What runs it.
     """
 
     concrete: Any
     variables: Sequence[tf.Variable]
+    executor: str
 
     def of(self, variables: Sequence[tf.Variable]) -> Callable[..., Any] | None:
         """Return the function of other variables; None if it has captured more."""
-        pairs = zip(self.variables, variables, strict=True)
-        handles = {id(old.handle): new.handle for old, new in pairs}
         captured = self.concrete.captured_inputs
-        if any(id(tensor) not in handles for tensor in captured):
-            return None
-        return direct(self.concrete, [handles[id(tensor)] for tensor in captured])
+        if variables and variables is not self.variables:
+            pairs = zip(self.variables, variables, strict=True)
+            handles = {id(old.handle): new.handle for old, new in pairs}
+            if any(id(tensor) not in handles for tensor in captured):
+                return None
+            captured = [handles[id(tensor)] for tensor in captured]
+        return direct(self.concrete, captured, self.executor)
 
 
 def compiled_once(function: Callable[..., Any], jit: Any) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call
@@ -31,14 +32,16 @@ class Evaluation(NamedTuple):
         gradient: The gradient, times the loss scale that was asked for: a list with a
             tensor (or `tf.IndexedSlices` with distinct rows) for each leaf; of
             `Problem.at`, a vector. Empty where it is not carried along.
-        grad_max: Its largest |element|, without the scale.
+        grad_max: Its largest |element|, without the scale. Evaluators leave it out, ():
+            what takes it computes it, so that no trace of a new function has to; see
+            `measured`.
         aux: The numbers that the function returned besides, if they are few.
         linear: For sums of squares, the linear model: see `residuals.Residuals`.
     """
 
     value: tf.Tensor
     gradient: Any
-    grad_max: tf.Tensor
+    grad_max: Any
     aux: dict[str, tf.Tensor]
     linear: Any = ()
 
@@ -101,8 +104,7 @@ class Evaluator:
         else:
             self._require_reads(recording)
         value, gradient, linear = self.value(recording, scale)
-        grad_max = largest(gradient, scale, value.dtype)
-        return Evaluation(value, gradient, grad_max, small(recording.aux), linear)
+        return Evaluation(value, gradient, (), small(recording.aux), linear)
 
     def _require_reads(self, recording: Recording) -> None:
         """Refuse a function that reads nothing of what it is differentiated by."""
@@ -235,21 +237,37 @@ def _rows(slices: tf.IndexedSlices) -> Any:
     return shape[0]
 
 
-def largest(gradient: Sequence[Any], scale: Any, dtype: tf.DType) -> tf.Tensor:
-    """Return the largest |element|, without the scale; an empty leaf counts as 0.
+def measured(evaluation: Evaluation, scale: Any = None) -> Evaluation:
+    """Return an evaluation with `grad_max`; an empty leaf of the gradient counts as 0.
 
-    The maximum that XLA computes skips NaN (TensorFlow 2.21), so NaN is asked for.
+    Args:
+        evaluation: With it or without.
+        scale: What the gradient was multiplied by, if it was.
     """
-    values = [getattr(leaf, "values", leaf) for leaf in gradient]
-    sizes = [tf.abs(leaf) for leaf in values if leaf.shape.num_elements() != 0]
-    each = [_most(leaf) if leaf.shape.rank else leaf for leaf in sizes]
-    each = [tf.cast(leaf, dtype) for leaf in each]
-    whole = each[0] if len(each) == 1 else _most(tf.stack(each))
-    return whole if scale is None else whole / tf.cast(scale, dtype)
+    if tf.is_tensor(evaluation.grad_max):
+        return evaluation
+    gradient, dtype = evaluation.gradient, evaluation.value.dtype
+    leaves = [gradient] if tf.is_tensor(gradient) else gradient
+    values = [getattr(leaf, "values", leaf) for leaf in leaves]
+    filled = [leaf for leaf in values if leaf.shape.num_elements() != 0]
+    if tf.executing_eagerly():  # NumPy takes a fifth of the time
+        each = [np.max(np.abs(leaf.numpy()), initial=0) for leaf in filled]
+        whole = tf.constant(np.max(np.array(each, dtype.as_numpy_dtype)), dtype)
+    else:
+        sizes = [tf.abs(leaf) for leaf in filled]
+        each = [_most(leaf) if leaf.shape.rank else leaf for leaf in sizes]
+        each = [tf.cast(leaf, dtype) for leaf in each]
+        whole = each[0] if len(each) == 1 else _most(tf.stack(each))
+    if scale is not None:
+        whole /= tf.cast(scale, dtype)
+    return evaluation._replace(grad_max=whole)
 
 
 def _most(sizes: tf.Tensor) -> tf.Tensor:
-    """Return the largest of numbers that are not negative, NaN if one is."""
+    """Return the largest of numbers that are not negative, NaN if one is.
+
+    The maximum that XLA computes skips NaN (TensorFlow 2.21), so NaN is asked for.
+    """
     is_bad = tf.reduce_any(tf.math.is_nan(sizes))
     nan = tf.constant(float("nan"), sizes.dtype)
     return tf.where(is_bad, nan, tf.reduce_max(sizes))

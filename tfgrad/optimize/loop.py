@@ -23,6 +23,7 @@ from tfgrad.optimize.chunks import (
     CHUNK_SECONDS,
     Chunks,
     Pace,
+    Packing,
     array,
     held,
 )
@@ -30,11 +31,11 @@ from tfgrad.optimize.compiled import (
     OfVariables,
     compiled,
     concrete_for,
-    direct,
+    executor_for,
     kept,
     shapes_of,
 )
-from tfgrad.optimize.evaluator import Evaluation
+from tfgrad.optimize.evaluator import Evaluation, measured
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.solvers import Form, Ruled, Solver, State
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
@@ -188,20 +189,21 @@ class Loop:
         query, evaluations = stepper.query(state), int(state.evaluations)
         inputs = stepper.inputs(state, limit)
         state = tf.nest.map_structure(tf.convert_to_tensor, state)  # none is held
-        leaves, turn = tf.nest.flatten(state), None
+        turn: Any = None
         while True:
             evaluation = stepper.evaluate(query)
             row = stepper.row(query if stepper.lag else None, evaluation)
             if turn is None:
-                turn = self._turn(state, evaluation)
+                packing, turn = self._turn(state, evaluation)
+                packed = packing.pack(state)
             known = evaluation._replace(aux={})
             known = tf.nest.flatten(known, expand_composites=True)
-            flags, query, expected, leaves = turn(*leaves, *known, *inputs)
+            flags, query, told, packed = turn(*packed, *known, *inputs)
             code, accepted = flags.numpy()
             evaluations += 1
             if accepted:
                 taken += 1
-                rows.append({**row, "expected": expected} if stepper.lag else row)
+                rows.append({**row, **told} if stepper.lag else row)
             elapsed = time.perf_counter() - began
             is_late = elapsed > CHUNK_SECONDS and not self._in_step
             if code or taken >= limit or evaluations >= form.evaluations or is_late:
@@ -210,7 +212,7 @@ class Loop:
             self.pace.took(taken, elapsed)
         names = rows[0] if rows else ()
         columns = {name: array([each[name] for each in rows]) for name in names}
-        return tf.nest.pack_sequence_as(state, leaves), columns
+        return packing.unpack(packed), columns
 
     def _take_eagerly(self, state: State) -> tuple[State, dict[str, Any]]:
         """Take one step that no trace can hold."""
@@ -220,26 +222,36 @@ class Loop:
         columns = {name: array([value]) for name, value in row.items()}
         return self._ruled.step(state, evaluation, *stepper.inputs(state, 1)), columns
 
-    def _turn(self, state: State, evaluation: Evaluation) -> Callable[..., Any]:
-        """Return the compiled rest of a step, a new one if none is kept."""
+    def _turn(
+        self, state: State, evaluation: Evaluation
+    ) -> tuple[Packing, Callable[..., Any]]:
+        """Return the compiled rest of a step, a new one if none is kept.
+
+        And how the state is packed for it.
+        """
         known = evaluation._replace(aux={})
         stepper = self.solver.stepper
 
-        def run(state: State, known: Evaluation) -> Any:
-            state = self._ruled.step(state, known)
-            flags = tf.stack([state.code, tf.cast(state.accepted, tf.int32)])
-            query = stepper.query(state)
-            return flags, query, state.expected, tf.nest.flatten(state)
+        def make() -> tuple[Packing, OfVariables]:
+            packing = Packing(state, group=len(tf.nest.flatten(state)))
+
+            def run(packed: list[Any], known: Evaluation) -> Any:
+                known = measured(known)
+                state = self._ruled.step(packing.unpack(packed), known)
+                flags = tf.stack([state.code, tf.cast(state.accepted, tf.int32)])
+                told = {"grad_max": known.grad_max, "expected": state.expected}
+                return flags, stepper.query(state), told, packing.pack(state)
+
+            concrete = concrete_for(run, packing.pack(state), known)
+            made = OfVariables(concrete, variables, executor_for(concrete))
+            return packing, made
 
         place, key = self.solver.forms.kept()
         variables = self.solver.forms.variables()
         shapes = (*((v.shape, v.dtype) for v in variables), *shapes_of((state, known)))
-        key = "turn", key, self._ruled.key, shapes
-
-        def make() -> OfVariables:
-            return OfVariables(concrete_for(run, state, known), variables)
-
-        made: OfVariables = kept(place, key, make)
-        if made.variables is variables or not variables:
-            return direct(made.concrete)
-        return made.of(variables) or direct(make().concrete)
+        packing, made = kept(place, ("turn", key, self._ruled.key, shapes), make)
+        turn = made.of(variables)
+        if turn is None:
+            packing, made = make()
+            turn = made.of(variables)
+        return packing, turn

@@ -21,7 +21,6 @@ from tfgrad.optimize.distribute import Replicas
 from tfgrad.optimize.evaluator import (
     Evaluation,
     Evaluator,
-    largest,
     python_of,
     small,
 )
@@ -280,17 +279,15 @@ class EvaluatorOfParts:
         )
         found = {**part.means, **part.sums}
         value, gradient = found["value"], found["gradient"]
-        grad_max = largest(gradient, scale, value.dtype)
         aux = {**part.means["aux"], **part.sums["aux"]}
-        return Evaluation(value, gradient, grad_max, aux, self.linear_of(part))
+        return Evaluation(value, gradient, (), aux, self.linear_of(part))
 
     def _evaluate_part(
         self, f: Callable[..., Any], arguments: tuple[Nest, ...], weight: Any
     ) -> Evaluation:
         recording = self.of_part.record(f, arguments)
         value, gradient, linear = self.value(recording, weight)
-        grad_max = largest(gradient, weight, value.dtype)
-        return Evaluation(value, gradient, grad_max, small(recording.aux), linear)
+        return Evaluation(value, gradient, (), small(recording.aux), linear)
 
     def value(
         self, recording: Recording, weight: Any

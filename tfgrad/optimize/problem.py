@@ -36,6 +36,7 @@ from tfgrad.optimize.evaluator import (
     evaluator_of,
     flat,
     is_open,
+    measured,
 )
 from tfgrad.optimize.parts import EvaluatorOfParts, Parts
 from tfgrad.optimize.unknowns import Unknowns
@@ -197,12 +198,13 @@ class Problem:
         evaluation: Evaluation = self.evaluator.evaluate(arguments, scale)
         if self.source is not None and self.source.error is not None:
             raise self.source.error
-        return evaluation
+        return measured(evaluation, scale)
 
     def at(self, x: tf.Tensor) -> Evaluation:
         """Return value and gradient at a point given as one vector, `[n]`.
 
-        `evaluate` has been called before, so that f is traced.
+        `evaluate` has been called before, so that f is traced. Outside of a trace,
+        `grad_max` may be left out.
         """
         if self._at is None:
             self._at = self._evaluation_of_vectors()

@@ -188,28 +188,37 @@ def _least_curvatures(
     if most < min(n, 2):
         return unknown
     q = np.broadcast_to(np.random.default_rng(0).normal(size=n), shape)
-    basis, images = np.empty((2, rows, 0, n))
-    goes_on = np.ones(rows, bool)
-    while basis.shape[1] < most and np.any(goes_on):
-        q = q / np.where(goes_on, np.linalg.norm(q, axis=1), 1.0)[:, None]
+    basis, images = np.zeros((2, rows, most, n))
+    goes_on, count = np.ones(rows, bool), 0
+    while count < most and np.any(goes_on):
+        q = q / np.where(goes_on, _lengths(q), 1.0)[:, None]
+        basis[:, count] = q
         image = np.where(goes_on[:, None], product(q), 0.0)
-        basis = np.concatenate([basis, q[:, None]], axis=1)
-        images = np.concatenate([images, image[:, None]], axis=1)
-        q = image
+        images[:, count] = image
+        count, q = count + 1, image[:, :, None]
+        known = basis[:, :count]
         for _ in range(2):  # the second time removes what rounding left of the first
-            q = q - np.einsum("rkn,rk->rn", basis, np.einsum("rkn,rn->rk", basis, q))
+            q = q - known.swapaxes(1, 2) @ (known @ q)
+        q = q[:, :, 0]
         # If nothing is left, there are no more directions to be found.
-        rest = np.linalg.norm(q, axis=1)
-        goes_on = goes_on & (rest > epsilon * np.linalg.norm(image, axis=1))
+        goes_on = goes_on & (_lengths(q) > epsilon * _lengths(image))
         q = np.where(goes_on[:, None], q, 0.0)
-    small = np.einsum("rin,rjn->rij", basis, images)
+    basis, images = basis[:, :count], images[:, :count]
+    small = basis @ images.swapaxes(1, 2)
     is_known = np.all(np.isfinite(small), axis=(1, 2))
     small = np.where(is_known[:, None, None], small, 0.0)
     small = (small + np.swapaxes(small, 1, 2)) / 2
-    largest = np.max(np.abs(np.linalg.eigvalsh(small)), axis=1)
     # Where a row ended early it has no directions: they must not be the least.
     is_empty = ~np.any(basis, axis=2)
-    fill = np.where(is_empty, 2 * largest[:, None], 0.0)
-    values, vectors = np.linalg.eigh(small + fill[:, :, None] * np.eye(small.shape[1]))
-    direction = np.einsum("rkn,rk->rn", basis, vectors[:, :, 0])
+    largest = np.max(np.abs(np.linalg.eigvalsh(small)), axis=1)
+    if np.any(is_empty):
+        fill = np.where(is_empty, 2 * largest[:, None], 0.0)
+        small = small + fill[:, :, None] * np.eye(count)
+    values, vectors = np.linalg.eigh(small)
+    direction = (vectors[:, None, :, 0] @ basis)[:, 0]
     return np.where(is_known, values[:, 0], np.inf), largest, direction
+
+
+def _lengths(rows: Array) -> Array:
+    lengths: Array = np.sqrt(np.einsum("rn,rn->r", rows, rows))
+    return lengths

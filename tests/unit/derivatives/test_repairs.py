@@ -238,3 +238,21 @@ def test_a_tape_around_what_cannot_be_traced_anew_is_refused():
     with pytest.raises(WrongDerivativeError, match="stop_recording"):
         penalty(ROWS)
     assert attacked(ROWS).shape == (3, 2)
+
+
+@pytest.mark.parametrize("data", [[0.5, 2.0, 3.0], [0.0, 2.0, 3.0]])
+def test_powers_of_data_are_repaired_only_where_the_data_hold_a_zero(data):
+    calls, data = [], np.array(data)
+
+    def f(b):
+        calls.append(b)
+        return tf.reduce_sum(data**b)
+
+    grad(f)(tf.constant(1.5, tf.float64))
+
+    assert len(calls) == (1 if data.all() else 2)  # to repair, f is traced anew
+    logs = np.log(np.where(data > 0, data, 1.0))
+    for exponent in (1.5, 0.0):
+        b = tf.constant(exponent, tf.float64)
+        np.testing.assert_allclose(grad(f)(b), np.sum(logs * data**exponent))
+        np.testing.assert_allclose(hessian(f)(b), np.sum(logs**2 * data**exponent))

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.optimize import loop
-from tfgrad.optimize.compiled import direct
+from tfgrad.optimize.compiled import IN_SEQUENCE, direct, executor_for
 
 
 class Pair(NamedTuple):
@@ -110,3 +110,19 @@ def test_an_update_by_rows_is_not_that_of_whole_tables():
             gradient = tf.convert_to_tensor(tape.gradient(value, theirs))
             optimizer.apply_gradients([(gradient, theirs)])
         np.testing.assert_allclose(table, theirs, rtol=1e-6)
+
+
+def looped(x):
+    return tf.while_loop(lambda i, _: i < 3, lambda i, x: (i + 1, 2 * x), (0, x))[1]
+
+
+@pytest.mark.parametrize(
+    ("f", "executor"), [(lambda x: 3 * x + x**2, IN_SEQUENCE), (looped, "")]
+)
+def test_functions_without_loops_run_in_sequence(f, executor):
+    concrete = tf.function(f).get_concrete_function(tf.TensorSpec([2]))
+    x = tf.constant([3.0, 4.0])
+
+    assert executor_for(concrete) == executor
+    call = direct(concrete, executor=executor)
+    np.testing.assert_array_equal(call(x), concrete(x))

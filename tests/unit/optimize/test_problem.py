@@ -9,6 +9,7 @@ import tfgrad
 from tfgrad.derivatives.matrices import hvp
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import ravel
+from tfgrad.optimize.evaluator import Evaluation, measured
 from tfgrad.optimize.problem import Problem
 
 
@@ -151,3 +152,27 @@ def test_a_function_that_reads_nothing_of_what_is_minimised_is_refused(method):
         tfgrad.minimize(lambda x: v * v, [1.0, 2.0], method=method)
 
     assert (float(v), float(w)) == (3.0, 1.0)
+
+
+GRADIENTS = {
+    "leaves": ([[1.0, -3.0], 2.0], 3.0),
+    "an empty leaf": ([[], [-0.5]], 0.5),
+    "NaN": ([[1.0, float("nan")], 2.0], float("nan")),
+    "infinite": ([[-float("inf")], 2.0], float("inf")),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_the_largest_element_of_a_gradient_is_the_same_traced_or_not(name, scale):
+    leaves, largest = GRADIENTS[name]
+    leaves = [tf.constant(leaf) for leaf in leaves]
+    slices = tf.IndexedSlices(leaves[0], tf.range(len(leaves[0])), tf.constant([9]))
+
+    def found(*leaves):
+        evaluation = Evaluation(tf.constant(1.0), list(leaves), (), {})
+        return measured(evaluation, scale).grad_max
+
+    for call in (found, tf.function(found), tf.function(found, jit_compile=True)):
+        for given in (leaves, [slices, leaves[1]]):
+            np.testing.assert_array_equal(call(*given), largest / (scale or 1.0))

@@ -33,7 +33,7 @@ import tensorflow as tf
 
 from tfgrad.nested import ravel, unravel
 from tfgrad.optimize.constraints import Array, Limits
-from tfgrad.optimize.evaluator import Evaluation
+from tfgrad.optimize.evaluator import Evaluation, measured
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.methods import bounded
 from tfgrad.optimize.methods.protocol import Move
@@ -313,7 +313,7 @@ class SciPyLoop:
 
     def _moved(self, state: State, x: Array) -> tuple[State, Rows]:
         """Return the state at SciPy's point, the rules asked, and its row."""
-        evaluation = self._function.at(x)
+        evaluation = measured(self._function.at(x))
         new = state._replace(
             x=tf.constant(x, state.x.dtype),
             evaluation=evaluation._replace(aux={}, linear=()),
