@@ -144,20 +144,20 @@ def test_a_hessian_against_the_eager_nested_tape(report, interleaved):
 @pytest.mark.parametrize("jit", [None, True])
 def test_a_hessian_product(report, interleaved, jit):
     @tf.function(jit_compile=jit, autograph=False)
-    def by_hand(x):
+    def by_hand(x, v):
         with tf.GradientTape() as tape:
             tape.watch(x)
             slope = gradient(x)
-        return tape.gradient(slope, x, x)
+        return tape.gradient(slope, x, v)
 
     product = tfgrad.hvp(rosenbrock, jit=bool(jit))
-    by_hand(LONG), product(LONG, LONG)
-    concrete = by_hand.get_concrete_function(LONG)
+    by_hand(LONG, LONG), product(LONG, LONG)
+    concrete = by_hand.get_concrete_function(LONG, LONG)
 
     median = interleaved(
         40,
         ours=many(lambda x: product(x, x), LONG),
-        theirs=many(concrete, LONG),
+        theirs=many(lambda x: concrete(x, x), LONG),
     )
 
     report(

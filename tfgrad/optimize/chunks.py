@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -86,7 +88,8 @@ class Packing:
         return tf.nest.pack_sequence_as(self._structure, ordered)
 
 
-class Chunk(NamedTuple):
+@dataclass
+class Chunk:
     """A compiled loop of steps.
 
     Attributes:
@@ -95,11 +98,13 @@ class Chunk(NamedTuple):
             many rows there are, the leaves of the state but for its variables, and the
             columns.
         evaluate: Takes what `Stepper.query` returns; returns the evaluation there.
+        seconds: What a step took when last timed, in this run or in one before.
     """
 
     capacity: int
     run: Callable[..., Any]
     evaluate: Callable[..., Any]
+    seconds: float = math.inf
 
 
 class Pace:
@@ -113,6 +118,11 @@ class Pace:
     def __init__(self) -> None:
         """Begin with a chunk of one step."""
         self.length, self.elapsed, self._taken = 1, 0.0, 0
+
+    def recall(self, seconds: float) -> None:
+        """Set the first length by what a step took in another run."""
+        if not self.elapsed:
+            self.length = max(1, int(CHUNK_SECONDS / seconds))
 
     def took(self, steps: int, seconds: float) -> None:
         """Take note of a chunk."""
@@ -136,14 +146,21 @@ class Chunks:
         ruled: Its stepper, under the rules.
         jit: As for `minimize`.
         pace: How long a chunk may be.
+        in_step: Whether other processes have to take chunks of the same lengths.
     """
 
     def __init__(
-        self, solver: Solver, ruled: Ruled, jit: bool | str, pace: Pace
+        self,
+        solver: Solver,
+        ruled: Ruled,
+        jit: bool | str,
+        pace: Pace,
+        *,
+        in_step: bool,
     ) -> None:
         """Compile nothing yet."""
         self._solver, self._ruled, self._stepper = solver, ruled, ruled.stepper
-        self._jit, self._pace = jit, pace
+        self._jit, self._pace, self._in_step = jit, pace, in_step
         self._doubted: dict[Any, Chunk] = {}
 
     def take(
@@ -206,11 +223,14 @@ class Chunks:
     ) -> tuple[State, dict[str, Any]]:
         """Take steps in one call."""
         began = time.perf_counter()
+        if not self._in_step:
+            self._pace.recall(chunk.seconds)
         length = min(limit, self._pace.length, chunk.capacity)
         inputs = self._stepper.inputs(state, length)
         counts, others, columns = chunk.run(tf.constant(length), state, *inputs)
-        taken = int(counts)
-        self._pace.took(taken, time.perf_counter() - began)
+        taken, elapsed = int(counts), time.perf_counter() - began
+        self._pace.took(taken, elapsed)
+        chunk.seconds = elapsed / max(taken, 1)
         rows = {name: column.numpy()[:taken] for name, column in columns.items()}
         return filled(state, others), rows
 

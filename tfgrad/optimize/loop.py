@@ -79,7 +79,7 @@ class Loop:
         self.bad: Rows | None = None
         self.blame = ""
         self._ruled = Ruled(solver.stepper, tolerances)
-        self._chunks = Chunks(solver, self._ruled, jit, self.pace)
+        self._chunks = Chunks(solver, self._ruled, jit, self.pace, in_step=in_step)
         self._planned, self._jit, self._clock = planned, jit, clock
 
     def start(self) -> tuple[State, Rows]:

@@ -227,6 +227,19 @@ def test_a_loop_is_compiled_once_for_all_runs_of_a_tf_function(monkeypatch):
     assert compilations == [True]
 
 
+def test_a_run_begins_at_the_pace_of_the_run_before():
+    pace = chunks.Pace()
+    pace.recall(np.inf)
+    assert pace.length == 1
+
+    pace.recall(chunks.CHUNK_SECONDS / 32)
+    assert pace.length == 32
+
+    pace.took(32, chunks.CHUNK_SECONDS / 2)
+    pace.recall(1.0)  # what this run has measured itself counts
+    assert pace.length == 64
+
+
 @pytest.mark.parametrize(
     "assertion",
     [
