@@ -19,8 +19,11 @@ demo: $(STAMP)
 TESTS := # all of them
 COVERAGE := # --cov=tfgrad measures it, for a third of the time more
 
+# In the order of the files, which begins with those of many processes and ends with small
+# ones: sorted by their numbers of tests, the longest would come last, beside an idle core.
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(COVERAGE) $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder \
+		$(COVERAGE) $(TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

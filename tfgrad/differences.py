@@ -109,7 +109,13 @@ def finite_difference(
     if tangents is None and len(leaves) == 1 and leaves[0].shape.rank == 0:
         tangents = [np.ones(())]
     if tangents is None:
-        _require_one_number(f, output)
+        if tf.size(output) != 1:
+            raise ScalarObjectiveError(
+                "A gradient needs a function that returns one number.",
+                got=f"`{nested.name_of(f)}` returned {nested.describe(output)}",
+                hint="tf.reduce_sum(...) around it, or direction=tf.ones_like(x) for "
+                "the derivative of an elementwise function",
+            )
         pairs = _gradient(function, _arrays(leaves), epsilon)
         packed = (list(map(_like, part, leaves)) for part in pairs)
         return FiniteDifference(*(tf.nest.pack_sequence_as(point, p) for p in packed))
@@ -141,9 +147,7 @@ def line_derivative(
     value: Array = np.asarray(np.nan)
     error: Array = np.asarray(np.inf)
     for _ in range(1 + refinements):
-        with np.errstate(
-            all="ignore"
-        ):  # not finite is an answer here: its error is inf
+        with np.errstate(all="ignore"):  # where it is not finite, the error is inf
             slope, largest, truncation = _richardson(line, step)
             known = 8 * epsilon * largest if noise is None else noise
             evaluation = np.maximum(known, epsilon * largest)
@@ -246,16 +250,6 @@ def _float_output(f: Callable[..., Any], output: Any) -> tf.Tensor:
         got=f"`{nested.name_of(f)}` returned {nested.describe(output)}",
         hint="return the one tensor to differentiate, cast to a float dtype if need be",
     )
-
-
-def _require_one_number(f: Callable[..., Any], output: tf.Tensor) -> None:
-    if tf.size(output) != 1:
-        raise ScalarObjectiveError(
-            "A gradient needs a function that returns one number.",
-            got=f"`{nested.name_of(f)}` returned {nested.describe(output)}",
-            hint="tf.reduce_sum(...) around it, or direction=tf.ones_like(x) for the "
-            "derivative of an elementwise function",
-        )
 
 
 def _tangents(direction: nested.Nest, point: nested.Nest) -> list[Array]:

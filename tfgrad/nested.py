@@ -47,8 +47,9 @@ def describe(value: Any) -> str:
     if is_variable(value):
         return f"a variable of shape {tuple(value.shape)}, {_dtype_name(value)}"
     if isinstance(value, tf.Tensor | np.ndarray):
-        shape = "unknown" if value.shape is None else _shape(value.shape)
-        return f"shape {shape}, {_dtype_name(value)}"
+        shape = tf.TensorShape(value.shape)
+        known = "unknown" if shape.rank is None else tuple(shape)
+        return f"shape {known}, {_dtype_name(value)}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
@@ -268,10 +269,6 @@ def _dtype_name(value: Any) -> str:
         return str(tf.as_dtype(value.dtype).name)
     except TypeError:  # NumPy's dates and structures
         return str(value.dtype)
-
-
-def _shape(shape: Any) -> str:
-    return str(tuple(shape)) if tf.TensorShape(shape).rank is not None else "unknown"
 
 
 def _article(leaf: object) -> str:

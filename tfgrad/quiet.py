@@ -22,7 +22,10 @@ def quiet_import() -> Iterator[None]:
         yield
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    saved = _duplicate_of_stderr()
+    saved = None
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be closed
+        sys.stderr.flush()
+        saved = os.dup(2)
     if saved is None:
         yield
         return
@@ -33,15 +36,3 @@ def quiet_import() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-
-
-def _duplicate_of_stderr() -> int | None:
-    try:
-        sys.stderr.flush()
-        return os.dup(2)
-    except (
-        AttributeError,
-        OSError,
-        ValueError,
-    ):  # a process without a standard error stream
-        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import tensorflow as tf
@@ -12,10 +13,11 @@ from tfgrad.derivatives.verification import rounding_error
 from tfgrad.differences import Array
 
 
+@dataclass(frozen=True)
 class Line:
     """A scalar function as one argument moves along a direction.
 
-    Args:
+    Attributes:
         evaluate: The function, of arrays shaped like those of the point.
         point: Where the line is at 0.
         index: Which argument moves.
@@ -23,21 +25,12 @@ class Line:
         gradient: The gradient with respect to that argument, by autodiff.
     """
 
-    def __init__(
-        self,
-        evaluate: Callable[[Sequence[Array]], float],
-        point: Point,
-        index: int,
-        direction: Array,
-        gradient: Array,
-    ) -> None:
-        """Evaluate nothing yet."""
-        self._evaluate = evaluate
-        self._point = point
-        self._index = index
-        self._direction = direction
-        self._gradient = gradient
-        self._known: dict[float, tuple[float, float]] = {}
+    evaluate: Callable[[Sequence[Array]], float]
+    point: Point
+    index: int
+    direction: Array
+    gradient: Array
+    _known: dict[float, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, t: float) -> Array:
         """Return the value at `t`, corrected for the rounding of the argument."""
@@ -88,14 +81,14 @@ class Line:
         return self._known[t]
 
     def _new_values(self, t: float) -> tuple[float, float]:
-        moved = list(self._point.arrays)
-        moved[self._index] = moved[self._index] + t * self._direction
+        moved = list(self.point.arrays)
+        moved[self.index] = moved[self.index] + t * self.direction
         try:
-            value = self._evaluate(moved)
+            value = self.evaluate(moved)
         except tf.errors.OpError:  # not defined there, as for a singular matrix
             return np.nan, np.nan
         # The argument is rounded to its dtype. To first order that moves the value by
         # the gradient times the rounding, which is known exactly here.
-        held = self._point.cast(self._index, moved[self._index]).astype(np.float64)
-        rounding = held - moved[self._index]
-        return value, value - inner(self._gradient, rounding)
+        held = self.point.cast(self.index, moved[self.index]).astype(np.float64)
+        rounding = held - moved[self.index]
+        return value, value - inner(self.gradient, rounding)

@@ -9,7 +9,7 @@ import numpy as np
 
 from tfgrad.checks.report import Check, Element
 from tfgrad.checks.scalar import Point, Scalar, forward_slope, inner
-from tfgrad.checks.slopes import Probe, Slope
+from tfgrad.checks.slopes import Probe, Slope, place_of
 from tfgrad.differences import Array
 
 _SAME = 100
@@ -195,6 +195,7 @@ def _compiled(
     apart = abs(value - level.value)
     same_value = apart <= _SAME * setting.epsilon * size + roundings[0]
     note = f"its value is {value:.6g}, and {level.value:.6g} eagerly"
+    note = "" if same_value else note
     checks = []
     for index, name in enumerate(setting.point.names):
         found, expected = gradient[index].ravel(), level.gradient[index].ravel()
@@ -211,10 +212,9 @@ def _compiled(
         check = Check(name, level.order, mode, verdict, *numbers, allowed)
         shape = gradient[index].shape
         elements = tuple(
-            Element(_place(i, shape), float(found[i]), float(expected[i]), allowed)
+            Element(place_of(i, shape), float(found[i]), float(expected[i]), allowed)
             for i in wrong
         )
-        note = "" if same_value else note
         checks.append(replace(check, note=note, size=found.size, elements=elements))
     return checks
 
@@ -289,7 +289,3 @@ def _length(array: Array) -> float:
 
 def _largest(array: Array) -> float:
     return float(np.max(np.abs(array), initial=0.0))
-
-
-def _place(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.unravel_index(index, shape))

@@ -93,10 +93,11 @@ class Slope:
         return min(self.kink) - slack <= self.autodiff <= max(self.kink) + slack
 
 
+@dataclass(frozen=True)
 class Probe:
     """A scalar function near a point, with its gradient by autodiff.
 
-    Args:
+    Attributes:
         evaluate: The function, of arrays shaped like those of the point.
         point: The point.
         gradient: What autodiff says there, one array for each of the point.
@@ -105,23 +106,12 @@ class Probe:
         rtol: The relative disagreement that is allowed.
     """
 
-    def __init__(
-        self,
-        evaluate: Callable[[Sequence[Array]], float],
-        point: Point,
-        gradient: Sequence[Array],
-        *,
-        epsilon: float,
-        magnitude: float,
-        rtol: float,
-    ) -> None:
-        """Evaluate nothing yet."""
-        self._evaluate = evaluate
-        self._point = point
-        self._gradient = gradient
-        self._epsilon = epsilon
-        self._magnitude = magnitude
-        self._rtol = rtol
+    evaluate: Callable[[Sequence[Array]], float]
+    point: Point
+    gradient: Sequence[Array]
+    epsilon: float
+    magnitude: float
+    rtol: float
 
     def slope(self, index: int, direction: Array, *, careful: bool = True) -> Slope:
         """Return the slope as argument `index` moves along `direction`.
@@ -131,20 +121,20 @@ class Probe:
             direction: Along what.
             careful: Where the verdict depends on it, look for kinks and measure noise.
         """
-        gradient = self._gradient[index]
-        line = Line(self._evaluate, self._point, index, direction, gradient)
-        step = step_for([self._point.arrays[index][direction != 0]], self._epsilon)
-        size = max(abs(float(line(0.0))), self._magnitude)
+        gradient = self.gradient[index]
+        line = Line(self.evaluate, self.point, index, direction, gradient)
+        step = step_for([self.point.arrays[index][direction != 0]], self.epsilon)
+        size = max(abs(float(line(0.0))), self.magnitude)
 
         def compare(noise: float, step: float, refinements: int) -> Slope:
             numerical, error = line_derivative(
-                line, step, self._epsilon, noise=noise, refinements=refinements
+                line, step, self.epsilon, noise=noise, refinements=refinements
             )
             autodiff = inner(gradient, direction)
-            return Slope(autodiff, float(numerical), float(error), self._rtol)
+            return Slope(autodiff, float(numerical), float(error), self.rtol)
 
         # Eight roundings: what functions of a dozen operations were seen to need.
-        guess = 8 * self._epsilon * size
+        guess = 8 * self.epsilon * size
         slope = compare(guess, step, REFINEMENTS)
         sharp = slope.verdict == "pass" and slope.error <= _SHARP * slope.scale
         if sharp or not careful:
@@ -153,7 +143,7 @@ class Probe:
         passed = slope.verdict == "pass"
         steps = [step / 4**k for k in range(_STEPS)]
         nearest = line.nearest / 2 if passed else steps[-1]
-        noise = max(3 * line.noise(nearest, step), self._epsilon * size)
+        noise = max(3 * line.noise(nearest, step), self.epsilon * size)
         # Both sides of |x| at 0 are equal, so that differences agree with the slope 0.
         is_flat = slope.scale <= slope.error
         kink = None
@@ -176,7 +166,7 @@ class Probe:
             full: Look at all elements one by one. Otherwise, if there are many, groups
                 of them that are wrong are halved until a few are found.
         """
-        shape = self._point.arrays[index].shape
+        shape = self.point.arrays[index].shape
         size = int(np.prod(shape))
         complete = full or size <= _FEW
         groups = [np.array([i]) for i in range(size)] if complete else [np.arange(size)]
@@ -193,12 +183,17 @@ class Probe:
             if group.size > 1:
                 groups += np.array_split(group, 2)
                 continue
-            place = tuple(int(i) for i in np.unravel_index(group[0], shape))
+            place = place_of(group[0], shape)
             sign = signs[group[0]]
             numbers = sign * slope.autodiff, sign * slope.numerical, slope.error
             found.append((slope.excess, Element(place, *numbers)))
         found.sort(key=lambda pair: -pair[0])
         return tuple(element for _, element in found), complete
+
+
+def place_of(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the place in an array of an element of its flat form."""
+    return tuple(int(i) for i in np.unravel_index(index, shape))
 
 
 def _settled(slopes: list[Slope]) -> Slope:

@@ -7,7 +7,6 @@ import json
 
 import tfgrad
 from tfgrad.cli.function import function, require_points, values
-from tfgrad.optimize.result import OptimizeResult
 from tfgrad.runs.record import to_json
 
 _FIELDS = (
@@ -29,9 +28,8 @@ def run(options: argparse.Namespace) -> int:
     if x0 is not None:
         x0 = values(x0, "x0", float64=options.float64)
     result = tfgrad.minimize(f, x0, **chosen)
-    print(_as_json(result) if options.json else result)
+    if options.json:
+        print(json.dumps({name: to_json(getattr(result, name)) for name in _FIELDS}))
+    else:
+        print(result)
     return 0 if result.success else 1
-
-
-def _as_json(result: OptimizeResult) -> str:
-    return json.dumps({name: to_json(getattr(result, name)) for name in _FIELDS})

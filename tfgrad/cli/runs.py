@@ -42,7 +42,8 @@ def _readable_row(root: Path, path: Path) -> dict[str, Any] | None:
         return _row(root, path)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
-        print(f"{path} is left out: {reason}", file=sys.stderr)
+        left = f"{path} is left out: it cannot be read as the record of a run"
+        print(f"{left} ({reason})", file=sys.stderr)
         return None
 
 

@@ -105,7 +105,7 @@ class Watch:
         assert copy is not None
         copy.assign(copy.saved)
         for position in range(training.stage.size()):
-            data = training.batch()
+            data = training.stage.batch(training.like)
             before, _ = copy.read()
             logs = training.one(data)
             spoiled = _spoiled(logs)
@@ -183,6 +183,7 @@ class Training:
 
     Attributes:
         stage: The batches.
+        like: A batch, for its structure.
         one: Takes one step with a batch.
         run: Takes the steps of one call of `fit`.
     """
@@ -192,7 +193,7 @@ class Training:
         self._model, self._step = model, model.train_step
         self._own = vars(model).get("train_step")
         self._before = model.train_function
-        self._like: Any = None  # the structure of a batch
+        self.like: Any = None
         self.stage, jit = Stage(), model.jit_compile
         one = self._step
         if not model.run_eagerly:
@@ -200,7 +201,7 @@ class Training:
             one = tf.function(self._step, autograph=False, **options)
 
         def step(data: Any) -> Any:
-            self._like = data
+            self.like = data
             self.stage.put(data)
             return one(data) if jit else self._step(data)
 
@@ -220,10 +221,6 @@ class Training:
         elif hasattr(iterator, "element_spec"):
             # What is not built is built while it is traced; nothing is computed.
             tf.function(self._step).get_concrete_function(iterator.element_spec)
-
-    def batch(self) -> Any:
-        """Return the first batch that is kept, and keep it no longer."""
-        return self.stage.batch(self._like)
 
     def end(self) -> None:
         """Give the model its own back."""

@@ -10,7 +10,6 @@ import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -21,6 +20,12 @@ _PLACES = ("Graph execution error", "Detected at node", "File ", "<", "^")
 """How lines of a message begin that say where, and not what."""
 
 _GRADIENT_FILES = ("_grad.py", "backprop.py", "gradients_util.py")
+
+_TENSORFLOW = f"{Path(tf.__file__).parent}{os.sep}"
+_FOREIGN = (
+    f"{Path(__file__).parents[1]}{os.sep}",
+    f"{sysconfig.get_path('stdlib')}{os.sep}",
+)
 
 
 class Line(NamedTuple):
@@ -89,7 +94,7 @@ def reason_of(error: BaseException) -> str:
 def made_by_gradient(op: tf.Operation) -> bool:
     """Return whether TensorFlow made `op` while it differentiated something."""
     files = [frame.filename for frame in op.traceback]
-    own = [file for file in files if file.startswith(_folder(tf))]
+    own = [file for file in files if file.startswith(_TENSORFLOW)]
     return any(file.endswith(_GRADIENT_FILES) for file in own)
 
 
@@ -110,14 +115,4 @@ def _is_users(file: str) -> bool:
     if "__autograph_generated_file" in file or file.startswith("<frozen"):
         return False
     # Messages of the runtime leave out the first separator.
-    return not f"{os.sep}{file.lstrip(os.sep)}".startswith(_foreign_folders())
-
-
-@functools.cache
-def _foreign_folders() -> tuple[str, ...]:
-    own = f"{Path(__file__).parents[1]}{os.sep}"
-    return own, f"{sysconfig.get_path('stdlib')}{os.sep}"
-
-
-def _folder(package: ModuleType) -> str:
-    return f"{Path(str(package.__file__)).parent}{os.sep}"
+    return not f"{os.sep}{file.lstrip(os.sep)}".startswith(_FOREIGN)

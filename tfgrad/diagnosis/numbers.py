@@ -195,9 +195,7 @@ def _count(tensor: tf.Tensor) -> tf.Tensor:
         tensor = tf.abs(tensor)
     if not tensor.dtype.is_floating:
         return tf.zeros([0], tf.int64)
-    tensor = tf.reshape(
-        tensor, [-1]
-    )  # what py_function returns may lie about its shape
+    tensor = tf.reshape(tensor, [-1])  # tf.py_function may lie about its shape
     kinds = [tf.math.is_nan(tensor), tf.math.is_inf(tensor), tf.not_equal(tensor, 0)]
     counts = [tf.math.count_nonzero(kind) for kind in kinds]
     return tf.stack([*counts, tf.size(tensor, tf.int64)])

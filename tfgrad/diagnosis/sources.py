@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,35 +71,24 @@ def sources_of(f: Callable[..., Any], args: tuple[Any, ...], wrt: Any) -> Source
             got=f"a call for `{nested.name_of(f)}` while a function is being traced",
             hint="the same call outside of the tf.function",
         )
-    names = nested.argument_names(f, len(args))
+    leaves, names = nested.named_leaves, nested.argument_names(f, len(args))
     weak = nested.weak_dtype(*args)
-    has_float = any(_is_float(leaf) for arg in args for _, leaf in _leaves(arg))
+    has_float = any(_is_float(leaf) for arg in args for _, leaf in leaves(arg, ""))
 
     def convert(leaf: Any, name: str) -> Any:
         if _is_float(leaf) or (nested.is_number(leaf) and not has_float):
             return nested.to_tensor(leaf, name, weak)
         return leaf
 
-    pairs = list(zip(args, names, strict=True))
-    filled = tuple(nested.map_leaves(convert, arg, name) for arg, name in pairs)
-    leaves = [pair for arg, name in pairs for pair in _leaves(arg, name)]
-    flat = tf.nest.flatten(filled)
-    named = list(zip([name for name, _ in leaves], flat, strict=True))
+    filled = tuple(map(functools.partial(nested.map_leaves, convert), args, names))
+    named = [pair for pairs in map(leaves, filled, names) for pair in pairs]
     integers = tuple(name for name, leaf in named if _is_integer_array(leaf))
     if wrt is not None:
         variables = tuple(tf.nest.flatten(nested.variables_of(wrt)))
-        return Sources(f, filled, (), variables, variable_names(wrt), ())
-    chosen = [(name, leaf) for name, leaf in named if _is_float_tensor(leaf)]
-    tensors = tuple(leaf for _, leaf in chosen)
-    return Sources(f, filled, tensors, (), tuple(name for name, _ in chosen), integers)
-
-
-def variable_names(wrt: Any) -> tuple[str, ...]:
-    """Return what the user calls each variable in `wrt`."""
-    opened = tf.nest.map_structure(
-        lambda leaf: list(getattr(leaf, "trainable_variables", [leaf])), wrt
-    )
-    return tuple(map(variable_name, tf.nest.flatten(opened)))
+        opened = tf.nest.flatten(nested.open_modules(wrt))
+        return Sources(f, filled, (), variables, tuple(map(variable_name, opened)), ())
+    chosen = {name: leaf for name, leaf in named if _is_float_tensor(leaf)}
+    return Sources(f, filled, (*chosen.values(),), (), (*chosen,), integers)
 
 
 def variable_name(variable: Any) -> str:
@@ -115,10 +105,6 @@ def restored(variables: Sequence[tf.Variable]) -> Iterator[None]:
     finally:
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
-
-
-def _leaves(nest: Any, name: str = "") -> list[tuple[str, Any]]:
-    return nested.named_leaves(nest, name)
 
 
 def _is_float(leaf: Any) -> bool:

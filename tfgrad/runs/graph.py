@@ -62,9 +62,7 @@ def step_graph(
     names = _node_names(tensors)
     body = getattr(f, "python_function", f)  # its operations, not a call of it
     layers = model_variables(f)
-    sources: dict[
-        str, Any
-    ] = {}  # what f is differentiated by, under the name of its gradient
+    sources: dict[str, Any] = {}  # what f is differentiated by, by its gradient's name
 
     def step(*inputs: tf.Tensor) -> None:
         given = dict(zip(tensors, inputs, strict=True))

@@ -179,10 +179,8 @@ def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> P
         chart.set_axis_off()
     if len(drawn) <= _NAMED_RUNS:
         first = charts[0].lines
-        names = [
-            line.get_label() for line in first
-        ]  # else matplotlib leaves out names like "_b"
-        figure.legend(first, names, loc="outside lower center", ncols=3)
+        labels = [line.get_label() for line in first]  # without, "_b" is left out
+        figure.legend(first, labels, loc="outside lower center", ncols=3)
     return figure
 
 

@@ -65,7 +65,8 @@ class Run:
     Raises:
         InvalidArgumentError: If an argument is not of its kind; nothing was written.
         RunError: If the directory is a file, cannot be written, does not exist
-            (`resume_from`), or has another live writer (`resume_from`).
+            (`resume_from`), or has another live writer (`resume_from`). From every
+            method that writes: if the run is closed, or its file cannot be written.
 
     Example:
         >>> import tempfile
@@ -121,7 +122,6 @@ class Run:
         Raises:
             InvalidArgumentError: If a value is no number, a step does not grow, or a
                 tag is one of text or a graph. Nothing of this call was written.
-            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -160,7 +160,6 @@ class Run:
 
         Raises:
             InvalidArgumentError: As for `log`, and if lengths differ.
-            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -201,7 +200,6 @@ class Run:
 
         Raises:
             InvalidArgumentError: If `markdown` is no string, or `tag` is taken.
-            RunError: If the run is closed, or the file cannot be written.
         """
         if not isinstance(markdown, str):
             raise InvalidArgumentError(
@@ -221,7 +219,6 @@ class Run:
 
         Raises:
             InvalidArgumentError: If an argument is not of its kind, or `tag` is taken.
-            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -243,7 +240,6 @@ class Run:
 
         Raises:
             InvalidArgumentError: If an argument is not of its kind, or `tag` is taken.
-            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -261,7 +257,6 @@ class Run:
 
         Raises:
             InvalidArgumentError: If `charts` is not of that form, or a second layout.
-            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile
@@ -298,7 +293,6 @@ class Run:
         Raises:
             InvalidArgumentError: If this session has a graph of this name already, or
                 `f` cannot be traced.
-            RunError: If the run is closed, or the file cannot be written.
 
         Example:
             >>> import tempfile

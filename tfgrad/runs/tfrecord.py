@@ -47,9 +47,7 @@ def read_events(path: Path) -> Iterator[Any]:
         _warn(f"{path} is left out: {error.strerror}.")
         return
     with file:
-        size = os.fstat(
-            file.fileno()
-        ).st_size  # a live run may append more while it is read
+        size = os.fstat(file.fileno()).st_size  # a live run may append more
         for block, frames in _blocks(file):
             sound = _sums_agree(block, frames)
             for (start, stop), is_sound in zip(frames.tolist(), sound, strict=True):
@@ -188,9 +186,7 @@ def _sums_agree(block: bytes, frames: Frames) -> np.ndarray[Any, Any]:
 def _agree(block: bytes, starts: Any, length: int) -> np.ndarray[Any, Any]:
     """Return whether the 4 bytes after contents of one length are their checksums."""
     data = np.frombuffer(block, np.uint8)
-    if (
-        0 < len(starts) < _FEW
-    ):  # they may be long, and an index takes 8 bytes for each byte
+    if 0 < len(starts) < _FEW:  # may be long: an index takes 8 bytes for each byte
         rows = np.stack([data[start : start + length + _TAIL] for start in starts])
     else:
         rows = data[starts[:, None] + np.arange(length + _TAIL)]

@@ -50,7 +50,8 @@ def test_a_damaged_record_is_named_and_hides_no_other(tfgrad, logs, record):
     code, out, err = tfgrad("runs")
     assert code == 1
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["bowl/lbfgs", "dead"]
-    assert err.startswith("logs/loop/run.json is left out: ")
+    said = "logs/loop/run.json is left out: it cannot be read as the record of a run ("
+    assert err.startswith(said)
 
 
 def test_a_path_that_cannot_be_is_an_error(tfgrad):
