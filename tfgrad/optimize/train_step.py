@@ -47,6 +47,7 @@ from tfgrad.optimize.methods.keras_optimizer import (
     plain,
     require_optimizer,
 )
+from tfgrad.optimize.options import require_no
 from tfgrad.optimize.sparse import SparseRecording, summed_for
 
 
@@ -59,6 +60,7 @@ def train_step(
     has_aux: bool = False,
     jit: bool = False,
     verify: bool = True,
+    **unknown: Any,
 ) -> TrainStep:
     """Return the function that takes one step of an optimizer down `loss`.
 
@@ -84,6 +86,7 @@ def train_step(
             loss whose gradient would lack a term, as `grad` does. It costs the time of
             some evaluations when the loss is traced, and none later; nothing is
             written. Losses that draw random numbers are not compared.
+        **unknown: Refused with a TypeError that says what to write instead.
 
     Returns:
         A function with the arguments of `loss` that updates the variables and returns
@@ -114,6 +117,7 @@ def train_step(
     References:
         Goodfellow, Bengio and Courville (2016), Deep Learning, algorithm 8.1.
     """
+    require_no(train_step, unknown)
     if not callable(loss):
         raise InvalidArgumentError(
             "The first argument is the loss function, and not its value.",
