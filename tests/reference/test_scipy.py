@@ -201,3 +201,35 @@ def test_a_method_backs_off_where_f_has_no_value_and_arrives(bad, method):
     assert result.success
     assert float(result.x["mean"]) == pytest.approx(np.mean(y), abs=1e-4)
     assert float(result.x["sigma"]) == pytest.approx(np.std(y), abs=1e-4)
+
+
+Y = np.random.default_rng(0).normal(3.0, 0.5, 40)
+
+
+def normal(p):  # minus the log likelihood, NaN for a negative sigma
+    return tf.reduce_mean(tf.math.log(p[1]) + ((Y - p[0]) / p[1]) ** 2 / 2)
+
+
+def test_slsqp_comes_back_from_points_without_a_value():
+    result = tfgrad.minimize(normal, np.array([3.0, 30.0]), method="scipy:slsqp")
+
+    assert result.success
+    np.testing.assert_allclose(result.x, [Y.mean(), Y.std()], rtol=1e-3)
+    assert "terminated successfully" not in result.message  # it met a NaN
+
+
+def test_no_word_of_convergence_at_a_short_step_back_from_a_nan():
+    result = tfgrad.minimize(
+        normal, np.array([3.0, 3000.0]), method="scipy:l-bfgs-b",
+        bounds=([-np.inf, 0.0], [np.inf, np.inf]),
+    )  # fmt: skip
+
+    is_there = result.fun < np.log(Y.std()) + 0.5 + 1e-6
+    assert result.success == is_there
+    assert "CONVERGENCE" not in result.message
+
+
+def test_the_verdict_of_a_run_before_a_saddle_is_not_that_of_the_next():
+    result = tfgrad.minimize(normal, np.array([3.0, 3000.0]), method="scipy:slsqp")
+
+    assert not (result.status == "nonfinite" and result.success)

@@ -17,7 +17,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.blocks import Outcome, Plan, Program, Task, program_of, solve
 from tfgrad.optimize.evaluator import operations_of
-from tfgrad.optimize.saddle import PRODUCTS, lower_points
+from tfgrad.optimize.saddle import PRODUCTS, lower_points, scale_of
 from tfgrad.optimize.stopping import is_stationary
 
 Array = np.ndarray[Any, Any]
@@ -84,7 +84,8 @@ def _left(
 
         epsilon = EPSILONS[tf.as_dtype(dtype)]
         # The step that balances rounding and curvature of the gradient.
-        size = epsilon ** (1 / 3) * np.maximum(1.0, np.linalg.norm(x, axis=1))
+        scale = scale_of(x, task.x[block].astype(np.float64))
+        size = epsilon ** (1 / 3) * scale
 
         def product(
             directions: Array, x: Array = x, size: Array = size, at: Any = at
@@ -98,6 +99,7 @@ def _left(
             x,
             outcome.fun[block].astype(np.float64),
             outcome.grad[block],
+            scale,
             product=product,
             value=functools.partial(_first, at),
             epsilon=epsilon,

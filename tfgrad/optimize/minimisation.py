@@ -235,9 +235,11 @@ class Minimisation:
 
     def judge(self) -> None:
         """Set the status if the run has ended; go on to the next stage of a chain."""
-        if is_stationary(int(self.state.code)):
+        while is_stationary(int(self.state.code)):
             self.state, rows = self.loop.escape(self.state)
             self.record.keep(rows)
+            if not len(rows):
+                break
         self.status = self.status or self._verdict()
         while self.status and rule_of(self.status).hands_over and self.chain.has_next:
             self._next_stage()

@@ -90,11 +90,14 @@ FOREIGN = {
     "x0": "x",
     "the second argument, where to start": "p0 init initial initialguess guess start "
     "initialposition",
-    "f, the first argument": "fun func function objective lossfn",
+    "the function, as the first argument": "fun func function objective lossfn",
     "method=": "optimizer optimiser solver algorithm algo",
+    "method=, an optimizer that has it, as keras.optimizers.SGD(0.01, momentum=0.9)": (
+        "momentum nesterov weightdecay decay beta1 beta2 rho epsilon clipnorm clipvalue"
+    ),
     "learning_rate=": "lr rate eta alpha stepsize",
     "steps=": "maxiter iterations iters niter numiterations nit maxsteps niterations "
-    "maxfun maxfev maxnfev nfev",
+    "nsteps numsteps maxiterations maxfun maxfev maxnfev nfev",
     "epochs=": "nbepoch numepochs",
     "data=": "dataset dataloader traindata",
     "validation=, a function that returns a number": "validationdata validationsplit",
@@ -111,9 +114,10 @@ FOREIGN = {
     "nothing: the parameters are scaled by themselves": "xscale",
     "nothing: f is differentiated": "jac grad grads gradient valueandgrad",
     'nothing: method="newton" differentiates f twice': "hess hessp",
-    "nothing: a progress bar shows itself; log= or callback= for more": "verbose disp "
-    "progress progressbar",
-    "nothing: data are shuffled the same in every run": "seed randomstate",
+    "log= or callback=; a progress bar shows itself": "verbose disp progress "
+    "progressbar",
+    "nothing: result.history has every step": "fulloutput retall returnall",
+    "nothing: data are shuffled the same in every run": "seed randomstate shuffle",
     "a function that closes over them: lambda x: f(x, a)": "args kwargs",
 }
 """What to write, by what people of SciPy, Keras, JAX and PyTorch type: without case and
@@ -138,25 +142,28 @@ def require_no(
     for option in unknown:
         raise TypeError(
             f"{function.__name__}() got an unexpected keyword argument {option!r}\n"
-            f"  try: {_meant(option, known)}"
+            f"  try: {_meant(option, known, function.__name__)}"
         )
 
 
-def _meant(option: str, known: list[str]) -> str:
+def _meant(option: str, known: list[str], function: str) -> str:
     """Return what to write in place of an argument, as far as that is known."""
-    plain = option.replace("_", "").lower()
+    plain, has = option.replace("_", "").lower(), ", ".join(known)
+    if option in known:  # those of a function, which follow its start
+        return f"{function}({', '.join(known[:2])}, a, b): one after the other"
     for hint, names in FOREIGN.items():
         argument = hint.partition("=")[0]
-        is_there = argument in known or not argument.isidentifier()
-        if plain in names.split() and is_there:
-            return hint
+        if plain in names.split():
+            if argument in known or not argument.isidentifier():
+                return hint
+            return f"tfgrad.minimize, which has {hint}; {function} has {has}"
     close = difflib.get_close_matches(option, known, n=1, cutoff=0.6)
     if not close:  # as close to another library's
         words = " ".join(FOREIGN.values()).split()
         other = difflib.get_close_matches(plain, words, n=1, cutoff=0.85)
         if other and other[0] != plain:
-            return _meant(other[0], known)
-    return f"{close[0]}=" if close else ", ".join(known)
+            return _meant(other[0], known, function)
+    return f"{close[0]}=" if close else has
 
 
 def options_of(function: Callable[..., Any], given: dict[str, Any]) -> Options:

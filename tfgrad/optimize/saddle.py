@@ -1,9 +1,10 @@
-"""Whether a point where the gradient vanishes is a minimum, or a saddle to leave.
+"""Whether a point where a run ends is a minimum, or there is a lower one beside it.
 
 Rules of stopping look at the gradient, and it is zero at maxima and saddles, too. The
 smallest curvature, which a few products with the Hessian give together with its
 direction, tells them apart. Along a direction without curvature, as at a monkey saddle,
-values of f decide.
+values of f decide. The same products give Newton's step, which finds what a method has
+missed in a flat direction, or says that nothing is left to be found.
 
 References:
     Kuczyński and Woźniakowski (1992), SIAM Journal on Matrix Analysis and Applications
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +25,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.problem import Problem
+from tfgrad.optimize.stopping import code_of
 from tfgrad.optimize.traced import operations
 
 PRODUCTS = 30
@@ -42,95 +44,156 @@ to be no minimum: an inflection, which both of them vanish at."""
 LEAST_LOOK, MOST_LOOK = 8, 60
 """The least and the most gradients that may be spent around a stationary point."""
 
+FARTHER = 1 / 6, 1 / 12, 0.0
+"""Powers of epsilon: how far values of f are compared where gradient and curvature are
+zero, as parts of |x|. At the first, x^3 is seen beside 1; x^7 is at the last."""
+
+FLOORS = 1.0, 0.75, 0.5
+"""Powers of epsilon: parts of the largest curvature below which others are rounding."""
+
+NEAR = 0.1
+"""By how much the fall along Newton's step may differ from what its model says near the
+minimum, as a part of it."""
+
+MISSED, NEGLIGIBLE = 1e-6, 1e-8
+"""The fall of f, as a part of |f|, for which a run goes on that has converged by its
+own rule; and for which one does that has failed, and else has converged."""
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def point_beside(problem: Problem, state: Any, *, products: bool) -> tf.Tensor | None:
-    """Return a point beside the current one where f is lower; None at a minimum.
+class Look(NamedTuple):
+    """What lies around the end of a run.
+
+    Attributes:
+        lower: A point where f is lower; None at a minimum.
+        is_minimum: Whether second derivatives certify that rounding alone is left.
+        is_near: Whether f is as low at `lower` as Newton's model says, so that the
+            minimum is near, and another look tells more than the method does.
+    """
+
+    lower: tf.Tensor | None = None
+    is_minimum: bool = False
+    is_near: bool = False
+
+
+class Curvatures(NamedTuple):
+    """Second derivatives along orthogonal directions, a row for each problem.
+
+    Attributes:
+        values: Along each direction, the least first, shape `[rows, k]`; of unknown
+            ones infinity.
+        directions: Shape `[rows, n, k]`.
+    """
+
+    values: Array
+    directions: Array
+
+    @property
+    def largest(self) -> Array:
+        """The largest |curvature|, shape `[rows]`."""
+        known = np.where(np.isfinite(self.values), np.abs(self.values), 0.0)
+        return np.max(known, axis=1, initial=0.0)
+
+
+def scale_of(x: Array, start: Array) -> Array:
+    """Return how long a step of the size of x is, whatever its units, in each row.
+
+    1 where all that is known of x is that it is zero.
+    """
+    lengths = [np.linalg.norm(vector, axis=1) for vector in (x, x - start)]
+    longest = np.max(np.where(np.isfinite(lengths), lengths, 0.0), axis=0)
+    return np.where(longest > 0, longest, 1.0)
+
+
+def look_around(
+    problem: Problem, state: Any, scale: float, *, products: bool, leaps: bool
+) -> Look:
+    """Return what lies around the current point.
 
     Args:
         problem: What is minimised.
         state: Where the run is, a `solvers.State`.
+        scale: How long a step of the size of x is: see `scale_of`.
         products: Whether products with the Hessian are compiled already. If not,
             differences of gradients replace them, at a cost of at most a quarter of the
-            run's.
+            run's; but not where a search has failed and a few products tell all.
+        leaps: Whether Newton's step counts, too.
     """
     types = operations(problem)
     if not types or any("Random" in operation for operation in types):
-        return None
-    count = None
-    if (int(state.step) and not products) or not problem.has_hessian:
-        count = min(max(int(state.evaluations) // 4, LEAST_LOOK), MOST_LOOK)
+        return Look()
     x, dtype = np.asarray(state.x, np.float64), state.x.dtype
+    has_failed = leaps and int(state.code) != code_of("converged")
+    is_exact = problem.has_hessian and (
+        products or not int(state.step) or (has_failed and len(x) <= PRODUCTS)
+    )
+    count = min(max(int(state.evaluations) // 4, LEAST_LOOK), MOST_LOOK)
 
     def at(x: Array) -> Evaluation:
         return problem.at(tf.constant(x, dtype))
 
-    def product(direction: Array) -> Array:
-        if count is None:
+    def product(directions: Array) -> Array:
+        direction = directions[0]
+        if is_exact:
             v = tf.constant(direction, dtype)
-            return np.asarray(problem.hvp(state.x, v), np.float64)
+            return np.asarray(problem.hvp(state.x, v), np.float64)[None]
         # The step that balances rounding and curvature of the gradient.
-        size = EPSILONS[dtype] ** (1 / 3) * max(1.0, float(np.linalg.norm(x)))
-        step = size * direction
+        step = EPSILONS[dtype] ** (1 / 3) * scale * direction
         ahead, behind = (np.asarray(at(p).gradient) for p in (x + step, x - step))
         change: Array = (ahead - behind).astype(np.float64)
-        return change / (2 * np.linalg.norm(step))
+        return change[None] / (2 * np.linalg.norm(step))
+
+    epsilon, grad = EPSILONS[dtype], np.asarray(state.evaluation.gradient, np.float64)
+    fun, most = float(state.evaluation.value), PRODUCTS if is_exact else count // 2
+    fallen = float(state.first) - fun
+
+    def value(points: Array) -> Array:
+        return np.array([float(at(points[0]).value)])
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as that a second derivative runs eagerly
         try:
-            lower = lower_point(
-                x,
-                float(state.evaluation.value),
-                np.asarray(state.evaluation.gradient, np.float64),
-                product=product,
-                value=lambda x: float(at(x).value),
-                epsilon=EPSILONS[dtype],
-                products=PRODUCTS if count is None else count // 2,
-            )
+            found = _curvatures(product, (1, len(x)), epsilon, most)
+            row = x[None], np.array([fun]), grad[None], np.array([scale])
+            points, is_lower = _lower(*row, found, value, epsilon)
+            if is_lower[0]:
+                return Look(tf.constant(points[0], dtype))
+            if not leaps or not np.isfinite(found.values[0, 0]):
+                return Look()
+            part = NEGLIGIBLE if has_failed else MISSED
+            least = max(max(part, NOISE * epsilon) * abs(fun), epsilon**1.5 * fallen)
+            for power in FLOORS:
+                step, fall = _newton(grad, found, epsilon**power)
+                beside = (x + step)[None]
+                if fall > least and (truly := fun - value(beside)[0]) > fall / 2:
+                    is_near = abs(truly - fall) <= NEAR * fall
+                    return Look(tf.constant(beside[0], dtype), is_near=is_near)
         except Exception:  # a user's gradient may raise anything: nothing is known
-            return None
-    return None if lower is None else tf.constant(lower, dtype)
+            return Look()
+    _, fall = _newton(grad, found, epsilon)
+    is_whole = is_exact and found.values.shape[1] == len(x)
+    is_definite = found.values[0, 0] > NOISE * epsilon * found.largest[0]
+    is_negligible = fall <= max(NEGLIGIBLE, NOISE * epsilon) * abs(fun)
+    return Look(None, bool(has_failed and is_whole and is_definite and is_negligible))
 
 
-def lower_point(
-    x: Array,
-    fun: float,
-    grad: Array,
-    *,
-    product: Callable[[Array], Array],
-    value: Callable[[Array], float],
-    epsilon: float,
-    products: int = PRODUCTS,
-) -> Array | None:
-    """Return a point near a stationary one where f is lower; None at a minimum.
+def _newton(grad: Array, found: Curvatures, least: float) -> tuple[Array, float]:
+    """Return Newton's step along the directions, and the fall that it promises.
 
-    Args:
-        x: Where the gradient is small, shape `[n]`.
-        fun: The value there.
-        grad: The gradient there.
-        product: Returns the Hessian at `x` times a direction.
-        value: Returns f at a point.
-        epsilon: The rounding error of the dtype that f is computed in.
-        products: How many of them to take at most.
+    No curvature counts as less than the part `least` of the largest one.
     """
-    points, is_lower = lower_points(
-        x[None],
-        np.array([fun]),
-        grad[None],
-        product=lambda directions: product(directions[0])[None],
-        value=lambda points: np.array([value(points[0])]),
-        epsilon=epsilon,
-        products=products,
-    )
-    return points[0] if is_lower[0] else None
+    slopes = grad @ found.directions[0]
+    sizes = np.maximum(found.values[0], least * found.largest[0])
+    parts = np.divide(slopes, sizes, out=np.zeros_like(slopes), where=sizes > 0)
+    return -found.directions[0] @ parts, float(slopes @ parts / 2)
 
 
 def lower_points(
     x: Array,
     fun: Array,
     grad: Array,
+    scale: Array,
     *,
     product: Callable[[Array], Array],
     value: Callable[[Array], Array],
@@ -139,54 +202,83 @@ def lower_points(
 ) -> tuple[Array, Any]:
     """Return points near many stationary ones, `[rows, n]`, and where f is lower there.
 
-    Arguments are those of `lower_point`, with a row for each problem: so are what
-    `product` and `value` take and return.
+    Args:
+        x: Where the gradients are small, shape `[rows, n]`.
+        fun: The values there, shape `[rows]`.
+        grad: The gradients there, like `x`.
+        scale: How long a step of the size of x is, shape `[rows]`: see `scale_of`.
+        product: Returns the Hessian of each row times a direction, `[rows, n]`.
+        value: Returns f at a point for each row.
+        epsilon: The rounding error of the dtype that f is computed in.
+        products: How many of them to take at most.
     """
-    least, largest, direction = _least_curvatures(product, x.shape, epsilon, products)
-    is_known = np.isfinite(least)
+    found = _curvatures(product, x.shape, epsilon, products)
+    return _lower(x, fun, grad, scale, found, value, epsilon)
+
+
+def _lower(
+    x: Array,
+    fun: Array,
+    grad: Array,
+    scale: Array,
+    found: Curvatures,
+    value: Callable[[Array], Array],
+    epsilon: float,
+) -> tuple[Array, Any]:
+    """Return lower points along the directions of the least curvature."""
+    least, direction = found.values[:, 0], found.directions[:, :, 0]
+    is_known, noise = np.isfinite(least), NOISE * epsilon * np.abs(fun)
     if not np.any(is_known):
         return x, is_known
-    clearly = epsilon**0.5 * largest
+    clearly = epsilon**0.5 * found.largest
     # A direction without curvature is tried only where the gradient is exactly zero;
     # elsewhere the run approaches a flat minimum slowly.
-    is_stationary = ~np.any(grad, axis=1)
-    is_open = (least <= -clearly) | ((least <= clearly) & is_stationary)
-    # Long enough for a fall of the third order to be seen beside rounding errors.
-    size = epsilon ** (1 / 6) * np.maximum(1.0, np.linalg.norm(x, axis=1))
-    step = size[:, None] * direction
-    values = np.stack([value(x + step), value(x - step)])
-    is_finite = np.isfinite(values)
-    values = np.where(is_finite, values, np.inf)
-    lowest = np.min(values, axis=0)
-    # Rounding of gradients may look like curvature. If f really curves down, the mean
-    # of its values on both sides is lower, too.
-    bends_down = least < -clearly
-    mean = np.where(np.all(is_finite, axis=0), np.mean(values, axis=0), lowest)
-    level = np.where(bends_down, mean, lowest)
-    told = np.abs(np.sum(grad * step, axis=1)) + np.abs(least) * size**2
-    is_open |= fun - lowest > MISTAKEN * told
-    is_lower = is_open & (level < fun - NOISE * epsilon * np.abs(fun))
-    is_ahead = values[0] <= values[1]
-    return np.where(is_ahead[:, None], x + step, x - step), is_lower
+    is_straight = np.abs(least) <= np.maximum(clearly, noise / scale**2)
+    is_flat = is_straight & ~np.any(grad, axis=1)
+    bends_down, is_bent = least < -clearly, least <= -clearly
+    points, is_lower = x, np.zeros(len(x), bool)
+    for power in FARTHER:
+        # Long enough for a fall of the third order to be seen beside rounding errors.
+        size = epsilon**power * scale
+        step = size[:, None] * direction
+        values = np.stack([value(x + step), value(x - step)])
+        is_finite, ends = np.isfinite(values), np.where(values == -np.inf, -1.0, 0.0)
+        values = np.where(is_finite, values, np.inf)
+        lowest = np.min(values, axis=0)
+        # Rounding of gradients may look like curvature. If f really curves down, the
+        # mean of its values on both sides is lower, too.
+        mean = np.where(np.all(is_finite, axis=0), np.mean(values, axis=0), lowest)
+        level = np.where(bends_down, mean, lowest)
+        told = np.abs(np.sum(grad * step, axis=1)) + np.abs(least) * size**2
+        is_open = is_bent | is_flat | (fun - lowest > MISTAKEN * told)
+        finds = is_open & (level < fun - noise)
+        # If gradients underflow, f may fall without end.
+        values = np.where(finds, values, ends)
+        finds = is_known & ~is_lower & (finds | (is_flat & np.any(ends, axis=0)))
+        is_ahead = (values[0] <= values[1])[:, None]
+        beside = np.where(is_ahead, x + step, x - step)
+        points = np.where(finds[:, None], beside, points)
+        is_lower = is_lower | finds
+        if not np.any(is_flat & ~is_lower):
+            break
+    return points, is_lower
 
 
-def _least_curvatures(
+def _curvatures(
     product: Callable[[Array], Array],
     shape: tuple[int, ...],
     epsilon: float,
     most: int,
-) -> tuple[Array, Array, Array]:
-    """Return the least curvatures, the largest |curvatures|, directions of the least.
+) -> Curvatures:
+    """Return curvatures by Lanczos's method, orthogonalised in full, in each row.
 
-    From Lanczos's method, orthogonalised in full, in each row. The least is infinite if
-    a product is not finite, or if only one product is allowed in two or more
-    dimensions.
+    None is known if a product is not finite, or if only one product is allowed in two
+    or more dimensions.
     """
     rows, n = shape
     most = min(n, most, MOST_NUMBERS // (rows * n))
-    unknown = np.full(rows, np.inf), np.zeros(rows), np.zeros(shape)
     if most < min(n, 2):
-        return unknown
+        return Curvatures(np.full((rows, 1), np.inf), np.zeros((rows, n, 1)))
     q = np.broadcast_to(np.random.default_rng(0).normal(size=n), shape)
     basis, images = np.zeros((2, rows, most, n))
     goes_on, count = np.ones(rows, bool), 0
@@ -210,13 +302,13 @@ def _least_curvatures(
     small = (small + np.swapaxes(small, 1, 2)) / 2
     # Where a row ended early it has no directions: they must not be the least.
     is_empty = ~np.any(basis, axis=2)
-    largest = np.max(np.abs(np.linalg.eigvalsh(small)), axis=1)
-    if np.any(is_empty):
-        fill = np.where(is_empty, 2 * largest[:, None], 0.0)
-        small = small + fill[:, :, None] * np.eye(count)
-    values, vectors = np.linalg.eigh(small)
-    direction = (vectors[:, None, :, 0] @ basis)[:, 0]
-    return np.where(is_known, values[:, 0], np.inf), largest, direction
+    largest = np.max(np.abs(np.linalg.eigvalsh(small)), axis=1)[:, None]
+    fill = np.where(is_empty, 2 * largest, 0.0)
+    values, vectors = np.linalg.eigh(small + fill[:, :, None] * np.eye(count))
+    any_empty = np.any(is_empty, axis=1)[:, None]
+    is_known = is_known[:, None] & ~((values > 1.5 * largest) & any_empty)
+    directions = basis.swapaxes(1, 2) @ vectors
+    return Curvatures(np.where(is_known, values, np.inf), directions)
 
 
 def _lengths(rows: Array) -> Array:

@@ -49,7 +49,7 @@ from tfgrad.optimize.implicit import (
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.methods.protocol import Method
-from tfgrad.optimize.options import check_count
+from tfgrad.optimize.options import check_count, require_no
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import DTYPES, Residuals
 from tfgrad.optimize.solvers import Ruled
@@ -113,6 +113,7 @@ def solution(
     steps: int = 1000,
     bounds: Any = None,
     verify: bool = True,
+    **unknown: Any,
 ) -> Nest:
     """Return the minimiser x of `f(x, *args)`, differentiable by all that f reads.
 
@@ -156,6 +157,7 @@ def solution(
         verify: Called by itself, compare the first and second derivatives of f at the
             first solution of each structure, shapes and dtypes with differences along a
             random direction of x and of the arguments, as `hvp` does.
+        **unknown: Refused with a TypeError that says what to write instead.
 
     Returns:
         x, structured like `x0`. Inside a trace it is NaN where there is no solution, or
@@ -184,6 +186,7 @@ def solution(
     References:
         `tfgrad.optimize.implicit` for those.
     """
+    require_no(solution, unknown)
     require_function(f)
     require_bool(residuals=residuals, gauss_newton=gauss_newton, verify=verify)
     check_count("steps", steps)

@@ -43,6 +43,7 @@ from tfgrad.optimize.methods.keras_optimizer import (
     rates_of,
     require_optimizer,
 )
+from tfgrad.optimize.options import require_no
 from tfgrad.optimize.update import Update, explained
 
 
@@ -55,6 +56,7 @@ def train_step(
     has_aux: bool = False,
     jit: bool = False,
     verify: bool = True,
+    **unknown: Any,
 ) -> TrainStep:
     """Return the function that takes one step of an optimizer down `loss`.
 
@@ -80,6 +82,7 @@ def train_step(
             loss whose gradient would lack a term, as `grad` does. It costs the time of
             some evaluations when the loss is traced, and none later; nothing is
             written. Losses that draw random numbers are not compared.
+        **unknown: Refused with a TypeError that says what to write instead.
 
     Returns:
         A function with the arguments of `loss` that updates the variables and returns
@@ -113,6 +116,7 @@ def train_step(
     References:
         Goodfellow, Bengio and Courville (2016), Deep Learning, algorithm 8.1.
     """
+    require_no(train_step, unknown)
     if not callable(loss):
         raise InvalidArgumentError(
             "The first argument is the loss function, and not its value.",

@@ -1,6 +1,7 @@
 """`minimize` and `descend` as a user calls them."""
 
 import collections
+import inspect
 import pickle
 import re
 import warnings
@@ -543,12 +544,39 @@ def test_an_argument_of_another_library_is_refused_with_ours(call, name):
         call(parabola, 3.0, **{name: 1})
 
 
+TYPED = "lr tol maxiter jac options optimizer logdir callbacks verbose jit_compile args"
+CALLS = {
+    "least_squares": lambda **k: tfgrad.least_squares(lambda x: x, [1.0], **k),
+    "minimize_many": lambda **k: tfgrad.minimize_many(parabola, np.ones(2), **k),
+    "least_squares_many": lambda **k: tfgrad.least_squares_many(
+        lambda x: x, np.ones((2, 1)), **k
+    ),
+    "solution": lambda **k: tfgrad.solution(parabola, 1.0, **k),
+    "train_step": lambda **k: tfgrad.train_step(
+        parabola, wrt=tf.Variable(1.0), optimizer="sgd", **k
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TYPED.replace("optimizer ", "").split())
+@pytest.mark.parametrize("call", CALLS)
+def test_every_function_says_what_to_write_in_place_of(call, name):
+    with pytest.raises(TypeError) as error:
+        CALLS[call](**{name: 1})
+
+    rule, hint = str(error.value).split("\n  try: ")
+    assert rule == f"{call}() got an unexpected keyword argument {name!r}"
+    known = list(inspect.signature(getattr(tfgrad, call)).parameters)
+    written = re.findall(r"(\w+)=", hint.removeprefix("tfgrad.minimize, which has "))
+    elsewhere = hint.startswith("tfgrad.minimize, which has")
+    assert elsewhere or not written or written[0] in known
+
+
 def test_what_is_meant_is_an_argument_of_the_function_that_was_called():
     with pytest.raises(TypeError) as error:
-        tfgrad.least_squares(lambda x: x, [1.0], learning_rate=0.1)
+        tfgrad.least_squares(lambda x: x, [1.0], lr=0.1)
 
-    assert "try: residuals, x0, wrt" in str(error.value)
-    assert "learning_rate=\n" not in str(error.value)
+    assert "minimize, which has learning_rate=; least_squares has" in str(error.value)
 
 
 def test_a_run_that_diverges_names_the_rate_first():

@@ -5,8 +5,9 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
+from tests.reference import more_garbow_hillstrom
 from tfgrad.optimize import saddle as saddle_module
-from tfgrad.optimize.saddle import lower_point
+from tfgrad.optimize.saddle import PRODUCTS, lower_points
 
 
 def saddle(x):
@@ -119,6 +120,44 @@ def test_an_inflection_that_the_steps_lead_to_is_left(level, method):
     assert result.status == "unbounded"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_flat_inflection_is_left_where_its_rounding_hides_it(dtype):
+    result = tfgrad.minimize(lambda x: x**7 + 2, np.array(0, dtype))
+
+    assert result.status == "unbounded"
+
+
+def test_gradients_that_underflow_are_no_minimum():
+    result = tfgrad.minimize(lambda x: -tf.math.log(1 + x**2), np.float32(1))
+
+    assert not result.success
+    assert result.fun < -88
+
+
+WATSON = more_garbow_hillstrom.PROBLEMS["20 Watson 12"]
+
+
+@pytest.mark.parametrize("units", [(1, 1), (1e-12, 1), (1, 1e6), (1, 1e-6)])
+def test_what_a_flat_direction_hides_is_found_in_any_units(units):
+    of_f, of_x = units
+
+    def f(x):
+        return of_f * WATSON.objective(x / of_x)
+
+    result = tfgrad.minimize(f, of_x * np.array(WATSON.start, float))
+
+    # Rounding ends the searches; from 2.7e-9 on, only second derivatives see the way.
+    assert result.fun / of_f == pytest.approx(WATSON.minima[0], rel=1e-5)
+    assert result.success
+
+
+def test_the_users_own_rule_is_not_gone_beyond():
+    result = tfgrad.minimize(lambda x: tf.reduce_sum(x**4) + 1, np.ones(3), gtol=0.1)
+
+    assert result.status == "gtol"
+    assert result.fun > 1 + 1e-4
+
+
 def test_variables_end_where_the_result_says():
     x = tf.Variable([0.0, 0.0], dtype=tf.float64)
 
@@ -140,6 +179,16 @@ def test_a_function_without_second_derivative_is_left_alone():
         return x**2, grad
 
     assert tfgrad.minimize(once, 0.0).status == "converged"
+
+
+def lower_point(x, fun, grad, *, product, value, epsilon):
+    points, is_lower = lower_points(
+        x[None], np.array([fun]), grad[None], np.ones(1),
+        product=lambda directions: product(directions[0])[None],
+        value=lambda points: np.array([value(points[0])]),
+        epsilon=epsilon, products=PRODUCTS,
+    )  # fmt: skip
+    return points[0] if is_lower[0] else None
 
 
 def quadratic(matrix):

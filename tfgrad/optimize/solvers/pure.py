@@ -18,7 +18,7 @@ from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.convergence import at_precision
 from tfgrad.optimize.methods.protocol import Bindable, Explained, Method, Move, Point
 from tfgrad.optimize.problem import Problem
-from tfgrad.optimize.saddle import point_beside
+from tfgrad.optimize.saddle import look_around, scale_of
 from tfgrad.optimize.solvers import NO_XLA, Form, Forms, Solver, State, Stepper
 from tfgrad.optimize.stopping import RUNNING, code_of
 from tfgrad.optimize.traced import blame, for_xla, operations, others, written
@@ -40,6 +40,9 @@ SAVED = 2e-4, 1e-7
 
 AT_ONCE = 20
 """The number of evaluations up to which XLA that would pay later begins at once."""
+
+MOST_LEAPS = 2
+"""How often a method goes on from Newton's step, or another, beside where it ended."""
 
 VECTOR = "x as a vector"
 """The column of points until their leaves have names."""
@@ -309,6 +312,7 @@ class PureSolver(Solver):
         self.stepper = PureStepper(problem, method, limits)
         self.forms = PureForms(self.stepper)
         self._others: list[Any] = []
+        self._start, self._leaps = tf.zeros([0]), 0
         self.blamed: tuple[list[tf.Tensor], tuple[Any, ...]] = [], ()
 
     def init(
@@ -323,6 +327,7 @@ class PureSolver(Solver):
         if x is None:
             x = self.stepper.clip(self.problem.x.start())
         start, evaluation = self.stepper.start(x, before)
+        self._start = start.x if before is None else self._start
         # The variables that f reads and does not write, as they are.
         own = {id(variable) for variable in written(self.problem)}
         rest = [v for v in others(self.problem) if id(v) not in own]
@@ -382,15 +387,33 @@ class PureSolver(Solver):
         return state, found
 
     def escape(self, state: State) -> tuple[State, Evaluation | None]:
-        """Begin anew at a lower point beside a maximum or a saddle, if this is one."""
-        lower = None
-        if self.stepper.limits is None:  # beside them, a lower point may be forbidden
-            products = self.stepper.is_bound
-            lower = point_beside(self.problem, state, products=products)
-        self.settle(state)
-        if lower is None:
+        """Begin anew at a lower point beside the current one, if there is one.
+
+        Where a search has failed, second derivatives may certify a minimum.
+        """
+        if self.stepper.limits is not None:  # beside it, a lower point may be forbidden
+            self.settle(state)
             return state, None
-        return self.init(unravel(lower, self._like), state)
+        # A rule of the user's, such as gtol, means what it says.
+        is_own = int(state.code) in (self.stepper.failure, code_of("converged"))
+        leaps = is_own and not self.stepper.knows_solutions and self._leaps < MOST_LEAPS
+        products = self.stepper.is_bound
+        look = look_around(
+            self.problem, state, self.scale(state), products=products, leaps=leaps
+        )
+        self.settle(state)
+        if look.is_minimum:
+            state = state._replace(code=tf.constant(code_of("converged")))
+        if look.lower is None:
+            return state, None
+        self._leaps += not look.is_near
+        begun, evaluation = self.init(unravel(look.lower, self._like), state)
+        return begun._replace(code=state.code) if look.is_near else begun, evaluation
+
+    def scale(self, state: State) -> float:
+        """Return how long a step of the size of x is."""
+        x, start = (np.asarray(v, np.float64)[None] for v in (state.x, self._start))
+        return float(scale_of(x, start)[0])
 
     def why(self, state: State) -> tuple[str, str] | None:
         """Return what the method says about its memory."""

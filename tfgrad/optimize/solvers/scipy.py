@@ -39,7 +39,7 @@ from tfgrad.optimize.methods import bounded
 from tfgrad.optimize.methods.protocol import Move
 from tfgrad.optimize.methods.scipy import SciPyMethod
 from tfgrad.optimize.problem import Problem
-from tfgrad.optimize.saddle import point_beside
+from tfgrad.optimize.saddle import look_around
 from tfgrad.optimize.solvers import State
 from tfgrad.optimize.solvers.pure import PureSolver
 from tfgrad.optimize.stopping import (
@@ -236,12 +236,14 @@ class SciPyLoop:
         """Leave a maximum or a saddle where no limit may be what holds the point."""
         if self._rules.limits.are_any:
             return state, Rows({})
-        lower = point_beside(self.solver.problem, state, products=False)
-        if lower is None:
-            self.solver.settle(state)
+        # Its tolerances are SciPy's own: Newton's step may go beyond them.
+        solver, scale = self.solver, self.solver.scale(state)
+        look = look_around(solver.problem, state, scale, products=False, leaps=False)
+        if look.lower is None:
+            solver.settle(state)
             return state, Rows({})
         self.close()
-        leaves = self._function.leaves(np.asarray(lower, np.float64))
+        leaves = self._function.leaves(np.asarray(look.lower, np.float64))
         state, evaluation = self.solver.init(leaves, state)
         return state, self._row(state, evaluation)
 
@@ -275,8 +277,9 @@ class SciPyLoop:
         """Let SciPy run until it ends, or until a visit ends it."""
         from scipy.optimize import minimize
 
-        session = _Session(self._function, state, self._moved, visit)
         method, limits = self._method, self._rules.limits
+        session = _Session(self._function, state, self._moved, visit, method.gradient)
+        self.verdict = False, ""  # that of an earlier run is not of this one
         second = {"hessp": session.hessp, "hess": session.hess}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the status of the run says it all
@@ -303,9 +306,11 @@ class SciPyLoop:
                 self.verdict = False, str(error)
             else:
                 self.verdict = bool(found.success), str(found.message)
-                if session.was_bad:
+                if session.doubts:
                     words = "f has no finite value at a point that it went on to"
                     self.verdict = False, words
+                elif session.has_met:  # no word of convergence of such a run
+                    self.verdict = self.verdict[0], "some points had no finite value"
         ended = session.state._replace(code=tf.constant(code_of("scipy")))
         if limits.violation(np.asarray(ended.x, np.float64)) > FEASIBLE:
             self.verdict = False, self.verdict[1]
@@ -346,11 +351,15 @@ class _Session:
         state: Where the run is.
         moved: Returns the state at a point, and its row.
         visit: Takes both; returns whether to go on.
+        searches: Whether the method searches along gradients.
 
     Attributes:
         state: As above.
         error: What a function of the user's raised.
-        was_bad: Whether a point since the last iteration had no finite value.
+        has_met: Whether some point had no finite value.
+        doubts: Iterations until SciPy's word is believed again: after such a point, a
+            search with gradients may end at a short step, which SciPy takes for
+            convergence.
     """
 
     def __init__(
@@ -359,26 +368,36 @@ class _Session:
         state: State,
         moved: Callable[[State, Array], tuple[State, Rows]],
         visit: Callable[[State, Rows], bool],
+        searches: bool,
     ) -> None:
-        self.state, self.was_bad = state, False
+        self._most_doubts = 2 if searches else 1
+        self.state, self.has_met, self.doubts = state, False, 0
         self.error: BaseException | None = None
         self._function, self._moved, self._visit = function, moved, visit
         self._x = np.asarray(state.x, np.float64)
         self._highest = self._lowest = float(state.evaluation.value)
 
     def fun(self, x: Array) -> tuple[float, Array]:
-        """Return value and gradient; a finite stand-in where f has none."""
+        """Return value and gradient; a finite stand-in where f has none.
+
+        It rises from the last iterate like a parabola: a method that goes on to it in
+        spite of its height, as SLSQP does after ten trials, comes back.
+        """
         at = self._guarded(self._function.at, np.array(x))
         value, grad = float(at.value), np.asarray(at.gradient, np.float64)
         self.state = self.state._replace(evaluations=self.state.evaluations + 1)
         is_bad = not np.isfinite(value) or not np.all(np.isfinite(grad))
-        self.was_bad |= is_bad
+        if is_bad:
+            self.has_met, self.doubts = True, self._most_doubts
         if np.isfinite(value):
             self._lowest = min(value, self._lowest)
             self._highest = max(value, self._highest)
         else:
             height = self._highest - self._lowest
             value = self._highest + BEYOND * max(height, abs(self._highest), 1e-300)
+            way = np.asarray(x, np.float64) - self._x
+            rise = 2 * (value - float(self.state.evaluation.value))
+            grad = rise * way / max(float(way @ way), 1e-300)
         return value, np.where(np.isfinite(grad), grad, 0.0)
 
     def hessp(self, x: Array, v: Array) -> Array:
@@ -399,7 +418,7 @@ class _Session:
         x = np.array(x, np.float64)
         if not np.isfinite(float(self._guarded(self._function.at, x).value)):
             return
-        self.was_bad = False
+        self.doubts = max(self.doubts - 1, 0)
         self._hand_on(x)
 
     def _hand_on(self, x: Array) -> None:
