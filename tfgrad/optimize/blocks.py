@@ -25,7 +25,7 @@ from tfgrad.derivatives.signatures import signature
 from tfgrad.derivatives.tracing import as_written
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.nested import Nest, either, unravel
-from tfgrad.optimize.evaluator import Evaluation, flat, operations_of
+from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
 from tfgrad.optimize.hooks import Interrupts
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
@@ -400,7 +400,8 @@ def _compile(
 
     def evaluate(row: list[tf.Tensor]) -> Evaluation:
         x, *rest = row
-        return flat(function(*unravel(x, leaves), *rest))._replace(aux={})
+        found = flat(function(*unravel(x, leaves), *rest))
+        return measured(found)._replace(aux={})
 
     def stepper_of(row: list[tf.Tensor]) -> PureStepper:
         sides, rest = row[:2] if task.sides else [], row[splits - 1 :]
