@@ -61,8 +61,8 @@ def test_lbfgs_on_the_standard_problems_in_all_units():
     solved, lies, denials = judged(runs, problems)
 
     assert not lies
-    # With twelve parameters and f at 3e-9, where 5e-10 is possible, the gradient of
-    # Watson's function is but rounding.
+    # With twelve parameters and f at 3e-9, where 5e-10 is possible, searches see but
+    # rounding of Watson's function; `minimize` looks at second derivatives, too.
     assert len(solved) >= 187
     assert len(denials) <= 2
     for unit in UNITS:

@@ -547,7 +547,8 @@ def test_a_saddle_of_many_parameters_and_float32():
     for dtype in (np.float32, np.float64):
         x0s = np.ones((2, 40), dtype) * np.array([[0.0], [0.5]], dtype)
         result = tfgrad.minimize_many(f, x0s)
-        assert (result.fun < 1).all()
+        # f is 40 at the saddle; 0, 0.36 and 1.42 at minima with 20, 21, 22 signs alike.
+        assert (result.fun < 2).all()
 
 
 def test_fits_leave_saddles_as_least_squares_does():
