@@ -31,7 +31,7 @@ from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.solvers import Ruled, State
-from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureStepper, Start
+from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureStepper, Start, seen
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
 
 Array = np.ndarray[Any, Any]
@@ -401,7 +401,7 @@ def _compile(
     def evaluate(row: list[tf.Tensor]) -> Evaluation:
         x, *rest = row
         found = flat(function(*unravel(x, leaves), *rest))
-        return measured(found)._replace(aux={})
+        return seen(measured(found))._replace(aux={})
 
     def stepper_of(row: list[tf.Tensor]) -> PureStepper:
         sides, rest = row[:2] if task.sides else [], row[splits - 1 :]

@@ -102,6 +102,23 @@ def test_the_update_of_a_method_is_compiled_once_for_all_functions(monkeypatch):
     np.testing.assert_array_equal(first.history["fun"], second.history["fun"])
 
 
+def test_the_update_of_a_fit_is_compiled_once_for_any_number_of_residuals(monkeypatch):
+    monkeypatch.setattr(compiled, "KEPT", OrderedDict())
+
+    def fitted(count):
+        t = np.linspace(0.0, 2.0, count)
+        y = 3.0 * np.exp(-t)
+        return tfgrad.least_squares(lambda p: p[0] * tf.exp(-p[1] * t) - y, [1.0, 2.0])
+
+    first = fitted(5)
+    kept = dict(compiled.KEPT)
+    second = fitted(9)
+
+    assert kept == compiled.KEPT
+    for result in (first, second):
+        np.testing.assert_allclose(result.x, [3.0, 1.0], rtol=1e-6)
+
+
 def test_a_tf_function_is_traced_once_for_all_runs_and_a_plain_one_for_each():
     traces = {"plain": 0, "tf": 0}
     factor = 1.0

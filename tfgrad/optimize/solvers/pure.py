@@ -76,7 +76,7 @@ class Start(NamedTuple):
         """Return the start at a point, after the run until there, if there was one."""
         return cls(
             x,
-            evaluation._replace(aux={}),
+            seen(evaluation)._replace(aux={}),
             evaluation.value if before is None else before.first,
             tf.constant(0) if before is None else before.step + 1,
             tf.constant(1) if before is None else before.evaluations + 1,
@@ -161,7 +161,7 @@ class PureStepper(Stepper):
 
     def evaluate(self, query: Any) -> Evaluation:
         """Return the function at the trial."""
-        return self.problem.at(query)
+        return seen(self.problem.at(query))
 
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
         """Return value, gradient and aux values, and the point while it is small."""
@@ -445,11 +445,19 @@ def _check_unconstrained(name: str, problem: Problem, limits: Limits | None) -> 
         )
 
 
+def seen(evaluation: Evaluation) -> Evaluation:
+    """Return an evaluation with the matrix of its linear model in place of that.
+
+    A method sees no more, so what is compiled for it serves any number of residuals.
+    """
+    linear = evaluation.linear
+    return evaluation._replace(linear=getattr(linear, "matrix", linear))
+
+
 def _point(x: tf.Tensor, evaluation: Evaluation) -> Point:
-    """Return what the method sees of an evaluation."""
-    linear = getattr(evaluation.linear, "matrix", ())
+    """Return what a method sees of a point, of an evaluation that is `seen`."""
     value = tf.cast(evaluation.value, x.dtype)
-    return Point(x, value, evaluation.gradient, linear)
+    return Point(x, value, evaluation.gradient, evaluation.linear)
 
 
 def _expected(move: Move, evaluation: Evaluation) -> tf.Tensor:
