@@ -363,7 +363,9 @@ def held(state: State) -> State:
 
 
 def _is_large(leaf: Any) -> bool:
-    return isinstance(leaf, tf.Tensor) and (leaf.shape.num_elements() or 0) >= LARGE
+    if not isinstance(leaf, tf.Tensor) or leaf.shape.rank == 0:
+        return False
+    return (leaf.shape.num_elements() or 0) >= LARGE
 
 
 def _value(leaf: Any) -> Any:

@@ -30,8 +30,6 @@ from tfgrad.optimize.chunks import (
 from tfgrad.optimize.compiled import (
     OfVariables,
     compiled,
-    concrete_for,
-    executor_for,
     kept,
     shapes_of,
 )
@@ -242,9 +240,12 @@ class Loop:
                 told = {"grad_max": known.grad_max, "expected": state.expected}
                 return flags, stepper.query(state), told, packing.pack(state)
 
-            concrete = concrete_for(run, packing.pack(state), known)
-            made = OfVariables(concrete, variables, executor_for(concrete))
-            return packing, made
+            return packing, OfVariables.traced(
+                run,
+                (packing.pack(state), known),
+                variables,
+                in_sequence=place is None,
+            )
 
         place, key = self.solver.forms.kept()
         variables = self.solver.forms.variables()

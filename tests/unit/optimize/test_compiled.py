@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.optimize import loop
-from tfgrad.optimize.compiled import IN_SEQUENCE, direct, executor_for
+from tfgrad.optimize import compiled
+from tfgrad.optimize.compiled import IN_SEQUENCE, OfVariables, direct
 
 
 class Pair(NamedTuple):
@@ -61,8 +61,8 @@ def test_an_update_of_an_optimizer_is_traced_for_the_first_run_alone(kind, monke
         traced.append(function)
         return real(function, *nests)
 
-    real = loop.concrete_for
-    monkeypatch.setattr(loop, "concrete_for", concrete_for)
+    real = compiled.concrete_for
+    monkeypatch.setattr(compiled, "concrete_for", concrete_for)
     clipped = [0.7, 0.7, 0.2, 0.7]  # a norm that no other test takes
     for run, (norm, rate) in enumerate(zip(clipped, [0.1, 0.2, 0.1, 0.3], strict=True)):
 
@@ -116,13 +116,22 @@ def looped(x):
     return tf.while_loop(lambda i, _: i < 3, lambda i, x: (i + 1, 2 * x), (0, x))[1]
 
 
-@pytest.mark.parametrize(
-    ("f", "executor"), [(lambda x: 3 * x + x**2, IN_SEQUENCE), (looped, "")]
-)
-def test_functions_without_loops_run_in_sequence(f, executor):
-    concrete = tf.function(f).get_concrete_function(tf.TensorSpec([2]))
-    x = tf.constant([3.0, 4.0])
+SHORT = {
+    "no loop": (lambda x: 3 * x + x**2, IN_SEQUENCE),
+    "a loop": (looped, IN_SEQUENCE),
+    "a loop of another trace": (tf.function(looped), ""),
+}
 
-    assert executor_for(concrete) == executor
-    call = direct(concrete, executor=executor)
-    np.testing.assert_array_equal(call(x), concrete(x))
+
+@pytest.mark.parametrize("name", SHORT)
+def test_ops_run_in_sequence_but_those_that_were_traced_for_others(name):
+    f, executor = SHORT[name]
+    x = tf.constant([3.0, 4.0])
+    tf.function(f)(x)
+
+    made = OfVariables.traced(f, [x], [], in_sequence=True)
+
+    assert made.executor == executor
+    np.testing.assert_array_equal(made.direct()(x), f(x))
+    default = OfVariables.traced(f, [x], [], in_sequence=False)
+    np.testing.assert_array_equal(default.direct()(x), f(x))

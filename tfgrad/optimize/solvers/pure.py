@@ -334,7 +334,11 @@ class PureSolver(Solver):
         self._others = [(variable, variable.read_value()) for variable in rest]
         place, key = self.forms.kept()
         key = "start", key, shapes_of(start)
-        begun = kept(place, key, lambda: compiled(self.stepper.begun, start))
+
+        def make() -> Any:
+            return compiled(self.stepper.begun, start, in_sequence=place is None)
+
+        begun = kept(place, key, make)
         return begun(*tf.nest.flatten(start)), evaluation
 
     def point(self, state: State) -> list[tf.Tensor]:
