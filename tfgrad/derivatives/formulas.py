@@ -347,6 +347,7 @@ def _singular_vectors(op: Any, by_s: tf.Tensor, *by_vectors: tf.Tensor) -> Any:
 @_repairs(
     "Qr",
     reason="where columns depend on each other, it divides by what rounding left",
+    applies=lambda op: _has_gradient(op),
 )
 def _orthogonal_factor(op: Any, by_q: tf.Tensor, by_r: tf.Tensor) -> Any:
     x, r = op.inputs[0], op.outputs[1]
@@ -812,6 +813,14 @@ def _is_economic(op: tf.Operation) -> bool:
     height, width = _sides(op.inputs[0])
     is_square = height is not None and height == width
     return is_square or not op.get_attr("full_matrices")
+
+
+def _has_gradient(op: tf.Operation) -> bool:
+    """Return whether TensorFlow differentiates a QR factorisation at all."""
+    height, width = _sides(op.inputs[0])
+    if height is None or width is None:
+        return False
+    return height <= width or not op.get_attr("full_matrices")
 
 
 def _sides(x: tf.Tensor) -> Any:
