@@ -1,4 +1,8 @@
-"""Runs seen in a browser: what the pages of TensorBoard really show, both loaders."""
+"""Runs seen in a browser: what the pages of TensorBoard really show.
+
+One run is read by TensorBoard's Python loader, many by its data server; that both serve
+the same is tested in test_tensorboard.py.
+"""
 
 import json
 import os
@@ -204,15 +208,15 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-@pytest.fixture(scope="module", params=["auto", "false"])
-def board(request, logs):
-    with show(logs, pin="f", load_fast=request.param) as board:
+@pytest.fixture(scope="module")
+def board(logs):
+    with show(logs, pin="f", load_fast="false") as board:
         yield board
 
 
-@pytest.fixture(scope="module", params=["auto", "false"])
-def many(request, minimized):
-    with show(minimized, pin="loss", load_fast=request.param) as board:
+@pytest.fixture(scope="module")
+def many(minimized):
+    with show(minimized, pin="loss") as board:
         yield board
 
 

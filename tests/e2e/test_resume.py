@@ -120,9 +120,20 @@ def whole(tmp_path_factory):
     return root
 
 
-def test_a_run_that_is_killed_ends_as_if_it_had_not_been(whole, tmp_path):
+def test_a_run_that_ctrl_c_ends_and_that_is_killed_ends_as_if_it_had_not_been(
+    whole, tmp_path
+):
     killed = tmp_path / "killed"
-    moments = sorted(random.Random(0).sample(range(1, 160), KILLS))
+    assert run(killed, step=30, number=signal.SIGINT) == 0
+    (nit, _, status, message), history, *_ = outcome(killed)
+    assert (status, len(history["fun"])) == ("interrupted", nit + 1)
+    assert 30 <= nit < outcome(whole)[0][0]
+    assert "all until there is kept" in message
+    for name, column in history.items():
+        column = np.asarray(column)[:nit]  # the last row is of a batch yet to come
+        np.testing.assert_array_equal(column, outcome(whole)[1][name][:nit])
+
+    moments = sorted(random.Random(0).sample(range(nit + 1, 160), KILLS))
     for number, step in enumerate(moments):
         where = {"write": 2} if number % 2 else {"step": step}
         assert run(killed, **where) == -signal.SIGKILL
@@ -136,19 +147,3 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(whole, tmp_path):
             steps, values = curve(board, directory.name, "loss", len(loss.steps))
         assert steps == list(loss.steps)
         assert values == list(loss.values)
-
-
-def test_a_run_that_ctrl_c_ends_has_its_result_and_goes_on_when_called_again(
-    whole, tmp_path
-):
-    assert run(tmp_path, step=30, number=signal.SIGINT) == 0
-    (nit, _, status, message), history, *_ = outcome(tmp_path)
-    assert run(tmp_path) == 0
-
-    assert (status, len(history["fun"])) == ("interrupted", nit + 1)
-    assert 30 <= nit < outcome(whole)[0][0]
-    assert "all until there is kept" in message
-    for name, column in history.items():
-        column = np.asarray(column)[:nit]  # the last row is of a batch yet to come
-        np.testing.assert_array_equal(column, outcome(whole)[1][name][:nit])
-    assert_same(tmp_path, whole)

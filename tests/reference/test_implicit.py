@@ -13,11 +13,13 @@ LABELS = np.where(TARGETS > 0, 1.0, -1.0)
 FIT, CHOOSE = slice(0, 8), slice(8, 12)
 
 
+@tf.function  # a plain function is traced at each call
 def ridge(w, penalty):
     error = tf.linalg.matvec(INPUTS[FIT], w) - TARGETS[FIT]
     return tf.reduce_mean(error**2) + penalty * tf.reduce_sum(w * w) / 2
 
 
+@tf.function
 def logistic(w, penalty):
     margin = LABELS * tf.linalg.matvec(INPUTS, w)
     return (
@@ -53,7 +55,7 @@ JAXOPT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("f", JAXOPT)
+@pytest.mark.parametrize("f", JAXOPT, ids=["ridge", "logistic"])
 def test_the_numbers_of_jaxopt(f):
     w, slope = JAXOPT[f]
 
@@ -126,7 +128,7 @@ def test_a_quadratic_program_moves_as_the_inverse_says():
         np.testing.assert_allclose(found, np.linalg.inv(matrix), rtol=1e-12)
 
 
-@pytest.mark.parametrize("f", [ridge, logistic])
+@pytest.mark.parametrize("f", JAXOPT, ids=["ridge", "logistic"])
 def test_check_grads_passes_on_closed_forms(f):
     assert tfgrad.check_grads(fitted(f), np.float64(0.1), order=1)
 

@@ -17,6 +17,7 @@ TARGETS = GENERATOR.normal(size=50)
 GRAM, SIDE = INPUTS.T @ INPUTS / 50, INPUTS.T @ TARGETS / 50
 
 
+@tf.function  # a plain function is traced at each call
 def ridge(w, penalty):
     error = tf.linalg.matvec(INPUTS, w) - TARGETS
     return tf.reduce_mean(error * error) / 2 + penalty * tf.reduce_sum(w * w) / 2
