@@ -230,7 +230,8 @@ class Marquardt:
         pivots = tf.linalg.diag_part(matrix) / sizes
         least = n * EPSILONS[pivots.dtype] * tf.reduce_max(pivots)
         part = tf.math.divide_no_nan(tf.norm(side), tf.sqrt(2 * here.fun))
-        is_over: Any = stands | (state.idle >= MOST_IDLE) | (state.trials >= MOST_TRIALS)
+        is_over: Any = stands | (state.idle >= MOST_IDLE)
+        is_over |= state.trials >= MOST_TRIALS
         is_over |= ~is_known
         verdict = tf.where(is_over, STUCK, RUNS)
         if not self._is_open:
