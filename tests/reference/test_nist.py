@@ -111,6 +111,19 @@ def test_rows_of_starts_reach_the_certified_parameters(name, start):
     np.testing.assert_allclose(result.stderr[0], truth.stderr, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["MGH10", "MGH17", "Rat43"])
+def test_rows_far_away_arrive_where_each_does_alone(name):
+    truth, residuals = nist["read"](name), tf.function(nist["residuals"](name, tf))
+    x0 = truth.starts[0]
+    x0s = x0 * (1 + 0.1 * np.random.default_rng(0).uniform(-1, 1, (50, len(x0))))
+
+    result = tfgrad.least_squares_many(residuals, x0s)
+
+    assert result.success.all()
+    certified = np.broadcast_to(truth.certified, x0s.shape)
+    np.testing.assert_allclose(result.x, certified, rtol=1e-6)
+
+
 def test_rows_that_end_elsewhere_end_at_minima_too():
     truth, residuals = nist["read"]("ENSO"), nist["residuals"]("ENSO", tf)
     x0 = truth.starts[1]

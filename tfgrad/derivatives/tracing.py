@@ -368,7 +368,7 @@ class Traces:
             f"`{name_of(self._f)}` is not compiled and runs eagerly, which is slower: "
             f"{reason}",
             RuntimeWarning,
-            stacklevel=_level_of_caller(),
+            stacklevel=level_of_caller(),
         )
 
 
@@ -453,7 +453,7 @@ def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
         variable.reset(token)
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """Return the stacklevel at which a warning is shown at the user's line."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.signatures import signature
-from tfgrad.derivatives.tracing import as_written
+from tfgrad.derivatives.tracing import as_written, level_of_caller, quiet
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.nested import Nest, either, unravel
 from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
@@ -94,6 +94,7 @@ class Plan(NamedTuple):
         jit: As for `minimize`.
         pays: The number of problems, of all calls of one program, from which on XLA
             pays.
+        retried: Statuses of rows that the method's `another` begins once more.
     """
 
     problem: Problem
@@ -103,6 +104,7 @@ class Plan(NamedTuple):
     steps: int
     jit: bool | str
     pays: int
+    retried: tuple[str, ...] = ()
 
     @property
     def graph(self) -> Any:
@@ -122,6 +124,11 @@ class Task(NamedTuple):
     x: Array
     sides: list[Array]
     data: list[Array]
+
+    def of(self, rows: Array) -> Task:
+        """Return some of them."""
+        sides, data = ([a[rows] for a in arrays] for arrays in (self.sides, self.data))
+        return Task(self.x[rows], sides, data)
 
 
 class Outcome(NamedTuple):
@@ -146,26 +153,23 @@ class Outcome(NamedTuple):
     linear: Array
 
 
-def solve(program: Program, task: Task, seconds: float | None) -> tuple[Outcome, bool]:
-    """Solve all problems.
+def solve(
+    program: Program, task: Task, seconds: float | None, interrupts: Interrupts
+) -> Outcome:
+    """Solve all problems, as far as time and Ctrl-C let it.
 
     Args:
         program: How.
         task: Which.
         seconds: How long it may take; None: as long as it takes.
-
-    Returns:
-        The outcome, and whether Ctrl-C ended it.
+        interrupts: Ctrl-C ends it.
     """
     queue = _Queue(program, task)
     ends = None if seconds is None else time.perf_counter() + seconds
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     workers = min(cores or os.cpu_count() or 1, -(-len(task.x) // program.width))
-    # TensorFlow's graph optimiser takes as long as some blocks do.
-    as_it_is = as_written(optimized=False)
     with (
-        contextlib.nullcontext() if program.is_xla else as_it_is,
-        Interrupts() as interrupts,
+        _options(is_xla=program.is_xla),
         ThreadPoolExecutor(workers) as pool,
         _bar(len(task.x)) as bar,
     ):
@@ -181,7 +185,12 @@ def solve(program: Program, task: Task, seconds: float | None) -> tuple[Outcome,
             queue.stop("interrupted")
     for future in futures:
         future.result()
-    return queue.outcome, interrupts.heed()
+    return queue.outcome
+
+
+def _options(*, is_xla: bool) -> Any:
+    """Let nothing but XLA optimise: TensorFlow's own takes as long as some blocks."""
+    return contextlib.nullcontext() if is_xla else as_written(optimized=False)
 
 
 def _bar(count: int) -> Any:
@@ -305,7 +314,6 @@ def program_of(plan: Plan, task: Task) -> Program:
     """Return the program, kept with a `tf.function`."""
     graph = plan.graph
     assert graph is not None
-    vectorises = is_straight(graph.get_operations())
     kept = plan.problem.evaluator.kept
     settings = getattr(plan.method, "settings", None)
     key: Any = (
@@ -315,24 +323,51 @@ def program_of(plan: Plan, task: Task) -> Program:
         signature(plan.problem.x.template), signature(plan.data),
     )  # fmt: skip
     kept[key] = kept.get(key, 0) + len(task.x)
+    vectorises = kept.setdefault(
+        (key, "vectorises"), is_straight(graph.get_operations())
+    )
+    try:
+        return _program(plan, task, key, vectorises=vectorises)
+    except Exception:  # whatever op the vectoriser does not know
+        if not vectorises:
+            raise
+    kept[key, "vectorises"] = False
+    return _program(plan, task, key, vectorises=False)
+
+
+def _program(plan: Plan, task: Task, key: Any, *, vectorises: bool) -> Program:
+    """Return the program; trace it unless it was."""
+    kept = plan.problem.evaluator.kept
     is_bound = isinstance(plan.method, Bindable)  # its loops differ in length
+    operations = operations_of(plan.graph)
     is_for_xla = (
         vectorises
         and not is_bound
-        and not any(part in op for op in operations_of(graph) for part in NOT_FOR_XLA)
+        and not any(part in op for op in operations for part in NOT_FOR_XLA)
     )
     pays = is_for_xla and kept[key] >= plan.pays
     jit = pays if plan.jit == "auto" else bool(plan.jit)
-    key = key, jit
-    if key not in kept:
-        if not vectorises:
-            _say_loop(plan.problem.name, graph)
-        kept[key] = _compile(plan, task, jit=jit, vectorises=vectorises)
-    like, advance, evaluate = kept[key]
+    is_new = (key, jit) not in kept
+    parts: Any = kept.get((key, jit))
+    if is_new:
+        parts = _compile(plan, task, jit=jit, vectorises=vectorises)
+    like, advance, evaluate = parts
     width = _width(task, like)
     empty = tf.nest.map_structure(lambda s: tf.zeros([width, *s.shape], s.dtype), like)
-    ended = tf.fill([width], code_of("stopped"))
-    return Program(width, empty._replace(code=ended), advance, evaluate, jit)
+    empty = empty._replace(code=tf.fill([width], code_of("stopped")))
+    if is_new:
+        held = [
+            tf.TensorSpec([width, *a.shape[1:]], a.dtype)
+            for a in [task.x, *task.sides, *task.data]
+        ]
+        with _options(is_xla=jit), quiet():
+            advance.get_concrete_function(
+                empty, tf.fill([width], True), held, tf.constant(0), tf.constant(0)
+            )
+        if not vectorises:
+            _say_loop(plan.problem.name)
+        kept[key, jit] = like, advance, evaluate
+    return Program(width, empty, advance, evaluate, jit)
 
 
 def _width(task: Task, like: State) -> int:
@@ -360,21 +395,22 @@ def mapped(function: Any, rows: Any, spec: Any, *, vectorises: bool) -> Any:
     return tf.vectorized_map(function, rows, fallback_to_while_loop=False, warn=False)
 
 
-def _say_loop(name: str, graph: Any) -> None:
+def _say_loop(name: str) -> None:
     warnings.warn(
-        f"`{name}` does not vectorise, as it holds loops or branches: its rows are "
-        "evaluated one after the other, which is slower.",
+        f"`{name}` does not vectorise, as loops, branches and some operations do not: "
+        "its rows are evaluated one after the other, which is slower.",
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=level_of_caller(),
     )
 
 
 def blank_state(method: Any, x: tf.Tensor) -> State:
     """Return the state before the first evaluation, at `x`."""
     zero, most = tf.zeros([], x.dtype), tf.constant(x.dtype.max, x.dtype)
+    none = zero * float("nan")  # a start without a value keeps it
     return State(
         x,
-        Evaluation(zero, tf.zeros_like(x), zero, {}),
+        Evaluation(none, tf.zeros_like(x) + none, none, {}),
         Memory(x, method.blank(x)),
         tf.constant(True),
         tf.constant(RUNNING),
@@ -397,6 +433,7 @@ def _compile(
     splits = 1 + len(task.sides)
 
     is_blank = hasattr(method, "blank")
+    steps_vectorise = vectorises or not isinstance(method, Bindable)
 
     def evaluate(row: list[tf.Tensor]) -> Evaluation:
         x, *rest = row
@@ -425,6 +462,7 @@ def _compile(
             start = blank_state(method, x)
             start = start._replace(first=evaluation.value)
             new = ruled.step(either(is_new, start, state), evaluation)
+            new = new._replace(step=tf.maximum(new.step, 0))
         else:
             going = ruled.step(state, evaluation)
             new = either(is_new, begun(x, rest, evaluation), going)
@@ -456,11 +494,8 @@ def _compile(
             trial = tf.where(is_new[:, None], x, state.memory.trial)
             evaluation = evaluate_all([trial, *held[splits:]])
             rows = state, is_new, x, rest, evaluation
-            return (
-                i + 1,
-                tf.zeros_like(is_new),
-                mapped(turn, rows, None, vectorises=True),
-            )
+            after = mapped(turn, rows, like, vectorises=steps_vectorise)
+            return i + 1, tf.zeros_like(is_new), after
 
         start = tf.constant(0), is_new, state
         return tf.while_loop(goes_on, body, start, parallel_iterations=1)[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ class ManyResult:
 
         Its history has one row, the end. `seconds` are those of all problems.
         """
-        i = range(len(self))[index]
+        i = self._place(index)
         source = self._source and self._source.of(i)
         return OptimizeResult(**self._one(i), source=source)
 
@@ -116,12 +117,22 @@ class ManyResult:
         shaped = [part.reshape(leaf.shape) for part, leaf in pairs]
         return tf.nest.pack_sequence_as(self.x, shaped)
 
+    def _place(self, index: Any) -> int:
+        """Return the number of a row, counted from the end if it is negative."""
+        try:
+            return range(len(self))[operator.index(index)]
+        except TypeError:
+            raise InvalidArgumentError(
+                "The result of one problem has a whole number.",
+                got=f"result[{index!r}]",
+                hint="result[0]; or result.x[...], result.fun[...] of several",
+            ) from None
+
     def _message(self, i: int) -> str:
         return sentence(str(self.status[i]), step=self.nit[i], **self._facts)
 
-    def _one(self, index: int) -> dict[str, Any]:
+    def _one(self, i: int) -> dict[str, Any]:
         """Return the fields of one result."""
-        i = range(len(self))[index]  # negative ones, too, and an IndexError
         x, grad = (
             tf.nest.map_structure(lambda leaf: tf.constant(leaf[i]), nest)
             for nest in (self.x, self.grad)
@@ -306,9 +317,11 @@ def run(
     problem.evaluate(tf.nest.flatten(rows.first), rows.data)
     check_unwatched(problem)
     steps = 1000 if options.steps is None else int(options.steps)
+    retried = ("trustregion",) if options.steps else ("trustregion", "steps")
     plan = Plan(
-        problem, rows.data, method, options.tolerances, steps, options.jit, pays
-    )
+        problem, rows.data, method, options.tolerances, steps, options.jit, pays,
+        retried,
+    )  # fmt: skip
     if plan.graph is None:
         raise InvalidArgumentError(
             "Many problems are solved in one compiled program.",

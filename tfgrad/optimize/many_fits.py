@@ -103,7 +103,7 @@ class ManyFitsResult(ManyResult):
 
     def __getitem__(self, index: int) -> LeastSquaresResult:
         """Return the result of one fit, as `least_squares` returns it."""
-        i = range(len(self))[index]
+        i = self._place(index)
         return LeastSquaresResult(
             **self._one(i),
             residuals=self._residuals and self._residuals(i),
@@ -117,7 +117,7 @@ def least_squares_many(
     residuals: Callable[..., Any],
     x0s: Nest,
     *args: Nest,
-    steps: int = 1000,
+    steps: int | None = None,
     gtol: float | None = None,
     ftol: float | None = None,
     xtol: float | None = None,
@@ -143,7 +143,8 @@ def least_squares_many(
         x0s: The starts, as for `minimize_many`: of at most 50 parameters. One start
             without rows serves all.
         *args: The data, `[count, ...]` each, and what else `residuals` takes.
-        steps: How many steps each fit takes at most.
+        steps: How many steps each fit takes at most. None means 1000, and as many once
+            more, with another first step, for fits that do not arrive.
         gtol: As for `least_squares`, as are `ftol`, `xtol` and `target`; so are the
             rules without them, for each row.
         ftol: See `gtol`.

@@ -1,7 +1,9 @@
-"""Many problems, none of which ends at a maximum or a saddle that it can leave.
+"""Many problems, none of which ends where it could have gone on.
 
-Of the rows that a rule of stopping has ended, a look at the curvature tells the minima
-from the rest, all rows together. The rest goes on from lower points beside them.
+Rows with which the method has failed begin once more, if it names another one for them.
+Of those that a rule of stopping has ended, a look at the curvature tells the minima
+from maxima and saddles, all rows together. The rest goes on from lower points beside
+them.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.blocks import Outcome, Plan, Program, Task, program_of, solve
 from tfgrad.optimize.evaluator import operations_of
+from tfgrad.optimize.hooks import Interrupts
 from tfgrad.optimize.saddle import PRODUCTS, lower_points, scale_of
-from tfgrad.optimize.stopping import is_stationary
+from tfgrad.optimize.stopping import code_of, is_stationary, rule_of, status_of
 
 Array = np.ndarray[Any, Any]
 
@@ -29,7 +32,7 @@ def solve_all(
     seconds: float | None,
     is_doubtful: Callable[[Outcome], Array] | None,
 ) -> tuple[Outcome, bool]:
-    """Solve all problems, and again those that ended where f bends down.
+    """Solve all problems, and again those that failed, or ended where f bends down.
 
     Args:
         plan: How.
@@ -40,30 +43,50 @@ def solve_all(
     Returns:
         The outcome, and whether Ctrl-C ended it.
     """
+    with Interrupts() as interrupts:
+        outcome = _solve_all(plan, task, seconds, is_doubtful, interrupts)
+        return outcome, interrupts.heed()
+
+
+def _solve_all(
+    plan: Plan,
+    task: Task,
+    seconds: float | None,
+    is_doubtful: Callable[[Outcome], Array] | None,
+    interrupts: Interrupts,
+) -> Outcome:
     began = time.perf_counter()
+
+    def left() -> float | None:
+        return seconds and max(0.0, seconds - (time.perf_counter() - began))
+
     program = program_of(plan, task)
-    outcome, is_interrupted = solve(program, task, seconds)
+    outcome = solve(program, task, seconds, interrupts)
+    another = getattr(plan.method, "another", None)
+    failed = np.flatnonzero(np.isin(outcome.code, [*map(code_of, plan.retried)]))
+    if another is not None and len(failed) and left() != 0 and not interrupts.heed():
+        # Blocks are as wide as those of all rows, however many have failed.
+        second = program_of(plan._replace(method=another), task)
+        again = solve(second, task.of(failed), left(), interrupts)
+        _merge_better(outcome, failed, again)
     operations = operations_of(plan.graph)
     if task.sides or any("Random" in operation for operation in operations):
-        return outcome, is_interrupted  # beside a bound, a point may be forbidden
-    rows, left = np.arange(len(task.x)), seconds
-    while not is_interrupted:
+        return outcome  # beside a bound, a point may be forbidden
+    rows = np.arange(len(task.x))
+    while not interrupts.heed():
         codes = np.unique(outcome.code[rows])
         stationary = [code for code in codes if is_stationary(int(code))]
         looks = np.isin(outcome.code[rows], stationary)
         if is_doubtful is not None:
             looks &= is_doubtful(outcome)[rows]
-        if seconds is not None:
-            left = seconds - (time.perf_counter() - began)
-        if not np.any(looks) or (left is not None and left <= 0):
+        if not np.any(looks) or left() == 0:
             break
         rows, starts = _left(program, task, outcome, rows[looks])
         if not len(rows):
             break
-        data = [array[rows] for array in task.data]
-        again, is_interrupted = solve(program, Task(starts, [], data), left)
-        _merge(outcome, rows, again)
-    return outcome, is_interrupted
+        below = task.of(rows)._replace(x=starts)
+        _merge(outcome, rows, solve(program, below, left(), interrupts))
+    return outcome
 
 
 def _left(
@@ -114,6 +137,22 @@ def _left(
 def _first(function: Callable[[Array], Any], points: Array) -> Array:
     value: Array = function(points)[0]
     return value
+
+
+def _merge_better(outcome: Outcome, rows: Array, again: Outcome) -> None:
+    """Write down what became of rows from the same starts where that is better.
+
+    That is a lower point, or a solution where the one before is as low.
+    """
+    epsilon = np.finfo(outcome.x.dtype).eps
+    is_solution = [rule_of(status_of(c) or "steps").is_solution for c in again.code]
+    most = outcome.fun[rows]
+    most = most + np.where(is_solution, epsilon**0.5 * np.abs(most), 0)
+    # A value that is not finite is above all others.
+    is_better = (again.fun < most) | (np.isfinite(again.fun) & ~np.isfinite(most))
+    for name in ("x", "fun", "grad", "linear", "code", "nit"):
+        getattr(outcome, name)[rows[is_better]] = getattr(again, name)[is_better]
+    outcome.nfev[rows] += again.nfev
 
 
 def _merge(outcome: Outcome, rows: Array, again: Outcome) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.matrices import hvp
+from tfgrad.derivatives.tracing import quiet
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest, name_of, ravel, unravel
@@ -86,22 +87,31 @@ def hessians(f: Any, rows: Rows, x: Array) -> Array:
     first = [tf.constant(array[0]) for array in arrays]
     column(identity[0], first)  # the first answer is verified
     one = tf.function(column, autograph=False).get_concrete_function(identity[0], first)
-    is_fast = is_straight(one.graph.get_operations())
     spec = tf.TensorSpec(identity[0].shape, identity.dtype)
-
-    @functools.partial(tf.function, autograph=False)
-    def columns(unit: tf.Tensor, block: list[tf.Tensor]) -> Any:
-        by_row = functools.partial(column, unit)
-        return mapped(by_row, block, spec, vectorises=is_fast)
-
-    found = np.empty([*x.shape, x.shape[1]], x.dtype)
     width = slots_for(sum(array[:1].nbytes for array in arrays), len(x))
+    specs = [tf.TensorSpec([width, *array.shape[1:]], array.dtype) for array in arrays]
+
+    def columns(*, vectorises: bool) -> Any:
+        def of_block(unit: tf.Tensor, block: list[tf.Tensor]) -> Any:
+            by_row = functools.partial(column, unit)
+            return mapped(by_row, block, spec, vectorises=vectorises)
+
+        traced = tf.function(of_block, autograph=False)
+        with quiet():
+            return traced.get_concrete_function(spec, specs)
+
+    try:
+        is_fast = is_straight(one.graph.get_operations())
+        columns_of = columns(vectorises=is_fast)
+    except Exception:  # whatever op the vectoriser does not know
+        columns_of = columns(vectorises=False)
+    found = np.empty([*x.shape, x.shape[1]], x.dtype)
     for begin in range(0, len(x), width):
         some = np.arange(begin, min(begin + width, len(x)))
         # A block is always full: it is traced once.
         block = [tf.constant(array[np.resize(some, width)]) for array in arrays]
         for j, unit in enumerate(identity):
-            found[some, :, j] = columns(unit, block).numpy()[: len(some)]
+            found[some, :, j] = columns_of(unit, block).numpy()[: len(some)]
     return found
 
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.optimize import blocks
+from tfgrad.optimize import blocks, many_saddles
 
 T = np.linspace(0.0, 5.0, 50)
 
@@ -127,6 +127,21 @@ def test_a_row_does_not_depend_on_its_neighbours(jit, monkeypatch):
     assert other.success[[3, 5]].all()
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_row_without_a_value_is_not_the_best(jit):
+    _, y = signals(4)
+    y[1] = np.nan
+
+    result = tfgrad.least_squares_many(decay, START, y, jit=jit)
+
+    assert list(result.success) == [True, False, True, True]
+    assert np.isnan(result.fun[1])
+    assert np.isnan(result.grad[1]).all()
+    assert (result.nit[1], result.nfev[1]) == (0, 1)
+    assert np.isinf(result.stderr[1]).all()
+    assert result.best_index != 1
+
+
 def test_nests_in_and_out_and_plain_numbers():
     def f(x, data):
         return (x["a"] - data["target"]) ** 2 + tf.reduce_sum((x["b"] - 1.0) ** 4)
@@ -234,6 +249,22 @@ def test_fits_within_bounds_are_those_of_least_squares():
         np.testing.assert_allclose(result.stderr[i], alone.stderr, rtol=1e-4)
 
 
+def test_a_robust_fit_with_a_parameter_at_its_bound_is_a_solution():
+    _, y = signals(8)
+    bounds = (0.0, None)
+
+    result = tfgrad.least_squares_many(decay, START, y, loss="soft_l1", bounds=bounds)
+
+    assert result.success.all()
+    assert (result.x == 0).any()
+    for i, row in enumerate(y):
+        alone = tfgrad.least_squares(
+            lambda p, row=row: decay(p, row), START, loss="soft_l1", bounds=bounds
+        )
+        assert alone.success
+        np.testing.assert_allclose(result.x[i], alone.x, rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("loss", ["soft_l1", "huber", "cauchy", "arctan"])
 def test_losses_are_those_of_least_squares(loss):
     _, y = signals(3)
@@ -326,6 +357,34 @@ def test_a_function_with_a_loop_is_evaluated_row_by_row_and_said_once():
     np.testing.assert_allclose(result.x, np.sqrt(np.arange(1.0, 6.0)), atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["lbfgs", "newton"])
+def test_operations_that_the_vectoriser_does_not_know_are_looped_over(method):
+    def f(x, a):  # TensorFlow cannot vectorise the gradient of a sort
+        return tf.reduce_sum(tf.sort(x) ** 2) + tf.reduce_sum((x - a) ** 2)
+
+    targets = np.random.default_rng(0).normal(size=(5, 3))
+    with pytest.warns(RuntimeWarning, match="does not vectorise") as warned:
+        result = tfgrad.minimize_many(f, [0.1, 0.2, 0.3], targets, method=method)
+
+    assert warned[0].filename == __file__
+    np.testing.assert_allclose(result.x, targets / 2, atol=1e-6)
+    np.testing.assert_allclose(result.stderr, 0.5, rtol=1e-6)
+
+
+def test_a_function_that_writes_a_variable_is_looped_over():
+    count = tf.Variable(0)
+
+    def f(x):
+        count.assign_add(1)
+        return (x - 1) ** 2
+
+    with pytest.warns(RuntimeWarning, match="does not vectorise"):
+        result = tfgrad.minimize_many(f, np.zeros(3))
+
+    np.testing.assert_allclose(result.x, 1, atol=1e-6)
+    assert count.numpy() >= np.sum(result.nfev)
+
+
 def test_a_plain_function_is_never_stale():
     factor = 1.0
 
@@ -399,6 +458,22 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch):
     assert np.isfinite(result.x).all()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no signals of that kind")
+def test_ctrl_c_keeps_what_is_done_while_saddles_are_looked_for(monkeypatch):
+    look = many_saddles._left
+
+    def interrupt_and_look(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return look(*args)
+
+    monkeypatch.setattr(many_saddles, "_left", interrupt_and_look)
+
+    result = tfgrad.minimize_many(double_well, np.array([[1.0, 0.0], [1.0, 0.5]]))
+
+    np.testing.assert_allclose(result.x[1], [0, 2**-0.5], atol=1e-6)
+    assert result.status[1] == "converged"
+
+
 ONE = np.ones(2)
 
 
@@ -460,6 +535,17 @@ ONE = np.ones(2)
 def test_bad_input_says_the_rule(call, words):
     with pytest.raises(InvalidArgumentError, match=words):
         call()
+
+
+@pytest.mark.parametrize("index", [slice(0, 2), np.array([True, False]), "x", 0.0])
+def test_the_result_of_one_is_asked_for_by_a_whole_number(index):
+    result = tfgrad.minimize_many(lambda x: x**2, ONE)
+
+    assert result[np.int64(-1)].fun == result.fun[1]
+    with pytest.raises(InvalidArgumentError, match=r"result\.x\[\.\.\.\]"):
+        result[index]
+    with pytest.raises(IndexError):
+        result[2]
 
 
 def test_an_unknown_argument_is_refused():

@@ -276,7 +276,11 @@ class LevenbergMarquardt:
         x = tf.where(is_over, here.x, x)  # one trial is made, even of a start
         state = state._replace(verdict=verdict)
         # If the data do not determine all parameters, the model's fall says nothing.
-        is_determined = tf.reduce_all(linear.s > 0)
+        known, free = tf.reduce_sum(tf.cast(linear.s > 0, tf.int32)), tf.size(linear.s)
+        if self._bounds is not None:
+            is_free = self._box(here.x).free(here)
+            free = tf.reduce_sum(tf.cast(is_free, tf.int32))
+        is_determined = known >= free
         unknown = tf.constant(step.promised.dtype.max, step.promised.dtype)
         expected = tf.where(is_determined, step.promised, unknown)
         return Move(x, state, failed=is_over, expected=expected)

@@ -38,8 +38,10 @@ from tfgrad.optimize.methods.levenberg_marquardt import (
 )
 from tfgrad.optimize.methods.protocol import Move, Point
 
-FIRST_DAMPING, LEAST_DAMPING = 1e-2, 1e-14
-"""Of squares of singular values in scaled parameters, which are about 1."""
+FIRST_DAMPING, LEAST_DAMPING = 1e-2, 1e-20
+"""Of squares of singular values in scaled parameters, which are about 1. Fits that do
+not arrive from the first begin once more with the second: a start so far away that the
+Jacobian there says nothing of that at the solution needs a long first step."""
 
 LAST = 4
 """How many times the tolerance a point may miss that rounding lets nobody improve."""
@@ -82,24 +84,39 @@ class Marquardt:
     Args:
         is_open: Never claim a solution; the caller's rules decide.
         bounds: Lower and upper bounds of x, shape `[n]` each.
+        first: The damping of the first step.
     """
 
     name = "levenberg-marquardt"
     failure = "trustregion"
 
-    def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
+    def __init__(
+        self,
+        *,
+        is_open: bool = False,
+        bounds: Any = None,
+        first: float = FIRST_DAMPING,
+    ) -> None:
         """Store the settings."""
         self._is_open = is_open
         self._bounds = bounds
+        self._first = first
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """What programs depend on besides arguments and bounds."""
-        return (self._is_open,)
+        return self._is_open, self._first
+
+    @property
+    def another(self) -> Marquardt | None:
+        """The method for fits with which this one has failed; None if it is that."""
+        if self._first == LEAST_DAMPING:
+            return None
+        return Marquardt(is_open=self._is_open, first=LEAST_DAMPING)
 
     def within(self, bounds: Any) -> Marquardt:
         """Return the method within bounds."""
-        return Marquardt(is_open=self._is_open, bounds=bounds)
+        return Marquardt(is_open=self._is_open, bounds=bounds, first=self._first)
 
     @property
     def knows_solutions(self) -> bool:
@@ -126,7 +143,7 @@ class Marquardt:
             scale=tf.zeros([n], dtype),
             promised=one,
             cuts=tf.constant(False),
-            damping=FIRST_DAMPING * one,
+            damping=self._first * one,
             growth=2 * one,
             trials=tf.constant(-1),
             idle=none,
@@ -182,16 +199,21 @@ class Marquardt:
         part = tf.math.divide_no_nan(tf.norm(state.scale), tf.norm(scale))
         is_new = (part > 0) & (part < EPSILONS[part.dtype] ** 0.25)
         damping = tf.where(is_new, state.damping * part**2, state.damping)
-        state = state._replace(damping=tf.maximum(damping, LEAST_DAMPING))
-        model = linear
+        model, free = linear, tf.ones_like(here.x)
         if box is not None:  # what a bound holds has no column
             free = tf.cast(box.free(here), here.x.dtype)
             model = triangle(linear * tf.concat([free, tf.ones_like(free[:1])], 0))
-        damped = _damped(model, tf.sqrt(state.damping) * sizes)
-        step = -solved(damped)
+        newton = solved(model)
         # The first step is no longer than x, or than the residuals where x is zero.
         most = tf.norm(sizes * here.x)
         most = tf.where(most > 0, most, tf.sqrt(2 * here.fun))
+        if self._first == FIRST_DAMPING:  # if need be, by Moré's bound of the damping
+            enough = tf.norm(free * here.grad / sizes) / most
+            is_long = state.cuts & (tf.norm(sizes * newton) > most)
+            damping = tf.where(is_long, tf.maximum(enough, damping), damping)
+        state = state._replace(damping=tf.maximum(damping, LEAST_DAMPING))
+        damped = _damped(model, tf.sqrt(state.damping) * sizes)
+        step = -solved(damped)
         part = tf.math.divide_no_nan(most, tf.norm(sizes * step))
         step *= tf.where(state.cuts, tf.minimum(part, 1), tf.ones_like(part))
         x = here.x + step
@@ -208,11 +230,11 @@ class Marquardt:
         pivots = tf.linalg.diag_part(matrix) / sizes
         least = n * EPSILONS[pivots.dtype] * tf.reduce_max(pivots)
         part = tf.math.divide_no_nan(tf.norm(side), tf.sqrt(2 * here.fun))
-        is_over = stands | (state.idle >= MOST_IDLE) | (state.trials >= MOST_TRIALS)
+        is_over: Any = stands | (state.idle >= MOST_IDLE)
+        is_over |= state.trials >= MOST_TRIALS
         is_over |= ~is_known
         verdict = tf.where(is_over, STUCK, RUNS)
         if not self._is_open:
-            newton = solved(model)
             has_slope = is_known & tf.reduce_any(pivots > least)
             if box is not None:
                 has_slope |= is_known & box.holds_all(here)
@@ -227,11 +249,14 @@ class Marquardt:
             verdict = tf.where(has_slope & (part <= enough), ORTHOGONAL, verdict)
         is_over = verdict != RUNS
         x = tf.where(is_over, here.x, x)
-        is_determined = tf.reduce_all(pivots > least)
+        is_determined = tf.reduce_all((pivots > least) | (free == 0))
         # The fall of the undamped step: a damped one may promise little because it is
         # short.
         expected = tf.reduce_sum(side * side) / 2
-        expected = tf.where(is_determined, expected, promised.dtype.max)
+        # Where there is no way on, it is believed only if rounding hides it: a narrow
+        # valley seems flat, too.
+        is_known = is_determined & (~is_over | (expected <= _noise(here, state.linear)))
+        expected = tf.where(is_known, expected, promised.dtype.max)
         state = state._replace(verdict=verdict)
         return Move(x, state, failed=is_over, expected=expected)
 
@@ -282,12 +307,16 @@ def _damped(model: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
 
 def _compare(new: Point, old: Point, state: State) -> tuple[Any, Any]:
     """Return whether rounding hides what the trial changed, and if it is flatter."""
-    n: Any = old.x.shape[0]
-    size = tf.sqrt(2 * old.fun)
-    reach = tf.norm(lengths(state.linear)[:n] * old.x)
-    noise = EPSILONS[size.dtype] * size * (size + reach)
+    noise = _noise(old, state.linear)
     is_level = (tf.abs(old.fun - new.fun) <= noise) & (state.promised <= noise)
     before, after = (
         tf.norm(tf.math.divide_no_nan(p.grad, state.scale)) for p in (old, new)
     )
     return is_level, after < before
+
+
+def _noise(point: Point, linear: tf.Tensor) -> tf.Tensor:
+    """Return the rounding of f: that of the terms that residuals are differences of."""
+    n: Any = point.x.shape[0]
+    size, reach = tf.sqrt(2 * point.fun), tf.norm(lengths(linear)[:n] * point.x)
+    return EPSILONS[size.dtype] * size * (size + reach)
