@@ -16,6 +16,9 @@ import tensorflow as tf
 import tfgrad
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # the problems of the tests
+from tests.reference import bounded  # noqa: E402  (found by the line above)
+
 REFERENCE = HERE.parent / "tests" / "reference"
 mgh = runpy.run_path(str(REFERENCE / "more_garbow_hillstrom.py"))["PROBLEMS"]
 nist = runpy.run_path(str(REFERENCE / "nist" / "problems.py"))
@@ -35,7 +38,10 @@ def in_turns(ours, theirs, repeats=TURNS):
     return sorted(ratios[1:])[repeats // 2]
 
 
-def by_hand(f, start):
+TO_THE_END = {"maxiter": 5000, "maxfun": 9000, "gtol": 1e-6, "ftol": 0}
+
+
+def by_hand(f, start, bounds=None, options=TO_THE_END):
     """Minimise a new function by SciPy's L-BFGS-B with a gradient compiled by hand."""
 
     @tf.function(autograph=False)
@@ -50,8 +56,7 @@ def by_hand(f, start):
         return float(value), gradient.numpy()
 
     return scipy.optimize.minimize(
-        evaluate, start, jac=True, method="L-BFGS-B",
-        options={"maxiter": 5000, "maxfun": 9000, "gtol": 1e-6, "ftol": 0},
+        evaluate, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options
     )  # fmt: skip
 
 
@@ -106,6 +111,35 @@ def test_a_new_function_to_its_answer(report):
 
     question = "38 problems by L-BFGS, against SciPy's with a gradient by hand"
     summarised(report, question, found, {"median": "0.7", "worst": "1.5"})
+
+
+@pytest.mark.slow
+def test_a_new_function_within_bounds_to_its_answer(report):
+    found, ours, theirs = {}, [], {"its defaults": [], "all digits": []}
+    all_digits = {"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-10}
+    for name, problem in bounded.PROBLEMS.items():
+        lower, upper = problem.bounds
+        start, box = np.clip(problem.start, lower, upper), (lower, upper)
+
+        def new(problem=problem):
+            return lambda x: problem.objective(x)
+
+        found[name] = in_turns(
+            lambda start=start, box=box: tfgrad.minimize(new(), start, bounds=box),
+            lambda start=start, box=box: by_hand(
+                new(), start, scipy.optimize.Bounds(*box)
+            ),
+        )
+        ours.append(tfgrad.minimize(new(), start, bounds=box).nfev)
+        for options, counts in zip(({}, all_digits), theirs.values(), strict=True):
+            result = by_hand(new(), start, scipy.optimize.Bounds(*box), options)
+            counts.append(result.nfev)
+
+    question = f"{len(found)} problems within bounds, against SciPy's L-BFGS-B by hand"
+    summarised(report, question, found, {"median": "1.0", "worst": "-"})
+    for kind, counts in theirs.items():
+        asked = f"{question}, to {kind}: evaluations, the median"
+        report(asked, np.median(ours), np.median(counts), "", "fewer")
 
 
 @pytest.mark.slow
