@@ -280,7 +280,7 @@ class LevenbergMarquardt:
         if self._bounds is not None:
             is_free = self._box(here.x).free(here)
             free = tf.reduce_sum(tf.cast(is_free, tf.int32))
-        is_determined = known >= free
+        is_determined = (known > 0) & (known >= free)  # not gone flat
         unknown = tf.constant(step.promised.dtype.max, step.promised.dtype)
         expected = tf.where(is_determined, step.promised, unknown)
         return Move(x, state, failed=is_over, expected=expected)

@@ -250,6 +250,7 @@ class Marquardt:
         is_over = verdict != RUNS
         x = tf.where(is_over, here.x, x)
         is_determined = tf.reduce_all((pivots > least) | (free == 0))
+        is_determined &= tf.reduce_any(pivots > least)  # not gone flat
         # The fall of the undamped step: a damped one may promise little because it is
         # short.
         expected = tf.reduce_sum(side * side) / 2
