@@ -12,7 +12,6 @@ import tensorflow as tf
 # Nothing public calls a function with an executor of its own; and no stubs know this.
 from tensorflow.python.eager import execute  # type: ignore[attr-defined]
 
-from tfgrad.derivatives.soundness import every
 from tfgrad.diagnosis.graphs import bodies
 
 MOST_KEPT = 128
@@ -23,9 +22,8 @@ KEPT: OrderedDict[Any, Any] = OrderedDict()
 
 
 IN_SEQUENCE = "SINGLE_THREADED_EXECUTOR"
-"""TensorFlow's executor that runs one op after the other: faster where ops are short,
-by a fifth, and by two fifths with loops. It takes loops and branches that were traced
-for it alone."""
+"""TensorFlow's executor that runs one op after the other: a fifth faster where ops are
+short. In it, branches and updates of variables may wait for ever."""
 
 
 def direct(
@@ -123,12 +121,10 @@ class OfVariables(NamedTuple):
             variables: The variables that it reads and writes.
             in_sequence: Whether its ops are short: no user's function is among them.
         """
-        executor = IN_SEQUENCE if in_sequence else ""
-        with tf.experimental.function_executor_type(executor):
-            concrete = concrete_for(function, *nests)
-        if any(map(_is_for_others, every(concrete.graph.get_operations()))):
-            executor = ""
-        return cls(concrete, variables, executor)
+        concrete = concrete_for(function, *nests)
+        operations = concrete.graph.get_operations()
+        in_sequence = in_sequence and all(map(_is_plain, operations))
+        return cls(concrete, variables, IN_SEQUENCE if in_sequence else "")
 
     def direct(self) -> Callable[..., Any]:
         """Return the function of its own variables."""
@@ -147,14 +143,9 @@ class OfVariables(NamedTuple):
         return direct(self.concrete, handed, self.executor)
 
 
-def _is_for_others(op: tf.Operation) -> bool:
-    """Return whether an op is a loop or a branch that `IN_SEQUENCE` cannot run."""
-    if not bodies(op):
-        return False
-    try:
-        return bool(op.get_attr("_lower_using_switch_merge"))
-    except ValueError:  # a call, or a loop that was traced for it
-        return False
+def _is_plain(op: tf.Operation) -> bool:
+    """Return whether an op is no loop, branch or call, and touches no variable."""
+    return not bodies(op) and all(tensor.dtype != tf.resource for tensor in op.inputs)
 
 
 def compiled_once(function: Callable[..., Any], jit: Any) -> Callable[..., Any]:

@@ -116,15 +116,18 @@ def looped(x):
     return tf.while_loop(lambda i, _: i < 3, lambda i, x: (i + 1, 2 * x), (0, x))[1]
 
 
+COUNT = tf.Variable(3.0)
+
 SHORT = {
     "no loop": (lambda x: 3 * x + x**2, IN_SEQUENCE),
-    "a loop": (looped, IN_SEQUENCE),
-    "a loop of another trace": (tf.function(looped), ""),
+    "a loop": (looped, ""),
+    "a call": (tf.function(looped), ""),
+    "a variable": (lambda x: x + COUNT, ""),
 }
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_ops_run_in_sequence_but_those_that_were_traced_for_others(name):
+def test_an_executor_in_sequence_is_for_short_ops_alone(name):
     f, executor = SHORT[name]
     x = tf.constant([3.0, 4.0])
     tf.function(f)(x)
