@@ -25,7 +25,7 @@ from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
-from tfgrad.optimize.rows import Rows, sides_of
+from tfgrad.optimize.rows import Starts, sides_of
 from tfgrad.optimize.stopping import RUNNING, rule_of, sentence, status_of
 
 Array = np.ndarray[Any, Any]
@@ -275,7 +275,7 @@ def minimize_many(
         jit=jit,
         verify=verify,
     )
-    rows = Rows(f, x0s, args)
+    rows = Starts(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
     fields, found, sides = run(problem, rows, pure_method(options), options, XLA_ROWS)
     return ManyResult(**fields, _source=OfRows(f, rows, sides, found.x))
@@ -304,7 +304,7 @@ def pure_method(options: Options) -> Method:
 
 def run(
     problem: Problem,
-    rows: Rows,
+    rows: Starts,
     method: Method,
     options: Options,
     pays: int,

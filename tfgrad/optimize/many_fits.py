@@ -30,7 +30,7 @@ from tfgrad.optimize.residuals import (
     Residuals,
     check_dtypes,
 )
-from tfgrad.optimize.rows import Rows
+from tfgrad.optimize.rows import Starts
 from tfgrad.optimize.uncertainty import OfFit
 
 Array = np.ndarray[Any, Any]
@@ -206,7 +206,7 @@ def least_squares_many(
         jit=jit,
         verify=verify,
     )
-    rows = Rows(residuals, x0s, args)
+    rows = Starts(residuals, x0s, args)
     n = rows.x.shape[1]
     if n > MOST_PARAMETERS:
         raise InvalidArgumentError(
@@ -324,14 +324,14 @@ def count_nan(tensor: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.cast(tf.math.is_nan(tensor), tf.int32))
 
 
-def _residuals(f: Any, rows: Rows, x: Array, index: int) -> Nest:
+def _residuals(f: Any, rows: Starts, x: Array, index: int) -> Nest:
     """Return the residuals of one fit, with NaN where they are missing."""
     leaves = unravel(tf.constant(x[index]), tf.nest.flatten(rows.first))
     point = tf.nest.pack_sequence_as(rows.first, leaves)
     return f(point, *rows.arguments(index))
 
 
-def _used(problem: RowResiduals, rows: Rows) -> Array:
+def _used(problem: RowResiduals, rows: Starts) -> Array:
     """Return how many residuals of each fit were not left out."""
     first = problem.evaluate(tf.nest.flatten(rows.first), rows.data)
     used = np.full(

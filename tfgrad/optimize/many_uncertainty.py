@@ -20,7 +20,7 @@ from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest, name_of, ravel, unravel
 from tfgrad.optimize.blocks import mapped, slots_for
 from tfgrad.optimize.problem import Problem
-from tfgrad.optimize.rows import Rows
+from tfgrad.optimize.rows import Starts
 from tfgrad.optimize.uncertainty import ROUNDINGS, OfFunction
 
 Array = np.ndarray[Any, Any]
@@ -38,7 +38,7 @@ class OfRows:
     """
 
     f: Any
-    rows: Rows
+    rows: Starts
     sides: list[Array]
     x: Array
 
@@ -70,7 +70,7 @@ class OfRows:
         return found.astype(self.x.dtype)
 
 
-def hessians(f: Any, rows: Rows, x: Array) -> Array:
+def hessians(f: Any, rows: Starts, x: Array) -> Array:
     """Return the Hessian of each row at x, shape `[count, n, n]`."""
     product, leaves = hvp(f), tf.nest.flatten(rows.first)
     identity = tf.eye(x.shape[1], dtype=x.dtype)

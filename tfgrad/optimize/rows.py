@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 CLOSED = "a closure over what is the same in all rows: lambda x, y: f(x, y, a)"
 
 
-class Rows:
+class Starts:
     """The starts and the arguments of many problems, checked.
 
     Args:
@@ -122,7 +122,7 @@ class Rows:
         return tf.nest.pack_sequence_as(self.first, leaves)
 
 
-def sides_of(problem: Problem, rows: Rows, bounds: Any) -> list[Array]:
+def sides_of(problem: Problem, rows: Starts, bounds: Any) -> list[Array]:
     """Return lower and upper bounds, `[count, n]` each; nothing if there are none."""
     if bounds is None:
         return []
@@ -205,7 +205,7 @@ def _count(named: list[tuple[str, Array]]) -> int:
     return count
 
 
-def _with_rows(rows: Rows, side: Any) -> Array | None:
+def _with_rows(rows: Starts, side: Any) -> Array | None:
     """Return a side of the bounds that has a row for each problem, as vectors."""
     given = named_leaves(side, "x")
     like = named_leaves(rows.first, "x")
