@@ -197,5 +197,6 @@ def test_an_op_that_the_runtime_does_not_know_is_refused():
         )[0]
 
     assert np.all(np.isfinite(grad(loss)(logits)))
-    with pytest.raises(NoGradientError, match="SymbolicGradient"):
+    # Beside other traces, it is the comparison with differences that refuses it.
+    with pytest.raises(NoGradientError, match=r"SymbolicGradient|autodiff nan"):
         hvp(loss)(logits, logits)
