@@ -104,10 +104,13 @@ def without_calls(problem: Problem, data: tuple[Nest, ...] = ()) -> Problem | No
     for variable, value in before:
         variable.assign(value)
     try:
-        has_calls = not CALLS.isdisjoint(operations_of(other.graph(data)))
+        graph = other.graph(data)
     except KeyError:  # it was not traced
         return None
-    return None if has_calls else other
+    # Without AutoGraph, a function with a Python `if` on a tensor runs eagerly.
+    if graph is None or not CALLS.isdisjoint(operations_of(graph)):
+        return None
+    return other
 
 
 def blame(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> str:

@@ -154,6 +154,21 @@ def test_a_function_that_f_calls_is_compiled_once():
     assert sizes[0] == sizes[1]
 
 
+def test_a_function_that_f_calls_may_need_autograph():
+    @tf.function
+    def distance(x, a):
+        if a > 0:
+            return (x - a) ** 2
+        return (x + a) ** 2
+
+    f = tf.function(lambda x, a: 2 * distance(x, a))
+
+    with pytest.warns(RuntimeWarning, match="does not vectorise"):
+        result = tfgrad.minimize_many(f, 0.0, [1.0, -2.0, 3.0])
+
+    np.testing.assert_allclose(result.x, [1, 2, 3], atol=1e-3)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_row_does_not_depend_on_its_neighbours(jit, monkeypatch):
     monkeypatch.setattr(blocks, "WIDEST", 16)
@@ -548,6 +563,24 @@ ONE = np.ones(2)
                 rosenbrock, np.ones((2, 2)), method="newton", jit=True
             ),
             "inner loops",
+        ),
+        (
+            lambda: tfgrad.minimize_many(rosenbrock, np.ones((2, 2)), method="lbgfs"),
+            "(?s)pure function.*'lbgfs'.*'lbfgs' or 'newton'",
+        ),
+        (
+            lambda: tfgrad.minimize_many(
+                rosenbrock, np.ones((2, 2)), method="newton", bounds=(0, 1)
+            ),
+            '(?s)`newton` knows no bounds.*try: method="lbfgs"$',
+        ),
+        (
+            lambda: tfgrad.minimize_many(lambda x, a: x * a, ONE, tf.ones(2)),
+            r"(?s)keep their dtype.*`args\[0\]` is float32.*tf.cast.*float64",
+        ),
+        (
+            lambda: tfgrad.minimize_many(lambda x, d: x * d["k"], ONE, {"k": [1, 2]}),
+            r"(?s)`args\[0\]\['k'\]` is int64, beside starts of float64",
         ),
         (
             lambda: tfgrad.minimize_many(
