@@ -24,6 +24,7 @@ import tensorflow as tf
 from tfgrad.derivatives.signatures import signature
 from tfgrad.derivatives.tracing import as_written, level_of_caller, quiet
 from tfgrad.derivatives.vectorized import is_straight
+from tfgrad.diagnosis.graphs import inlined
 from tfgrad.nested import Nest, either, unravel
 from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
 from tfgrad.optimize.hooks import Interrupts
@@ -33,6 +34,7 @@ from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.solvers import Ruled, State
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureStepper, Start, seen
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
+from tfgrad.optimize.traced import CALLS, without_calls
 
 Array = np.ndarray[Any, Any]
 
@@ -94,7 +96,7 @@ class Plan(NamedTuple):
         jit: As for `minimize`.
         pays: The number of problems, of all calls of one program, from which on XLA
             pays.
-        retried: Statuses of rows that the method's `another` begins once more.
+        retried: Statuses of rows that begin once more, in the method's `again`.
     """
 
     problem: Problem
@@ -208,6 +210,7 @@ class Program(NamedTuple):
     Attributes:
         width: How many slots it has.
         empty: The state of slots that hold nothing.
+        blank: The state of one problem before its first evaluation.
         advance: Takes and returns states; see `_compile`.
         evaluate: Takes points, and what f takes besides; returns values and gradients.
         is_xla: Whether XLA compiles it.
@@ -215,6 +218,7 @@ class Program(NamedTuple):
 
     width: int
     empty: State
+    blank: State
     advance: Callable[..., Any]
     evaluate: Callable[..., Any]
     is_xla: bool
@@ -275,7 +279,8 @@ class _Queue:
             enough = width // 2 if self._next < len(task.x) else 0
             limits = (tf.constant(limit) for limit in (turns, enough))
             tensors = [tf.constant(array) for array in held]
-            state = self._program.advance(state, tf.constant(is_new), tensors, *limits)
+            begins = tf.constant(is_new), self._program.blank
+            state = self._program.advance(state, *begins, tensors, *limits)
             code = state.code.numpy()
             if time.perf_counter() - began < PAUSE / 2:
                 turns = min(2 * turns, MOST_TURNS)
@@ -323,16 +328,14 @@ def program_of(plan: Plan, task: Task) -> Program:
         signature(plan.problem.x.template), signature(plan.data),
     )  # fmt: skip
     kept[key] = kept.get(key, 0) + len(task.x)
-    vectorises = kept.setdefault(
-        (key, "vectorises"), is_straight(graph.get_operations())
-    )
-    try:
+    known = key, "vectorises"
+
+    def make(*, vectorises: bool) -> Program:
+        kept[known] = vectorises
         return _program(plan, task, key, vectorises=vectorises)
-    except Exception:  # whatever op the vectoriser does not know
-        if not vectorises:
-            raise
-    kept[key, "vectorises"] = False
-    return _program(plan, task, key, vectorises=False)
+
+    is_straightforward = kept.get(known, is_straight(graph.get_operations()))
+    return by_rows(make, may_vectorise=is_straightforward)
 
 
 def _program(plan: Plan, task: Task, key: Any, *, vectorises: bool) -> Program:
@@ -351,29 +354,26 @@ def _program(plan: Plan, task: Task, key: Any, *, vectorises: bool) -> Program:
     parts: Any = kept.get((key, jit))
     if is_new:
         parts = _compile(plan, task, jit=jit, vectorises=vectorises)
-    like, advance, evaluate = parts
-    width = _width(task, like)
-    empty = tf.nest.map_structure(lambda s: tf.zeros([width, *s.shape], s.dtype), like)
+    blank, advance, evaluate = parts
+    width = _width(task, blank)
+    empty = tf.nest.map_structure(lambda s: tf.zeros([width, *s.shape], s.dtype), blank)
     empty = empty._replace(code=tf.fill([width], code_of("stopped")))
     if is_new:
-        held = [
-            tf.TensorSpec([width, *a.shape[1:]], a.dtype)
-            for a in [task.x, *task.sides, *task.data]
-        ]
+        given = [task.x, *task.sides, *task.data]
+        held = [tf.constant(np.repeat(a[:1], width, axis=0)) for a in given]
+        none = tf.fill([width], False), blank, held, tf.constant(0), tf.constant(0)
         with _options(is_xla=jit), quiet():
-            advance.get_concrete_function(
-                empty, tf.fill([width], True), held, tf.constant(0), tf.constant(0)
-            )
+            advance(empty, *none)  # else all workers would prepare it
         if not vectorises:
             _say_loop(plan.problem.name)
-        kept[key, jit] = like, advance, evaluate
-    return Program(width, empty, advance, evaluate, jit)
+        kept[key, jit] = blank, advance, evaluate
+    return Program(width, empty, blank, advance, evaluate, jit)
 
 
-def _width(task: Task, like: State) -> int:
+def _width(task: Task, blank: State) -> int:
     """Return the number of slots of the program."""
     size = sum(a[:1].nbytes for a in (task.x, *task.sides, *task.data))
-    size += sum(s.shape.num_elements() * s.dtype.size for s in tf.nest.flatten(like))
+    size += sum(s.shape.num_elements() * s.dtype.size for s in tf.nest.flatten(blank))
     return slots_for(size, len(task.x))
 
 
@@ -395,6 +395,14 @@ def mapped(function: Any, rows: Any, spec: Any, *, vectorises: bool) -> Any:
     return tf.vectorized_map(function, rows, fallback_to_while_loop=False, warn=False)
 
 
+def by_rows(make: Callable[..., Any], *, may_vectorise: bool) -> Any:
+    """Return `make(vectorises=True)`; what a loop over rows makes if that fails."""
+    if may_vectorise:
+        with contextlib.suppress(Exception):  # whatever op the vectoriser does not know
+            return make(vectorises=True)
+    return make(vectorises=False)
+
+
 def _say_loop(name: str) -> None:
     warnings.warn(
         f"`{name}` does not vectorise, as loops, branches and some operations do not: "
@@ -405,7 +413,7 @@ def _say_loop(name: str) -> None:
 
 
 def blank_state(method: Any, x: tf.Tensor) -> State:
-    """Return the state before the first evaluation, at `x`."""
+    """Return the state before the first evaluation, at `x`: its step is -1."""
     zero, most = tf.zeros([], x.dtype), tf.constant(x.dtype.max, x.dtype)
     none = zero * float("nan")  # a start without a value keeps it
     return State(
@@ -421,15 +429,25 @@ def blank_state(method: Any, x: tf.Tensor) -> State:
     )
 
 
+def _function(plan: Plan) -> Callable[..., Any]:
+    """Return an evaluation of one problem, compiled.
+
+    The derivative of a call of another `tf.function` is many calls of it.
+    """
+    problem = plan.problem
+    if not CALLS.isdisjoint(operations_of(plan.graph)):
+        problem = without_calls(problem, plan.data) or problem
+    arguments = problem.x.template, *plan.data
+    return problem.evaluator.evaluate.function(arguments, None)
+
+
 def _compile(
     plan: Plan, task: Task, *, jit: bool, vectorises: bool
 ) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
-    """Return the specs of the state of one problem; the steps of many; their values."""
+    """Return the blank state of one problem; the steps of many; their values."""
     problem, method = plan.problem, plan.method
     leaves = problem.x.leaves
-    function = problem.evaluator.evaluate.function(
-        (problem.x.template, *plan.data), None
-    )
+    function = _function(plan)
     splits = 1 + len(task.sides)
 
     is_blank = hasattr(method, "blank")
@@ -454,18 +472,17 @@ def _compile(
         code = rules.first(here.value, here.grad_max, state.expected, state.first)
         return state._replace(code=tf.where(state.code > 0, state.code, code))
 
-    def turn(row: Any) -> State:
-        state, is_new, x, rest, evaluation = row
-        stepper = stepper_of(rest)
+    def turn(row: tuple[State, list[tf.Tensor], Evaluation]) -> State:
+        state, rest, evaluation = row
+        stepper, is_new = stepper_of(rest), state.step < 0
         ruled = Ruled(stepper, plan.tolerances)
         if is_blank:
-            start = blank_state(method, x)
-            start = start._replace(first=evaluation.value)
-            new = ruled.step(either(is_new, start, state), evaluation)
+            first = tf.where(is_new, evaluation.value, state.first)
+            new = ruled.step(state._replace(first=first), evaluation)
             new = new._replace(step=tf.maximum(new.step, 0))
         else:
-            going = ruled.step(state, evaluation)
-            new = either(is_new, begun(x, rest, evaluation), going)
+            start = begun(state.memory.trial, rest, evaluation)
+            new = either(is_new, start, ruled.step(state, evaluation))
         code = new.code
         if stepper.knows_solutions:
             verdict = new.memory.method.verdict
@@ -475,30 +492,39 @@ def _compile(
                 code = tf.where(holds, code_of(status), code)
         is_used_up = (code == RUNNING) & (new.step >= plan.steps)
         new = new._replace(code=tf.where(is_used_up, code_of("steps"), code))
-        return either(is_new | (state.code == RUNNING), new, state)
+        return either(state.code == RUNNING, new, state)
 
     def evaluate_all(rows: list[tf.Tensor]) -> Evaluation:
-        found: Evaluation = mapped(evaluate, rows, evaluated, vectorises=vectorises)
-        return found
+        with inlined():  # the vectoriser makes a function of its own of each call
+            every: Evaluation = mapped(evaluate, rows, evaluated, vectorises=vectorises)
+        return every
 
     def advance(
-        state: State, is_new: tf.Tensor, held: list[tf.Tensor], turns: Any, enough: Any
+        state: State,
+        is_new: tf.Tensor,
+        blank: State,
+        held: list[tf.Tensor],
+        turns: Any,
+        enough: Any,
     ) -> State:
         x, rest = held[0], held[1:]
+        blank = blank._replace(x=x, memory=blank.memory._replace(trial=x))
 
-        def goes_on(i: Any, is_new: Any, state: State) -> Any:
-            runs = tf.cast(is_new | (state.code == RUNNING), tf.int32)
+        def renewed(new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
+            ones = [1] * (len(old.shape) - 1)
+            return tf.where(tf.reshape(is_new, [-1, *ones]), new, old)
+
+        def goes_on(i: Any, state: State) -> Any:
+            runs = tf.cast(state.code == RUNNING, tf.int32)
             return (i < turns) & (tf.reduce_sum(runs) > enough)
 
-        def body(i: Any, is_new: Any, state: State) -> Any:
-            trial = tf.where(is_new[:, None], x, state.memory.trial)
-            evaluation = evaluate_all([trial, *held[splits:]])
-            rows = state, is_new, x, rest, evaluation
-            after = mapped(turn, rows, like, vectorises=steps_vectorise)
-            return i + 1, tf.zeros_like(is_new), after
+        def body(i: Any, state: State) -> Any:
+            evaluation = evaluate_all([state.memory.trial, *held[splits:]])
+            rows = state, rest, evaluation
+            return i + 1, mapped(turn, rows, like, vectorises=steps_vectorise)
 
-        start = tf.constant(0), is_new, state
-        return tf.while_loop(goes_on, body, start, parallel_iterations=1)[2]
+        start = tf.constant(0), tf.nest.map_structure(renewed, blank, state)
+        return tf.while_loop(goes_on, body, start, parallel_iterations=1)[1]
 
     def values(rows: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
         evaluation = evaluate_all(rows)
@@ -509,16 +535,19 @@ def _compile(
         return evaluation, begun(x, list(rest), evaluation)
 
     evaluated, like = None, None
-    if is_blank and vectorises:  # a trace less
-        like = blank_state(method, tf.constant(task.x[0]))
-    else:
+    if is_blank:
+        blank = blank_state(method, tf.constant(task.x[0]))
+    if not is_blank or not vectorises:  # else, a trace less
         arrays = [task.x, *task.sides, *task.data]
         rows = [tf.TensorSpec(a.shape[1:], a.dtype) for a in arrays]
         traced = tf.function(one, autograph=False).get_concrete_function(*rows)
         evaluated, like = tf.nest.map_structure(
             tf.TensorSpec.from_tensor, traced.structured_outputs
         )
+    if not is_blank:
+        blank = tf.nest.map_structure(lambda s: tf.zeros(s.shape, s.dtype), like)
+        blank = blank._replace(code=tf.constant(RUNNING), step=tf.constant(-1))
     # Functions of their own: TensorFlow counts the traces of each name.
     own = functools.partial(advance), functools.partial(values)
     both = [tf.function(f, autograph=False, jit_compile=jit or None) for f in own]
-    return like, *both
+    return blank, *both

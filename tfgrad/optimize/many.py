@@ -16,11 +16,10 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
 from tfgrad.optimize.blocks import Outcome, Plan, Task
-from tfgrad.optimize.chain import make_stages
-from tfgrad.optimize.constraints import require_support
 from tfgrad.optimize.driver import check_alone, check_unwatched
 from tfgrad.optimize.many_saddles import solve_all
 from tfgrad.optimize.many_uncertainty import OfRows
+from tfgrad.optimize.methods import PURE
 from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.problem import Problem
@@ -283,15 +282,23 @@ def minimize_many(
 
 def pure_method(options: Options) -> Method:
     """Return the method that was asked for, if many problems can share it."""
-    stages = make_stages(options.method, None)
-    method = stages[0].method
-    require_support(stages[0].name, method, options.bounds, ())
-    if len(stages) > 1 or not isinstance(method, Method):
+    given = "lbfgs" if options.method is None else options.method
+    method = given
+    if isinstance(given, str) and given.lower() in PURE:
+        method = PURE[given.lower()]()
+    if isinstance(method, type) or not isinstance(method, Method):
+        names = " or ".join(map(repr, PURE))
         raise InvalidArgumentError(
             "Many problems are minimised by one method that is a pure function.",
             got=f"method={options.method!r}",
-            hint='method="lbfgs" or "newton"; or tfgrad.minimize for each row, in a '
-            "loop",
+            hint=f"method={names}, or an object with `init` and `update`; all others "
+            "in tfgrad.minimize for each row, in a loop",
+        )
+    if options.bounds is not None and not hasattr(method, "within"):
+        raise InvalidArgumentError(
+            f"`{method.name}` knows no bounds.",
+            got="bounds with this method",
+            hint='method="lbfgs"',
         )
     if isinstance(method, Bindable) and options.jit is True:
         raise InvalidArgumentError(

@@ -39,7 +39,7 @@ MOST_PARAMETERS = 50
 """Parameters that one fit may have: each is a stage of the compiled program."""
 
 
-XLA_ROWS = 30_000
+XLA_ROWS = 50_000
 """Fits from which on a compilation with XLA is worth its seconds: each takes some ten
 steps, which are quick in the graph, too."""
 
@@ -157,7 +157,7 @@ def least_squares_many(
         missing: What a NaN in the data of a row does: "nonfinite" makes it the status
             of that row; "drop" leaves out the residuals that it makes NaN, at most as
             many as there are NaNs among the arguments of that row.
-        jit: As for `minimize_many`, but that XLA begins to pay at 30,000 rows.
+        jit: As for `minimize_many`, but that XLA begins to pay at 50,000 rows.
         verify: As for `minimize_many`.
         **unknown: Refused with a TypeError that says what to write instead.
 
@@ -280,22 +280,23 @@ class RowEvaluator(ResidualEvaluator):
         sources = recording.sources
         n = static_size(sources) or 0
         units = [tf.constant(unit, residuals.dtype) for unit in np.eye(n)]
-        columns = [ravel(push(unravel(unit, sources))) for unit in units]
-        jacobian = tf.stack(columns, 1)
+        columns = tf.stack([ravel(push(unravel(unit, sources))) for unit in units])
         if self._drops:
             is_missing = tf.math.is_nan(residuals)
             count = count_nan(residuals)
             is_right = (count <= self._missing) & (count < tf.size(residuals))
             zero = tf.zeros([], residuals.dtype)
             residuals = tf.where(is_missing, zero, residuals)
-            jacobian = tf.where(is_missing[:, None], zero, jacobian)
+            columns = tf.where(is_missing, zero, columns)
         value = losses.cost(residuals, *self.loss)
         if self._drops:
             value = tf.where(is_right, value, float("nan"))
         if self.loss[0] != "linear":
+            jacobian = tf.transpose(columns)
             residuals, jacobian = losses.weighted(residuals, jacobian, *self.loss)
-        slope = tf.reduce_sum(jacobian * residuals[:, None], 0)
-        both = tf.concat([jacobian, residuals[:, None]], 1)
+            columns = tf.transpose(jacobian)
+        slope = tf.reduce_sum(columns * residuals, 1)
+        both = tf.concat([columns, residuals[None]], 0)
         linear = Linear(triangle(both), recording.output)
         return value, unravel(slope, sources), linear
 

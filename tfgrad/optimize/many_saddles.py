@@ -1,6 +1,7 @@
 """Many problems, none of which ends where it could have gone on.
 
-Rows with which the method has failed begin once more, if it names another one for them.
+Rows with which the method has failed begin once more, if it has another state to begin
+from: the same program serves them.
 Of those that a rule of stopping has ended, a look at the curvature tells the minima
 from maxima and saddles, all rows together. The rest goes on from lower points beside
 them.
@@ -62,13 +63,14 @@ def _solve_all(
 
     program = program_of(plan, task)
     outcome = solve(program, task, seconds, interrupts)
-    another = getattr(plan.method, "another", None)
+    again = getattr(plan.method, "again", None)
     failed = np.flatnonzero(np.isin(outcome.code, [*map(code_of, plan.retried)]))
-    if another is not None and len(failed) and left() != 0 and not interrupts.heed():
-        # Blocks are as wide as those of all rows, however many have failed.
-        second = program_of(plan._replace(method=another), task)
-        again = solve(second, task.of(failed), left(), interrupts)
-        _merge_better(outcome, failed, again)
+    if again is not None and len(failed) and left() != 0 and not interrupts.heed():
+        memory = program.blank.memory
+        memory = memory._replace(method=again(memory.method))
+        second = program._replace(blank=program.blank._replace(memory=memory))
+        retried = solve(second, task.of(failed), left(), interrupts)
+        _merge_better(outcome, failed, retried)
     operations = operations_of(plan.graph)
     if task.sides or any("Random" in operation for operation in operations):
         return outcome  # beside a bound, a point may be forbidden

@@ -18,7 +18,7 @@ from tfgrad.derivatives.tracing import quiet
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest, name_of, ravel, unravel
-from tfgrad.optimize.blocks import mapped, slots_for
+from tfgrad.optimize.blocks import by_rows, mapped, slots_for
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.rows import Starts
 from tfgrad.optimize.uncertainty import ROUNDINGS, OfFunction
@@ -100,11 +100,8 @@ def hessians(f: Any, rows: Starts, x: Array) -> Array:
         with quiet():
             return traced.get_concrete_function(spec, specs)
 
-    try:
-        is_fast = is_straight(one.graph.get_operations())
-        columns_of = columns(vectorises=is_fast)
-    except Exception:  # whatever op the vectoriser does not know
-        columns_of = columns(vectorises=False)
+    is_fast = is_straight(one.graph.get_operations())
+    columns_of = by_rows(columns, may_vectorise=is_fast)
     found = np.empty([*x.shape, x.shape[1]], x.dtype)
     for begin in range(0, len(x), width):
         some = np.arange(begin, min(begin + width, len(x)))

@@ -90,6 +90,7 @@ class Starts:
             shared = not _takes(f, row, self.data) and _takes(f, starts, self.data)
         first = [tf.constant(leaf if shared else leaf[0]) for leaf in leaves]
         self.first = tf.nest.pack_sequence_as(starts, first)
+        self._check_dtypes(f, named, dtype)
         if sum(leaf.shape.num_elements() for leaf in first) == 0:
             raise InvalidArgumentError(
                 "A start must hold at least one number.",
@@ -97,6 +98,21 @@ class Starts:
                 hint="an array with a row for each problem",
             )
         self.x = self.vectors(leaves, shared=shared)
+
+    def _check_dtypes(self, f: Any, named: list[tuple[str, Array]], dtype: Any) -> None:
+        """Refuse arguments that f takes in the dtype of the starts only."""
+        others = [(path, array) for path, array in named if array.dtype != dtype]
+        if not others or _takes(f, self.first, self.data):
+            return
+        cast = tf.nest.map_structure(lambda a: tf.cast(a, dtype), self.data)
+        if _takes(f, self.first, cast):
+            found = [f"`{path}` is {array.dtype.name}" for path, array in others]
+            raise InvalidArgumentError(
+                "Tensors and integers among the arguments keep their dtype, and f "
+                "must be able to take it.",
+                got=f"{', '.join(found)}, beside starts of {dtype.name}",
+                hint=f"tf.cast({others[0][0]}, tf.{dtype.name})",
+            )
 
     def arguments(self, index: int) -> tuple[Nest, ...]:
         """Return what f takes besides x in one row: nests of tensors."""

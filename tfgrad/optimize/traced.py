@@ -32,14 +32,18 @@ def operations(problem: Problem) -> list[str]:
     return found
 
 
-def written(problem: Problem) -> list[tf.Variable]:
+def written(problem: Problem, data: tuple[Nest, ...] = ()) -> list[tf.Variable]:
     """Return the variables that f writes to; none if it runs eagerly.
+
+    Args:
+        problem: The problem, evaluated before.
+        data: What f takes besides x.
 
     Raises:
         InvalidArgumentError: If it writes to what is minimised.
     """
     point = (problem.x.template,) if problem.x.takes_values else ()
-    traced = problem.evaluator.evaluate.concrete(point, None)
+    traced = problem.evaluator.evaluate.concrete((*point, *data), None)
     return [] if traced is None else not_moved(problem, written_variables(traced))
 
 
@@ -81,23 +85,32 @@ def for_xla(problem: Problem, *, is_bound: bool) -> Problem | None:
         return problem
     kept, key = problem.evaluator.kept, ("xla", signature(problem.x.template))
     if key not in kept:
-        kept[key] = _inlined(problem)
+        kept[key] = without_calls(problem)
     form: Problem | None = kept[key]
     return form
 
 
-def _inlined(problem: Problem) -> Problem | None:
+def without_calls(problem: Problem, data: tuple[Nest, ...] = ()) -> Problem | None:
+    """Return the problem, evaluated, with the ops of what f calls in f; None if not.
+
+    Args:
+        problem: The problem, evaluated before.
+        data: What f takes besides x.
+    """
     other = problem.inlined()
-    before = [(variable, variable.read_value()) for variable in written(problem)]
+    before = [(v, v.read_value()) for v in written(problem, data)]
     with inlined(), contextlib.suppress(Exception):  # as AutoGraph's in a function
-        other.evaluate(problem.x.start())
+        other.evaluate(problem.x.start(), data)
     for variable, value in before:
         variable.assign(value)
     try:
-        has_calls = not CALLS.isdisjoint(operations_of(other.graph()))
+        graph = other.graph(data)
     except KeyError:  # it was not traced
         return None
-    return None if has_calls else other
+    # Without AutoGraph, a function with a Python `if` on a tensor runs eagerly.
+    if graph is None or not CALLS.isdisjoint(operations_of(graph)):
+        return None
+    return other
 
 
 def blame(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> str:

@@ -12,6 +12,7 @@ import tensorflow as tf
 import tfgrad
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.optimize import blocks, many_saddles
+from tfgrad.optimize.evaluator import operations_of
 
 T = np.linspace(0.0, 5.0, 50)
 
@@ -101,12 +102,71 @@ def test_a_program_is_compiled_once_however_many_blocks(monkeypatch):
 
     tfgrad.least_squares_many(misfit, START, y, jit=True)
     before = len(traced)
-    kept = next(iter(vars(misfit)["_tfgrad_evaluators"].values())).kept
-    advance = next(v[1] for v in kept.values() if isinstance(v, tuple))
     tfgrad.least_squares_many(misfit, START, y, jit=True)
 
     assert len(traced) == before
-    assert advance.experimental_get_tracing_count() == 1
+    assert program_of(misfit).experimental_get_tracing_count() == 1
+
+
+def program_of(f):
+    """Return the one program that was compiled for a `tf.function`."""
+    kept = next(iter(vars(f)["_tfgrad_evaluators"].values())).kept
+    (program,) = [parts[1] for parts in kept.values() if isinstance(parts, tuple)]
+    return program
+
+
+def test_fits_that_begin_once_more_share_the_program(monkeypatch):
+    retried = []
+    merge = many_saddles._merge_better
+
+    def merge_and_count(outcome, rows, again):
+        retried.extend(zip(outcome.fun[rows], again.fun, strict=True))
+        merge(outcome, rows, again)
+
+    monkeypatch.setattr(many_saddles, "_merge_better", merge_and_count)
+    misfit = tf.function(decay.python_function)
+    too_steep = np.array([1.0, -10.0, 0.0])
+    starts = np.where(np.arange(20)[:, None] == 7, too_steep, START)
+
+    result = tfgrad.least_squares_many(misfit, starts, signals(20)[1])
+
+    assert len(retried) == 1
+    assert retried[0][0] != retried[0][1]  # it went another way
+    assert result.fun[7] == min(retried[0])
+    assert program_of(misfit).experimental_get_tracing_count() == 1
+
+
+def test_a_function_that_f_calls_is_compiled_once():
+    @tf.function
+    def model(size, rate):
+        return size * tf.exp(-rate * T)
+
+    def misfit(of, p, y):
+        return of(p[0], p[1]) + of(p[2], p[3]) - y
+
+    sizes = []
+    for of in (model.python_function, model):
+        f = tf.function(lambda p, y, of=of: misfit(of, p, y))
+        tfgrad.least_squares_many(f, [1.0, 0.5, 1.0, 2.0], signals(3)[1])
+        (traced,) = program_of(f)._list_all_concrete_functions()
+        sizes.append(len(operations_of(traced.graph)))
+
+    assert sizes[0] == sizes[1]
+
+
+def test_a_function_that_f_calls_may_need_autograph():
+    @tf.function
+    def distance(x, a):
+        if a > 0:
+            return (x - a) ** 2
+        return (x + a) ** 2
+
+    f = tf.function(lambda x, a: 2 * distance(x, a))
+
+    with pytest.warns(RuntimeWarning, match="does not vectorise"):
+        result = tfgrad.minimize_many(f, 0.0, [1.0, -2.0, 3.0])
+
+    np.testing.assert_allclose(result.x, [1, 2, 3], atol=1e-3)
 
 
 @pytest.mark.parametrize("jit", [False, True])
@@ -503,6 +563,24 @@ ONE = np.ones(2)
                 rosenbrock, np.ones((2, 2)), method="newton", jit=True
             ),
             "inner loops",
+        ),
+        (
+            lambda: tfgrad.minimize_many(rosenbrock, np.ones((2, 2)), method="lbgfs"),
+            "(?s)pure function.*'lbgfs'.*'lbfgs' or 'newton'",
+        ),
+        (
+            lambda: tfgrad.minimize_many(
+                rosenbrock, np.ones((2, 2)), method="newton", bounds=(0, 1)
+            ),
+            '(?s)`newton` knows no bounds.*try: method="lbfgs"$',
+        ),
+        (
+            lambda: tfgrad.minimize_many(lambda x, a: x * a, ONE, tf.ones(2)),
+            r"(?s)keep their dtype.*`args\[0\]` is float32.*tf.cast.*float64",
+        ),
+        (
+            lambda: tfgrad.minimize_many(lambda x, d: x * d["k"], ONE, {"k": [1, 2]}),
+            r"(?s)`args\[0\]\['k'\]` is int64, beside starts of float64",
         ),
         (
             lambda: tfgrad.minimize_many(

@@ -76,18 +76,20 @@ def cost(residuals: tf.Tensor, loss: str = "linear", f_scale: float = 1.0) -> tf
     >>> float(cost(tf.constant([0.0, 4.0]), "huber", 2.0))
     6.0
     """
-    rho, _, _ = LOSSES[loss]((residuals / f_scale) ** 2)
+    if loss == "linear":
+        return tf.reduce_sum(tf.square(residuals)) / 2
+    rho, _, _ = LOSSES[loss](tf.square(residuals / f_scale))
     return f_scale**2 * tf.reduce_sum(rho) / 2
 
 
 def slope(r: tf.Tensor, loss: str = "linear", f_scale: float = 1.0) -> tf.Tensor:
     """Return the derivative of the cost by each residual."""
-    return r * LOSSES[loss]((r / f_scale) ** 2)[1]
+    return r * LOSSES[loss](tf.square(r / f_scale))[1]
 
 
 def curvature(r: tf.Tensor, loss: str = "linear", f_scale: float = 1.0) -> tf.Tensor:
     """Return the second derivative of the cost by each residual, kept positive."""
-    z = (r / f_scale) ** 2
+    z = tf.square(r / f_scale)
     _, first, second = LOSSES[loss](z)
     return tf.maximum(first + 2 * second * z, EPSILONS[z.dtype])
 

@@ -84,39 +84,24 @@ class Marquardt:
     Args:
         is_open: Never claim a solution; the caller's rules decide.
         bounds: Lower and upper bounds of x, shape `[n]` each.
-        first: The damping of the first step.
     """
 
     name = "levenberg-marquardt"
     failure = "trustregion"
 
-    def __init__(
-        self,
-        *,
-        is_open: bool = False,
-        bounds: Any = None,
-        first: float = FIRST_DAMPING,
-    ) -> None:
+    def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
         """Store the settings."""
         self._is_open = is_open
         self._bounds = bounds
-        self._first = first
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """What programs depend on besides arguments and bounds."""
-        return self._is_open, self._first
-
-    @property
-    def another(self) -> Marquardt | None:
-        """The method for fits with which this one has failed; None if it is that."""
-        if self._first == LEAST_DAMPING:
-            return None
-        return Marquardt(is_open=self._is_open, first=LEAST_DAMPING)
+        return (self._is_open,)
 
     def within(self, bounds: Any) -> Marquardt:
         """Return the method within bounds."""
-        return Marquardt(is_open=self._is_open, bounds=bounds, first=self._first)
+        return Marquardt(is_open=self._is_open, bounds=bounds)
 
     @property
     def knows_solutions(self) -> bool:
@@ -143,13 +128,17 @@ class Marquardt:
             scale=tf.zeros([n], dtype),
             promised=one,
             cuts=tf.constant(False),
-            damping=self._first * one,
+            damping=FIRST_DAMPING * one,
             growth=2 * one,
             trials=tf.constant(-1),
             idle=none,
             least=zero,
             verdict=none,
         )
+
+    def again(self, blank: State) -> State:
+        """Return a blank state for a fit that did not arrive from the first one."""
+        return blank._replace(damping=LEAST_DAMPING * tf.ones_like(blank.damping))
 
     def init(self, start: Point) -> Move:
         """Return the first trial."""
@@ -192,29 +181,31 @@ class Marquardt:
             box = self._box(here.x)
         is_known = tf.reduce_all(tf.math.is_finite(state.linear))
         linear = tf.where(is_known, state.linear, tf.zeros_like(state.linear))
-        norms = lengths(linear)[:n]
+        norms = _norms(linear)
         scale = tf.maximum(state.scale, norms)
         sizes = tf.where(scale > 0, scale, tf.ones_like(scale))
         # Where all were outliers, the scale was next to nothing, and the damping huge.
-        part = tf.math.divide_no_nan(tf.norm(state.scale), tf.norm(scale))
+        part = tf.math.divide_no_nan(lengths(state.scale), lengths(scale))
         is_new = (part > 0) & (part < EPSILONS[part.dtype] ** 0.25)
-        damping = tf.where(is_new, state.damping * part**2, state.damping)
+        damping = tf.where(is_new, state.damping * part * part, state.damping)
         model, free = linear, tf.ones_like(here.x)
         if box is not None:  # what a bound holds has no column
             free = tf.cast(box.free(here), here.x.dtype)
-            model = triangle(linear * tf.concat([free, tf.ones_like(free[:1])], 0))
+            mask = tf.concat([free, tf.ones_like(free[:1])], 0)
+            model = triangle(tf.transpose(linear * mask))
         newton = solved(model)
         # The first step is no longer than x, or than the residuals where x is zero.
-        most = tf.norm(sizes * here.x)
+        most = lengths(sizes * here.x)
         most = tf.where(most > 0, most, tf.sqrt(2 * here.fun))
-        if self._first == FIRST_DAMPING:  # if need be, by Moré's bound of the damping
-            enough = tf.norm(free * here.grad / sizes) / most
-            is_long = state.cuts & (tf.norm(sizes * newton) > most)
-            damping = tf.where(is_long, tf.maximum(enough, damping), damping)
+        # If need be, by Moré's bound of the damping, but not where a fit begins again.
+        enough = lengths(free * here.grad / sizes) / most
+        is_long = state.cuts & (damping > LEAST_DAMPING)
+        is_long &= lengths(sizes * newton) > most
+        damping = tf.where(is_long, tf.maximum(enough, damping), damping)
         state = state._replace(damping=tf.maximum(damping, LEAST_DAMPING))
         damped = _damped(model, tf.sqrt(state.damping) * sizes)
         step = -solved(damped)
-        part = tf.math.divide_no_nan(most, tf.norm(sizes * step))
+        part = tf.math.divide_no_nan(most, lengths(sizes * step))
         step *= tf.where(state.cuts, tf.minimum(part, 1), tf.ones_like(part))
         x = here.x + step
         if box is not None:
@@ -229,7 +220,7 @@ class Marquardt:
         # Beside the others, and beside what it has been, a small one is rounding.
         pivots = tf.linalg.diag_part(matrix) / sizes
         least = n * EPSILONS[pivots.dtype] * tf.reduce_max(pivots)
-        part = tf.math.divide_no_nan(tf.norm(side), tf.sqrt(2 * here.fun))
+        part = tf.math.divide_no_nan(lengths(side), tf.sqrt(2 * here.fun))
         is_over: Any = stands | (state.idle >= MOST_IDLE)
         is_over |= state.trials >= MOST_TRIALS
         is_over |= ~is_known
@@ -262,26 +253,30 @@ class Marquardt:
         return Move(x, state, failed=is_over, expected=expected)
 
 
-def lengths(columns: tf.Tensor) -> tf.Tensor:
-    """Return the length of each column."""
-    return tf.sqrt(tf.reduce_sum(columns * columns, 0))
+def lengths(vectors: tf.Tensor) -> tf.Tensor:
+    """Return the length of a vector, or of each row of a matrix."""
+    return tf.sqrt(tf.reduce_sum(vectors * vectors, -1))
 
 
-def triangle(columns: tf.Tensor) -> tf.Tensor:
-    """Return R and Q'r of a matrix `[m, n + 1]`, J and r beside it: `[n, n + 1]`.
+def triangle(vectors: tf.Tensor) -> tf.Tensor:
+    """Return R and Q'r of the columns of J, and r: `[n, n + 1]`.
 
     A column that is nothing but rounding beside what it was becomes zero.
+
+    Args:
+        vectors: The columns and r as rows, so that each is one piece of memory, shape
+            `[n + 1, m]`.
     """
-    n: Any = columns.shape[1] - 1  # type: ignore[operator]
-    least = n * EPSILONS[columns.dtype] * lengths(columns)
-    rows, rest = [], columns
+    n: Any = vectors.shape[0] - 1  # type: ignore[operator]
+    least = n * EPSILONS[vectors.dtype] * lengths(vectors)
+    rows, rest = [], vectors
     for j, enough in enumerate(tf.split(least, n + 1)[:n]):
-        column, rest = tf.split(rest, [1, n - j], axis=1)
+        column, rest = tf.split(rest, [1, n - j])
         length = lengths(column)
         length = tf.where(length > enough, length, tf.zeros_like(length))
         unit = tf.math.divide_no_nan(column, length)
-        row = tf.reduce_sum(unit * rest, 0)
-        rest -= unit * row
+        row = tf.reduce_sum(unit * rest, 1)
+        rest -= unit * row[:, None]
         rows.append(tf.concat([tf.zeros([j], row.dtype), length, row], 0))
     return tf.stack(rows)
 
@@ -301,9 +296,8 @@ def solved(rows: tf.Tensor) -> tf.Tensor:
 
 def _damped(model: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
     """Return R and Q'r of the model with a diagonal beneath it."""
-    zero = tf.zeros_like(damping)[:, None]
-    beneath = tf.concat([tf.linalg.diag(damping), zero], 1)
-    return triangle(tf.concat([model, beneath], 0))
+    beneath = tf.pad(tf.linalg.diag(damping), [[0, 1], [0, 0]])
+    return triangle(tf.concat([tf.transpose(model), beneath], 1))
 
 
 def _compare(new: Point, old: Point, state: State) -> tuple[Any, Any]:
@@ -311,13 +305,17 @@ def _compare(new: Point, old: Point, state: State) -> tuple[Any, Any]:
     noise = _noise(old, state.linear)
     is_level = (tf.abs(old.fun - new.fun) <= noise) & (state.promised <= noise)
     before, after = (
-        tf.norm(tf.math.divide_no_nan(p.grad, state.scale)) for p in (old, new)
+        lengths(tf.math.divide_no_nan(p.grad, state.scale)) for p in (old, new)
     )
     return is_level, after < before
 
 
 def _noise(point: Point, linear: tf.Tensor) -> tf.Tensor:
     """Return the rounding of f: that of the terms that residuals are differences of."""
-    n: Any = point.x.shape[0]
-    size, reach = tf.sqrt(2 * point.fun), tf.norm(lengths(linear)[:n] * point.x)
+    size, reach = tf.sqrt(2 * point.fun), lengths(_norms(linear) * point.x)
     return EPSILONS[size.dtype] * size * (size + reach)
+
+
+def _norms(linear: tf.Tensor) -> tf.Tensor:
+    """Return the lengths of the columns of J, given R and Q'r beside it."""
+    return tf.sqrt(tf.reduce_sum(linear * linear, 0))[:-1]
