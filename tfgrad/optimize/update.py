@@ -30,7 +30,7 @@ from tfgrad.optimize.distribute import (
     whole,
 )
 from tfgrad.optimize.evaluator import dense
-from tfgrad.optimize.parts import GivenParts, Part, weighted, without_nan
+from tfgrad.optimize.parts import GivenParts, Part, weighted
 from tfgrad.optimize.sparse import SparseRecording, summed_for
 
 Nests = tuple[Any, Any]
@@ -164,8 +164,7 @@ class Update:
             answer, gradients[:] = self._gradients(nests, share)
             value, *rest[:] = answer if self._has_aux else (answer,)
             found = dense([g for g in gradients if g is not None])
-            means = [weighted(value, share), *(without_nan(g, share) for g in found)]
-            return Part(means, [])
+            return Part([weighted(value, share), *found], [])
 
         tensors = filter(is_dynamic, tf.nest.flatten(nests))
         part, averages = parts.of_replica(compute, (), tuple(tensors))
