@@ -207,7 +207,7 @@ for model in (fitted, run, inside, outside):
 @pytest.fixture(scope="module")
 def printed():
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()

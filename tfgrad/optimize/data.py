@@ -434,6 +434,8 @@ def size_of(batch: Nest) -> tf.Tensor:
         return tf.cast(leaf.dense_shape[0], tf.int32)
     if leaf.shape.rank == 0:
         return tf.constant(1)
+    if leaf.shape[0] is not None:
+        return tf.constant(leaf.shape[0])
     rows = leaf.nrows() if isinstance(leaf, tf.RaggedTensor) else tf.shape(leaf)[0]
     return tf.cast(rows, tf.int32)
 

@@ -69,22 +69,26 @@ class Replicas:
         self._gathering: Any = None
 
     def run(self, function: Callable[..., Any], *arguments: Nest) -> Any:
-        """Return what `function` returns in each replica: the same in all of them.
+        """Return what `function` returns in each replica: the same in all of them."""
+        return self.run_on_each(function, *arguments)[0]
 
-        It is called in a thread of its own in each, with the context variables of this
+    def run_on_each(self, function: Callable[..., Any], *arguments: Nest) -> list[Any]:
+        """Return what `function` returns on each device of this process.
+
+        It is called in a thread of its own for each, with the context variables of this
         one.
         """
         if self.count == 1:
-            return function(*arguments)
+            return [function(*arguments)]
         context = contextvars.copy_context()
 
         def replica(*given: Nest) -> Any:
             return context.copy().run(function, *given)
 
         answers = self.strategy.run(replica, args=arguments)
-        return tf.nest.map_structure(
-            lambda answer: self.strategy.experimental_local_results(answer)[0], answers
-        )
+        local = map(self.strategy.experimental_local_results, tf.nest.flatten(answers))
+        pairs = zip(*local, strict=True)
+        return [tf.nest.pack_sequence_as(answers, leaves) for leaves in pairs]
 
     def share(
         self, batch: Nest, rows: tf.Tensor, *, are_own: bool = False
@@ -119,11 +123,15 @@ class Replicas:
 
         return tf.nest.map_structure(part, batch), last - first
 
-    def total(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    def total(self, tensors: Sequence[tf.Tensor], share: Any = None) -> list[tf.Tensor]:
         """Return the sums over all replicas: one all-reduce for each dtype.
 
         The shapes must be the same in each call: a collective of TensorFlow is bound to
         one.
+
+        Args:
+            tensors: What this replica has computed.
+            share: Of how many of all rows; of none, what is not finite counts as 0.
         """
         if self.count == 1:
             return list(tensors)
@@ -131,6 +139,8 @@ class Replicas:
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
             flat = tf.concat([tf.reshape(tensors[i], [-1]) for i in places], 0)
+            if dtype.is_floating:
+                flat = without_nan(flat, share)
             # Made in the replica: of a tensor from outside, `all_reduce` returns one
             # replica's part under MirroredStrategy, without a word.
             flat = _context().all_reduce("SUM", tf.identity(flat))
@@ -209,6 +219,14 @@ class Replicas:
 
     def _index(self) -> tf.Tensor:
         return _context().replica_id_in_sync_group
+
+
+def without_nan(tensor: tf.Tensor, share: Any) -> tf.Tensor:
+    """Return a sum over a share of the rows, with 0 for what no rows have made NaN."""
+    if share is None:
+        return tensor
+    is_none = (share == 0) & ~tf.math.is_finite(tensor)
+    return tf.where(is_none, tf.zeros_like(tensor), tensor)
 
 
 ONE = Replicas()

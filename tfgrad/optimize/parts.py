@@ -16,8 +16,9 @@ import tensorflow as tf
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.nested import Nest
+from tfgrad.optimize.copies import Copies
 from tfgrad.optimize.data import SIZE, Source, rows_of, size_of
-from tfgrad.optimize.distribute import Replicas
+from tfgrad.optimize.distribute import Replicas, without_nan
 from tfgrad.optimize.evaluator import (
     Evaluation,
     Evaluator,
@@ -83,8 +84,8 @@ class Parts:
         batch: tuple[Nest, ...],
         like: Callable[[], Part],
         join: Callable[[Any, Any], Any] = lambda a, b: (),
-    ) -> Part:
-        """Return the combined result of all parts.
+    ) -> list[Part]:
+        """Return the combined result of all parts, on each device of this process.
 
         Args:
             compute: Takes `given`, what f takes of a batch, and the part's share of its
@@ -98,9 +99,9 @@ class Parts:
         def one(given: Nest, batch: tuple[Nest, ...]) -> Any:
             return self.of_replica(compute, given, batch, like, join)
 
-        part, averages = self._replicas.run(one, given, batch)
-        self.settle(averages)
-        return part
+        answers = self._replicas.run_on_each(one, given, batch)
+        self.settle(answers[0][1])
+        return [part for part, _ in answers]
 
     def of_replica(
         self,
@@ -160,7 +161,8 @@ class Parts:
             rows_in = rows_of if self.is_shared else size_of
             count = tf.cast(rows_in(batch), tf.float64)
             part, share = self._of_share(compute, given, batch)
-            means = _map(lambda x: wide(x) * tf.cast(count, wide(x).dtype), part.means)
+            means = _map(lambda x: wide(without_nan(x, share)), part.means)
+            means = _map(lambda x: x * tf.cast(count, x.dtype), means)
             next_one = Part(means, _map(wide, part.sums))
             added = _map(tf.add, total._replace(linear=()), next_one)
             linear = join(total.linear, part.linear)
@@ -191,7 +193,7 @@ class Parts:
         ]
         linear = _map(replicas.stacked, part.linear)
         parts = (part._replace(linear=linear), averages)
-        totals = replicas.total(tf.nest.flatten(parts))
+        totals = replicas.total(tf.nest.flatten(parts), share)
         part, averages = tf.nest.pack_sequence_as(parts, totals)
         if tf.nest.flatten(linear):
             each = [
@@ -231,6 +233,7 @@ class EvaluatorOfParts:
         parts: How they become one.
         like: An evaluation of one batch, or its specs, where `parts` go through data.
         jit: Compile the evaluation of a part with XLA.
+        copies: Where the gradient on other devices of this process is kept.
 
     Attributes:
         of_part: As above.
@@ -242,12 +245,19 @@ class EvaluatorOfParts:
     """Whether the value is a sum over the rows of a batch, or else their mean."""
 
     def __init__(
-        self, of_part: Evaluator, parts: Parts, like: Any = None, *, jit: bool = False
+        self,
+        of_part: Evaluator,
+        parts: Parts,
+        like: Any = None,
+        copies: Copies | None = None,
+        *,
+        jit: bool = False,
     ) -> None:
         """Compile nothing yet."""
         self.of_part, self.variables = of_part, of_part.variables
         self.kept: dict[Any, Any] = {}
         self._parts, self._like, self._jit = parts, like, jit
+        self._copies = copies or Copies()
         self.evaluate = Traces(self._evaluate, python_of(of_part.f), jit=False)
         self.products = Traces(self._multiply, python_of(of_part.f), jit=False)
 
@@ -274,12 +284,14 @@ class EvaluatorOfParts:
             return self.as_part(self._like, None)
 
         scales = () if scale is None else (scale,)
-        part = self._parts.put_together(
+        part, *others = self._parts.put_together(
             compute, (point, scales), batch, like, self.joined
         )
         found = {**part.means, **part.sums}
         value, gradient = found["value"], found["gradient"]
         aux = {**part.means["aux"], **part.sums["aux"]}
+        if others:
+            self._copies.keep([other.means["gradient"] for other in others])
         return Evaluation(value, gradient, (), aux, self.linear_of(part))
 
     def _evaluate_part(
@@ -308,7 +320,7 @@ class EvaluatorOfParts:
             return Part({"aux": floats}, sums)
         means = {
             "value": weighted(value, share),
-            "gradient": [without_nan(leaf, share) for leaf in gradient],
+            "gradient": gradient,
         }
         return Part({**means, "aux": floats}, {"aux": counts})
 
@@ -330,12 +342,12 @@ class EvaluatorOfParts:
             product = self.of_part.multiply(f, (*point, *batch), direction)
             if self.is_sum:
                 return Part((), product)
-            return Part([without_nan(weighted(p, share), share) for p in product], ())
+            return Part([weighted(leaf, share) for leaf in product], ())
 
         def like() -> Part:
             return Part((), direction) if self.is_sum else Part(direction, ())
 
-        part = self._parts.put_together(compute, (point, direction), batch, like)
+        part, *_ = self._parts.put_together(compute, (point, direction), batch, like)
         product: list[tf.Tensor] = part.sums if self.is_sum else part.means
         return product
 
@@ -350,14 +362,6 @@ def weighted(tensor: tf.Tensor, share: Any) -> tf.Tensor:
     if share is None:
         return tensor
     return tf.math.multiply_no_nan(tensor, tf.cast(share, tensor.dtype))
-
-
-def without_nan(tensor: tf.Tensor, share: Any) -> tf.Tensor:
-    """Return a gradient that was weighted, with 0 for what no rows have made NaN."""
-    if share is None:
-        return tensor
-    is_none = (share == 0) & ~tf.math.is_finite(tensor)
-    return tf.where(is_none, tf.zeros_like(tensor), tensor)
 
 
 def wide(tensor: tf.Tensor) -> tf.Tensor:

@@ -23,6 +23,7 @@ from tfgrad.nested import (
     unravel,
 )
 from tfgrad.optimize.compiled import direct
+from tfgrad.optimize.copies import Copies
 from tfgrad.optimize.data import Source, arguments_of, require_rows
 from tfgrad.optimize.distribute import (
     left_scope,
@@ -116,15 +117,18 @@ class Problem:
         self._take = arguments_of(self.f, before, batch)
         self.source, self.example = source, self._take(batch)
 
-    def distribute(self, written: Sequence[tf.Variable], *, are_own: bool) -> None:
+    def distribute(
+        self, written: Sequence[tf.Variable], copies: Copies, *, are_own: bool
+    ) -> None:
         """Let each replica evaluate its share of a batch, from now on.
 
         Args:
             written: The variables that f writes.
+            copies: Where the gradient on other devices of this process is kept.
             are_own: Whether each worker has a batch of its own.
         """
         require_rows(self.example)
-        self._take_apart(Parts(self.replicas, written, are_own=are_own))
+        self._take_apart(Parts(self.replicas, written, are_own=are_own), copies=copies)
 
     def _put_together(self, source: Source) -> None:
         """Let evaluations be those of all batches, from now on."""
@@ -149,11 +153,13 @@ class Problem:
             self.evaluator.evaluate(arguments, None)
         self._take_apart(parts, like)
 
-    def _take_apart(self, parts: Parts, like: Any = None) -> None:
+    def _take_apart(
+        self, parts: Parts, like: Any = None, copies: Copies | None = None
+    ) -> None:
         """Let evaluations be put together from parts, from now on."""
         of_part = self.kind(self.f, self.x.wrt, **self.options, is_inlined=True)
         jit = self.options["jit"]
-        self.evaluator = self.kind_of_parts(of_part, parts, like, jit=jit)
+        self.evaluator = self.kind_of_parts(of_part, parts, like, copies, jit=jit)
 
     def find(self) -> None:
         """Find the variables that f reads, if they were not named: trace f once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,7 +14,7 @@ import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call, Compiled
 from tfgrad.derivatives.outputs import objective
-from tfgrad.derivatives.signatures import is_dynamic
+from tfgrad.derivatives.signatures import is_dynamic, signature
 from tfgrad.derivatives.soundness import UnverifiableGradientError
 from tfgrad.derivatives.tracing import trace
 from tfgrad.diagnosis.graphs import written_variables
@@ -30,7 +31,7 @@ from tfgrad.optimize.distribute import (
     whole,
 )
 from tfgrad.optimize.evaluator import dense
-from tfgrad.optimize.parts import GivenParts, Part, weighted, without_nan
+from tfgrad.optimize.parts import GivenParts, Part, weighted
 from tfgrad.optimize.sparse import SparseRecording, summed_for
 
 Nests = tuple[Any, Any]
@@ -51,6 +52,8 @@ class Update:
         sources: The same, as a tape watches them.
         replicas: Those that have copies of them.
     """
+
+    _shared: tuple[Any, Any] = None, None  # the graph and arguments, and their parts
 
     def __init__(
         self,
@@ -141,8 +144,12 @@ class Update:
         """Return how results of replicas are combined; it depends on what f writes.
 
         A gradient that lacks a term is refused here: to look for it takes traces, which
-        replicas that talk to each other do not allow.
+        replicas that talk to each other do not allow. All replicas of a step share what
+        the first of them has found.
         """
+        place = weakref.ref(tf.compat.v1.get_default_graph()), signature(nests)
+        if self._shared[0] == place:
+            return self._shared[1]
 
         def compiled(_: Any) -> Any:
             traced = tf.function(lambda *n: self._gradients(n), autograph=False)
@@ -151,7 +158,9 @@ class Update:
         with ThreadPoolExecutor(1) as thread:  # in which no strategy is at work
             run = contextvars.copy_context().run
             traced = thread.submit(run, explained, compiled, self._loss).result()
-        return GivenParts(replicas, whole(written_variables(traced)))
+        parts = GivenParts(replicas, whole(written_variables(traced)))
+        self._shared = place, parts
+        return parts
 
     def _evaluate_part(
         self, nests: Nests, parts: GivenParts
@@ -164,8 +173,7 @@ class Update:
             answer, gradients[:] = self._gradients(nests, share)
             value, *rest[:] = answer if self._has_aux else (answer,)
             found = dense([g for g in gradients if g is not None])
-            means = [weighted(value, share), *(without_nan(g, share) for g in found)]
-            return Part(means, [])
+            return Part([weighted(value, share), *found], [])
 
         tensors = filter(is_dynamic, tf.nest.flatten(nests))
         part, averages = parts.of_replica(compute, (), tuple(tensors))

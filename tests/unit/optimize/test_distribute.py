@@ -100,6 +100,30 @@ compare("lbfgs", method="lbfgs", steps=20)
 compare("L-BFGS called in the scope", method="lbfgs", steps=5, inside=True)
 compare("newton", method="newton", steps=5)
 
+from tfgrad.optimize.copies import Copies
+
+def beside(optimizer):  # where copies end that have been given other gradients
+    with strategy.scope():
+        v = tf.Variable([1.0, 2.0])
+        optimizer = optimizer()
+        optimizer.build([v])
+    copies = Copies([v])
+
+    @tf.function
+    def step(goes_on):
+        copies.keep([[tf.constant([3.0, 3.0])]])
+        def go():
+            with copies.beside(optimizer, [tf.constant([5.0, 5.0])]) as gradient:
+                optimizer.apply(gradient, [v])
+            return 1
+        return tf.cond(goes_on, go, lambda: 0)
+
+    step(tf.constant(True))
+    return [each.numpy().tolist() for each in strategy.experimental_local_results(v)]
+
+print(json.dumps(["beside", beside(lambda: OPTIMIZERS.SGD(1.0))]))
+print(json.dumps(["clipped", beside(lambda: OPTIMIZERS.SGD(1.0, clipvalue=1.0))]))
+
 def refused(name, call):
     try:
         call()
@@ -162,6 +186,14 @@ def test_two_replicas_end_where_one_does(found, name):
     assert is_finite
     # Each replica normalises by its own rows, and drops other units than the others.
     assert difference <= EQUAL[name] if name in EQUAL else difference > 1e-3
+
+
+def test_an_optimizer_moves_each_copy_by_the_gradient_beside_it(found):
+    assert found["beside"] == [[[-4.0, -3.0], [-2.0, -1.0]]]
+
+
+def test_what_the_optimizer_has_clipped_moves_all_copies(found):
+    assert found["clipped"] == [[[0.0, 1.0], [0.0, 1.0]]]
 
 
 def test_variables_of_two_strategies_are_refused_before_anything_is_traced(found):

@@ -19,6 +19,7 @@ from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.errors import TfgradError
 from tfgrad.nested import Nest
 from tfgrad.optimize.compiled import direct
+from tfgrad.optimize.copies import Copies
 from tfgrad.optimize.data import SIZE, Source, size_of
 from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, operations_of
 from tfgrad.optimize.methods.keras_optimizer import (
@@ -89,11 +90,12 @@ class OptimizerStepper(Stepper):
             self.written = not_moved(problem, written_variables(self.compiled))
         self.method = KerasMethod(factory, owners)
         is_shared = feed is not None and problem.replicas.count > 1
+        self._copies = Copies(self.moved if is_shared else ())
         if feed is not None and is_shared:
             if self.compiled is None:  # eagerly, f raises the user's own error
                 self._evaluated(feed.first.get_value())
                 require_compiled(problem.name, problem.replicas.count)
-            problem.distribute(self.written, are_own=feed.source.is_own)
+            problem.distribute(self.written, self._copies, are_own=feed.source.is_own)
         if is_shared or self.method.scale() is not None:
             self.compiled = self._compile()
         is_closed = feed is None and self.compiled is not None and not self.written
@@ -171,7 +173,9 @@ class OptimizerStepper(Stepper):
 
         def go() -> tf.Tensor:
             self.backup.keep(evaluation.gradient)
-            self.method.update(evaluation.gradient)
+            optimizer, gradient = self.method.optimizer, evaluation.gradient
+            with self._copies.beside(optimizer, gradient) as gradient:
+                self.method.update(gradient)
             return tf.constant(1)
 
         def stay() -> tf.Tensor:
