@@ -48,7 +48,7 @@ SUSPICIOUS = {
     "Qr": "where columns depend on each other, its slope is not known",
     "SelfAdjointEigV2": "where eigenvalues repeat, the slopes of eigenvectors are lost",
     "Svd": "where singular values repeat, the slopes of the vectors are lost",
-    "AsString": "text has no slope, so this path is left out",
+    "Bitcast": "bits have no slope, so this path is left out",
     "Sqrt": "its slope at 0 is infinite, and infinite times 0 is NaN",
     "Relu": "at 0 its slope is taken to be 0, whatever stands beside it",
     "Abs": "at 0 its slope is taken to be 0, whatever stands beside it",

@@ -48,11 +48,15 @@ def test_a_wrong_derivative_is_withheld_on_every_road(road):
     assert np.all(np.isfinite(ROADS[road](by_eigenvectors, SINGLE)))
 
 
-def test_a_road_that_is_lost_in_text_is_withheld():
-    def f(x):
-        return x**2 + tf.strings.to_number(tf.strings.as_string(x))
+def by_bits(x):
+    return tf.bitcast(tf.bitcast(x, tf.int32), tf.float32)
 
-    with pytest.raises(WrongDerivativeError, match="AsString"):
+
+def test_a_road_that_is_lost_in_bits_is_withheld():
+    def f(x):
+        return x**2 + by_bits(x)
+
+    with pytest.raises(WrongDerivativeError, match="Bitcast"):
         grad(f)(0.7)
 
 
@@ -214,8 +218,7 @@ def test_a_stop_that_tensorflow_puts_into_a_gradient_switches_nothing_off():
 
     def f(x):
         pooled = tf.nn.avg_pool1d(x[tf.newaxis, :, tf.newaxis], 2, 2, "VALID")
-        text = tf.strings.as_string(x[0])
-        return tf.reduce_sum(pooled**2) + tf.strings.to_number(text)
+        return tf.reduce_sum(pooled**2) + by_bits(x[0])
 
-    with pytest.raises(WrongDerivativeError, match="AsString"):
+    with pytest.raises(WrongDerivativeError, match="Bitcast"):
         hvp(f)([1.0, 2.0], [1.0, 1.0])
