@@ -65,6 +65,16 @@ def test_the_spread_of_one_row_is_withheld():
         grad(lambda x: tf.reduce_sum(tf.math.reduce_std(x, 0)))([[1.0, 2.0]])
 
 
+@pytest.mark.parametrize("road", [hvp, hessian])
+def test_a_first_derivative_that_is_no_number_is_withheld_at_the_second_order(road):
+    def f(x):
+        return tf.sqrt(tf.reduce_sum(x**2)) ** 2
+
+    direction = (np.ones(2),) if road is hvp else ()
+    with pytest.raises(WrongDerivativeError, match="nan"):
+        road(f)(np.zeros(2), *direction)
+
+
 def test_the_source_is_named():
     def f(a, x):
         return tf.reduce_sum(a) + by_eigenvectors(x)
