@@ -9,6 +9,7 @@ truncation, which grows as the step does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,27 @@ REFINEMENTS = 5
 """How often the step is quartered while truncation outweighs rounding."""
 
 
+class Tolerance(NamedTuple):
+    """Relative disagreements that pass.
+
+    Attributes:
+        asked: Where the user asked for a check: its differences are extrapolated.
+        unasked: Where nobody did: two evaluations have to suffice.
+    """
+
+    asked: float
+    unasked: float
+
+
+TOLERANCES = {
+    tf.float64: Tolerance(1e-6, 1e-4),
+    tf.float32: Tolerance(3e-4, 2e-2),
+    tf.float16: Tolerance(3e-2, 0.2),
+    tf.bfloat16: Tolerance(3e-2, 0.3),
+}
+"""What passes, by the coarsest dtype involved."""
+
+
 class FiniteDifference(NamedTuple):
     """A derivative by finite differences: the value, and how far off it may be.
 
@@ -42,6 +64,77 @@ class FiniteDifference(NamedTuple):
 
     value: nested.Nest
     error: nested.Nest
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A derivative along one direction, by autodiff and by finite differences.
+
+    All that compare the two have this judge: `check_grads`, and the check of the first
+    answer of each trace. How the difference and its error are found is their own.
+
+    Attributes:
+        autodiff: The gradient times the direction.
+        numerical: The finite difference.
+        error: Its error estimate.
+        rtol: The relative disagreement that is allowed beyond three error estimates.
+        kink: The slopes on the left and on the right, where they stay apart.
+    """
+
+    autodiff: float
+    numerical: float
+    error: float
+    rtol: float
+    kink: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        """Return the numbers, as messages show them."""
+        found = f"differences {self.numerical:.6g} ± {self.error:.1g}"
+        return f"{self.autodiff:.6g}, {found}"
+
+    @property
+    def scale(self) -> float:
+        """The size of the slope."""
+        return max(abs(self.autodiff), abs(self.numerical))
+
+    @property
+    def gap(self) -> float:
+        """How far the two are apart."""
+        return abs(self.autodiff - self.numerical)
+
+    def agrees_with(self, other: Slope) -> bool:
+        """Return whether the error bars of the two finite differences meet."""
+        apart = abs(self.numerical - other.numerical)
+        return apart <= self.error + other.error
+
+    @property
+    def excess(self) -> float:
+        """How far the disagreement is beyond what is allowed."""
+        allowed = self.rtol * self.scale + 3 * self.error
+        return self.gap - allowed
+
+    @property
+    def verdict(self) -> str:
+        """Return "pass", "fail" or "inconclusive"."""
+        if not np.isfinite(self.autodiff):
+            return "fail"
+        if not np.isfinite(self.error):
+            return "inconclusive"
+        if self.excess > 0 or self.kink:
+            return "inconclusive" if self.is_subgradient else "fail"
+        if self.scale == 0:  # exactly flat, and autodiff says so
+            return "pass"
+        # What is let through: 5 % of the slope, or little more than asked for.
+        hidden = max(0.05, 3 * self.rtol) * self.scale
+        return "inconclusive" if 3 * self.error > hidden else "pass"
+
+    @property
+    def is_subgradient(self) -> bool:
+        """Whether autodiff's slope lies between the two slopes of a kink."""
+        if self.kink is None:
+            return False
+        slack = self.rtol * max(map(abs, self.kink)) + 3 * self.error
+        return min(self.kink) - slack <= self.autodiff <= max(self.kink) + slack
 
 
 def finite_difference(
@@ -171,6 +264,18 @@ def step_for(leaves: list[Array], epsilon: float) -> float:
     mean_square = sum(float(np.vdot(leaf, leaf)) for leaf in leaves) / max(size, 1)
     scale = max(1.0, mean_square**0.5)
     return float(2.0 ** np.round(np.log2(epsilon**0.2 * scale)))
+
+
+def rounding_error(values: Array) -> Array:
+    """Return the rounding error of some nine values, evenly spaced along axis 0.
+
+    Fourth differences wipe out what is smooth on the scale of their spacing, and leave
+    what changes from one value to the next (Moré and Wild 2011, SIAM J. Sci. Comput.
+    33, 4.1).
+    """
+    differences = np.diff(values, 4, axis=0)
+    root_mean_square: Array = np.sqrt(np.mean(differences**2, axis=0) / 70)
+    return root_mean_square  # 70: (8 choose 4)
 
 
 def require_finite(nest: nested.Nest, name: str) -> None:

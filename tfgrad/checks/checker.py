@@ -19,8 +19,8 @@ from tfgrad.checks.scalar import (
     weighted_output,
 )
 from tfgrad.checks.subject import Subject
-from tfgrad.derivatives.verification import ASKED_RTOL
-from tfgrad.differences import EPSILONS, Array
+from tfgrad.derivatives.verification import random_weights
+from tfgrad.differences import EPSILONS, TOLERANCES, Array
 
 
 class Function(NamedTuple):
@@ -46,7 +46,7 @@ class Checker:
         subject: The function, and where.
         chosen: The modes to check.
         directions: How many directions per argument and order.
-        rtol: The relative disagreement that is allowed; None for `ASKED_RTOL`.
+        rtol: The relative disagreement that is allowed; None for that of the dtype.
         full: Look at every element of an argument that fails.
         seed: Of the random directions and weights.
     """
@@ -73,7 +73,7 @@ class Checker:
                 for a in self._point.arrays
             ],
             EPSILONS[coarsest],
-            ASKED_RTOL[coarsest] if rtol is None else rtol,
+            TOLERANCES[coarsest].asked if rtol is None else rtol,
             full,
         )
 
@@ -100,7 +100,9 @@ class Checker:
     def _function(self) -> Function:
         """Return the function of the first order: the weighted output."""
         output = self._subject.output(self._setting.epsilon)
-        weights = np.ones(()) if output.size == 1 else self._weights(output.shape)
+        weights = np.ones(())
+        if output.size != 1:
+            weights = random_weights(self._generator, output.shape)
         scalar = weighted_output(self._subject.call, weights)
         is_compiled = bool({"compiled", "xla"} & set(self._chosen))
         call = self._subject.compilable() if is_compiled else None
@@ -191,8 +193,3 @@ class Checker:
         """Return a random direction of length 1."""
         normal = self._generator.normal(size=shape)
         return normal / (np.linalg.norm(normal) or 1.0)
-
-    def _weights(self, shape: tuple[int, ...]) -> Array:
-        """Return random weights of both signs, none of which is close to zero."""
-        signs = self._generator.choice([-1.0, 1.0], size=shape)
-        return signs * self._generator.uniform(0.5, 1.5, size=shape)

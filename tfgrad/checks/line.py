@@ -9,8 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.checks.scalar import Point, inner
-from tfgrad.derivatives.verification import rounding_error
-from tfgrad.differences import Array
+from tfgrad.differences import Array, rounding_error
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 
 from tfgrad.checks.report import Check, Element
 from tfgrad.checks.scalar import Point, Scalar, forward_slope, inner
-from tfgrad.checks.slopes import Probe, Slope, place_of
-from tfgrad.differences import Array
+from tfgrad.checks.slopes import Probe, place_of
+from tfgrad.differences import Array, Slope
 
 _SAME = 100
 """Machine epsilons by which two orders of the same operations may differ."""

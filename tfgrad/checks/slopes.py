@@ -14,7 +14,7 @@ import numpy as np
 from tfgrad.checks.line import Line
 from tfgrad.checks.report import Element
 from tfgrad.checks.scalar import Point, inner
-from tfgrad.differences import REFINEMENTS, Array, line_derivative, step_for
+from tfgrad.differences import REFINEMENTS, Array, Slope, line_derivative, step_for
 
 _MOST_ELEMENTS = 5
 """How many wrong elements are looked for."""
@@ -28,69 +28,6 @@ last is a dozen roundings of the argument, in single precision."""
 
 _FEW = 32
 """Up to so many elements are looked at one by one."""
-
-
-@dataclass(frozen=True)
-class Slope:
-    """A derivative along one direction, by autodiff and by finite differences.
-
-    Attributes:
-        autodiff: The gradient times the direction.
-        numerical: The finite difference.
-        error: Its error estimate.
-        rtol: The relative disagreement that is allowed beyond three error estimates.
-        kink: The slopes on the left and on the right, where they stay apart.
-    """
-
-    autodiff: float
-    numerical: float
-    error: float
-    rtol: float
-    kink: tuple[float, float] | None = None
-
-    @property
-    def scale(self) -> float:
-        """The size of the slope."""
-        return max(abs(self.autodiff), abs(self.numerical))
-
-    @property
-    def gap(self) -> float:
-        """How far the two are apart."""
-        return abs(self.autodiff - self.numerical)
-
-    def agrees_with(self, other: Slope) -> bool:
-        """Return whether the error bars of the two finite differences meet."""
-        apart = abs(self.numerical - other.numerical)
-        return apart <= self.error + other.error
-
-    @property
-    def excess(self) -> float:
-        """How far the disagreement is beyond what is allowed."""
-        allowed = self.rtol * self.scale + 3 * self.error
-        return self.gap - allowed
-
-    @property
-    def verdict(self) -> str:
-        """Return "pass", "fail" or "inconclusive"."""
-        if not np.isfinite(self.autodiff):
-            return "fail"
-        if not np.isfinite(self.error):
-            return "inconclusive"
-        if self.excess > 0 or self.kink:
-            return "inconclusive" if self.is_subgradient else "fail"
-        if self.scale == 0:  # exactly flat, and autodiff says so
-            return "pass"
-        # What is let through: 5 % of the slope, or little more than asked for.
-        hidden = max(0.05, 3 * self.rtol) * self.scale
-        return "inconclusive" if 3 * self.error > hidden else "pass"
-
-    @property
-    def is_subgradient(self) -> bool:
-        """Whether autodiff's slope lies between the two slopes of a kink."""
-        if self.kink is None:
-            return False
-        slack = self.rtol * max(map(abs, self.kink)) + 3 * self.error
-        return min(self.kink) - slack <= self.autodiff <= max(self.kink) + slack
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from tfgrad.derivatives.verification import (
     MOST_MOVING,
     Array,
     Arrays,
-    Disagreement,
     Functions,
     coarsest,
     disagreement,
@@ -31,6 +30,7 @@ from tfgrad.derivatives.verification import (
 )
 from tfgrad.diagnosis.graphs import unrepeatable
 from tfgrad.diagnosis.lines import line_of, made_by_gradient
+from tfgrad.differences import Slope
 from tfgrad.errors import WrongDerivativeError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ SUSPICIOUS = {
     "Qr": "where columns depend on each other, its slope is not known",
     "SelfAdjointEigV2": "where eigenvalues repeat, the slopes of eigenvectors are lost",
     "Svd": "where singular values repeat, the slopes of the vectors are lost",
-    "AsString": "text has no slope, so this path is left out",
+    "Bitcast": "bits have no slope, so this path is left out",
     "Sqrt": "its slope at 0 is infinite, and infinite times 0 is NaN",
     "Relu": "at 0 its slope is taken to be 0, whatever stands beside it",
     "Abs": "at 0 its slope is taken to be 0, whatever stands beside it",
@@ -146,8 +146,10 @@ class Certificate:
         wrong = disagreement(functions) if functions.values else None
         if wrong is None or any(map(redefines_slope, self._operations)):
             return
-        index = self._source(functions, wrong)
-        raise _withheld(wrong, self.call.name, self.call.names[index], self._operations)
+        index = _source(functions)
+        raise _withheld(
+            *wrong, self.call.name, self.call.names[index], self._operations
+        )
 
     def _evaluate(self, direction: Arrays, t: float) -> list[Arrays]:
         call, values = self.call, {}
@@ -169,10 +171,11 @@ class Certificate:
     def _claimed(self, direction: Arrays, weights: list[Arrays]) -> Array:
         return np.array(self._slopes(self, direction, weights), np.float64)
 
-    def _source(self, functions: Functions, wrong: Disagreement) -> int:
-        """Return the index of the first source with a wrong derivative."""
-        places = range(len(functions.point))
-        return next((i for i in places if disagreement(functions, [i])), 0)
+
+def _source(functions: Functions) -> int:
+    """Return the index of the first source with a wrong derivative."""
+    places = range(len(functions.point))
+    return next((i for i in places if disagreement(functions, [i])), 0)
 
 
 def verify(
@@ -234,9 +237,7 @@ def verify(
     wrong = disagreement(functions)
     if wrong is None or any(map(redefines_slope, operations)):
         return
-    places = range(len(sources))
-    index = next((i for i in places if disagreement(functions, [i])), 0)
-    raise _withheld(wrong, name, names[index], operations)
+    raise _withheld(*wrong, name, names[_source(functions)], operations)
 
 
 def _reads_one_triangle(operations: Sequence[tf.Operation]) -> bool:
@@ -244,7 +245,11 @@ def _reads_one_triangle(operations: Sequence[tf.Operation]) -> bool:
 
 
 def _withheld(
-    wrong: Disagreement, name: str, source: str, operations: Sequence[tf.Operation]
+    level: int,
+    wrong: Slope,
+    name: str,
+    source: str,
+    operations: Sequence[tf.Operation],
 ) -> WrongDerivativeError:
     known = (
         f"; perhaps {kind} at {line_of(op)}: {reason}"
@@ -252,7 +257,7 @@ def _withheld(
         for op in operations
         if op.type == kind
     )
-    order = "second derivative" if wrong.level else "derivative"
+    order = "second derivative" if level else "derivative"
     return WrongDerivativeError(
         f"TensorFlow's {order} of `{name}` is wrong, by `{source}`.",
         got=f"along a random direction {wrong}{next(known, '')}",
@@ -273,7 +278,7 @@ def wrong_gradient(
     evaluate: Callable[[Call], Sequence[tf.Tensor]],
     weights: Sequence[tf.Tensor] | None,
     gradients: Sequence[tf.Tensor],
-) -> tuple[int, Disagreement] | None:
+) -> tuple[int, Slope] | None:
     """Return the first source whose gradient, taken eagerly, is wrong, and how wrong.
 
     Args:
@@ -304,7 +309,7 @@ def wrong_gradient(
     for index in range(len(functions.point)):
         wrong = disagreement(functions, [index])
         if wrong is not None:
-            return index, wrong
+            return index, wrong[1]
     return None
 
 

@@ -152,6 +152,45 @@ def _segment_products(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
+    *("SegmentMean", "SegmentMax", "SegmentMin"),
+    *("UnsortedSegmentMax", "UnsortedSegmentMin"),
+    reason="TensorFlow divides by the size of a segment, which may be 0",
+    first=False,
+)
+def _segment_shares(op: Any, grad: tf.Tensor) -> Any:
+    x, ids, *count = op.inputs
+    places = tf.maximum(ids, 0)
+    shares = tf.ones_like(x)
+    if op.type != "SegmentMean":
+        is_extreme = tf.equal(x, tf.gather(op.outputs[0], places))
+        shares = tf.cast(is_extreme, x.dtype)
+    shares = _where_rows(ids > -1, shares)
+    sums = tf.math.unsorted_segment_sum(shares, ids, tf.shape(grad)[0])
+    shares = tf.math.divide_no_nan(shares, tf.gather(sums, places))
+    slope = tf.gather(grad, places) * shares
+    return slope, None, *(None for _ in count)
+
+
+@_repairs(
+    *("SparseSegmentSum", "SparseSegmentSumWithNumSegments"),
+    *("SparseSegmentMean", "SparseSegmentMeanWithNumSegments"),
+    *("SparseSegmentSqrtN", "SparseSegmentSqrtNWithNumSegments"),
+    reason="right by itself; the op that it is made of has no gradient",
+    first=False,
+)
+def _sparse_segments(op: Any, grad: tf.Tensor) -> Any:
+    x, indices, ids, *count = op.inputs
+    sizes = tf.math.unsorted_segment_sum(
+        tf.ones(tf.shape(ids), x.dtype), ids, tf.shape(grad)[0]
+    )
+    power = -1.0 if "Mean" in op.type else -0.5 if "Sqrt" in op.type else 0.0
+    weights = tf.gather(sizes, ids) ** power
+    rows = tf.einsum("i,i...->i...", weights, tf.gather(grad, ids))
+    slope = tf.math.unsorted_segment_sum(rows, indices, tf.shape(x)[0])
+    return slope, None, None, *(None for _ in count)
+
+
+@_repairs(
     "CumulativeLogsumexp",
     reason="TensorFlow takes the logarithm of the cotangent, which may be zero",
     first=False,
@@ -327,19 +366,19 @@ def _singular_vectors(op: Any, by_s: tf.Tensor, *by_vectors: tf.Tensor) -> Any:
     sums = row + tf.linalg.matrix_transpose(row)
     left = tf.matmul(u, by_u, adjoint_a=True)
     right = tf.matmul(v, by_v, adjoint_a=True)
-    turned = [tf.math.xdivy(_over_gaps(t, s), sums) for t in (left, right)]
+    turned = [_quotient(_over_gaps(t, s), sums) for t in (left, right)]
     turned_left, turned_right = (t + tf.linalg.adjoint(t) for t in turned)
     inner += turned_left * row + tf.linalg.matrix_transpose(row) * turned_right
     if x.dtype.is_complex:
         turn = tf.math.imag(tf.linalg.diag_part(right))
-        inner -= tf.linalg.diag(tf.complex(0 * s, tf.math.xdivy(turn, s)))
+        inner -= tf.linalg.diag(tf.complex(0 * s, _quotient(turn, s)))
     slope = tf.matmul(u, tf.matmul(inner, v, adjoint_b=True))
     height, width = _sides(x)
     if height is None or width is None or height > width:
-        outside = tf.math.xdivy(by_u - tf.matmul(u, left), row)
+        outside = _quotient(by_u - tf.matmul(u, left), row)
         slope += tf.matmul(outside, v, adjoint_b=True)
     if height is None or width is None or width > height:
-        outside = tf.math.xdivy(by_v - tf.matmul(v, right), row)
+        outside = _quotient(by_v - tf.matmul(v, right), row)
         slope += tf.matmul(u, outside, adjoint_b=True)
     return slope
 
@@ -842,7 +881,13 @@ def _over_gaps(x: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     largest = _as_matrices(tf.reduce_max(tf.abs(values), axis=-1))
     gaps = tf.where(tf.abs(gaps) > 4 * EPSILONS[values.dtype] * largest, gaps, 0)
     x = tf.linalg.set_diag(x, tf.zeros_like(tf.linalg.diag_part(x)))
-    return tf.math.xdivy(x, tf.cast(gaps, x.dtype))
+    return _quotient(x, tf.cast(gaps, x.dtype))
+
+
+def _quotient(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    """Return x / y, and 0 for 0 / 0, whose slope by x is infinite all the same."""
+    infinite = tf.where(tf.equal(y, 0), tf.cast(np.inf, x.dtype), tf.zeros_like(x))
+    return tf.math.xdivy(x, y) + tf.math.multiply_no_nan(infinite, x)
 
 
 def _adjugate(x: tf.Tensor) -> tf.Tensor:

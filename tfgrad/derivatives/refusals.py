@@ -21,6 +21,15 @@ _PASSED_OVER = ("CheckNumerics", "Assert", "Placeholder")
 _HINT = "another form of the same function; float32 on a CPU; a tf.custom_gradient"
 
 
+def is_made_twice(error: Exception) -> bool:
+    """Return whether TensorFlow refuses to add a gradient of the same name again.
+
+    Within a gradient of its own, as that of `tf.nn.ctc_loss`, loops and branches have
+    names that do not change, and so have their gradients, one for each order.
+    """
+    return "add a duplicate function" in str(error)
+
+
 def refusal_at_run_time(
     error: Exception, graph: Any, name: str
 ) -> NoGradientError | None:
@@ -31,6 +40,8 @@ def refusal_at_run_time(
         graph: What ran.
         name: What the user calls the function.
     """
+    if is_made_twice(error):
+        return refusal_by_gradient(error, name)
     if re.search("XLA|tf2xla", str(error)):
         return None
     nodes = {match["name"].split("/")[-1] for match in _NODE.finditer(str(error))}
@@ -53,6 +64,13 @@ def refusal_by_gradient(error: Exception, name: str) -> NoGradientError | None:
         error: What TensorFlow raised.
         name: What the user calls the function.
     """
+    if is_made_twice(error):
+        return NoGradientError(
+            f"TensorFlow has no derivative of this order of `{name}`.",
+            got="a loop or a branch in a gradient of TensorFlow's own, as in "
+            "tf.nn.ctc_loss, which it can differentiate once in a process",
+            hint="tfgrad.finite_difference of tfgrad.grad(f); another form of the op",
+        )
     missing = re.search(r"op type: (\w+)", str(error))
     if isinstance(error, LookupError) and missing:
         return NoGradientError(

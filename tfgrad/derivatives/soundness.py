@@ -38,9 +38,12 @@ class UnverifiableGradientError(NoGradientError):
 
 
 # Read off tensorflow/python/ops/*_grad.py, TensorFlow 2.21: what returns None for a
-# float input that moves the output, or is registered with ops.NotDifferentiable.
+# float input that moves the output, or is registered with ops.NotDifferentiable; and
+# the ops that make numbers of text, which may have been numbers before.
 IGNORED_INPUTS: dict[str, tuple[int, ...]] = {
     "Betainc": (0, 1),
+    "DecodePaddedRaw": (0,),
+    "DecodeRaw": (0,),
     "DrawBoundingBoxes": (0, 1),
     "DrawBoundingBoxesV2": (0, 1, 2),
     "ExtractGlimpse": (0, 2),
@@ -53,10 +56,12 @@ IGNORED_INPUTS: dict[str, tuple[int, ...]] = {
     "OneHot": (2, 3),
     "PadV2": (2,),
     "ParameterizedTruncatedNormal": (1, 2, 3, 4),
+    "ParseTensor": (0,),
     "Polygamma": (0,),
     "RandomShuffle": (0,),
     "Range": (0, 1, 2),
     "ScaleAndTranslate": (2, 3),
+    "StringToNumber": (0,),
     "Zeta": (0,),
 }
 """The positions of the inputs that an op's registered gradient leaves out."""
@@ -242,7 +247,9 @@ def _takes(op: tf.Operation, between: set[Any]) -> bool:
         return may_drop([op]) and any(t.ref() in between for t in op.inputs)
     if not _is_suspect(op):
         return False
-    return any(t.ref() in between for t in _dropped(op) if carries(t))
+    # Integers that Python code takes, or a variable, are no part of a slope.
+    any_dtype = op.type in IGNORED_INPUTS
+    return any(t.ref() in between for t in _dropped(op) if any_dtype or carries(t))
 
 
 def _is_suspect(op: tf.Operation) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 import tensorflow as tf
 
 from tfgrad.derivatives.refusals import (
+    is_made_twice,
     no_gradient,
     refusal_at_run_time,
     refusal_by_gradient,
@@ -346,7 +347,7 @@ class Traces:
         except TfgradError:
             raise
         except Exception as error:  # a user's function may raise anything
-            if self._jit:
+            if self._jit or is_made_twice(error):
                 refused = refusal_by_gradient(error, name_of(self._f))
                 raise refused or error from None
             what = str(error).strip().splitlines()[-1].strip()

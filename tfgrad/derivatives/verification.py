@@ -11,8 +11,9 @@ and for a function that draws random numbers, nothing is concluded.
 `check_grads` has another procedure, in `checks.slopes`: it moves one argument at a
 time, spends a hundred evaluations on a verdict, names the wrong elements, and says
 "inconclusive" where it cannot tell. Here all arguments move together, two evaluations
-suffice for a right derivative, and a doubtful one passes. The tolerances, and the
-measurement of rounding errors, which both use, stand here.
+suffice for a right derivative, and a doubtful one passes. What both arrive at, a slope
+beside a difference with an error bar, has one judge and one table of tolerances, in
+`tfgrad.differences`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tfgrad.differences import EPSILONS
+from tfgrad.differences import EPSILONS, TOLERANCES, Slope, rounding_error
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -35,12 +36,6 @@ DIRECTIONS = 3
 STEPS = 5
 """Steps that are tried, each a quarter of the one before."""
 
-RTOL = {tf.float64: 1e-4, tf.float32: 2e-2, tf.float16: 0.2, tf.bfloat16: 0.3}
-"""Relative disagreement that passes, by the coarsest dtype involved."""
-
-ASKED_RTOL = {tf.float64: 1e-6, tf.float32: 3e-4, tf.float16: 3e-2, tf.bfloat16: 3e-2}
-"""The same for `check_grads`, whose differences are extrapolated, so more exact."""
-
 LARGE, LARGE_RTOL = 2**20, 0.1
 """From this many elements on, an evaluation is dear, and `rtol` at least the second."""
 
@@ -51,7 +46,7 @@ STEEPER = 30.0
 """A derivative that is so many times steeper than the differences is not judged."""
 
 SAME = 0.05
-"""The slopes on both sides may differ by this part of the disagreement, not by more."""
+"""The slopes on both sides may differ by this part of a disagreement, not by more."""
 
 _ROUNDINGS = 16
 """Rounding errors that a value may have accumulated."""
@@ -61,28 +56,6 @@ _TERMS = 32
 
 The terms are not known. They are taken to be of the size of the functions.
 """
-
-
-class Disagreement(NamedTuple):
-    """A directional derivative that is wrong.
-
-    Attributes:
-        level: The index of the function.
-        claimed: The slope to be verified.
-        difference: What the finite difference gives.
-        error: The error estimate of the difference.
-    """
-
-    level: int
-    claimed: float
-    difference: float
-    error: float
-
-    def __str__(self) -> str:
-        """Return the numbers, as messages show them."""
-        return (
-            f"{self.claimed:.6g}, differences {self.difference:.6g} ± {self.error:.1g}"
-        )
 
 
 class Functions(NamedTuple):
@@ -110,12 +83,15 @@ class Functions(NamedTuple):
 
 def disagreement(
     functions: Functions, moving: Sequence[int] | None = None
-) -> Disagreement | None:
+) -> tuple[int, Slope] | None:
     """Return where a derivative is wrong, None if all are right or it cannot be told.
 
     Args:
         functions: What to verify.
         moving: The places of the sources that move; None means all.
+
+    Returns:
+        The index of the function, and its slope.
     """
     try:
         with np.errstate(all="ignore"):  # what is not finite compares as False
@@ -145,6 +121,12 @@ def random_like(tensors: Iterable[Any], seed: int = 0) -> list[tf.Tensor]:
     return [tf.constant(generator.normal(size=t.shape), t.dtype) for t in tensors]
 
 
+def random_weights(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Return random weights of both signs, none of which is close to zero."""
+    signs = generator.choice([-1.0, 1.0], size=shape)
+    return np.asarray(signs * generator.uniform(0.5, 1.5, size=shape))
+
+
 class _RefusedError(Exception):
     """A user's function raised at a point that only we asked for."""
 
@@ -156,9 +138,8 @@ class _Line:
         generator = np.random.default_rng(1)
         self._functions = functions
         self._direction = direction
-        # Of both signs, none of which is close to zero.
         self._weights = [
-            [_weights(generator, y.shape) for y in outputs]
+            [random_weights(generator, y.shape) for y in outputs]
             for outputs in functions.values
         ]
 
@@ -207,11 +188,12 @@ class _Line:
 
 def _disagreement(
     functions: Functions, moving: Sequence[int] | None
-) -> Disagreement | None:
-    epsilon, rtol = float(EPSILONS[functions.dtype]), RTOL[functions.dtype]
+) -> tuple[int, Slope] | None:
+    epsilon = float(EPSILONS[functions.dtype])
+    rtol = TOLERANCES[functions.dtype].unasked
     if sum(x.size for x in functions.point) > LARGE:
         rtol = max(rtol, LARGE_RTOL)
-    settled: list[Disagreement | None] = []
+    settled: list[Slope | None] = []
     suspects = np.ones(len(functions.values), bool)
     for trial in range(DIRECTIONS):
         line = _Line(functions, _direction(functions, trial, moving))
@@ -242,7 +224,7 @@ def _disagreement(
         suspects &= np.array([wrong is not None for wrong in settled])
         if not np.any(suspects):
             return None
-    return settled[int(np.flatnonzero(suspects)[0])]
+    return next((i, s) for i, s in enumerate(settled) if s and suspects[i])
 
 
 class _Sides:
@@ -267,6 +249,11 @@ class _Sides:
         """The central differences, one for each step."""
         return [(a + b) / 2 for a, b in zip(self.right, self.left, strict=True)]
 
+    def of_each(self) -> list[tuple[Array, Array]]:
+        """Return for each function the slopes on the right and those on the left."""
+        columns = np.transpose(self.right), np.transpose(self.left)
+        return list(zip(*columns, strict=True))
+
     def go_on(self) -> None:
         """Try a quarter of the last step."""
         step = self.steps[-1] / 4
@@ -277,26 +264,23 @@ class _Sides:
 
 def _settled(
     line: _Line, center: Array, claimed: Array, sides: _Sides, rtol: float
-) -> list[Disagreement | None]:
-    """Return for each function how it is wrong along the line; None if it is not."""
+) -> list[Slope | None]:
+    """Return the slope of each function along the line; None if it is not wrong."""
     epsilon, sizes = float(EPSILONS[line.dtype]), line.sizes()
-    right, left, steps = map(np.array, (sides.right, sides.left, sides.steps))
-    floor = _TERMS * (epsilon * float(np.max(sizes)) + line.underflow())
+    largest = float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
+    floor = _TERMS * (epsilon * largest + line.underflow())
 
-    def judged(noise: Array) -> list[Disagreement | None]:
-        errors = 4 * noise / steps[:, np.newaxis]
+    def judged(noise: Array) -> list[Slope | None]:
+        rows = zip(claimed, sides.of_each(), noise, sizes, strict=True)
+        slopes = [
+            _slope(value, *both, 4 * rounding / np.array(sides.steps), size, floor)
+            for value, both, rounding, size in rows
+        ]
+        found = (Slope(*slope, rtol) for slope in slopes)
+        # What is no number is wrong only where the differences are known.
         return [
-            _wrong(
-                i,
-                claimed[i],
-                right[:, i],
-                left[:, i],
-                errors[:, i],
-                sizes[i],
-                rtol,
-                floor,
-            )
-            for i in range(len(center))
+            slope if np.isfinite(slope.error) and slope.verdict == "fail" else None
+            for slope in found
         ]
 
     noise = epsilon * sizes
@@ -304,21 +288,22 @@ def _settled(
         return [None for _ in center]
     # The noise, and whether f is random, are measured here only: it takes evaluations.
     is_random = ~(np.abs(line(0.0) - center) <= _ROUNDINGS * noise)
-    found = judged(np.maximum(noise, _noise(line, steps[-1])))
+    found = judged(np.maximum(noise, _noise(line, sides.steps[-1])))
     return [None if r else wrong for r, wrong in zip(is_random, found, strict=True)]
 
 
-def _wrong(
-    level: int,
+def _slope(
     claimed: float,
     right: Array,
     left: Array,
     errors: Array,
     value: float,
-    rtol: float,
     floor: float,
-) -> Disagreement | None:
-    """Return the disagreement with slopes on which both sides and two steps agree."""
+) -> tuple[float, float, float]:
+    """Return the claimed slope, the surest difference, and the error of that.
+
+    The error is that of rounding, and how far both sides and two steps are apart.
+    """
     secants = np.maximum(np.abs(right), np.abs(left))[2:]
     # Richardson's extrapolation removes what curvature adds to one-sided slopes.
     right, left = ((4 * side[1:] - side[:-1]) / 3 for side in (right, left))
@@ -326,44 +311,22 @@ def _wrong(
     apart = np.maximum(np.abs(right - left)[1:], np.abs(np.diff(slopes)))
     slopes, errors = slopes[1:], errors[2:]
     if np.isfinite(claimed):
-        gaps = np.abs(claimed - slopes)
-        size = np.maximum(np.abs(slopes), abs(claimed))
-        clear = (gaps > rtol * size + floor) & (errors <= gaps / 4)
         # A slope far steeper than all differences is that of a feature smaller than all
         # steps, such as an epsilon under a root.
-        clear &= abs(claimed) <= STEEPER * np.abs(slopes) + floor
-        agree = apart <= SAME * gaps
+        usable = abs(claimed) <= STEEPER * np.abs(slopes) + floor
     else:
-        clear = errors <= SAME * np.maximum(secants, value)
-        agree = apart <= SAME * secants + errors
-    places = np.flatnonzero(clear & agree)
-    if not places.size:
-        return None
-    best = places[np.argmin(errors[places] + apart[places])]
-    return Disagreement(
-        level,
-        float(claimed),
-        float(slopes[best]),
-        float(max(errors[best], apart[best])),
-    )
+        usable = errors <= SAME * np.maximum(secants, value)
+        usable &= apart <= SAME * secants + errors
+    bars = np.max([4 * errors, apart / SAME, np.full_like(errors, floor)], axis=0) / 3
+    bars = np.where(usable & np.isfinite(bars), bars, np.inf)
+    best = np.argmin(bars)
+    return float(claimed), float(slopes[best]), float(bars[best])
 
 
 def _noise(line: _Line, step: float) -> Array:
     """Return three times the rounding error of the values."""
     values = np.array([line(k * step / 8) for k in range(-4, 5)])
     return 3 * rounding_error(values)
-
-
-def rounding_error(values: Array) -> Array:
-    """Return the rounding error of some nine values, evenly spaced along axis 0.
-
-    Fourth differences wipe out what is smooth on the scale of their spacing, and leave
-    what changes from one value to the next (Moré and Wild 2011, SIAM J. Sci. Comput.
-    33, 4.1).
-    """
-    differences = np.diff(values, 4, axis=0)
-    root_mean_square: Array = np.sqrt(np.mean(differences**2, axis=0) / 70)
-    return root_mean_square  # 70: (8 choose 4)
 
 
 def _direction(
@@ -403,8 +366,3 @@ def _is_symmetric(x: Array) -> bool:
 def _scale(x: Array) -> Array:
     typical = float(np.sqrt(np.mean(x**2))) if x.size else 0.0
     return np.where(x == 0, typical or 1.0, np.abs(x))
-
-
-def _weights(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    signs = generator.choice([-1.0, 1.0], size=shape)
-    return np.asarray(signs * generator.uniform(0.5, 1.5, size=shape))

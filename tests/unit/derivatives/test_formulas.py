@@ -154,6 +154,15 @@ def test_no_slope_is_made_up_where_values_repeat(name):
         grad(f)(x)
 
 
+@pytest.mark.parametrize("name", REPEATING)
+def test_nor_in_forward_mode_where_the_trace_is_an_old_one(name):
+    f, x = REPEATING[name]
+    compiled, generic = tf.function(f), (ANY + 5 * np.diag([1.0, 2.0, 3.0]),)
+
+    assert np.isfinite(tfgrad.jvp(compiled, generic, (SYMMETRIC,))[1])
+    assert not np.isfinite(tfgrad.jvp(compiled, (x,), (SYMMETRIC,))[1])
+
+
 def test_slopes_of_the_values_alone_are_known_where_they_repeat():
     values = lambda x: tf.reduce_sum(tf.exp(tf.linalg.eigh(x)[0]))  # noqa: E731
     one = lambda x: tf.linalg.eigh(x)[1][0, 0] ** 2  # noqa: E731  of a simple value
@@ -161,6 +170,7 @@ def test_slopes_of_the_values_alone_are_known_where_they_repeat():
 
     np.testing.assert_allclose(grad(values)(x), np.diag(np.exp([1.0, 3.0, 3.0])))
     np.testing.assert_allclose(grad(one)(x), np.zeros((3, 3)))
+    assert float(tfgrad.jvp(one, (x,), (SYMMETRIC,))[1]) == 0.0
 
 
 def test_slices_of_sparse_tensors_are_differentiated_twice():
@@ -263,6 +273,36 @@ def test_the_square_of_a_norm_is_flat_at_zero():
 
     np.testing.assert_allclose(grad(f)(np.zeros(3)), np.zeros(3))
     np.testing.assert_allclose(grad(f)(np.array([3.0, 4.0])), [6.0, 8.0])
+
+
+# Functions of rows, in segments one of which is empty.
+SEGMENTS = {
+    "mean": lambda x: tf.math.segment_mean(x, [0, 0, 2]),
+    "max": lambda x: tf.math.segment_max(x, [0, 0, 2]),
+    "min": lambda x: tf.math.segment_min(x, [0, 0, 2]),
+    "unsorted max": lambda x: tf.gather(
+        tf.math.unsorted_segment_max(x, [2, -1, 2], 3), [2]
+    ),
+    "sparse": lambda x: tf.sparse.segment_sum(x, [0, 2, 0], [0, 0, 1]),
+    "sparse means": lambda x: tf.sparse.segment_mean(
+        x, [0, 2, 2], [0, 3, 3], num_segments=5
+    ),
+    "sparse, by roots": lambda x: tf.sparse.segment_sqrt_n(x, [0, 2, 0], [0, 1, 1]),
+    "embeddings": lambda x: tf.nn.embedding_lookup_sparse(
+        x, tf.sparse.from_dense([[1, 2], [2, 0]]), None, combiner="mean"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segments_forward_and_twice(name):
+    f = lambda x: tf.reduce_sum(tf.sin(SEGMENTS[name](x)))  # noqa: E731  one line
+    slope, _ = tfgrad.finite_difference(f, ANY, SYMMETRIC)
+    curvature, _ = tfgrad.finite_difference(grad(f), ANY, SYMMETRIC)
+
+    close = {"rtol": 1e-6, "atol": 1e-8}
+    np.testing.assert_allclose(tfgrad.jvp(f, (ANY,), (SYMMETRIC,))[1], slope, **close)
+    np.testing.assert_allclose(tfgrad.hvp(f)(ANY, SYMMETRIC), curvature, **close)
 
 
 def test_what_has_first_derivatives_only_is_pulled_back_all_the_same():

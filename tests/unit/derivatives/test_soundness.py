@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from tfgrad.derivatives.matrices import hvp
 from tfgrad.derivatives.repairs import RepairableGradientError, repaired
-from tfgrad.derivatives.reverse import grad
+from tfgrad.derivatives.reverse import grad, vjp
 from tfgrad.derivatives.soundness import (
     every,
     folds_wrongly,
@@ -28,6 +28,8 @@ LACKING = {
     "tf.image.hsv_to_rgb": lambda x: (
         x + tf.reduce_sum(tf.image.hsv_to_rgb([[[x / 9, 0.5, 0.5]]]))
     ),
+    "text": lambda x: x**2 + tf.strings.to_number(tf.strings.as_string(x)),
+    "bytes": lambda x: x**2 + tf.io.parse_tensor(tf.io.serialize_tensor(x), x.dtype),
 }
 
 # f(x) with the same ops where they drop nothing, and its derivative at 3.
@@ -41,6 +43,10 @@ WHOLE = {
     "an unused zeta": (lambda x: [tf.math.zeta(x, 2.0), x**2][1], 6.0),
     "a pad of zeros": (lambda x: tf.reduce_sum(tf.pad([x**2], [[1, 1]])), 6.0),
     "a range of ints": (lambda x: x**2 * tf.cast(tf.range(3)[1], x.dtype), 6.0),
+    "text of a shape": (
+        lambda x: x**2 + tf.strings.to_number(tf.strings.as_string(tf.rank(x))),
+        6.0,
+    ),
 }
 
 
@@ -196,7 +202,10 @@ def test_an_op_that_the_runtime_does_not_know_is_refused():
             [[1, 2]], logits, [2], [4], logits_time_major=False, blank_index=0
         )[0]
 
-    assert np.all(np.isfinite(grad(loss)(logits)))
-    # Beside other traces, it is the comparison with differences that refuses it.
-    with pytest.raises(NoGradientError, match=r"SymbolicGradient|autodiff nan"):
-        hvp(loss)(logits, logits)
+    first = grad(loss)(logits)
+    for _ in range(2):  # TensorFlow gives its gradient of a gradient one name for ever
+        with pytest.raises(
+            NoGradientError, match=r"SymbolicGradient|once in a process"
+        ):
+            hvp(loss)(logits, logits)
+        np.testing.assert_allclose(vjp(loss, logits)[1](1.0)[0], first, rtol=1e-5)
