@@ -53,7 +53,8 @@ def process(command):
 
 def fit(count):
     """Return the seconds of a call; what it imports is not part of them."""
-    fits, start, curves = tfgrad.least_squares_many, np.array([1.0, 1.0, 0.0]), signals(count)
+    fits, curves = tfgrad.least_squares_many, signals(count)
+    start = np.array([1.0, 1.0, 0.0])
     return seconds_of(lambda: fits(misfit, start, curves))
 
 
