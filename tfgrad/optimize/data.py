@@ -467,6 +467,9 @@ def rows_of(arguments: tuple[Nest, ...]) -> tf.Tensor:
     counts = [size_of(leaf) for leaf in leaves]
     if not counts:
         return tf.constant(1)
+    known = [tf.get_static_value(count) for count in counts]
+    if known[0] is not None and all(count == known[0] for count in known):
+        return counts[0]
     others = [
         tf.debugging.assert_equal(
             counts[0], count, "All parts of a batch must have the same number of rows."

@@ -91,7 +91,7 @@ class Replicas:
         return [tf.nest.pack_sequence_as(answers, leaves) for leaves in pairs]
 
     def share(
-        self, batch: Nest, rows: tf.Tensor, *, are_own: bool = False
+        self, batch: Nest, rows: Any, *, are_own: bool = False
     ) -> tuple[Nest, tf.Tensor]:
         """Return this replica's rows of a batch, and how many those are.
 
@@ -104,6 +104,9 @@ class Replicas:
             are_own: Whether it is of this worker alone, shared by its own replicas.
         """
         index: Any = self._index()
+        known = [tf.get_static_value(each) for each in (rows, index)]
+        if None not in known and known[0] >= self.count:  # its shapes are known, too
+            rows, index = map(int, known)
         count = self.count
         if are_own:
             count = len(self.strategy.extended.worker_devices)
@@ -121,7 +124,7 @@ class Replicas:
                 return tf.sparse.slice(leaf, start, size)
             return leaf if leaf.shape.rank == 0 else leaf[first:last]
 
-        return tf.nest.map_structure(part, batch), last - first
+        return tf.nest.map_structure(part, batch), tf.convert_to_tensor(last - first)
 
     def total(self, tensors: Sequence[tf.Tensor], share: Any = None) -> list[tf.Tensor]:
         """Return the sums over all replicas: one all-reduce for each dtype.
@@ -223,7 +226,7 @@ class Replicas:
 
 def without_nan(tensor: tf.Tensor, share: Any) -> tf.Tensor:
     """Return a sum over a share of the rows, with 0 for what no rows have made NaN."""
-    if share is None:
+    if share is None or tf.get_static_value(share):
         return tensor
     is_none = (share == 0) & ~tf.math.is_finite(tensor)
     return tf.where(is_none, tf.zeros_like(tensor), tensor)

@@ -255,22 +255,22 @@ def measured(evaluation: Evaluation, scale: Any = None) -> Evaluation:
         whole = tf.constant(np.max(np.array(each, dtype.as_numpy_dtype)), dtype)
     else:
         sizes = [tf.abs(leaf) for leaf in filled]
-        each = [_most(leaf) if leaf.shape.rank else leaf for leaf in sizes]
-        each = [tf.cast(leaf, dtype) for leaf in each]
-        whole = each[0] if len(each) == 1 else _most(tf.stack(each))
+        # The maximum that XLA computes skips NaN (TensorFlow 2.21); no sum does.
+        most, total = (
+            _reduced(reduce, [tf.cast(_reduced(reduce, leaf), dtype) for leaf in sizes])
+            for reduce in (tf.reduce_max, tf.reduce_sum)
+        )
+        whole = tf.where(tf.math.is_nan(total), total, most)
     if scale is not None:
         whole /= tf.cast(scale, dtype)
     return evaluation._replace(grad_max=whole)
 
 
-def _most(sizes: tf.Tensor) -> tf.Tensor:
-    """Return the largest of numbers that are not negative, NaN if one is.
-
-    The maximum that XLA computes skips NaN (TensorFlow 2.21), so NaN is asked for.
-    """
-    is_bad = tf.reduce_any(tf.math.is_nan(sizes))
-    nan = tf.constant(float("nan"), sizes.dtype)
-    return tf.where(is_bad, nan, tf.reduce_max(sizes))
+def _reduced(reduce: Callable[[Any], tf.Tensor], numbers: Any) -> tf.Tensor:
+    """Return what numbers are reduced to; a single one is that itself."""
+    if isinstance(numbers, list):
+        numbers = numbers[0] if len(numbers) == 1 else tf.stack(numbers)
+    return reduce(numbers) if numbers.shape.rank else numbers
 
 
 def flat(evaluation: Evaluation) -> Evaluation:

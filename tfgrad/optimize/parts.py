@@ -135,14 +135,14 @@ class Parts:
             return compute(given, batch, None), None
         rows = rows_of(batch)
         mine, own = self._replicas.share(batch, rows, are_own=self._are_own)
-        count, rows = tf.cast(own, tf.float64), tf.cast(rows, tf.float64)
         is_step = self._are_own and self._source is None
         if is_step:  # a batch is what all workers have drawn
-            (rows,) = self._replicas.total([count])
-        part = compute(given, mine, count / rows)
+            (rows,) = self._replicas.total([tf.cast(own, tf.float64)])
+        share = _quotient(own, rows)
+        part = compute(given, mine, share)
         if is_step:
             part.sums["aux"][SIZE] = own
-        return part, count / rows
+        return part, share
 
     def _of_all(
         self,
@@ -355,6 +355,15 @@ class EvaluatorOfParts:
         """Return the arguments before the batch, and those made of it."""
         count = int(self.variables is None)
         return arguments[:count], arguments[count:]
+
+
+def _quotient(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """Return a / b in float64: a constant if both are."""
+    known = tf.get_static_value(a), tf.get_static_value(b)
+    if None not in known:
+        return tf.constant(known[0] / known[1], tf.float64)
+    quotient: tf.Tensor = tf.cast(a, tf.float64) / tf.cast(b, tf.float64)
+    return quotient
 
 
 def weighted(tensor: tf.Tensor, share: Any) -> tf.Tensor:
