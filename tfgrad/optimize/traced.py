@@ -38,9 +38,11 @@ def written(problem: Problem) -> list[tf.Variable]:
     Raises:
         InvalidArgumentError: If it writes to what is minimised.
     """
-    point = (problem.x.template,) if problem.x.takes_values else ()
-    traced = problem.evaluator.evaluate.concrete(point, None)
-    return [] if traced is None else not_moved(problem, written_variables(traced))
+    kept, key = problem.evaluator.kept, ("written", signature(problem.x.template))
+    if key not in kept:
+        traced = problem.evaluator.evaluate.concrete(problem.given, None)
+        kept[key] = [] if traced is None else written_variables(traced)
+    return not_moved(problem, kept[key])
 
 
 def not_moved(problem: Problem, written: list[tf.Variable]) -> list[tf.Variable]:
