@@ -150,10 +150,13 @@ def bodies(op: tf.Operation, *, opaque: bool = False) -> list[Any]:
         op: The op.
         opaque: Return the bodies of calls hidden by `make_opaque`, too.
     """
-    if not opaque and "Call" in op.type and op.node_def.attr[_OPAQUE].b:
+    kind = op.type  # which TensorFlow is asked for
+    if kind not in _BODIES:
+        return []
+    if not opaque and "Call" in kind and op.node_def.attr[_OPAQUE].b:
         return []
     found = []
-    for attribute in _BODIES.get(op.type, ()):
+    for attribute in _BODIES[kind]:
         value = op.get_attr(attribute)
         names = value if isinstance(value, list) else [value]
         found += [_body(op.graph, name.name) for name in names]
