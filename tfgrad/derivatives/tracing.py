@@ -142,6 +142,11 @@ def as_written(*, optimized: bool = True) -> Iterator[None]:
         tf.config.optimizer.set_experimental_options(user)
 
 
+def is_optimized() -> bool | None:
+    """Return how `as_written` is at work: what is called directly keeps to it."""
+    return _is_optimized.get()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence TensorFlow's log in this thread: it prints what it cannot convert."""

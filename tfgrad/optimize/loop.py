@@ -195,12 +195,12 @@ class Loop:
                 packed = packing.pack(state)
             known = evaluation._replace(aux={})
             known = tf.nest.flatten(known, expand_composites=True)
-            flags, query, row, packed = turn(*packed, *known)
+            flags, query, row, told, packed = turn(*packed, *known)
             code, accepted = flags.numpy()
             evaluations += 1
             if accepted:
                 taken += 1
-                rows.append({**row, **evaluation.aux})
+                rows.append({**row, **evaluation.aux, **told})
             elapsed = time.perf_counter() - began
             is_late = elapsed > CHUNK_SECONDS and not self._in_step
             if code or taken >= limit or evaluations >= form.evaluations or is_late:
@@ -236,10 +236,9 @@ class Loop:
                 known, here = measured(known), packing.unpack(packed)
                 row = stepper.row(stepper.query(here) if stepper.lag else None, known)
                 after = self._ruled.step(here, known)
-                if stepper.lag:
-                    row["expected"] = after.expected
+                told = {"expected": after.expected} if stepper.lag else {}
                 flags = tf.stack([after.code, tf.cast(after.accepted, tf.int32)])
-                return flags, stepper.query(after), row, packing.pack(after)
+                return flags, stepper.query(after), row, told, packing.pack(after)
 
             return packing, OfVariables.traced(
                 run,

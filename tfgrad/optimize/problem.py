@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfgrad.derivatives.signatures import signature
 from tfgrad.derivatives.soundness import every
-from tfgrad.derivatives.tracing import Traces
+from tfgrad.derivatives.tracing import Traces, is_optimized
 from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.errors import InvalidArgumentError
@@ -228,7 +228,7 @@ class Problem:
             return evaluate
         if self.x.takes_values and len(leaves) <= FEW:
             concrete = self.evaluator.evaluate.concrete(self.given, None)
-            key = "direct", signature(self.x.template)
+            key = "direct", signature(self.x.template), is_optimized()
             call = kept(self.evaluator.kept, key, lambda: direct(concrete))
             is_vector = [leaf.shape.rank for leaf in leaves] == [1]
 

@@ -241,9 +241,8 @@ class Residuals(Problem):
 def linear_size(linear: Linear) -> int:
     """Return how many residuals a linear model is of."""
     leaves = tf.nest.flatten(linear.residuals)
-    return (
-        sum(math.prod(leaf.shape) for leaf in leaves) if leaves else int(linear.count)
-    )
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    return sum(sizes) if leaves else int(linear.count)
 
 
 def check_dtypes(recording: Recording) -> None:
