@@ -228,8 +228,8 @@ class Problem:
             return evaluate
         if self.x.takes_values and len(leaves) <= FEW:
             concrete = self.evaluator.evaluate.concrete(self.given, None)
-            key = "direct", signature(self.x.template), is_optimized()
-            call = kept(self.evaluator.kept, key, lambda: direct(concrete))
+            how = "direct", signature(self.x.template), is_optimized()
+            call = kept(self.evaluator.kept, how, lambda: direct(concrete))
             is_vector = [leaf.shape.rank for leaf in leaves] == [1]
 
             def at(x: tf.Tensor) -> Evaluation:
