@@ -268,7 +268,9 @@ def _xdivy(op: Any, grad: tf.Tensor) -> Any:
     "Pow",
     reason="TensorFlow has 0 * infinity for the slope of x**0 at 0",
     applies=lambda op: all(map(_may_be_zero, reversed(op.inputs))),
-    leads=lambda op: _static_value(op.inputs[1]) is not None,
+    leads=lambda op: (
+        _static_value(op.inputs[1]) is not None or not _may_be_zero(op.inputs[1])
+    ),
 )
 def _pow(op: Any, grad: tf.Tensor) -> Any:
     x, y = op.inputs
@@ -804,8 +806,26 @@ def _kept(shape: tf.Tensor, axes: tf.Tensor) -> tf.Tensor:
 
 
 def _may_be_zero(x: tf.Tensor) -> bool:
+    """Return whether an element may be 0; a / b is not: it would need an infinite b."""
     fixed = _static_value(x)
-    return fixed is None or not (fixed != 0).all()
+    if fixed is not None:
+        return not (fixed != 0).all()
+    if x.op.type in ("Neg", "Identity", "RealDiv"):
+        return _may_be_zero(x.op.inputs[0])
+    return not _is_positive(x)
+
+
+def _is_positive(x: tf.Tensor, *, or_zero: bool = False) -> bool:
+    """Return whether the op that computes x tells that all of x is positive."""
+    fixed, kind = tf.get_static_value(x), x.op.type
+    if fixed is not None and not x.dtype.is_complex:
+        return bool(((fixed > 0) | ((fixed == 0) & or_zero)).all())
+    if kind in ("Exp", "Square", "Abs", "Sigmoid", "Softplus", "Sqrt"):  # underflow
+        return or_zero and x.dtype.is_floating
+    if kind not in ("AddV2", "Add"):
+        return False
+    none_is_negative = all(_is_positive(part, or_zero=True) for part in x.op.inputs)
+    return none_is_negative and (or_zero or any(map(_is_positive, x.op.inputs)))
 
 
 def _static_value(x: tf.Tensor) -> Any:

@@ -168,13 +168,8 @@ def every(operations: Iterable[tf.Operation]) -> Iterator[tf.Operation]:
     """Yield the ops, and those in the functions that they call or loop over."""
     for op in operations:
         yield op
-        yield from inside(op)
-
-
-def inside(op: tf.Operation) -> Iterator[tf.Operation]:
-    """Yield the ops in the functions that `op` calls, branches to or loops over."""
-    for body in bodies(op):
-        yield from every(body.get_operations())
+        for body in bodies(op):
+            yield from every(body.get_operations())
 
 
 _UNRUNNABLE = {"SymbolicGradient"}

@@ -65,6 +65,7 @@ T = TypeVar("T")
 _as_it_is: ContextVar[bool] = ContextVar("as_it_is", default=False)
 _is_compiling: ContextVar[bool] = ContextVar("is_compiling", default=False)
 _why_eager: ContextVar[str] = ContextVar("why_eager", default="")
+_is_optimized: ContextVar[bool | None] = ContextVar("is_optimized", default=None)
 
 
 def not_converted(f: F) -> F:
@@ -123,6 +124,9 @@ def as_written(*, optimized: bool = True) -> Iterator[None]:
         optimized: Let it do the rest of its work, which takes as long as a hundred
             calls of a small function do.
     """
+    if _is_optimized.get() is optimized:  # by a block around this one
+        yield
+        return
     before = tf.config.optimizer.get_experimental_options()
     options = {
         "constant_folding": False,
@@ -132,10 +136,16 @@ def as_written(*, optimized: bool = True) -> Iterator[None]:
     }
     tf.config.optimizer.set_experimental_options(options)
     try:
-        yield
+        with _set(_is_optimized, optimized):
+            yield
     finally:  # None is TensorFlow's own default
         user = {option: before.get(option) for option in options}
         tf.config.optimizer.set_experimental_options(user)
+
+
+def is_optimized() -> bool | None:
+    """Return how `as_written` is at work: what is called directly keeps to it."""
+    return _is_optimized.get()
 
 
 @contextlib.contextmanager
@@ -228,6 +238,10 @@ class Traces:
         """Return the concrete function for `nests`, not run yet; None if eager."""
         given = list(filter(is_dynamic, tf.nest.flatten(nests)))
         return self._compile(self._body(nests), _specs(given))[1]
+
+    def has(self, *nests: Any) -> bool:
+        """Return whether there was an answer for nests like these, and it was right."""
+        return signature(nests) in self._checked
 
     def concrete(self, *nests: Any) -> Any:
         """Return the concrete function of an earlier answer; None if it ran eagerly."""

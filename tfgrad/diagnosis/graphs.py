@@ -123,12 +123,14 @@ def _is_stateful(op: tf.Operation) -> bool:
 
 def written_variables(traced: Any) -> list[tf.Variable]:
     """Return the variables that a `traced` function writes to, in reading order."""
-    operations = traced.graph.get_operations()
-    written = {tensor.ref() for op in operations for tensor in _written(op)}
     # `traced.variables` has an order of its own in every process.
     places = {id(x): i for i, x in enumerate(traced.captured_inputs)}
     variables = (v for v in traced.variables if id(v.handle) in places)
     read = sorted(variables, key=lambda variable: places[id(variable.handle)])
+    if not read:
+        return []
+    operations = traced.graph.get_operations()
+    written = {tensor.ref() for op in operations for tensor in _written(op)}
     handles = ((variable, handle_of(variable, traced)) for variable in read)
     return [v for v, h in handles if h is not None and h.ref() in written]
 
@@ -148,10 +150,13 @@ def bodies(op: tf.Operation, *, opaque: bool = False) -> list[Any]:
         op: The op.
         opaque: Return the bodies of calls hidden by `make_opaque`, too.
     """
-    if not opaque and "Call" in op.type and op.node_def.attr[_OPAQUE].b:
+    kind = op.type  # which TensorFlow is asked for
+    if kind not in _BODIES:
+        return []
+    if not opaque and "Call" in kind and op.node_def.attr[_OPAQUE].b:
         return []
     found = []
-    for attribute in _BODIES.get(op.type, ()):
+    for attribute in _BODIES[kind]:
         value = op.get_attr(attribute)
         names = value if isinstance(value, list) else [value]
         found += [_body(op.graph, name.name) for name in names]

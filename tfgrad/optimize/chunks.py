@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
 from tfgrad.optimize.compiled import compiled_once
-from tfgrad.optimize.evaluator import Evaluation
+from tfgrad.optimize.evaluator import Evaluation, measured
 from tfgrad.optimize.solvers import NO_XLA, Form, Ruled, Solver, State
 from tfgrad.optimize.stopping import RUNNING
 
@@ -271,7 +271,8 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     carried, jit = Packing((0, 0, state)), is_xla or None
 
     def look(query: Any) -> Any:
-        row = stepper.row(query if stepper.lag else None, stepper.evaluate(query))
+        evaluation = measured(stepper.evaluate(query))
+        row = stepper.row(query if stepper.lag else None, evaluation)
         return {**row, "expected": state.expected} if stepper.lag else row
 
     query = tf.nest.map_structure(_spec, stepper.query(state))
@@ -297,7 +298,7 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
         def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
             taken, turns, here = carried.unpack(tensors)
             query = stepper.query(here)
-            evaluation = stepper.evaluate(query)
+            evaluation = measured(stepper.evaluate(query))
             row = stepper.row(query if stepper.lag else None, evaluation)
             after = ruled.step(here, evaluation, *inputs)
             if stepper.lag:
@@ -360,6 +361,14 @@ def held(state: State) -> State:
         lambda leaf: tf.Variable(leaf, trainable=False) if _is_large(leaf) else leaf,
         state,
     )
+
+
+def released(state: State) -> State:
+    """Return a state of tensors alone: the inverse of `held`."""
+    if not any(isinstance(leaf, tf.Variable) for leaf in tf.nest.flatten(state)):
+        return state
+    tensors: State = tf.nest.map_structure(tf.convert_to_tensor, state)
+    return tensors
 
 
 def _is_large(leaf: Any) -> bool:

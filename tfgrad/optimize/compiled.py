@@ -88,7 +88,7 @@ def compiled(
     function: Callable[..., Any], *nests: Any, in_sequence: bool = True
 ) -> Callable[..., Any]:
     """Return the same, to be called with tensors alone; see `OfVariables.traced`."""
-    return OfVariables.traced(function, nests, (), in_sequence=in_sequence).direct()
+    return OfVariables.traced(function, nests, (), in_sequence=in_sequence).own
 
 
 class OfVariables(NamedTuple):
@@ -98,11 +98,13 @@ class OfVariables(NamedTuple):
         concrete: The function.
         variables: The variables that it was traced with.
         executor: What runs it.
+        own: The function of these variables, to be called with tensors alone.
     """
 
     concrete: Any
     variables: Sequence[tf.Variable]
     executor: str
+    own: Callable[..., Any]
 
     @classmethod
     def traced(
@@ -124,16 +126,13 @@ class OfVariables(NamedTuple):
         concrete = concrete_for(function, *nests)
         operations = concrete.graph.get_operations()
         in_sequence = in_sequence and all(map(_is_plain, operations))
-        return cls(concrete, variables, IN_SEQUENCE if in_sequence else "")
-
-    def direct(self) -> Callable[..., Any]:
-        """Return the function of its own variables."""
-        return direct(self.concrete, executor=self.executor)
+        executor = IN_SEQUENCE if in_sequence else ""
+        return cls(concrete, variables, executor, direct(concrete, executor=executor))
 
     def of(self, variables: Sequence[tf.Variable]) -> Callable[..., Any] | None:
         """Return the function of other variables; None if it has captured more."""
         if not variables or variables is self.variables:
-            return self.direct()
+            return self.own
         pairs = zip(self.variables, variables, strict=True)
         handles = {id(old.handle): new.handle for old, new in pairs}
         captured = self.concrete.captured_inputs

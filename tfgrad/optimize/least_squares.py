@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfgrad.derivatives.tracing import as_written
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, named_leaves, ravel
 from tfgrad.optimize.constraints import Limits
-from tfgrad.optimize.distribute import out_of_scope
 from tfgrad.optimize.driver import Driver
 from tfgrad.optimize.methods.levenberg_marquardt import (
     MOST_FOR_QR,
@@ -220,8 +218,8 @@ def least_squares(
     )
     kind = functools.partial(Residuals, loss=loss, f_scale=float(f_scale))
     driver = Driver(residuals, x0, options, kind, callback)
-    result = run(driver)
-    return _with_statistics(result, driver)
+    with driver.run.compiling():
+        return _with_statistics(run(driver), driver)
 
 
 def check_loss(loss: Any, f_scale: Any) -> None:
@@ -241,12 +239,10 @@ def check_loss(loss: Any, f_scale: Any) -> None:
         )
 
 
-@out_of_scope()
 def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResult:
     """Return the result with what residuals and Jacobian at its point say."""
     fit, bounds = driver.run.problem, driver.run.options.bounds
-    with as_written(optimized=False):
-        linear = fit.at(ravel(tf.nest.flatten(result.x))).linear
+    linear = fit.at(ravel(tf.nest.flatten(result.x))).linear
     residuals = None if fit.source is not None else linear.residuals
     count = linear_size(linear)
     limits = Limits(fit, bounds, ())

@@ -26,6 +26,7 @@ from tfgrad.optimize.chunks import (
     Packing,
     array,
     held,
+    released,
 )
 from tfgrad.optimize.compiled import (
     OfVariables,
@@ -185,23 +186,21 @@ class Loop:
             limit = min(limit, self.pace.length)
         rows: list[dict[str, Any]] = []
         query, evaluations = stepper.query(state), int(state.evaluations)
-        inputs = stepper.inputs(state, limit)
-        state = tf.nest.map_structure(tf.convert_to_tensor, state)  # none is held
+        state = released(state)
         turn: Any = None
         while True:
             evaluation = stepper.evaluate(query)
-            row = stepper.row(query if stepper.lag else None, evaluation)
             if turn is None:
                 packing, turn = self._turn(state, evaluation)
                 packed = packing.pack(state)
             known = evaluation._replace(aux={})
             known = tf.nest.flatten(known, expand_composites=True)
-            flags, query, told, packed = turn(*packed, *known, *inputs)
+            flags, query, row, told, packed = turn(*packed, *known)
             code, accepted = flags.numpy()
             evaluations += 1
             if accepted:
                 taken += 1
-                rows.append({**row, **told} if stepper.lag else row)
+                rows.append({**row, **evaluation.aux, **told})
             elapsed = time.perf_counter() - began
             is_late = elapsed > CHUNK_SECONDS and not self._in_step
             if code or taken >= limit or evaluations >= form.evaluations or is_late:
@@ -234,11 +233,12 @@ class Loop:
             packing = Packing(state, group=len(tf.nest.flatten(state)))
 
             def run(packed: list[Any], known: Evaluation) -> Any:
-                known = measured(known)
-                state = self._ruled.step(packing.unpack(packed), known)
-                flags = tf.stack([state.code, tf.cast(state.accepted, tf.int32)])
-                told = {"grad_max": known.grad_max, "expected": state.expected}
-                return flags, stepper.query(state), told, packing.pack(state)
+                known, here = measured(known), packing.unpack(packed)
+                row = stepper.row(stepper.query(here) if stepper.lag else None, known)
+                after = self._ruled.step(here, known)
+                told = {"expected": after.expected} if stepper.lag else {}
+                flags = tf.stack([after.code, tf.cast(after.accepted, tf.int32)])
+                return flags, stepper.query(after), row, told, packing.pack(after)
 
             return packing, OfVariables.traced(
                 run,

@@ -203,8 +203,7 @@ def minimize(
         `tfgrad.optimize.methods.lbfgs` and `newton` for those; Keras's and SciPy's
         documentation for each of theirs.
     """
-    if unknown:
-        require_no(minimize, unknown)
+    require_no(minimize, unknown)
     options = Options(
         wrt=wrt,
         method=method,
@@ -233,12 +232,12 @@ def minimize(
 
 def run(driver: Driver) -> OptimizeResult:
     """Run a minimisation to its end."""
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, driver.run.compiling():
         driver.hooks.append(interrupts)
         for _ in driver.states():
             pass
-    source = source_of(driver.run, driver.kind)
-    return replace(resume.result_of(driver.run), source=source)
+        source = source_of(driver.run, driver.kind)
+        return replace(resume.result_of(driver.run), source=source)
 
 
 def descend(

@@ -137,6 +137,8 @@ def require_no(
     Raises:
         TypeError: If there is one.
     """
+    if not unknown:
+        return
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD] + [*also]
     for option in unknown:

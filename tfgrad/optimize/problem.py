@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfgrad.derivatives.signatures import signature
 from tfgrad.derivatives.soundness import every
-from tfgrad.derivatives.tracing import Traces
+from tfgrad.derivatives.tracing import Traces, is_optimized
 from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.errors import InvalidArgumentError
@@ -22,7 +22,7 @@ from tfgrad.nested import (
     ravel,
     unravel,
 )
-from tfgrad.optimize.compiled import direct
+from tfgrad.optimize.compiled import direct, kept
 from tfgrad.optimize.copies import Copies
 from tfgrad.optimize.data import Source, arguments_of, require_rows
 from tfgrad.optimize.distribute import (
@@ -200,19 +200,23 @@ class Problem:
             batch: What `f` takes besides the point.
             scale: What to multiply the gradient by: a loss scale, in the value's dtype.
         """
+        return measured(self._evaluate(x, batch, scale), scale)
+
+    def _evaluate(
+        self, x: Any, batch: tuple[Nest, ...] = (), scale: Any = None
+    ) -> Evaluation:
+        """Return the same without `grad_max`."""
         arguments = self.x.arguments(x, batch)
         evaluation: Evaluation = self.evaluator.evaluate(arguments, scale)
         if self.source is not None and self.source.error is not None:
             raise self.source.error
-        return measured(evaluation, scale)
+        return evaluation
 
     def at(self, x: tf.Tensor) -> Evaluation:
-        """Return value and gradient at a point given as one vector, `[n]`.
-
-        `evaluate` has been called before, so that f is traced. Outside of a trace,
-        `grad_max` may be left out.
-        """
+        """Return the same as `evaluate`, but for `grad_max`, at a vector `[n]`."""
         if self._at is None:
+            if not self.evaluator.evaluate.has(self.given, None):
+                return flat(self._evaluate(unravel(x, self.x.leaves)))
             self._at = self._evaluation_of_vectors()
         evaluation = self._at(x)
         if self.source is not None and self.source.error is not None:
@@ -224,12 +228,14 @@ class Problem:
         leaves = self.x.leaves
 
         def evaluate(x: tf.Tensor) -> Evaluation:
-            return flat(self.evaluate(unravel(x, leaves)))
+            return flat(self._evaluate(unravel(x, leaves)))
 
         if self.graph() is None:
             return evaluate
         if self.x.takes_values and len(leaves) <= FEW:
-            call = direct(self.evaluator.evaluate.concrete((self.x.template,), None))
+            concrete = self.evaluator.evaluate.concrete(self.given, None)
+            how = "direct", signature(self.x.template), is_optimized()
+            call = kept(self.evaluator.kept, how, lambda: direct(concrete))
             is_vector = [leaf.shape.rank for leaf in leaves] == [1]
 
             def at(x: tf.Tensor) -> Evaluation:
@@ -245,12 +251,12 @@ class Problem:
 
             return at
         key = "at", signature(self.x.template)
-        if key not in self.evaluator.kept:
-            self.evaluator.kept[key] = Traces(
-                lambda _, x: evaluate(x), self.f, jit=False
-            )
-        kept: Callable[[tf.Tensor], Evaluation] = self.evaluator.kept[key]
-        return kept
+        traces: Callable[[tf.Tensor], Evaluation] = kept(
+            self.evaluator.kept,
+            key,
+            lambda: Traces(lambda _, x: evaluate(x), self.f, jit=False),
+        )
+        return traces
 
     def hvp(
         self, x: tf.Tensor, v: tf.Tensor, batch: tuple[Nest, ...] = ()
@@ -263,10 +269,14 @@ class Problem:
         )
         return ravel(product)
 
+    @property
+    def given(self) -> tuple[Nest, ...]:
+        """What f is called with besides a batch: a point of values, or nothing."""
+        return (self.x.template,) if self.x.takes_values else ()
+
     def graph(self, batch: tuple[Nest, ...] = (), scale: Any = None) -> Any:
         """Return the graph of an evaluation; None if f cannot be compiled."""
-        point = (self.x.template,) if self.x.takes_values else ()
-        return self.evaluator.evaluate.graph((*point, *batch), scale)
+        return self.evaluator.evaluate.graph((*self.given, *batch), scale)
 
     def reads(self) -> list[Any]:
         """Return the float variables and tensors that f reads by itself."""

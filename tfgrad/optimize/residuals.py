@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -240,7 +241,8 @@ class Residuals(Problem):
 def linear_size(linear: Linear) -> int:
     """Return how many residuals a linear model is of."""
     leaves = tf.nest.flatten(linear.residuals)
-    return int(linear.count) if not leaves else int(sum(map(tf.size, leaves)))
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    return sum(sizes) if leaves else int(linear.count)
 
 
 def check_dtypes(recording: Recording) -> None:

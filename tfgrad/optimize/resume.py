@@ -19,6 +19,7 @@ from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, named_leaves, unravel
 from tfgrad.optimize.chain import Chain, check_tells
+from tfgrad.optimize.chunks import released
 from tfgrad.optimize.data import SIZE
 from tfgrad.optimize.evaluator import is_open
 from tfgrad.optimize.history import History, Rows
@@ -397,7 +398,7 @@ def snapshot(run: Minimisation) -> Saved:
     position = (0, 0)
     if run.training is not None:
         position = int(state.batch.epoch), int(state.batch.count)
-    tensors = tf.nest.map_structure(tf.convert_to_tensor, state._replace(batch=()))
+    tensors = released(state._replace(batch=()))
     return Saved(
         identity=identity_of(run.problem, run.chain),
         limits=limits_of(run),

@@ -42,9 +42,12 @@ def written(problem: Problem, data: tuple[Nest, ...] = ()) -> list[tf.Variable]:
     Raises:
         InvalidArgumentError: If it writes to what is minimised.
     """
-    point = (problem.x.template,) if problem.x.takes_values else ()
-    traced = problem.evaluator.evaluate.concrete((*point, *data), None)
-    return [] if traced is None else not_moved(problem, written_variables(traced))
+    given = (*problem.given, *data)
+    kept, key = problem.evaluator.kept, ("written", signature(given))
+    if key not in kept:
+        traced = problem.evaluator.evaluate.concrete(given, None)
+        kept[key] = [] if traced is None else written_variables(traced)
+    return not_moved(problem, kept[key])
 
 
 def not_moved(problem: Problem, written: list[tf.Variable]) -> list[tf.Variable]:

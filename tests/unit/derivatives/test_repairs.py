@@ -256,3 +256,40 @@ def test_powers_of_data_are_repaired_only_where_the_data_hold_a_zero(data):
         b = tf.constant(exponent, tf.float64)
         np.testing.assert_allclose(grad(f)(b), np.sum(logs * data**exponent))
         np.testing.assert_allclose(hessian(f)(b), np.sum(logs**2 * data**exponent))
+
+
+POWERS = {
+    "a logistic base": lambda a, b: (1.0 + tf.exp(a)) ** b,
+    "a sum of squares": lambda a, b: (tf.square(a) + tf.abs(a) + 0.5) ** b,
+    "a reciprocal exponent": lambda a, b: a ** (1 / b),
+    "a negative quotient": lambda a, b: a ** -(-2 / b),
+}
+
+
+@pytest.mark.parametrize("power", POWERS.values(), ids=POWERS)
+def test_powers_that_cannot_be_0_to_the_0_are_not_repaired(power):
+    calls = []
+
+    def f(p):
+        calls.append(p)
+        return power(p[0], p[1])
+
+    p = tf.constant([1.5, 0.7], tf.float64)
+    found = grad(f)(p)
+
+    assert len(calls) == 1
+    for i in range(2):
+        step = 1e-6 * np.eye(2)[i]
+        slope = (f(p + step) - f(p - step)) / 2e-6
+        np.testing.assert_allclose(found[i], slope, rtol=1e-7)
+
+
+def test_second_derivatives_of_a_power_with_a_quotient_for_exponent_are_repaired():
+    def f(p):
+        return p[0] ** (1 / p[1])
+
+    for exponent, bend in ((1.0, 0.0), (2.0, 2.0), (3.0, 0.0)):
+        p = tf.constant([0.0, 1 / exponent], tf.float64)
+
+        np.testing.assert_allclose(hessian(f)(p)[0, 0], bend)
+        assert np.all(np.isfinite(hessian(f)(p)))

@@ -49,6 +49,10 @@ KEPT_SIZE = 2**16
 """The most elements of variables that are kept alive by an update compiled for them."""
 
 
+LEAF = "leaf {} of x"
+"""The column of a leaf of the points until it has the name that the user knows."""
+
+
 class OptimizerStepper(Stepper):
     """Evaluate where the variables are, then let the optimizer move them.
 
@@ -135,7 +139,7 @@ class OptimizerStepper(Stepper):
         """Return value, gradient and aux values, and the point while it is small."""
         row = {"fun": evaluation.value, "grad_max": evaluation.grad_max}
         if sum(variable.shape.num_elements() for variable in self.moved) <= SMALL:
-            row |= self.problem.x.named([v.read_value() for v in self.moved])
+            row |= {LEAF.format(i): v.read_value() for i, v in enumerate(self.moved)}
         rate = self.method.rate()
         if rate is not None:
             row["learning_rate"] = rate
@@ -347,6 +351,14 @@ class OptimizerSolver(Solver):
     def point(self, state: State) -> list[tf.Tensor]:
         """Return the values of the variables."""
         return [variable.read_value() for variable in self.stepper.moved]
+
+    def named(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """Return the columns with the names of leaves that the user knows."""
+        places = [LEAF.format(i) for i in range(len(self.stepper.moved))]
+        if places[0] not in columns:
+            return columns
+        leaves = self._problem.x.named([columns[place] for place in places])
+        return {n: c for n, c in columns.items() if n not in places} | leaves
 
     def gradient(self, evaluation: Evaluation) -> list[tf.Tensor]:
         """Return the gradient without the loss scale, dense."""

@@ -13,10 +13,10 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either, ravel, unravel
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
 from tfgrad.optimize.constraints import Limits
-from tfgrad.optimize.evaluator import SMALL, Evaluation, flat
+from tfgrad.optimize.evaluator import SMALL, Evaluation, measured
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.convergence import at_precision
-from tfgrad.optimize.methods.protocol import Bindable, Explained, Method, Move, Point
+from tfgrad.optimize.methods.protocol import Method, Move, Point
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.saddle import look_around, scale_of
 from tfgrad.optimize.solvers import NO_XLA, Form, Forms, Solver, State, Stepper
@@ -115,7 +115,7 @@ class PureStepper(Stepper):
     @property
     def knows_solutions(self) -> bool:
         """Whether the method says itself where a solution is."""
-        is_told = isinstance(self.method, Explained)
+        is_told = hasattr(self.method, "why")  # it is `Explained`
         return is_told and getattr(self.method, "knows_solutions", True)
 
     @property
@@ -132,14 +132,15 @@ class PureStepper(Stepper):
             x: The leaves of the point.
             before: The run until there.
         """
-        evaluation = flat(self.problem.evaluate(x))
-        if isinstance(self.given, Bindable):
+        vector = ravel(x)
+        evaluation = self.problem.at(vector)
+        if hasattr(self.given, "bind"):  # it is `Bindable`
             self.method = self.given.bind(self.problem)
-        return Start.at(ravel(x), evaluation, before), evaluation
+        return Start.at(vector, evaluation, before), evaluation
 
     def begun(self, start: Start) -> State:
         """Return where a run begins: the method's first move is part of it."""
-        x, evaluation = start.x, start.evaluation
+        x, evaluation = start.x, measured(start.evaluation)
         move = self.method.init(_point(x, evaluation))
         value = evaluation.value
         is_bad = ~(tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max))
@@ -211,7 +212,7 @@ class PureStepper(Stepper):
             return self if problem is not None else None
         stepper = copy.copy(self)
         stepper.problem = problem
-        if isinstance(self.given, Bindable):
+        if hasattr(self.given, "bind"):
             stepper.method = self.given.bind(problem)
         return stepper
 
@@ -335,11 +336,15 @@ class PureSolver(Solver):
         place, key = self.forms.kept()
         key = "start", key, shapes_of(start)
 
-        def make() -> Any:
-            return compiled(self.stepper.begun, start, in_sequence=place is None)
+        def begin(start: Start) -> tuple[State, tf.Tensor]:
+            start = start._replace(evaluation=measured(start.evaluation))
+            return self.stepper.begun(start), start.evaluation.grad_max
 
-        begun = kept(place, key, make)
-        return begun(*tf.nest.flatten(start)), evaluation
+        def make() -> Any:
+            return compiled(begin, start, in_sequence=place is None)
+
+        state, grad_max = kept(place, key, make)(*tf.nest.flatten(start))
+        return state, evaluation._replace(grad_max=grad_max)
 
     def point(self, state: State) -> list[tf.Tensor]:
         """Return the leaves of the current point."""
