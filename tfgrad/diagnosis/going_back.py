@@ -73,7 +73,8 @@ class Watch:
         self._copy: Copy | None = None
         self._logs: Any = {}  # of the last steps
         self._losses: deque[float] = deque(maxlen=3)
-        self._calls, self._most_calls = 0, 1
+        self._calls, self._most_calls = 0, 1  # since the last look
+        self._seconds = self._cost = 0.0  # of these calls; of a look
         self._epochs = [(0, 0, 0)]  # its first position in the stage, epoch, batch
 
     def begin_epoch(self, epoch: int) -> None:
@@ -82,7 +83,7 @@ class Watch:
 
     def end_epoch(self) -> None:
         """Look before others save the weights, unless the last look was just now."""
-        if _spoiled(self._logs) or time.perf_counter() > self._next[1]:
+        if _spoiled(self._logs) or self._seconds * _SHARE_AT_ENDS > self._cost:
             self.look()
 
     def look(self) -> None:
@@ -145,6 +146,7 @@ class Watch:
             self._training.build(iterator)
             self._copy = Copy(self._model)
             self._keep()
+        began = time.perf_counter()
         try:
             self._logs = logs = self._training.run(iterator)
         except BaseException as error:
@@ -152,7 +154,8 @@ class Watch:
                 self.end()  # `fit` ends without `on_train_end`
             raise
         self._calls += 1
-        if time.perf_counter() > self._next[0] or self._calls > self._most_calls:
+        self._seconds += time.perf_counter() - began
+        if self._seconds * _SHARE > self._cost or self._calls > self._most_calls:
             self.look()
         return logs
 
@@ -169,8 +172,7 @@ class Watch:
             self._most_calls = max(1, stage.most() // in_call)
         self._epochs, self._calls = [(0, epoch, batch + size - first)], 0
         stage.clear()
-        cost = time.perf_counter() - began
-        self._next = began + cost / _SHARE, began + cost / _SHARE_AT_ENDS
+        self._seconds, self._cost = 0.0, time.perf_counter() - began
         return True
 
 

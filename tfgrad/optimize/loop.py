@@ -35,7 +35,7 @@ from tfgrad.optimize.compiled import (
 )
 from tfgrad.optimize.evaluator import Evaluation, measured
 from tfgrad.optimize.history import Rows
-from tfgrad.optimize.solvers import Form, Ruled, Solver, State
+from tfgrad.optimize.solvers import Form, Ruled, Solver, State, Visit
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
 
 
@@ -111,20 +111,27 @@ class Loop:
         x = state.x if isinstance(state.x, tf.Tensor) else None
         stepper = self.solver.stepper
         row = stepper.row(x, evaluation)
-        if stepper.lag:
+        if stepper.lookahead:
             row["expected"] = state.expected
         columns = {name: array([value]) for name, value in row.items()}
         columns = self.solver.named(columns)
         now = self._clock()
         return Rows({"step": np.array([int(state.step)]), **columns}).timed(now, now)
 
-    def advance(self, state: State, limit: int) -> tuple[State, Rows]:
+    def advance(
+        self, state: State, limit: int, visit: Visit | None = None
+    ) -> tuple[State, Rows]:
         """Take up to `limit` steps, at least one unless the run ends.
+
+        Args:
+            state: Where the run is.
+            limit: As above.
+            visit: For a loop that goes on after `limit` steps, as SciPy's does.
 
         Returns:
             Where it is then, and the rows of the points that were accepted.
         """
-        began, first = self._clock(), int(state.step) + self.solver.stepper.lag
+        began, first = self._clock(), int(state.step) + self.solver.stepper.lookahead
         state = self.solver.prepare(state)
         if not self.solver.stepper.has_next(state):
             return state, Rows({})
@@ -190,7 +197,7 @@ class Loop:
         turn: Any = None
         while True:
             evaluation = stepper.evaluate(query)
-            row = stepper.row(query if stepper.lag else None, evaluation)
+            row = stepper.row(query if stepper.lookahead else None, evaluation)
             if turn is None:
                 packing, turn = self._turn(state, evaluation)
                 packed = packing.pack(state)
@@ -201,7 +208,7 @@ class Loop:
             evaluations += 1
             if accepted:
                 taken += 1
-                rows.append({**row, **told} if stepper.lag else row)
+                rows.append({**row, **told} if stepper.lookahead else row)
             elapsed = time.perf_counter() - began
             is_late = elapsed > CHUNK_SECONDS and not self._in_step
             if code or taken >= limit or evaluations >= form.evaluations or is_late:
