@@ -187,7 +187,6 @@ class Training:
         stage: The batches.
         like: A batch, for its structure.
         one: Takes one step with a batch.
-        run: Takes the steps of one call of `fit`.
     """
 
     def __init__(self, model: Any, watched: Callable[[Any], Any]) -> None:
@@ -213,7 +212,25 @@ class Training:
         finally:
             model.jit_compile = jit
         self.one = one
-        self.run, model.train_function = model.train_function, watched
+        self._run, model.train_function = model.train_function, watched
+        self._single: Any = None
+        if model.steps_per_execution == 1 and not model.run_eagerly:
+            options = {"autograph": False, "reduce_retracing": True}
+            self._single = tf.function(self._next, **options)
+
+    def run(self, iterator: Any) -> Any:
+        """Take the steps of one call of `fit`; return the logs.
+
+        A single step does without what Keras needs for several in one call: that pays
+        for the batches being kept.
+        """
+        if self._single is not None and isinstance(iterator, tf.data.Iterator):
+            return self._single(iterator)
+        return self._run(iterator)
+
+    def _next(self, iterator: Any) -> Any:
+        drawn = tf.nest.map_structure(_or_none, iterator.get_next())
+        return self._model.distribute_strategy.run(self._model.train_step, (drawn,))
 
     def build(self, iterator: Any) -> None:
         """Make all variables, before the first step."""
@@ -327,6 +344,11 @@ def _optimizers(model: Any) -> list[Any]:
 def _tensors(data: Any) -> list[tf.Tensor]:
     leaves = tf.nest.flatten(data, expand_composites=True)
     return [tf.convert_to_tensor(leaf) for leaf in leaves if leaf is not None]
+
+
+def _or_none(leaf: Any) -> Any:
+    """Return a part of a batch; None for what Keras has put in the place of None."""
+    return None if isinstance(leaf, tf.experimental.Optional) else leaf
 
 
 def _loss_in(logs: Mapping[str, Any]) -> float:
