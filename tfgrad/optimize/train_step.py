@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 from collections.abc import Callable, Hashable, Sequence
@@ -29,7 +28,7 @@ from tfgrad.nested import (
     variables_of,
     weak_dtype,
 )
-from tfgrad.optimize.distribute import out_of_scope, replicas_of, strategy_of
+from tfgrad.optimize.distribute import out_of_scope, replicas_of, scope_of
 from tfgrad.optimize.methods.keras_optimizer import (
     build,
     by_name,
@@ -122,9 +121,10 @@ def train_step(
             hint="tfgrad.train_step(lambda x, y: ..., wrt=model)",
         )
     require_bool(has_aux=has_aux, jit=jit, verify=verify)
-    with _scope_of(tf.nest.flatten(open_modules(wrt))):
+    with scope_of(tf.nest.flatten(open_modules(wrt))):
         chosen = _optimizer(optimizer, learning_rate)
-    return TrainStep(loss, wrt, chosen, has_aux=has_aux, jit=jit, verify=verify)
+    update = Update(loss, chosen, has_aux=has_aux, verify=verify)
+    return TrainStep(update, wrt, jit=jit)
 
 
 def _optimizer(optimizer: Any, learning_rate: Any) -> Any:
@@ -153,31 +153,13 @@ def _is_made_in_trace(optimizer: Any) -> bool:
         return not all(bool(plain(v).is_initialized()) for v in optimizer.variables)
 
 
-def _scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Return the scope that the variables were made in: of a strategy, or of none."""
-    strategy = next(filter(None, map(strategy_of, variables)), None)
-    if strategy is tf.distribute.get_strategy() or not variables:
-        return contextlib.nullcontext()
-    return out_of_scope() if strategy is None else strategy.scope()
-
-
 class TrainStep:
     """What `train_step` returns."""
 
-    def __init__(
-        self,
-        loss: Callable[..., Any],
-        wrt: Nest,
-        optimizer: Any,
-        *,
-        has_aux: bool,
-        jit: bool,
-        verify: bool,
-    ) -> None:
+    def __init__(self, update: Update, wrt: Nest, *, jit: bool) -> None:
         """Trace nothing yet; `train_step` documents the arguments."""
-        self._loss, self._wrt, self._jit = loss, wrt, jit
-        self._update = Update(loss, optimizer, has_aux=has_aux, verify=verify)
-        self._names = parameter_names(loss)
+        self._update, self._wrt, self._jit = update, wrt, jit
+        self._names = parameter_names(update.loss)
         self._forget()
         if not _is_unbuilt(wrt):
             self._bind()
@@ -185,7 +167,7 @@ class TrainStep:
     def __repr__(self) -> str:
         """Return the names of the loss and of the optimizer."""
         kind = type(self.optimizer).__name__
-        return f"<train_step of {name_of(self._loss)} by {kind}>"
+        return f"<train_step of {name_of(self._update.loss)} by {kind}>"
 
     @property
     def optimizer(self) -> Any:
@@ -255,7 +237,7 @@ class TrainStep:
             traced = tf.function(loss, autograph=False)
             return traced.get_concrete_function(*args, **kwargs)
 
-        explained(compiled, self._loss)
+        explained(compiled, self._update.loss)
 
     def _bind(self) -> None:
         """Build the optimizer, outside of any trace: inside, some go wrong silently."""
@@ -267,7 +249,7 @@ class TrainStep:
         replicas = replicas_of(variables)
         check_strategy(self.optimizer, variables)
         if not getattr(self.optimizer, "built", True):
-            with tf.init_scope(), _scope_of(variables):
+            with tf.init_scope(), scope_of(variables):
                 build(self.optimizer, variables)
         sources = [source for source, _ in each.values()]
         self._update.bind(variables, sources, replicas)

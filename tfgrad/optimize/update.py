@@ -52,6 +52,7 @@ class Update:
         verify: Refuse a gradient that lacks a term, or that differences disagree with.
 
     Attributes:
+        loss: As above.
         optimizer: As above.
         variables: What is updated, in the order of the optimizer's.
         sources: The same, as a tape watches them.
@@ -67,8 +68,8 @@ class Update:
         verify: bool,
     ) -> None:
         """Know no variables yet."""
-        self.optimizer = optimizer
-        self._loss, self._has_aux, self._verify = loss, has_aux, verify
+        self.loss, self.optimizer = loss, optimizer
+        self._has_aux, self._verify = has_aux, verify
         self._compiled = Compiled(loss, self._answer)
         self.variables: list[Any] = []
         self.sources: list[tf.Variable] = []
@@ -127,7 +128,7 @@ class Update:
         def traced(_: Any) -> Any:  # `Compiled` knows whether AutoGraph is wanted
             return tf.function(evaluated, autograph=False).get_concrete_function(*specs)
 
-        evaluate = explained(traced, self._loss)
+        evaluate = explained(traced, self.loss)
         if self._verify:
             with as_written(optimized=False):  # optimizing takes longer than it saves
                 self._require_right(evaluate, list(filter(is_dynamic, flat)))
@@ -189,7 +190,7 @@ class Update:
             variables=self.sources,
             outputs=lambda found: [found[0]],
             slope=slope,
-            name=name_of(self._loss),
+            name=name_of(self.loss),
             names=[getattr(v, "path", v.name) for v in self.variables],
         )
 
@@ -220,7 +221,7 @@ class Update:
 
         with ThreadPoolExecutor(1) as thread:  # in which no strategy is at work
             run = contextvars.copy_context().run
-            traced = thread.submit(run, explained, compiled, self._loss).result()
+            traced = thread.submit(run, explained, compiled, self.loss).result()
         return GivenParts(replicas, whole(written_variables(traced)))
 
     def _evaluate_part(
