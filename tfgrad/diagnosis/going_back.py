@@ -73,7 +73,8 @@ class Watch:
         self._copy: Copy | None = None
         self._logs: Any = {}  # of the last steps
         self._losses: deque[float] = deque(maxlen=3)
-        self._calls, self._most_calls = 0, 1
+        self._calls, self._most_calls = 0, 1  # since the last look
+        self._seconds = self._cost = 0.0  # of these calls; of a look
         self._epochs = [(0, 0, 0)]  # its first position in the stage, epoch, batch
 
     def begin_epoch(self, epoch: int) -> None:
@@ -82,7 +83,7 @@ class Watch:
 
     def end_epoch(self) -> None:
         """Look before others save the weights, unless the last look was just now."""
-        if _spoiled(self._logs) or time.perf_counter() > self._next[1]:
+        if _spoiled(self._logs) or self._seconds * _SHARE_AT_ENDS > self._cost:
             self.look()
 
     def look(self) -> None:
@@ -145,6 +146,7 @@ class Watch:
             self._training.build(iterator)
             self._copy = Copy(self._model)
             self._keep()
+        began = time.perf_counter()
         try:
             self._logs = logs = self._training.run(iterator)
         except BaseException as error:
@@ -152,7 +154,8 @@ class Watch:
                 self.end()  # `fit` ends without `on_train_end`
             raise
         self._calls += 1
-        if time.perf_counter() > self._next[0] or self._calls > self._most_calls:
+        self._seconds += time.perf_counter() - began
+        if self._seconds * _SHARE > self._cost or self._calls > self._most_calls:
             self.look()
         return logs
 
@@ -169,8 +172,7 @@ class Watch:
             self._most_calls = max(1, stage.most() // in_call)
         self._epochs, self._calls = [(0, epoch, batch + size - first)], 0
         stage.clear()
-        cost = time.perf_counter() - began
-        self._next = began + cost / _SHARE, began + cost / _SHARE_AT_ENDS
+        self._seconds, self._cost = 0.0, time.perf_counter() - began
         return True
 
 
@@ -185,7 +187,6 @@ class Training:
         stage: The batches.
         like: A batch, for its structure.
         one: Takes one step with a batch.
-        run: Takes the steps of one call of `fit`.
     """
 
     def __init__(self, model: Any, watched: Callable[[Any], Any]) -> None:
@@ -211,7 +212,25 @@ class Training:
         finally:
             model.jit_compile = jit
         self.one = one
-        self.run, model.train_function = model.train_function, watched
+        self._run, model.train_function = model.train_function, watched
+        self._single: Any = None
+        if model.steps_per_execution == 1 and not model.run_eagerly:
+            options = {"autograph": False, "reduce_retracing": True}
+            self._single = tf.function(self._next, **options)
+
+    def run(self, iterator: Any) -> Any:
+        """Take the steps of one call of `fit`; return the logs.
+
+        A single step does without what Keras needs for several in one call: that pays
+        for the batches being kept.
+        """
+        if self._single is not None and isinstance(iterator, tf.data.Iterator):
+            return self._single(iterator)
+        return self._run(iterator)
+
+    def _next(self, iterator: Any) -> Any:
+        drawn = tf.nest.map_structure(_or_none, iterator.get_next())
+        return self._model.distribute_strategy.run(self._model.train_step, (drawn,))
 
     def build(self, iterator: Any) -> None:
         """Make all variables, before the first step."""
@@ -325,6 +344,11 @@ def _optimizers(model: Any) -> list[Any]:
 def _tensors(data: Any) -> list[tf.Tensor]:
     leaves = tf.nest.flatten(data, expand_composites=True)
     return [tf.convert_to_tensor(leaf) for leaf in leaves if leaf is not None]
+
+
+def _or_none(leaf: Any) -> Any:
+    """Return a part of a batch; None for what Keras has put in the place of None."""
+    return None if isinstance(leaf, tf.experimental.Optional) else leaf
 
 
 def _loss_in(logs: Mapping[str, Any]) -> float:

@@ -250,14 +250,14 @@ class Chunks:
 
         Used where an optimizer moves variables, since nothing restores them.
         """
-        if self._stepper.lag:
+        if self._stepper.lookahead:
             return True
         query = self._stepper.query(state)
         return _agree(chunk.evaluate(query), self._stepper.evaluate(query))
 
     def _confirms(self, after: State) -> bool:
         """Return whether the graph and XLA agree at the point, but for rounding."""
-        if not self._stepper.lag:
+        if not self._stepper.lookahead:
             return True
         x, ours = tf.nest.map_structure(
             tf.convert_to_tensor, (after.x, after.evaluation)
@@ -272,8 +272,8 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
 
     def look(query: Any) -> Any:
         evaluation = measured(stepper.evaluate(query))
-        row = stepper.row(query if stepper.lag else None, evaluation)
-        return {**row, "expected": state.expected} if stepper.lag else row
+        row = stepper.row(query if stepper.lookahead else None, evaluation)
+        return {**row, "expected": state.expected} if stepper.lookahead else row
 
     query = tf.nest.map_structure(_spec, stepper.query(state))
     looked = tf.function(look, autograph=False).get_concrete_function(query)
@@ -299,9 +299,9 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             taken, turns, here = carried.unpack(tensors)
             query = stepper.query(here)
             evaluation = measured(stepper.evaluate(query))
-            row = stepper.row(query if stepper.lag else None, evaluation)
+            row = stepper.row(query if stepper.lookahead else None, evaluation)
             after = ruled.step(here, evaluation, *inputs)
-            if stepper.lag:
+            if stepper.lookahead:
                 row["expected"] = after.expected
             # A row of a point that was not accepted is written over by the next.
             written = {n: array.write(taken, row[n]) for n, array in arrays.items()}

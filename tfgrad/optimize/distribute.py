@@ -280,9 +280,10 @@ def is_one_of_several() -> bool:
 
 def scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     """Return the scope that variables were made in, for others that go with them."""
-    strategies = filter(None, map(strategy_of, variables))
-    strategy = next(strategies, None)
-    return contextlib.nullcontext() if strategy is None else strategy.scope()
+    strategy = next(filter(None, map(strategy_of, variables)), None)
+    if strategy is tf.distribute.get_strategy() or not variables:
+        return contextlib.nullcontext()
+    return out_of_scope() if strategy is None else strategy.scope()
 
 
 def strategy_of(variable: Any) -> Any:

@@ -27,7 +27,6 @@ from tfgrad.optimize.minimisation import Minimisation
 from tfgrad.optimize.options import STEPS, Options
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
-from tfgrad.optimize.solvers.scipy import SciPyLoop
 from tfgrad.optimize.stopping import RUNNING
 from tfgrad.optimize.tensorboard import TensorBoard, check_log
 from tfgrad.optimize.workers import Workers
@@ -158,10 +157,9 @@ class Driver:
         if first is not None:
             every = int(run.options.every)
             limit = min(limit, every - (run.step - first) % every)
-        elif isinstance(run.loop, SciPyLoop):
-            run.loop.visit = self._visited
         limit = min(limit, run.chain.last - run.step)
-        run.state, rows = run.loop.advance(run.state, limit)
+        visit = self._visited if first is None else None
+        run.state, rows = run.loop.advance(run.state, limit, visit)
         run.record.keep(rows)
         run.judge()
         if run.training is not None and run.status is None:

@@ -174,9 +174,8 @@ class KerasCallbacks(Hook):
             return
         run.state = run.state._replace(evaluation=solver.look(run.state))
         run.saved = resume.snapshot(run)
-        if (
-            solver.stepper.lag == 0 and saved is not None
-        ):  # it tells the step before the end
+        if solver.stepper.lookahead == 0 and saved is not None:
+            # It tells the step before the end.
             run.saved = replace(run.saved, state=saved.state)
 
     def end(self, run: Minimisation, error: BaseException | None) -> None:
@@ -206,7 +205,7 @@ class KerasCallbacks(Hook):
         """Report the batches since the last report."""
         last, bad = run.step, run.loop.bad
         if run.status == "nonfinite" and bad is not None:  # it was not accepted
-            last = int(bad.columns["step"][-1]) + 1 - run.loop.solver.stepper.lag
+            last = int(bad.columns["step"][-1]) + 1 - run.loop.solver.stepper.lookahead
         if not any(_overrides(callback, *BATCHES) for callback in self._callbacks):
             self._step = max(self._step, last)
         while self._step < last:
@@ -227,7 +226,7 @@ class KerasCallbacks(Hook):
         if bad is not None and bad.columns["step"] not in table.columns()["step"]:
             table.append(bad)
         columns = table.columns()
-        ends = np.array([self._first, self._step]) + run.loop.solver.stepper.lag
+        ends = np.array([self._first, self._step]) + run.loop.solver.stepper.lookahead
         rows = Rows(columns).part(slice(*np.searchsorted(columns["step"], ends)))
         if run.training is None:
             return _logs_of({n: c[-1] for n, c in rows.columns.items()})
@@ -283,7 +282,7 @@ class _Watch:
         """Return the step to blame."""
         run, bad = self._run, self._run.loop.bad.columns
         point, arguments = run.loop.solver.blamed
-        position = max(0, int(bad["step"][-1]) - run.loop.solver.stepper.lag), 0
+        position = max(0, int(bad["step"][-1]) - run.loop.solver.stepper.lookahead), 0
         if run.training is not None:
             position = int(run.state.batch.epoch), int(run.state.batch.count)
         losses = [*map(float, run.record.rows.columns()["fun"][-3:])]

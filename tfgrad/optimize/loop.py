@@ -36,7 +36,7 @@ from tfgrad.optimize.compiled import (
 )
 from tfgrad.optimize.evaluator import Evaluation, measured
 from tfgrad.optimize.history import Rows
-from tfgrad.optimize.solvers import Form, Ruled, Solver, State
+from tfgrad.optimize.solvers import Form, Ruled, Solver, State, Visit
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
 
 
@@ -112,20 +112,27 @@ class Loop:
         x = state.x if isinstance(state.x, tf.Tensor) else None
         stepper = self.solver.stepper
         row = stepper.row(x, evaluation)
-        if stepper.lag:
+        if stepper.lookahead:
             row["expected"] = state.expected
         columns = {name: array([value]) for name, value in row.items()}
         columns = self.solver.named(columns)
         now = self._clock()
         return Rows({"step": np.array([int(state.step)]), **columns}).timed(now, now)
 
-    def advance(self, state: State, limit: int) -> tuple[State, Rows]:
+    def advance(
+        self, state: State, limit: int, visit: Visit | None = None
+    ) -> tuple[State, Rows]:
         """Take up to `limit` steps, at least one unless the run ends.
+
+        Args:
+            state: Where the run is.
+            limit: As above.
+            visit: For a loop that goes on after `limit` steps, as SciPy's does.
 
         Returns:
             Where it is then, and the rows of the points that were accepted.
         """
-        began, first = self._clock(), int(state.step) + self.solver.stepper.lag
+        began, first = self._clock(), int(state.step) + self.solver.stepper.lookahead
         state = self.solver.prepare(state)
         if not self.solver.stepper.has_next(state):
             return state, Rows({})
@@ -234,9 +241,9 @@ class Loop:
 
             def run(packed: list[Any], known: Evaluation) -> Any:
                 known, here = measured(known), packing.unpack(packed)
-                row = stepper.row(stepper.query(here) if stepper.lag else None, known)
+                row = stepper.row(stepper.query(here) if stepper.lookahead else None, known)
                 after = self._ruled.step(here, known)
-                told = {"expected": after.expected} if stepper.lag else {}
+                told = {"expected": after.expected} if stepper.lookahead else {}
                 flags = tf.stack([after.code, tf.cast(after.accepted, tf.int32)])
                 return flags, stepper.query(after), row, told, packing.pack(after)
 

@@ -303,7 +303,7 @@ def go_on(run: Minimisation, saved: Saved) -> tuple[State, Rows]:
             state = _begun_at(run, saved)
     rows = Rows(saved.history)
     if alike and len(rows):
-        last = saved.state.step + run.loop.solver.stepper.lag
+        last = saved.state.step + run.loop.solver.stepper.lookahead
         rows = rows.part(rows.columns["step"] < int(last))
     if saved.epochs:
         run.record.epochs.append(Rows(saved.epochs))
@@ -433,7 +433,7 @@ def with_outcome(run: Minimisation, saved: Saved) -> Saved:
         nfev=int(run.state.evaluations),
         seconds=run.clock.seconds(),
         directory=run.record.name,
-        options=None if stepper.is_eager and stepper.lag == 0 else _call_of(run),
+        options=None if stepper.is_eager and stepper.lookahead == 0 else _call_of(run),
     )
 
 

@@ -327,7 +327,7 @@ def _problem(
 class _Stepper(PureStepper):
     """A pure method whose steps are not recorded."""
 
-    lag = 0
+    lookahead = 0
 
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
         """Return nothing."""

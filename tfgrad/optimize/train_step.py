@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.arguments import arguments_in_tensors, parameter_names
-from tfgrad.derivatives.certificates import certified, inner, verify
-from tfgrad.derivatives.replicas import Replica
 from tfgrad.derivatives.signatures import (
     MOST_TRACES,
     OpenTraces,
     is_dynamic,
     signature,
 )
-from tfgrad.derivatives.tracing import as_written, not_converted
+from tfgrad.derivatives.tracing import not_converted
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
@@ -32,14 +28,15 @@ from tfgrad.nested import (
     variables_of,
     weak_dtype,
 )
-from tfgrad.optimize.distribute import out_of_scope, strategy_of
-from tfgrad.optimize.evaluator import dense
+from tfgrad.optimize.distribute import out_of_scope, replicas_of, scope_of
 from tfgrad.optimize.methods.keras_optimizer import (
+    build,
     by_name,
     check_free,
     check_strategy,
     named,
     optimizer_names,
+    plain,
     rates_of,
     require_optimizer,
 )
@@ -124,61 +121,45 @@ def train_step(
             hint="tfgrad.train_step(lambda x, y: ..., wrt=model)",
         )
     require_bool(has_aux=has_aux, jit=jit, verify=verify)
-    with _scope_of(tf.nest.flatten(open_modules(wrt))):
+    with scope_of(tf.nest.flatten(open_modules(wrt))):
         chosen = _optimizer(optimizer, learning_rate)
-    return TrainStep(loss, wrt, chosen, has_aux=has_aux, jit=jit, verify=verify)
+    update = Update(loss, chosen, has_aux=has_aux, verify=verify)
+    return TrainStep(update, wrt, jit=jit)
 
 
 def _optimizer(optimizer: Any, learning_rate: Any) -> Any:
     """Return the optimizer: the instance that is given, or a new one of that name."""
-    if not isinstance(optimizer, str):
+    is_named = isinstance(optimizer, str)
+    if not is_named:
         require_optimizer(optimizer, learning_rate, "optimizer")
-        return optimizer
-    if not tf.executing_eagerly():
+    is_traced = not tf.executing_eagerly()
+    if is_traced and (is_named or _is_made_in_trace(optimizer)):
         raise InvalidArgumentError(
-            "A step by the name of an optimizer is made once, outside of a "
-            "tf.function: each trace of that would begin anew, with new moments.",
-            got=f"optimizer={optimizer!r} in a function that is being traced",
+            "A step and its optimizer are made once, outside of a tf.function: each "
+            "trace of that would begin anew, with new moments.",
+            got=f"optimizer={describe(optimizer)} in a function that is being traced",
             hint="step = tfgrad.train_step(...) before it, and step(x, y) in it",
         )
+    if not is_named:
+        return optimizer
     return by_name(named(optimizer, optimizer_names(), "optimizer"), learning_rate)()
 
 
-def _scope_of(variables: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """Return the scope that the variables were made in: of a strategy, or of none."""
-    strategy = next(filter(None, map(strategy_of, variables)), None)
-    if strategy is tf.distribute.get_strategy() or not variables:
-        return contextlib.nullcontext()
-    return out_of_scope() if strategy is None else strategy.scope()
+def _is_made_in_trace(optimizer: Any) -> bool:
+    """Return whether the variables of an optimizer have no values yet."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        return False
+    with tf.init_scope():
+        return not all(bool(plain(v).is_initialized()) for v in optimizer.variables)
 
 
 class TrainStep:
-    """What `train_step` returns.
+    """What `train_step` returns."""
 
-    Attributes:
-        optimizer: The optimizer that moves the variables.
-        variables: The variables, in the order of the optimizer's; empty until the first
-            call if the model is not built before.
-    """
-
-    def __init__(
-        self,
-        loss: Callable[..., Any],
-        wrt: Nest,
-        optimizer: Any,
-        *,
-        has_aux: bool,
-        jit: bool,
-        verify: bool,
-    ) -> None:
+    def __init__(self, update: Update, wrt: Nest, *, jit: bool) -> None:
         """Trace nothing yet; `train_step` documents the arguments."""
-        self.optimizer = optimizer
-        self.variables: list[Any] = []
-        self._loss, self._wrt = loss, wrt
-        self._has_aux, self._jit, self._verify = has_aux, jit, verify
-        flags = {"has_aux": has_aux, "verify": verify}
-        self._update = Update(loss, optimizer, **flags)
-        self._names = parameter_names(loss)
+        self._update, self._wrt, self._jit = update, wrt, jit
+        self._names = parameter_names(update.loss)
         self._forget()
         if not _is_unbuilt(wrt):
             self._bind()
@@ -186,7 +167,20 @@ class TrainStep:
     def __repr__(self) -> str:
         """Return the names of the loss and of the optimizer."""
         kind = type(self.optimizer).__name__
-        return f"<train_step of {name_of(self._loss)} by {kind}>"
+        return f"<train_step of {name_of(self._update.loss)} by {kind}>"
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer that moves the variables."""
+        return self._update.optimizer
+
+    @property
+    def variables(self) -> list[Any]:
+        """The variables, in the order of the optimizer's.
+
+        Empty until the first call of a step whose model is not built before.
+        """
+        return self._update.variables
 
     @not_converted
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +194,7 @@ class TrainStep:
         if short_cut is not None:
             return short_cut(*tf.nest.flatten(args))
         nests = self._prepared(args, kwargs)
-        traced = self._traces.of(nests, functools.partial(self._trace, nests))
+        traced = self._traces.of(nests, functools.partial(self._compiled, nests))
         dynamic = _tensors(nests)
         if len(dynamic) == len(tf.nest.flatten((args, kwargs))) == len(_tensors(args)):
             if len(self._short_cuts) >= 2 * MOST_TRACES:
@@ -208,6 +202,10 @@ class TrainStep:
             # Calls with nothing but tensors, the commonest, take this short cut.
             self._short_cuts[signature(args)] = traced
         return traced(*dynamic)
+
+    @out_of_scope()  # there, optimizers refuse to work
+    def _compiled(self, nests: Any, specs: Sequence[Any]) -> Any:
+        return self._update.compiled(nests, specs, jit=self._jit)
 
     def _forget(self) -> None:
         """Drop the traces: they have the optimizer's rate as it was, if a schedule."""
@@ -239,7 +237,7 @@ class TrainStep:
             traced = tf.function(loss, autograph=False)
             return traced.get_concrete_function(*args, **kwargs)
 
-        explained(compiled, self._loss)
+        explained(compiled, self._update.loss)
 
     def _bind(self) -> None:
         """Build the optimizer, outside of any trace: inside, some go wrong silently."""
@@ -248,70 +246,13 @@ class TrainStep:
         each = {id(source): (source, variable) for source, variable in pairs}
         variables = [variable for _, variable in each.values()]
         check_free(self.optimizer, variables)
-        self._update.bind(variables, [source for source, _ in each.values()])
+        replicas = replicas_of(variables)
         check_strategy(self.optimizer, variables)
         if not getattr(self.optimizer, "built", True):
-            with tf.init_scope(), _scope_of(variables):
-                self.optimizer.build(variables)
-        self.variables = variables
-
-    # --- a trace ---
-
-    @out_of_scope()  # there, optimizers refuse to work
-    def _trace(self, nests: Any, specs: Sequence[Any]) -> Any:
-        """Return the step as a compiled function of the tensors in `nests`."""
-        flat = tf.nest.flatten(nests)
-
-        def evaluated(*dynamic: Any) -> Any:
-            left = iter(dynamic)
-            filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
-            return self._update.evaluate(tf.nest.pack_sequence_as(nests, filled))
-
-        def compiled(_: Any) -> Any:  # `Compiled` knows whether AutoGraph is wanted
-            traced = tf.function(evaluated, autograph=False)
-            return traced.get_concrete_function(*specs)
-
-        evaluate = explained(compiled, self._loss)
-        if self._verify:
-            with as_written(optimized=False):  # optimizing takes longer than it saves
-                self._require_right(evaluate, _tensors(nests))
-
-        def stepped(*dynamic: Any) -> Any:
-            answer, gradients = evaluate(*dynamic)
-            self._update.move(gradients)
-            return answer
-
-        if not isinstance(self.optimizer, keras.optimizers.Optimizer):
-            return stepped  # what it keeps in Python, a trace would freeze
-        jit = self._jit and self._update.replicas.count == 1
-        options = {"autograph": False, "jit_compile": jit or None}
-        whole = tf.function(stepped, **options).get_concrete_function(*specs)
-        return self._update.guarded(whole)
-
-    def _require_right(self, evaluate: Any, tensors: Sequence[Any]) -> None:
-        """Refuse a first gradient that differences disagree with; nothing is written.
-
-        Raises:
-            WrongDerivativeError: If they do.
-        """
-        if not certified(evaluate) or self._update.replicas.count > 1:
-            return
-        answer, gradients = Replica(evaluate)(tensors)
-        value = answer[0] if self._has_aux else answer
-        weight = float(self._update.weight(value))
-        slopes = [0.0 if g is None else g for g in dense(gradients)]
-        if weight != 1 and not all(np.all(np.isfinite(slope)) for slope in slopes):
-            return  # an overflow of the loss scale is the optimizer's affair
-        verify(
-            evaluate,
-            tensors,
-            (answer, gradients),
-            variables=self._update.sources,
-            outputs=lambda found: [found[0][0] if self._has_aux else found[0]],
-            slope=lambda v, weights: float(weights[0]) * inner(slopes, v) / weight,
-            name=name_of(self._loss),
-            names=[getattr(v, "path", v.name) for v in self.variables],
-        )
+            with tf.init_scope(), scope_of(variables):
+                build(self.optimizer, variables)
+        sources = [source for source, _ in each.values()]
+        self._update.bind(variables, sources, replicas)
 
 
 def _check_compiled() -> None:

@@ -10,13 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.calls import Call, Compiled
+from tfgrad.derivatives.certificates import Ladder, certified, slope_along, verify
 from tfgrad.derivatives.outputs import objective
+from tfgrad.derivatives.replicas import Replica
 from tfgrad.derivatives.signatures import is_dynamic, signature
 from tfgrad.derivatives.soundness import UnverifiableGradientError
-from tfgrad.derivatives.tracing import trace
+from tfgrad.derivatives.tracing import as_written, trace
 from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.diagnosis.lines import line_of_error
 from tfgrad.errors import InvalidArgumentError, NoGradientError
@@ -27,7 +30,6 @@ from tfgrad.optimize.distribute import (
     Replicas,
     lost_worker,
     out_of_scope,
-    replicas_of,
     whole,
 )
 from tfgrad.optimize.evaluator import dense
@@ -37,6 +39,9 @@ from tfgrad.optimize.sparse import SparseRecording, summed_for
 Nests = tuple[Any, Any]
 """The arguments of a call, and the keyword arguments, in tensors."""
 
+Found = tuple[tf.Tensor, Any, list[Any]]
+"""The loss, aux (None if there is none), and a gradient or None for each variable."""
+
 
 class Update:
     """The value, the gradient, and what an optimizer makes of it.
@@ -45,9 +50,11 @@ class Update:
         loss: The user's function.
         optimizer: The optimizer.
         has_aux: `loss` returns `(value, aux)`.
-        verify: Refuse a gradient that lacks a term.
+        verify: Refuse a gradient that lacks a term, or that differences disagree with.
 
     Attributes:
+        loss: As above.
+        optimizer: As above.
         variables: What is updated, in the order of the optimizer's.
         sources: The same, as a tape watches them.
         replicas: Those that have copies of them.
@@ -64,20 +71,18 @@ class Update:
         verify: bool,
     ) -> None:
         """Know no variables yet."""
-        self._loss, self._optimizer = loss, optimizer
+        self.loss, self.optimizer = loss, optimizer
         self._has_aux, self._verify = has_aux, verify
+        self._compiled = Compiled(loss, self._answer)
         self.variables: list[Any] = []
         self.sources: list[tf.Variable] = []
         self.replicas = ONE
 
-    def bind(self, variables: list[Any], sources: list[tf.Variable]) -> None:
-        """Update these from now on.
-
-        Raises:
-            InvalidArgumentError: If they are of several strategies.
-        """
-        self.replicas = replicas_of(variables)
-        self.variables, self.sources = variables, sources
+    def bind(
+        self, variables: list[Any], sources: list[tf.Variable], replicas: Replicas
+    ) -> None:
+        """Update these from now on."""
+        self.variables, self.sources, self.replicas = variables, sources, replicas
 
     def step(self, *nests: Any) -> Any:
         """Update the variables; return the loss before that, or `(loss, aux)`."""
@@ -85,9 +90,9 @@ class Update:
         if context is not None and context.num_replicas_in_sync > 1:
             return self._step_of_replica(nests, context)
         with out_of_scope():
-            answer, gradients = self.evaluate(nests)
+            value, aux, gradients = self.evaluate(nests)
             self.move(gradients)
-        return answer
+        return self._returned(value, aux)
 
     def _step_of_replica(self, nests: Nests, context: Any) -> Any:
         """Update the variables once, by what all replicas add up to.
@@ -96,7 +101,7 @@ class Update:
         overflows, and refuse to accumulate. So the update is taken out of the replicas.
         """
         parts = self._parts(nests, Replicas(context.strategy))
-        answer, gradients, averages = self._evaluate_part(nests, parts)
+        (value, aux, gradients), averages = self._evaluate_part(nests, parts)
 
         def update(strategy: Any, *totals: Any) -> None:
             def first(total: Any) -> Any:
@@ -108,25 +113,91 @@ class Update:
                 self.move(gradients)
 
         context.merge_call(update, args=(gradients, averages))
-        return answer
+        return self._returned(value, aux)
 
-    def evaluate(self, nests: Nests) -> tuple[Any, list[Any]]:
-        """Return the loss, and aux, and the gradients for the optimizer.
+    def compiled(self, nests: Nests, specs: Sequence[Any], *, jit: bool) -> Any:
+        """Return the step as a function of the tensors in `nests`, traced for specs.
+
+        Raises:
+            WrongDerivativeError: If the gradient there is wrong; nothing is written.
+        """
+        flat = tf.nest.flatten(nests)
+
+        def evaluated(*dynamic: Any) -> Found:
+            left = iter(dynamic)
+            filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
+            return self.evaluate(tf.nest.pack_sequence_as(nests, filled))
+
+        def traced(_: Any) -> Any:  # `Compiled` knows whether AutoGraph is wanted
+            return tf.function(evaluated, autograph=False).get_concrete_function(*specs)
+
+        evaluate = explained(traced, self.loss)
+        if self._verify:
+            with as_written(optimized=False):  # optimizing takes longer than it saves
+                self._require_right(evaluate, list(filter(is_dynamic, flat)))
+
+        def stepped(*dynamic: Any) -> Any:
+            value, aux, gradients = evaluate(*dynamic)
+            self.move(gradients)
+            return self._returned(value, aux)
+
+        if not isinstance(self.optimizer, keras.optimizers.Optimizer):
+            return stepped  # what it keeps in Python, a trace would freeze
+        jit = jit and self.replicas.count == 1
+        whole = tf.function(stepped, autograph=False, jit_compile=jit or None)
+        return self._guarded(whole.get_concrete_function(*specs))
+
+    def evaluate(self, nests: Nests) -> Found:
+        """Return the loss, aux, and the gradients for the optimizer.
 
         Several processes take the mean of what each computes of its own arguments.
         """
         if not self.replicas.is_clustered:
-            return self._gradients(nests)
+            return self._found(nests)
         parts = self._parts(nests, self.replicas)
 
         def one(*nests: Any) -> Any:
             return self._evaluate_part(nests, parts)
 
-        answer, gradients, averages = self.replicas.run(one, *nests)
+        found, averages = self.replicas.run(one, *nests)
         parts.settle(averages)
-        return answer, gradients
+        return found
 
-    def guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _returned(self, value: tf.Tensor, aux: Any) -> Any:
+        return (value, aux) if self._has_aux else value
+
+    def _require_right(self, evaluate: Any, tensors: Sequence[Any]) -> None:
+        """Refuse a first gradient that differences disagree with; nothing is written.
+
+        Raises:
+            WrongDerivativeError: If they do.
+        """
+        if not certified(evaluate) or self.replicas.count > 1:
+            return
+        answer = Replica(evaluate)(tensors)
+        value, _, gradients = answer
+        weight = float(self._weight(value))
+        read = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        slopes = dense([gradients[i] for i in read])
+        if weight != 1 and not all(np.all(np.isfinite(slope)) for slope in slopes):
+            return  # an overflow of the loss scale is the optimizer's affair
+
+        def slope(direction: Any, weights: Any) -> float:
+            along = slope_along(slopes, [direction[i] for i in read])
+            return float(weights[0]) * along / weight
+
+        verify(
+            evaluate,
+            tensors,
+            answer,
+            variables=self.sources,
+            outputs=lambda found: [found[0]],
+            slope=slope,
+            name=name_of(self.loss),
+            names=[getattr(v, "path", v.name) for v in self.variables],
+        )
+
+    def _guarded(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled step that says what to do where another worker is lost."""
         replicas = self.replicas
         if not replicas.is_clustered:
@@ -152,26 +223,26 @@ class Update:
             return self._shared[1]
 
         def compiled(_: Any) -> Any:
-            traced = tf.function(lambda *n: self._gradients(n), autograph=False)
+            traced = tf.function(lambda *n: self._found(n), autograph=False)
             return traced.get_concrete_function(*nests)
 
         with ThreadPoolExecutor(1) as thread:  # in which no strategy is at work
             run = contextvars.copy_context().run
-            traced = thread.submit(run, explained, compiled, self._loss).result()
+            traced = thread.submit(run, explained, compiled, self.loss).result()
         parts = GivenParts(replicas, whole(written_variables(traced)))
         self._shared = place, parts
         return parts
 
     def _evaluate_part(
         self, nests: Nests, parts: GivenParts
-    ) -> tuple[Any, list[Any], list[tf.Tensor]]:
+    ) -> tuple[Found, list[tf.Tensor]]:
         """Return, in a replica, `evaluate` of all, and averages to be settled."""
+        aux: Any = None
         gradients: list[Any] = []
-        rest: list[Any] = []
 
         def compute(_: Nest, tensors: Any, share: tf.Tensor) -> Part:
-            answer, gradients[:] = self._gradients(nests, share)
-            value, *rest[:] = answer if self._has_aux else (answer,)
+            nonlocal aux, gradients
+            value, aux, gradients = self._found(nests, share)
             found = dense([g for g in gradients if g is not None])
             return Part([weighted(value, share), *found], [])
 
@@ -180,43 +251,42 @@ class Update:
         value, *found = part.means
         left = iter(found)
         gradients = [None if g is None else next(left) for g in gradients]
-        return (value, *rest) if self._has_aux else value, gradients, averages
+        return (value, aux, gradients), averages
 
-    def _gradients(self, nests: Nests, share: Any = None) -> tuple[Any, list[Any]]:
-        """Return the loss, and aux, and its gradients times a share."""
-
-        def answer(call: Call) -> tuple[Any, Any]:
-            recording = SparseRecording(
-                objective(self._has_aux), call, has_aux=self._has_aux
-            )
-            value = recording.output
-            weight = weighted(self.weight(value), share)
-            if self._verify and share is None:
-                gradients = recording.gradients(weight)
-            else:
-                gradients = recording.pull([weight])
-            if all(gradient is None for gradient in gradients):
-                raise _reads_none(call)
-            if share is None:  # else they become dense
-                gradients = summed_for(self._optimizer, gradients, self.sources)
-            return ((value, recording.aux) if self._has_aux else value, gradients), []
-
-        compiled = Compiled(self._loss, answer)
-        found: tuple[Any, list[Any]] = compiled(*nests, 0, tuple(self.sources), None)
+    def _found(self, nests: Nests, share: Any = None) -> Found:
+        """Return the loss, aux, and the gradients times a share, shape `[]`."""
+        found: Found = self._compiled(*nests, 0, tuple(self.sources), share)
         return found
 
-    def weight(self, value: tf.Tensor) -> tf.Tensor:
+    def _answer(self, call: Call) -> tuple[Found, Ladder]:
+        share = call.direction
+        recording = SparseRecording(
+            objective(self._has_aux), call, has_aux=self._has_aux
+        )
+        value = recording.output
+        weight = weighted(self._weight(value), share)
+        if self._verify and share is None:
+            gradients = recording.gradients(weight)
+        else:
+            gradients = recording.pull([weight])
+        if all(gradient is None for gradient in gradients):
+            raise _reads_none(call)
+        if share is None:  # else they become dense
+            gradients = summed_for(self.optimizer, gradients, self.sources)
+        return (value, recording.aux, gradients), []
+
+    def _weight(self, value: tf.Tensor) -> tf.Tensor:
         """Return what the optimizer wants the gradient multiplied by: its scale."""
-        scale = getattr(self._optimizer, "scale_loss", lambda loss: loss)
+        scale = getattr(self.optimizer, "scale_loss", lambda loss: loss)
         return tf.cast(scale(tf.ones_like(value)), value.dtype)
 
     def move(self, gradients: Sequence[Any]) -> None:
         """Let the optimizer move the variables."""
-        if isinstance(self._optimizer, keras.optimizers.Optimizer):
-            self._optimizer.apply(gradients, self.variables)
+        if isinstance(self.optimizer, keras.optimizers.Optimizer):
+            self.optimizer.apply(gradients, self.variables)
             return
         pairs = zip(gradients, self.variables, strict=True)
-        self._optimizer.apply_gradients([(g, v) for g, v in pairs if g is not None])
+        self.optimizer.apply_gradients([(g, v) for g, v in pairs if g is not None])
 
 
 def explained(compile: Callable[[Any], Any], loss: Callable[..., Any]) -> Any:

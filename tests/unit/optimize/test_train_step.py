@@ -615,12 +615,39 @@ def test_variables_made_outside_of_a_scope_are_stepped_in_it():
     assert float(w) == pytest.approx(1.4)
 
 
-def test_a_step_by_name_in_a_function_that_is_traced_is_refused():
+@pytest.mark.parametrize("make", [lambda: "sgd", keras.optimizers.SGD], ids=["a", "b"])
+def test_a_step_made_in_a_function_that_is_traced_is_refused(make):
     w = tf.Variable(1.0)
 
     @tf.function
     def inside():
-        return tfgrad.train_step(lambda: w * w, wrt=w, optimizer="sgd")()
+        return tfgrad.train_step(lambda: w * w, wrt=w, optimizer=make())()
 
     with pytest.raises(InvalidArgumentError, match=r"outside of a tf\.function"):
         inside()
+
+
+def test_a_step_made_in_a_trace_may_move_by_an_optimizer_that_was_made_before():
+    w, optimizer = tf.Variable(1.0), keras.optimizers.SGD(0.25)
+
+    @tf.function
+    def inside():
+        return tfgrad.train_step(lambda: w * w, wrt=w, optimizer=optimizer)()
+
+    inside(), inside()
+
+    assert float(w) == 0.25
+    assert int(optimizer.iterations) == 2
+
+
+def test_an_optimizer_that_needs_variables_of_keras_says_so():
+    with pytest.raises(InvalidArgumentError, match="works on Keras variables only"):
+        tfgrad.train_step(
+            lambda: 0.0, wrt=tf.Variable([[1.0]]), optimizer=keras.optimizers.Muon(0.1)
+        )
+
+
+def test_the_optimizer_of_a_step_cannot_be_replaced():
+    step = tfgrad.train_step(lambda: 0.0, wrt=tf.Variable(1.0))
+    with pytest.raises(AttributeError):
+        step.optimizer = keras.optimizers.SGD()

@@ -177,7 +177,7 @@ class KerasMethod:
             kind = self.optimizer
             self.is_compiled = hasattr(kind, "build") and hasattr(kind, "variables")
             if self.is_compiled:
-                self._build()
+                build(kind, self._variables)
         self.name = type(self.optimizer).__name__.lower()
 
     def settings(self) -> Any:
@@ -224,18 +224,6 @@ class KerasMethod:
         self.optimizer.finalize_variable_values(self._variables)
         return True
 
-    def _build(self) -> None:
-        try:
-            self.optimizer.build(self._variables)
-        except AttributeError as error:
-            if all(isinstance(v, keras.Variable) for v in self._variables):
-                raise
-            raise InvalidArgumentError(
-                f"`{type(self.optimizer).__name__}` works on Keras variables only.",
-                got=f"tf.Variables, which lack what it needs ({error})",
-                hint="keras.Variable(...), a Keras model, or another method",
-            ) from error
-
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
         before = keras.config.floatx()
@@ -244,6 +232,24 @@ class KerasMethod:
             yield
         finally:
             keras.config.set_floatx(before)
+
+
+def build(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Let an optimizer make its state for some variables.
+
+    Raises:
+        InvalidArgumentError: If it needs to know of them what TensorFlow's do not tell.
+    """
+    try:
+        optimizer.build(variables)
+    except AttributeError as error:
+        if all(isinstance(v, keras.Variable) for v in variables):
+            raise
+        raise InvalidArgumentError(
+            f"`{type(optimizer).__name__}` works on Keras variables only.",
+            got=f"tf.Variables, which lack what it needs ({error})",
+            hint="keras.Variable(...), a Keras model, or another method",
+        ) from error
 
 
 def plain(variable: Any) -> tf.Variable:

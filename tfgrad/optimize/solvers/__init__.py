@@ -9,12 +9,14 @@ unless a rule has ended the run: `Ruled` asks. `Forms` says how steps are compil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tfgrad.optimize import stopping
 from tfgrad.optimize.evaluator import Evaluation
+from tfgrad.optimize.history import Rows
 from tfgrad.optimize.stopping import RUNNING, Step, Tolerances, code_of, judge
 
 NO_XLA = "no XLA"
@@ -50,19 +52,23 @@ class State(NamedTuple):
     batch: Any = ()
 
 
+Visit = Callable[[State, Rows], bool]
+"""Takes where a run is, and its row; returns whether to go on."""
+
+
 class Stepper:
     """Takes steps; may be traced. What it says nothing about is as here.
 
     Attributes:
-        lag: How many steps were taken when a point that was accepted is recorded, less
-            those when it was evaluated: 1 for a trial, 0 for the current point.
+        lookahead: How many steps beyond the current point a step evaluates: 1 for the
+            trial that it leads to, 0 for the current point.
         is_eager: Whether `accept` and `move` have to run outside of a trace.
         expects: Whether the method says by how much it expects f to fall.
         knows_solutions: Whether the method says itself where a solution is: no rule is
             asked then.
     """
 
-    lag: int
+    lookahead: int
     expects = True
     is_eager: Any = False
     knows_solutions: Any = False
@@ -123,16 +129,16 @@ class Ruled(NamedTuple):
     @property
     def key(self) -> Any:
         """All that the rules depend on."""
-        return self.tolerances, stopping.RULES, self.believes
+        return self.tolerances, stopping.RULES, self.uses_expected
 
     @property
-    def believes(self) -> bool:
+    def uses_expected(self) -> bool:
         """Whether a rule may ask for the fall of f that the method expects."""
         return self.stepper.expects and not self.stepper.knows_solutions
 
     def first(self, fun: Any, grad_max: Any, expected: Any, first: Any) -> tf.Tensor:
         """Return the code of the rules at a start."""
-        expected = self._believed(expected)
+        expected = self._usable(expected)
         return judge(
             Step(
                 fun, grad_max, [fun], expected, first, fun, [fun], expected,
@@ -159,7 +165,7 @@ class Ruled(NamedTuple):
             fun=new.evaluation.value,
             grad_max=new.evaluation.grad_max,
             x=x[0],
-            expected=self._believed(new.expected),
+            expected=self._usable(new.expected),
             first=new.first,
             before_fun=old.evaluation.value,
             before_x=x[1],
@@ -168,9 +174,9 @@ class Ruled(NamedTuple):
             tolerances=self.tolerances,
         )
 
-    def _believed(self, expected: tf.Tensor) -> tf.Tensor | None:
-        """Return the fall that a rule may believe in; None where none is told."""
-        return expected if self.believes else None
+    def _usable(self, expected: tf.Tensor) -> tf.Tensor | None:
+        """Return the fall that a rule may use; None if the method says none."""
+        return expected if self.uses_expected else None
 
 
 class Form(NamedTuple):

@@ -72,7 +72,7 @@ class OptimizerStepper(Stepper):
         compiled: The evaluation, compiled; None if f runs eagerly.
     """
 
-    lag = 0
+    lookahead = 0
     expects = False
 
     def __init__(self, problem: Problem, factory: Factory, feed: Feed | None) -> None:

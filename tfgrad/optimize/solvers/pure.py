@@ -98,7 +98,7 @@ class PureStepper(Stepper):
         failure: The code of a run in which the method failed.
     """
 
-    lag = 1
+    lookahead = 1
 
     def __init__(
         self, problem: Problem, method: Method, limits: Limits | None = None

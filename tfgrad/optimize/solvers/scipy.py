@@ -40,7 +40,7 @@ from tfgrad.optimize.methods.protocol import Move
 from tfgrad.optimize.methods.scipy import SciPyMethod
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.saddle import look_around
-from tfgrad.optimize.solvers import State
+from tfgrad.optimize.solvers import State, Visit
 from tfgrad.optimize.solvers.pure import PureSolver
 from tfgrad.optimize.stopping import (
     Step,
@@ -178,8 +178,6 @@ class SciPyLoop:
 
     Attributes:
         solver: What begins, recovers and looks.
-        visit: Called with each state and its row; returns whether to go on. None: a
-            call of `advance` takes one iteration, and SciPy runs in a thread.
         bad: A row that is not finite, where that ended the run.
         blame: Which op and line made it so, if that was found.
         verdict: SciPy's own, no limit being broken: whether it succeeded, and its last
@@ -196,7 +194,6 @@ class SciPyLoop:
     ) -> None:
         """Evaluate nothing."""
         self.solver = PureSolver(problem, _Still(), limits)
-        self.visit: Callable[[State, Rows], bool] | None = None
         self.bad: Rows | None = None
         self.blame = ""
         self._method, self._clock = method, clock
@@ -220,10 +217,19 @@ class SciPyLoop:
             return state, row
         return state._replace(code=self._rules.code(state, state)), row
 
-    def advance(self, state: State, limit: int) -> tuple[State, Rows]:
-        """Let SciPy iterate: to its end, or once."""
-        if self.visit is not None:
-            return self._run(state, self.visit), Rows({})
+    def advance(
+        self, state: State, limit: int, visit: Visit | None = None
+    ) -> tuple[State, Rows]:
+        """Let SciPy iterate.
+
+        Args:
+            state: Where the run is.
+            limit: Not heeded; `visit` is asked.
+            visit: Called after each iteration, until the end. None: there is one
+                iteration, and SciPy waits in a thread.
+        """
+        if visit is not None:
+            return self._run(state, visit), Rows({})
         if self._hand is None:
             self._hand = _Hand(lambda visit: self._run(state, visit))
         found = self._hand.next()
@@ -273,7 +279,7 @@ class SciPyLoop:
             return "infeasible", f"{said} A limit is broken by {broken:.2g}."
         return "scipy", said
 
-    def _run(self, state: State, visit: Callable[[State, Rows], bool]) -> State:
+    def _run(self, state: State, visit: Visit) -> State:
         """Let SciPy run until it ends, or until a visit ends it."""
         from scipy.optimize import minimize
 
@@ -343,6 +349,32 @@ class SciPyLoop:
         return Rows({"step": np.array([int(state.step)]), **columns}).timed(now, now)
 
 
+class _StandIn:
+    """Finite values for points where f has none, above all that were seen.
+
+    Args:
+        value: The first one.
+    """
+
+    def __init__(self, value: float) -> None:
+        self._lowest = self._highest = value
+
+    def see(self, value: float) -> None:
+        """Take note of a value."""
+        self._lowest = min(value, self._lowest)
+        self._highest = max(value, self._highest)
+
+    def beyond(self, way: Array, last: float) -> tuple[float, Array]:
+        """Return a value and a gradient on a way from an iterate with the value `last`.
+
+        It rises from there like a parabola: a method that goes on to it in spite of its
+        height, as SLSQP does after ten trials, comes back.
+        """
+        height = self._highest - self._lowest
+        value = self._highest + BEYOND * max(height, abs(self._highest), 1e-300)
+        return value, 2 * (value - last) * way / max(float(way @ way), 1e-300)
+
+
 class _Session:
     """What SciPy calls, and where it is.
 
@@ -367,7 +399,7 @@ class _Session:
         function: _Function,
         state: State,
         moved: Callable[[State, Array], tuple[State, Rows]],
-        visit: Callable[[State, Rows], bool],
+        visit: Visit,
         searches: bool,
     ) -> None:
         self._most_doubts = 2 if searches else 1
@@ -375,14 +407,10 @@ class _Session:
         self.error: BaseException | None = None
         self._function, self._moved, self._visit = function, moved, visit
         self._x = np.asarray(state.x, np.float64)
-        self._highest = self._lowest = float(state.evaluation.value)
+        self._stand_in = _StandIn(float(state.evaluation.value))
 
     def fun(self, x: Array) -> tuple[float, Array]:
-        """Return value and gradient; a finite stand-in where f has none.
-
-        It rises from the last iterate like a parabola: a method that goes on to it in
-        spite of its height, as SLSQP does after ten trials, comes back.
-        """
+        """Return value and gradient; a finite stand-in where f has none."""
         at = self._guarded(self._function.at, np.array(x))
         value, grad = float(at.value), np.asarray(at.gradient, np.float64)
         self.state = self.state._replace(evaluations=self.state.evaluations + 1)
@@ -390,14 +418,10 @@ class _Session:
         if is_bad:
             self.has_met, self.doubts = True, self._most_doubts
         if np.isfinite(value):
-            self._lowest = min(value, self._lowest)
-            self._highest = max(value, self._highest)
+            self._stand_in.see(value)
         else:
-            height = self._highest - self._lowest
-            value = self._highest + BEYOND * max(height, abs(self._highest), 1e-300)
             way = np.asarray(x, np.float64) - self._x
-            rise = 2 * (value - float(self.state.evaluation.value))
-            grad = rise * way / max(float(way @ way), 1e-300)
+            value, grad = self._stand_in.beyond(way, float(self.state.evaluation.value))
         return value, np.where(np.isfinite(grad), grad, 0.0)
 
     def hessp(self, x: Array, v: Array) -> Array:
