@@ -267,20 +267,20 @@ def _settled(
 ) -> list[Slope | None]:
     """Return the slope of each function along the line; None if it is not wrong."""
     epsilon, sizes = float(EPSILONS[line.dtype]), line.sizes()
+    steps = np.array(sides.steps)
     largest = float(np.max(sizes, initial=0.0, where=np.isfinite(sizes)))
     floor = _TERMS * (epsilon * largest + line.underflow())
 
     def judged(noise: Array) -> list[Slope | None]:
         rows = zip(claimed, sides.of_each(), noise, sizes, strict=True)
         slopes = [
-            _slope(value, *both, 4 * rounding / np.array(sides.steps), size, floor)
+            _slope(value, *both, 4 * rounding / steps, size, floor, rtol)
             for value, both, rounding, size in rows
         ]
-        found = (Slope(*slope, rtol) for slope in slopes)
         # What is no number is wrong only where the differences are known.
         return [
             slope if np.isfinite(slope.error) and slope.verdict == "fail" else None
-            for slope in found
+            for slope in slopes
         ]
 
     noise = epsilon * sizes
@@ -288,7 +288,7 @@ def _settled(
         return [None for _ in center]
     # The noise, and whether f is random, are measured here only: it takes evaluations.
     is_random = ~(np.abs(line(0.0) - center) <= _ROUNDINGS * noise)
-    found = judged(np.maximum(noise, _noise(line, sides.steps[-1])))
+    found = judged(np.maximum(noise, _noise(line, steps[-1])))
     return [None if r else wrong for r, wrong in zip(is_random, found, strict=True)]
 
 
@@ -299,10 +299,11 @@ def _slope(
     errors: Array,
     value: float,
     floor: float,
-) -> tuple[float, float, float]:
-    """Return the claimed slope, the surest difference, and the error of that.
+    rtol: float,
+) -> Slope:
+    """Return the claimed slope beside the surest difference.
 
-    The error is that of rounding, and how far both sides and two steps are apart.
+    The error of that is of rounding, and how far both sides and two steps are apart.
     """
     secants = np.maximum(np.abs(right), np.abs(left))[2:]
     # Richardson's extrapolation removes what curvature adds to one-sided slopes.
@@ -320,7 +321,7 @@ def _slope(
     bars = np.max([4 * errors, apart / SAME, np.full_like(errors, floor)], axis=0) / 3
     bars = np.where(usable & np.isfinite(bars), bars, np.inf)
     best = np.argmin(bars)
-    return float(claimed), float(slopes[best]), float(bars[best])
+    return Slope(float(claimed), float(slopes[best]), float(bars[best]), rtol)
 
 
 def _noise(line: _Line, step: float) -> Array:
