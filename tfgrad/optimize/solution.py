@@ -280,7 +280,8 @@ def _solve(
         minimum = refined(system, last.x, start, tensors)
         code, evaluation = last.code, last.evaluation
         how = code, last.step, evaluation.value, evaluation.grad_max
-        return minimum, Report(*how, minimum.error, minimum.factor.least)
+        least = minimum.factor.least_curvature()
+        return minimum, Report(*how, minimum.error, least)
 
     (minimum, report), outside = constant(forward, start, *tensors)
     floats = [source for source in outside if source.dtype.is_floating]
