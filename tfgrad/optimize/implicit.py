@@ -67,6 +67,7 @@ class System(NamedTuple):
         gradient: From x, shape `[n]`, and the args to the gradient g there.
         product: From x, v and the args to H v; with `gauss_newton`, to J'J v.
         matrix: From x and the args to H, shape `[n, n]`; None where n is too large.
+        is_exact: Whether these are H itself, not J'J.
         outside: The float tensors and the variables that f reads besides them.
         bounds: What x is within; None if there are no bounds.
     """
@@ -76,6 +77,7 @@ class System(NamedTuple):
     gradient: Callable[[tf.Tensor, Args], tf.Tensor]
     product: Callable[[tf.Tensor, tf.Tensor, Args], tf.Tensor]
     matrix: Callable[[tf.Tensor, Args], tf.Tensor] | None
+    is_exact: bool
     outside: list[Any]
     bounds: Bounds | None
 
@@ -159,8 +161,9 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
     enough = tf.constant(epsilon**ENOUGH, dtype)
     last = tf.constant(epsilon**0.5, dtype)
     huge = tf.constant(dtype.max, dtype)
-    # Where a step may let a bound hold another variable, H has to be formed again.
-    is_kept = system.matrix is not None and system.bounds is None
+    # Where a step may let a bound hold another variable, H has to be formed again; and
+    # steps with J'J shrink too slowly.
+    is_kept = system.is_exact and system.matrix is not None and system.bounds is None
 
     def goes_on(i: Any, at: _Newton) -> Any:
         # Where rounding forbids more, the steps get no shorter.
@@ -187,24 +190,16 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
         error = tf.where(length > 0, error, tf.zeros_like(length))
         return _Newton(x, step, factor, error, here.error)
 
-    def newton(i: Any, here: _Newton) -> Any:
+    def body(i: Any, here: _Newton) -> Any:
         return i + 1, moved(here, None)
-
-    def chord(i: Any, here: _Newton) -> Any:
-        return i + 1, moved(here, here.factor)
-
-    def run(condition: Any, body: Any, here: _Newton) -> _Newton:
-        end: _Newton
-        _, end = tf.while_loop(condition, body, (0, here), parallel_iterations=1)
-        return end
 
     n = 0 if system.matrix is None else x.shape[0]
     factor = Factor(x, tf.eye(n, dtype=dtype) if n else x, x, tf.ones([], dtype))
     first = _Newton(x, tf.zeros_like(x), factor, huge, huge)
-    if is_kept:  # After a step of half of the digits, others with the same H will do.
-        end = run(goes_on, chord, run(is_far, newton, first))
-    else:
-        end = run(goes_on, newton, first)
+    condition = is_far if is_kept else goes_on
+    _, end = tf.while_loop(condition, body, (0, first), parallel_iterations=1)
+    # After a step of half of the digits, one more with the same H has the others.
+    end = moved(end, end.factor) if is_kept else end
     return Minimum(system.clip(end.x + end.step), end.factor, end.error)
 
 

@@ -383,6 +383,7 @@ def _system(
         gradient=lambda x, args: gradient(x, list(args)),
         product=along,
         matrix=matrix if is_small else None,
+        is_exact=not settings.gauss_newton,
         outside=[],
         bounds=box and Bounds(*(tf.constant(b, like.dtype) for b in box.sides)),
     )
