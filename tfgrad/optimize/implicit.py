@@ -12,6 +12,10 @@ References:
     Nocedal and Wright (2006), Numerical Optimization, 2nd edition: theorem A.2 (the
     implicit function theorem), algorithm 5.2 (conjugate gradients), section 3.5
     (Newton's method near a solution).
+    Kelley (1995), Iterative Methods for Linear and Nonlinear Equations, section 5.4:
+    Newton steps with an earlier matrix (the chord method).
+    Higham (2002), Accuracy and Stability of Numerical Algorithms, 2nd edition, chapter
+    12: the correction of a quotient by what it leaves (iterative refinement).
     Blondel et al. (2022), Efficient and modular implicit differentiation, NeurIPS 35:
     the same for arguments of any solver.
 """
@@ -63,6 +67,7 @@ class System(NamedTuple):
         gradient: From x, shape `[n]`, and the args to the gradient g there.
         product: From x, v and the args to H v; with `gauss_newton`, to J'J v.
         matrix: From x and the args to H, shape `[n, n]`; None where n is too large.
+        is_exact: Whether these are H itself, not J'J.
         outside: The float tensors and the variables that f reads besides them.
         bounds: What x is within; None if there are no bounds.
     """
@@ -72,6 +77,7 @@ class System(NamedTuple):
     gradient: Callable[[tf.Tensor, Args], tf.Tensor]
     product: Callable[[tf.Tensor, tf.Tensor, Args], tf.Tensor]
     matrix: Callable[[tf.Tensor, Args], tf.Tensor] | None
+    is_exact: bool
     outside: list[Any]
     bounds: Bounds | None
 
@@ -88,21 +94,32 @@ class System(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """H at a minimum, of the free variables, ready to be divided by.
+    """H at a minimum or nearby, of the free variables, ready to be divided by.
 
     Attributes:
         free: 1 for each free variable, 0 for the others, shape `[n]`.
-        triangle: Cholesky's L of H scaled to a diagonal of ones; without a matrix, x.
+        inverse: Of Cholesky's L of H scaled to a diagonal of ones; or scaled H itself
+            where it is not positive; without a matrix, x.
         scale: What H was scaled by.
-        least: The least curvature that was seen, as a part of the largest: of scaled H
-            the least eigenvalue if it is not positive, else 1; without a matrix, that
-            along the conjugate directions.
+        least: The least curvature that was seen, as a part of the largest, along the
+            conjugate directions; with a matrix, 1 if it is positive, and else 0.
     """
 
     free: tf.Tensor
-    triangle: tf.Tensor
+    inverse: tf.Tensor
     scale: tf.Tensor
     least: tf.Tensor
+
+    def least_curvature(self) -> tf.Tensor:
+        """Return `least`, but of a matrix that is not positive its eigenvalue."""
+        if self.inverse.shape.rank == 1:
+            return self.least
+        return tf.cond(
+            self.least > 0,
+            lambda: self.least,
+            # Rounding may let a singular matrix look positive.
+            lambda: tf.minimum(tf.reduce_min(tf.linalg.eigvalsh(self.inverse)), 0),
+        )
 
 
 class Minimum(NamedTuple):
@@ -144,6 +161,9 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
     enough = tf.constant(epsilon**ENOUGH, dtype)
     last = tf.constant(epsilon**0.5, dtype)
     huge = tf.constant(dtype.max, dtype)
+    # Where a step may let a bound hold another variable, H has to be formed again; and
+    # steps with J'J shrink too slowly.
+    is_kept = system.is_exact and system.matrix is not None and system.bounds is None
 
     def goes_on(i: Any, at: _Newton) -> Any:
         # Where rounding forbids more, the steps get no shorter.
@@ -151,11 +171,15 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
         is_large = (at.error > last) | (at.error > enough) & is_shorter
         return is_large & (i < MOST_STEPS) & (at.factor.least > 0)
 
-    def body(i: Any, here: _Newton) -> Any:
+    def is_far(i: Any, at: _Newton) -> Any:
+        return goes_on(i, at) & (at.error > last)
+
+    def moved(here: _Newton, factor: Factor | None) -> _Newton:
         x = system.clip(here.x + here.step)
         gradient = system.gradient(x, args)
         free = system.free(x, gradient)
-        factor = _factorised(system, x, args, free)
+        if factor is None:
+            factor = _factorised(system, x, args, free)
         step, factor = _solved(system, x, args, factor, -gradient, LOOSE)
         step = system.clip(x + step) - x
         sizes = [_length(system, x, args, v) for v in (x, x - start)]
@@ -164,13 +188,18 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
         length = tf.sqrt(tf.maximum(fall, 0))
         error = length / tf.maximum(sizes[0], sizes[1])
         error = tf.where(length > 0, error, tf.zeros_like(length))
-        return i + 1, _Newton(x, step, factor, error, here.error)
+        return _Newton(x, step, factor, error, here.error)
+
+    def body(i: Any, here: _Newton) -> Any:
+        return i + 1, moved(here, None)
 
     n = 0 if system.matrix is None else x.shape[0]
-    triangle = tf.eye(n, dtype=dtype) if n else x
-    factor = Factor(x, triangle, x, tf.ones([], dtype))
+    factor = Factor(x, tf.eye(n, dtype=dtype) if n else x, x, tf.ones([], dtype))
     first = _Newton(x, tf.zeros_like(x), factor, huge, huge)
-    _, end = tf.while_loop(goes_on, body, (0, first), parallel_iterations=1)
+    condition = is_far if is_kept else goes_on
+    _, end = tf.while_loop(condition, body, (0, first), parallel_iterations=1)
+    # After a step of half of the digits, one more with the same H has the others.
+    end = moved(end, end.factor) if is_kept else end
     return Minimum(system.clip(end.x + end.step), end.factor, end.error)
 
 
@@ -272,14 +301,11 @@ def _factorised(system: System, x: tf.Tensor, args: Args, free: tf.Tensor) -> Fa
     triangle = tf.linalg.cholesky(scaled)
     pivots = tf.linalg.diag_part(triangle) ** 2
     is_positive = tf.reduce_all(pivots > n * EPSILONS[x.dtype])
-    least = tf.cond(
-        is_positive,
-        lambda: one,
-        # Rounding may let a singular matrix look positive.
-        lambda: tf.minimum(tf.reduce_min(tf.linalg.eigvalsh(scaled)), 0),
-    )
-    triangle = tf.where(is_positive, triangle, tf.eye(n, dtype=x.dtype))
-    return Factor(free, triangle, scale, least)
+    # XLA solves triangular equations row by row: once, and not at each division.
+    unit = tf.eye(n, dtype=x.dtype)
+    inverse = tf.linalg.triangular_solve(tf.where(is_positive, triangle, unit), unit)
+    inverse = tf.where(is_positive, inverse, scaled)
+    return Factor(free, inverse, scale, tf.cast(is_positive, x.dtype))
 
 
 def _solved(
@@ -302,12 +328,21 @@ def _solved(
     """
     u = factor.free * u
     if system.matrix is not None:
-        both = factor.triangle, (factor.scale * u)[:, None]
-        return factor.scale * tf.linalg.cholesky_solve(*both)[:, 0], factor
+        v = _quotient(factor, u)
+        if part is None:  # H may have been factorised nearby
+            rest = u - factor.free * system.product(x, v, args)
+            v += _quotient(factor, rest)
+        return v, factor
     v, least = _conjugate_gradients(
         lambda d: factor.free * system.product(x, d, args), u, part
     )
     return v, factor._replace(least=tf.minimum(factor.least, least))
+
+
+def _quotient(factor: Factor, u: tf.Tensor) -> tf.Tensor:
+    """Return the vector of which the factorised matrix makes u."""
+    part = tf.linalg.matvec(factor.inverse, factor.scale * u)
+    return factor.scale * tf.linalg.matvec(factor.inverse, part, transpose_a=True)
 
 
 def _conjugate_gradients(

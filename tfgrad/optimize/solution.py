@@ -280,7 +280,8 @@ def _solve(
         minimum = refined(system, last.x, start, tensors)
         code, evaluation = last.code, last.evaluation
         how = code, last.step, evaluation.value, evaluation.grad_max
-        return minimum, Report(*how, minimum.error, minimum.factor.least)
+        least = minimum.factor.least_curvature()
+        return minimum, Report(*how, minimum.error, least)
 
     (minimum, report), outside = constant(forward, start, *tensors)
     floats = [source for source in outside if source.dtype.is_floating]
@@ -382,6 +383,7 @@ def _system(
         gradient=lambda x, args: gradient(x, list(args)),
         product=along,
         matrix=matrix if is_small else None,
+        is_exact=not settings.gauss_newton,
         outside=[],
         bounds=box and Bounds(*(tf.constant(b, like.dtype) for b in box.sides)),
     )
