@@ -241,7 +241,9 @@ class Loop:
 
             def run(packed: list[Any], known: Evaluation) -> Any:
                 known, here = measured(known), packing.unpack(packed)
-                row = stepper.row(stepper.query(here) if stepper.lookahead else None, known)
+                row = stepper.row(
+                    stepper.query(here) if stepper.lookahead else None, known
+                )
                 after = self._ruled.step(here, known)
                 told = {"expected": after.expected} if stepper.lookahead else {}
                 flags = tf.stack([after.code, tf.cast(after.accepted, tf.int32)])
