@@ -233,7 +233,7 @@ class EvaluatorOfParts:
         parts: How they become one.
         like: An evaluation of one batch, or its specs, where `parts` go through data.
         jit: Compile the evaluation of a part with XLA.
-        copies: Where the gradient on other devices of this process is kept.
+        copies: Where the gradient on other devices of this process is kept, if at all.
 
     Attributes:
         of_part: As above.
@@ -257,7 +257,7 @@ class EvaluatorOfParts:
         self.of_part, self.variables = of_part, of_part.variables
         self.kept: dict[Any, Any] = {}
         self._parts, self._like, self._jit = parts, like, jit
-        self._copies = copies or Copies()
+        self._copies = copies
         self.evaluate = Traces(self._evaluate, python_of(of_part.f), jit=False)
         self.products = Traces(self._multiply, python_of(of_part.f), jit=False)
 
@@ -290,7 +290,7 @@ class EvaluatorOfParts:
         found = {**part.means, **part.sums}
         value, gradient = found["value"], found["gradient"]
         aux = {**part.means["aux"], **part.sums["aux"]}
-        if others:
+        if self._copies is not None:
             self._copies.keep([other.means["gradient"] for other in others])
         return Evaluation(value, gradient, (), aux, self.linear_of(part))
 
