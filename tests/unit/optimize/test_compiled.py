@@ -137,4 +137,4 @@ def test_an_executor_in_sequence_is_for_short_ops_alone(name):
     assert made.executor == executor
     np.testing.assert_array_equal(made.own(x), f(x))
     default = OfVariables.traced(f, [x], [], in_sequence=False)
-    np.testing.assert_array_equal(default.direct()(x), f(x))
+    np.testing.assert_array_equal(default.own(x), f(x))
