@@ -51,6 +51,14 @@ ENOUGH = 0.75
 """The power of the dtype's epsilon at which Newton steps and residuals of conjugate
 gradients are small; they have to be so at the power of a half: half of the digits."""
 
+NEAR = 0.25
+"""The power of epsilon up to which a Newton step is short: H before it serves after it,
+for a second step and for corrected quotients."""
+
+CORRECTIONS = 2
+"""Of a quotient by an H that was factorised nearby: each leaves of the error a part as
+large as H differs, so three powers of `NEAR` are left."""
+
 LOOSE = 1e-3
 """The residual up to which a Newton step is solved for: it is corrected by the next."""
 
@@ -80,6 +88,15 @@ class System(NamedTuple):
     is_exact: bool
     outside: list[Any]
     bounds: Bounds | None
+
+    @property
+    def converges_fast(self) -> bool:
+        """Whether H before a short Newton step serves after it.
+
+        Not where the step may let a bound hold another variable; and steps with J'J
+        shrink too slowly.
+        """
+        return self.is_exact and self.matrix is not None and self.bounds is None
 
     def free(self, x: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         """Return 1 for each variable that no bound holds, and 0 for the others."""
@@ -146,6 +163,7 @@ class _Newton(NamedTuple):
     factor: Factor
     error: tf.Tensor
     before: tf.Tensor
+    size: tf.Tensor
 
 
 def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minimum:
@@ -159,20 +177,21 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
     """
     epsilon, dtype = EPSILONS[x.dtype], x.dtype
     enough = tf.constant(epsilon**ENOUGH, dtype)
-    last = tf.constant(epsilon**0.5, dtype)
+    last, near = (tf.constant(epsilon**power, dtype) for power in (0.5, NEAR))
     huge = tf.constant(dtype.max, dtype)
-    # Where a step may let a bound hold another variable, H has to be formed again; and
-    # steps with J'J shrink too slowly.
-    is_kept = system.is_exact and system.matrix is not None and system.bounds is None
+    is_kept = system.converges_fast
 
     def goes_on(i: Any, at: _Newton) -> Any:
-        # Where rounding forbids more, the steps get no shorter.
-        is_shorter = (i <= 1) | (at.error < at.before / 2)
-        is_large = (at.error > last) | (at.error > enough) & is_shorter
+        if is_kept:
+            # H was formed one step before: near enough, by the length of that step and
+            # by what it left?
+            left = tf.where(at.before > last, near * at.before, last)
+            is_large = (at.before > near) | (at.error > tf.minimum(left, last))
+        else:
+            # Where rounding forbids more, the steps get no shorter.
+            is_shorter = (i <= 1) | (at.error < at.before / 2)
+            is_large = (at.error > last) | (at.error > enough) & is_shorter
         return is_large & (i < MOST_STEPS) & (at.factor.least > 0)
-
-    def is_far(i: Any, at: _Newton) -> Any:
-        return goes_on(i, at) & (at.error > last)
 
     def moved(here: _Newton, factor: Factor | None) -> _Newton:
         x = system.clip(here.x + here.step)
@@ -182,24 +201,25 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
             factor = _factorised(system, x, args, free)
         step, factor = _solved(system, x, args, factor, -gradient, LOOSE)
         step = system.clip(x + step) - x
-        sizes = [_length(system, x, args, v) for v in (x, x - start)]
+        size = here.size
+        if factor is not here.factor:
+            sizes = [_length(system, x, args, v) for v in (x, x - start)]
+            size = tf.maximum(*sizes)
         # Of a Newton step s: s'H s = -g's.
         fall = -tf.reduce_sum(step * free * gradient)
         length = tf.sqrt(tf.maximum(fall, 0))
-        error = length / tf.maximum(sizes[0], sizes[1])
+        error = length / size
         error = tf.where(length > 0, error, tf.zeros_like(length))
-        return _Newton(x, step, factor, error, here.error)
+        return _Newton(x, step, factor, error, here.error, size)
 
     def body(i: Any, here: _Newton) -> Any:
-        return i + 1, moved(here, None)
+        at = moved(here, None)
+        return i + 1, moved(at, at.factor) if is_kept else at
 
     n = 0 if system.matrix is None else x.shape[0]
     factor = Factor(x, tf.eye(n, dtype=dtype) if n else x, x, tf.ones([], dtype))
-    first = _Newton(x, tf.zeros_like(x), factor, huge, huge)
-    condition = is_far if is_kept else goes_on
-    _, end = tf.while_loop(condition, body, (0, first), parallel_iterations=1)
-    # After a step of half of the digits, one more with the same H has the others.
-    end = moved(end, end.factor) if is_kept else end
+    first = _Newton(x, tf.zeros_like(x), factor, huge, huge, huge)
+    _, end = tf.while_loop(goes_on, body, (0, first), parallel_iterations=1)
     return Minimum(system.clip(end.x + end.step), end.factor, end.error)
 
 
@@ -329,7 +349,7 @@ def _solved(
     u = factor.free * u
     if system.matrix is not None:
         v = _quotient(factor, u)
-        if part is None:  # H may have been factorised nearby
+        for _ in range(CORRECTIONS if part is None else 0):
             rest = u - factor.free * system.product(x, v, args)
             v += _quotient(factor, rest)
         return v, factor
