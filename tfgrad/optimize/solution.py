@@ -52,13 +52,17 @@ from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import check_count, require_no
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import DTYPES, Residuals
-from tfgrad.optimize.solvers import Ruled
+from tfgrad.optimize.solvers import Ruled, State
 from tfgrad.optimize.solvers.pure import PureStepper
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, status_of
 
 NO_MORE = ("nonfinite", "unbounded", "steps")
 """Statuses with which a run has not arrived, whatever Newton steps from there find."""
 
+
+ROUGH = 1e-8
+"""The part of the fall of f so far that may be left to Newton's method, where it costs
+little: its square root is the distance, relative to that from the start."""
 
 LEVENBERG_MARQUARDT = LevenbergMarquardt()
 
@@ -274,6 +278,7 @@ def _solve(
     def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
         problem = _problem(settings, of_vector, start, tensors)
         stepper = _Stepper(problem, settings.method, _Box.of(settings))
+        stepper.is_rough = system.converges_fast and not settings.residuals
         first, _ = stepper.start(stepper.clip(problem.x.start()))
         ruled = Ruled(stepper, Tolerances())
         last = in_trace(ruled, stepper.begun(first), settings.steps)
@@ -329,6 +334,17 @@ class _Stepper(PureStepper):
     """A pure method whose steps are not recorded."""
 
     lookahead = 0
+    is_rough = False
+
+    def accept(self, state: State, evaluation: Evaluation) -> State:
+        """Take a step; where Newton's method goes on from near, arrive early."""
+        new = super().accept(state, evaluation)
+        if not self.is_rough:
+            return new
+        expected = tf.maximum(new.expected, state.expected)
+        is_near = expected <= ROUGH * (new.first - new.evaluation.value)
+        is_near &= new.accepted & (new.code == RUNNING)
+        return new._replace(code=tf.where(is_near, code_of("converged"), new.code))
 
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
         """Return nothing."""
