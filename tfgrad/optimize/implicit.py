@@ -208,8 +208,8 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
         step = system.clip(x + step) - x
         size = here.size
         if factor is not here.factor:
-            sizes = [_length(system, x, args, v) for v in (x, x - start)]
-            size = tf.maximum(*sizes)
+            x_length, way = (_length(system, x, args, v) for v in (x, x - start))
+            size = tf.maximum(x_length, way)
         # Of a Newton step s: s'H s = -g's.
         fall = -tf.reduce_sum(step * free * gradient)
         length = tf.sqrt(tf.maximum(fall, 0))
