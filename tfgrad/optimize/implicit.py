@@ -209,7 +209,7 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
         size = here.size
         if factor is not here.factor:
             sizes = [_length(system, x, args, v) for v in (x, x - start)]
-            size = tf.maximum(*sizes)
+            size = tf.maximum(sizes[0], sizes[1])
         # Of a Newton step s: s'H s = -g's.
         fall = -tf.reduce_sum(step * free * gradient)
         length = tf.sqrt(tf.maximum(fall, 0))
