@@ -465,3 +465,14 @@ def test_an_argument_without_derivative_is_none_of_the_solution():
         return (x - tf.round(a)) ** 2 + tf.cast(k, x.dtype)
 
     np.testing.assert_allclose(tfgrad.solution(f, 0.0, 1.2, 3), 1.0, rtol=1e-6)
+
+
+def test_the_hessian_is_that_of_the_solution_where_the_last_step_does_not_tell():
+    # Along the last steps, of x[0] alone, f is a parabola; the curvature of x[1] moves.
+    def f(x, a):
+        moves = tf.exp(10 * x[0]) * x[1] ** 2 / 2 - a * x[1]
+        return (x[0] - 1.3) ** 2 / 2 + moves
+
+    start = np.array([1.3 + 1e-3, 0.0])
+    slope = tfgrad.jacobian(lambda a: tfgrad.solution(f, start, a))(np.float64(0.0))
+    np.testing.assert_allclose(slope, [0, np.exp(-13)], rtol=1e-11, atol=1e-14)
