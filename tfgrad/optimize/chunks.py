@@ -332,7 +332,7 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     return Chunk(capacity, compiled_once(own(run), jit=jit), evaluated)
 
 
-def in_trace(ruled: Ruled, state: State, limit: int) -> State:
+def in_trace(ruled: Ruled, state: State, limit: Any) -> State:
     """Return the state after up to `limit` steps within the trace that is being made.
 
     Args:
@@ -345,7 +345,7 @@ def in_trace(ruled: Ruled, state: State, limit: int) -> State:
     code = ruled.first(here.value, here.grad_max, state.expected, state.first)
     state = state._replace(code=tf.where(state.code == RUNNING, code, state.code))
     chunk = compile_chunk(ruled, state, is_xla=False)
-    _, leaves, _ = chunk.run(tf.constant(limit), state)
+    _, leaves, _ = chunk.run(tf.convert_to_tensor(limit), state)
     return filled(state, leaves)
 
 

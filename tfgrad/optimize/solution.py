@@ -41,6 +41,7 @@ from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.implicit import (
     MOST_FOR_MATRIX,
     Args,
+    Minimum,
     System,
     attached,
     refined,
@@ -62,7 +63,8 @@ NO_MORE = ("nonfinite", "unbounded", "steps")
 
 ROUGH = 1e-8
 """The part of the fall of f so far that may be left to Newton's method, where it costs
-little: its square root is the distance, relative to that from the start."""
+little: its square root is the distance, relative to that from the start. Where Newton's
+steps do not arrive from there, the method goes on."""
 
 LEVENBERG_MARQUARDT = LevenbergMarquardt()
 
@@ -275,15 +277,27 @@ def _solve(
     of_vector = _right(of_vector, start, tensors)
     of_vector.__name__ = name_of(f)
     system = _system(settings, of_vector, start)
+    error = float(EPSILONS[start.dtype]) ** 0.5
 
     def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
         problem = _problem(settings, of_vector, start, tensors)
         stepper = _Stepper(problem, settings.method, _Box.of(settings))
-        stepper.is_rough = system.converges_fast and not settings.residuals
         first, _ = stepper.start(stepper.clip(problem.x.start()))
-        ruled = Ruled(stepper, Tolerances())
-        last = in_trace(ruled, stepper.begun(first), settings.steps)
-        minimum = refined(system, last.x, start, tensors)
+
+        def solved(state: State, *, is_rough: bool) -> tuple[Minimum, State]:
+            stepper.is_rough, left = is_rough, settings.steps - state.step
+            last = in_trace(Ruled(stepper, Tolerances()), state, left)
+            return refined(system, last.x, start, tensors), last
+
+        is_rough = system.converges_fast and not settings.residuals
+        minimum, last = solved(stepper.begun(first), is_rough=is_rough)
+        if is_rough:
+            has_arrived = (minimum.error <= error) & (minimum.factor.least > 0)
+            minimum, last = tf.cond(
+                has_arrived | (last.code != code_of("converged")),
+                lambda: (minimum, last),
+                lambda: solved(last._replace(code=RUNNING), is_rough=False),
+            )
         code, evaluation = last.code, last.evaluation
         how = code, last.step, evaluation.value, evaluation.grad_max
         least = minimum.factor.least_curvature()
@@ -292,7 +306,6 @@ def _solve(
     (minimum, report), outside = constant(forward, start, *tensors)
     floats = [source for source in outside if source.dtype.is_floating]
     system = system._replace(outside=floats)
-    error = tf.constant(EPSILONS[start.dtype] ** 0.5, start.dtype)
     is_positive: Any = minimum.factor.least > 0
     has_arrived = (minimum.error <= error) | ~is_positive
     has_arrived &= _is_none(report.code, NO_MORE)

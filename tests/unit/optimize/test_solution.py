@@ -4,6 +4,7 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
+from tests.reference.more_garbow_hillstrom import PROBLEMS
 from tfgrad.errors import (
     ConvergenceError,
     InvalidArgumentError,
@@ -476,3 +477,15 @@ def test_the_hessian_is_that_of_the_solution_where_the_last_step_does_not_tell()
     start = np.array([1.3 + 1e-3, 0.0])
     slope = tfgrad.jacobian(lambda a: tfgrad.solution(f, start, a))(np.float64(0.0))
     np.testing.assert_allclose(slope, [0, np.exp(-13)], rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["3 Powell badly scaled", "10 Meyer"])
+def test_the_method_goes_on_where_newton_steps_do_not_arrive_from_where_it_ended(name):
+    problem = PROBLEMS[name]
+    start, (least, *_) = np.array(problem.start, float), problem.minima
+
+    def f(x, a):
+        return a * tf.reduce_sum(problem.residuals(x) ** 2)
+
+    x = tfgrad.solution(f, start, np.float64(1.0))
+    np.testing.assert_allclose(f(x, 1.0), least, rtol=1e-6, atol=1e-20)
