@@ -346,8 +346,9 @@ def _triangle(matrix: tf.Tensor) -> tf.Tensor:
         column = tf.where(tf.range(n) >= k, row / tf.sqrt(tf.gather(row, k)), 0)
         return k + 1, rest - column[:, None] * (column - tf.cast(is_own, row.dtype))
 
-    below = lambda k, _: k < n  # noqa: E731
-    _, triangle = tf.while_loop(below, body, (0, matrix), parallel_iterations=1)
+    _, triangle = tf.while_loop(
+        lambda k, _: k < n, body, (0, matrix), parallel_iterations=1
+    )
     return triangle
 
 
