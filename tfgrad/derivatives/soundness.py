@@ -248,7 +248,9 @@ def _takes(op: tf.Operation, between: set[Any]) -> bool:
 
 
 def _is_suspect(op: tf.Operation) -> bool:
-    return op.type in IGNORED_INPUTS or op.type in _PYTHON or writes(op)
+    if op.type in IGNORED_INPUTS:  # the range of a shape has no slope, say
+        return not all(tensor.dtype.is_integer for tensor in _dropped(op))
+    return op.type in _PYTHON or writes(op)
 
 
 def _dropped(op: tf.Operation) -> list[tf.Tensor]:
