@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python import pywrap_tfe  # there is no public way to ask a thread
+from tensorflow.python.framework import ops  # nor to let go of a gradient
 
 from tfgrad.diagnosis.graphs import make_opaque
 
@@ -59,6 +61,30 @@ def constant(
 
     answer, outside = unrecorded(run)
     return tf.nest.map_structure(tf.stop_gradient, answer), outside
+
+
+def with_gradient(function: Callable[..., Any], *tensors: tf.Tensor) -> tf.Tensor:
+    """Return the tensor that a function returns, which says how to differentiate it.
+
+    TensorFlow keeps the gradient of each call of a `tf.custom_gradient` in a trace, and
+    the graph with it, for as long as the process runs. Here the graph keeps the
+    gradient.
+
+    Args:
+        function: What `tf.custom_gradient` takes, of one output.
+        *tensors: What it is called with.
+    """
+    answer: tf.Tensor = tf.custom_gradient(function)(*tensors)
+    name = answer.op.get_attr("_gradient_op_type").decode()
+    entry = ops.gradient_registry._registry[name]
+    gradient: Any = entry["type"]
+    graph: Any = answer.graph
+    while hasattr(graph.outer_graph, "outer_graph"):
+        graph = graph.outer_graph
+    graph._tfgrad_gradients = [*getattr(graph, "_tfgrad_gradients", ()), gradient]
+    found: Any = weakref.ref(gradient)
+    entry["type"] = lambda op, *gradients: found()(op, *gradients)
+    return answer
 
 
 def is_watched(source: Any) -> bool:

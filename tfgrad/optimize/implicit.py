@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from tfgrad.derivatives.recording import dense
-from tfgrad.derivatives.tapes import unrecorded
+from tfgrad.derivatives.tapes import unrecorded, with_gradient
 from tfgrad.diagnosis.graphs import trace
 from tfgrad.diagnosis.number_causes import INDEFINITE
 from tfgrad.diagnosis.path import find_cuts
@@ -238,7 +238,6 @@ def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Ten
         args: The arguments.
     """
 
-    @tf.custom_gradient
     def minimum(x: tf.Tensor, *given: tf.Tensor) -> Any:
         args = given[: len(given) - len(system.outside)]
 
@@ -258,7 +257,8 @@ def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Ten
 
         return tf.identity(x), back
 
-    return minimum(x, *args, *map(tf.convert_to_tensor, system.outside))
+    outside = map(tf.convert_to_tensor, system.outside)
+    return with_gradient(minimum, x, *args, *outside)
 
 
 def divided(
@@ -274,7 +274,6 @@ def divided(
         args: The arguments.
     """
 
-    @tf.custom_gradient
     def quotient(x: tf.Tensor, u: tf.Tensor, *given: tf.Tensor) -> Any:
         args = given[: len(given) - len(system.outside)]
         v, found = unrecorded(lambda: _solved(system, x, args, factor, u, None))
@@ -294,7 +293,8 @@ def divided(
 
         return v, back
 
-    return quotient(x, u, *args, *map(tf.convert_to_tensor, system.outside))
+    outside = map(tf.convert_to_tensor, system.outside)
+    return with_gradient(quotient, x, u, *args, *outside)
 
 
 def withheld(x: tf.Tensor, holds: Any, name: str) -> tf.Tensor:

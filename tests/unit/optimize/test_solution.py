@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -106,6 +109,21 @@ def test_variables_that_f_reads_count_as_arguments():
 
     np.testing.assert_allclose(tape.gradient(x, shift), expected, rtol=1e-12)
     np.testing.assert_allclose(by_transform, expected, rtol=1e-12)
+
+
+def test_a_trace_that_nobody_needs_goes():
+    def bend():
+        def f(x, a):
+            return (x - a) ** 2
+
+        squared = tfgrad.hessian(lambda a: tfgrad.solution(f, np.float64(0), a) ** 2)
+        return squared(np.float64(3)), weakref.ref(f)
+
+    found, f = bend()
+    gc.collect()
+
+    assert found == 2.0
+    assert f() is None
 
 
 def test_nests_in_and_out():
