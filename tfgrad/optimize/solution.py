@@ -387,6 +387,7 @@ def _system(
 ) -> System:
     """Return the equations of the minimum of a function of one vector."""
 
+    @not_converted  # the user's function is as AutoGraph has made it already
     def f(x: tf.Tensor, args: list[tf.Tensor]) -> tf.Tensor:
         return _value(settings, of_vector(x, args))
 
