@@ -19,7 +19,6 @@ from tfgrad.optimize.blocks import WIDEST, Outcome
 from tfgrad.optimize.driver import check_alone
 from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
 from tfgrad.optimize.many import ManyResult, run
-from tfgrad.optimize.many_uncertainty import covariances
 from tfgrad.optimize.methods import losses
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES, own_sentence
 from tfgrad.optimize.methods.marquardt import Marquardt, triangle
@@ -31,7 +30,7 @@ from tfgrad.optimize.residuals import (
     check_dtypes,
 )
 from tfgrad.optimize.rows import Starts
-from tfgrad.optimize.uncertainty import OfFit
+from tfgrad.optimize.uncertainty import OfFit, spread_of_factor
 
 Array = np.ndarray[Any, Any]
 
@@ -78,15 +77,14 @@ class ManyFitsResult(ManyResult):
     @functools.cached_property
     def covariance(self) -> Array:
         """Of the parameters of each fit, shape `[count, n, n]`."""
-        n, variance = self._linear.shape[1], self.residual_std.astype(np.float64) ** 2
-        factors = self._linear[:, :, :n]
-        found = covariances(factors, self._counts, variance, self._is_held)
-        return found.astype(self.fun.dtype)
+        variance = self.residual_std.astype(np.float64) ** 2
+        factors = self._linear[:, :, :-1]
+        spread = spread_of_factor(factors, self._counts, variance, self._is_held)
+        return spread.covariance().astype(self.fun.dtype)
 
     def _left(self, i: int) -> OfFit:
         """Return what is left of the Jacobian of one fit."""
-        n, variance = self._linear.shape[1], float(self.residual_std[i]) ** 2
-        factor = self._linear[i, :, :n]
+        factor, variance = self._linear[i, :, :-1], float(self.residual_std[i]) ** 2
         return OfFit(factor, int(self._counts[i]), variance, self._is_held[i])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import tensorflow as tf
 
@@ -72,10 +72,7 @@ STATUSES = {ORTHOGONAL: "gtol", STANDS: "xtol", VANISHED: "target"}
 def own_sentence(status: str, dtype: tf.DType, least: float) -> str:
     """Return the sentence for a run that a rule of the method has ended.
 
-    Args:
-        status: One of `STATUSES`.
-        dtype: Of the parameters.
-        least: What f is at most, if the residuals have vanished.
+    `least` is what f is at most, if the residuals have vanished.
     """
     part = f"{tolerance(dtype):.1g}"
     return {
@@ -148,8 +145,8 @@ class State(NamedTuple):
     verdict: tf.Tensor
 
 
-class LevenbergMarquardt:
-    """Damped Gauss-Newton steps for f = half a sum of squares.
+class Damped:
+    """Damped Gauss-Newton steps for f = half a sum of squares, of any kind.
 
     Args:
         is_open: Never claim a solution; the caller's rules decide.
@@ -163,17 +160,30 @@ class LevenbergMarquardt:
 
     def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
         """Store the settings."""
-        self._is_open = is_open
-        self._bounds = bounds
+        self._is_open, self._bounds = is_open, bounds
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """All that `update` depends on besides its arguments."""
         return (self._is_open, bounded.settings(self._bounds))
 
-    def within(self, bounds: Any) -> LevenbergMarquardt:
+    @property
+    def knows_solutions(self) -> bool:
+        """Whether the verdict says where a solution is."""
+        return not self._is_open
+
+    def within(self, bounds: Any) -> Self:
         """Return the method within bounds."""
-        return LevenbergMarquardt(is_open=self._is_open, bounds=bounds)
+        return type(self)(is_open=self._is_open, bounds=bounds)
+
+    def _box(self, like: tf.Tensor) -> Bounds | None:
+        if self._bounds is None:
+            return None
+        return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
+
+
+class LevenbergMarquardt(Damped):
+    """Damped steps within a radius that is adapted to how good the model is."""
 
     def bind(self, objective: Any) -> Method:
         """Return the method for these residuals, with or without matrices.
@@ -193,20 +203,10 @@ class LevenbergMarquardt:
             )
         return Newton(objective)
 
-    @property
-    def knows_solutions(self) -> bool:
-        """Whether `why` says where a solution is."""
-        return not self._is_open
-
-    def _box(self, like: tf.Tensor) -> Bounds:
-        return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
-
     def _factorised(self, point: Point, scale: tf.Tensor) -> Linear:
         """Return the model around a point, of the parameters that are free to move."""
-        is_free = None
-        if self._bounds is not None:
-            is_free = self._box(point.x).free(point)
-        return _factorise(point, scale, is_free)
+        box = self._box(point.x)
+        return _factorise(point, scale, None if box is None else box.free(point))
 
     def init(self, start: Point) -> Move:
         """Return a step that is no longer than x, in scaled parameters.
@@ -253,8 +253,7 @@ class LevenbergMarquardt:
             steps=state.steps + tf.cast(is_taken, tf.int32),
         )
         here = either(is_taken, new._replace(linear=()), old._replace(linear=()))
-        move = self._search(here, state)
-        return move._replace(accepted=is_taken)
+        return self._search(here, state)._replace(accepted=is_taken)
 
     def why(self, state: State) -> tuple[str, str] | None:
         """Return the status and the sentence for a point that cannot be improved."""
@@ -264,11 +263,11 @@ class LevenbergMarquardt:
         return status, own_sentence(status, state.radius.dtype, float(state.least))
 
     def _search(self, here: Point, state: State) -> Move:
-        linear = state.linear
+        linear, box = state.linear, self._box(here.x)
         z, step = _minimiser(linear, state.radius, state.step.damping)
         x = here.x + tf.linalg.matvec(linear.v, z) / linear.scale
-        if self._bounds is not None:
-            x = self._box(x).clip(x)
+        if box is not None:
+            x = box.clip(x)
             step = _along(linear, x - here.x, step.damping)
         state = state._replace(step=step)
         verdict = self._verdict(here, state, stands=tf.reduce_all(x == here.x))
@@ -277,12 +276,10 @@ class LevenbergMarquardt:
         state = state._replace(verdict=verdict)
         # If the data do not determine all parameters, the model's fall says nothing.
         known, free = tf.reduce_sum(tf.cast(linear.s > 0, tf.int32)), tf.size(linear.s)
-        if self._bounds is not None:
-            is_free = self._box(here.x).free(here)
-            free = tf.reduce_sum(tf.cast(is_free, tf.int32))
+        if box is not None:
+            free = tf.reduce_sum(tf.cast(box.free(here), tf.int32))
         is_determined = (known > 0) & (known >= free)  # not gone flat
-        unknown = tf.constant(step.promised.dtype.max, step.promised.dtype)
-        expected = tf.where(is_determined, step.promised, unknown)
+        expected = tf.where(is_determined, step.promised, step.promised.dtype.max)
         return Move(x, state, failed=is_over, expected=expected)
 
     def _verdict(self, here: Point, state: State, stands: Any) -> tf.Tensor:
@@ -300,18 +297,17 @@ class LevenbergMarquardt:
         # If all slopes are zero, the parameters have run off to where the model no
         # longer depends on them.
         has_slope = tf.reduce_any(linear.s > 0)
-        if self._bounds is not None:  # but where bounds hold all, there is none either
-            has_slope |= self._box(here.x).holds_all(here)
+        box = self._box(here.x)
+        if box is not None:  # but where bounds hold all, there is none either
+            has_slope |= box.holds_all(here)
         rules = {
             STANDS: has_slope & is_short & ((part <= LITTLE) | is_over),
             VANISHED: here.fun <= state.least,
             ORTHOGONAL: has_slope & (part <= enough),
         }
         verdict = tf.where(is_over, STUCK, RUNS)
-        for position, holds in rules.items():
-            if not self._is_open:
-                holds &= linear.is_known
-                verdict = tf.where(holds, position, verdict)
+        for position, holds in rules.items() if self.knows_solutions else ():
+            verdict = tf.where(holds & linear.is_known, position, verdict)
         return verdict
 
 
@@ -325,13 +321,7 @@ def _along(linear: Linear, step: tf.Tensor, damping: tf.Tensor) -> Step:
 
 
 def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
-    """Return the model around a point, in parameters that are scaled at least so.
-
-    Args:
-        point: With its `linear`.
-        scale: The least scale of each parameter.
-        is_free: Which parameters may move; None if all may.
-    """
+    """Return the model around a point, in parameters that are scaled at least so."""
     n: Any = point.x.shape[0]
     both = point.linear
     is_known = tf.reduce_all(tf.math.is_finite(both))
@@ -344,7 +334,9 @@ def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
         if not is_triangle:
             matrix = tf.where(is_free[:, None], matrix, none)
             side = tf.where(is_free, side, tf.zeros_like(side))
-    norms = tf.norm(matrix, axis=0) if is_triangle else _root(_diagonal(matrix))
+    norms = (
+        tf.norm(matrix, axis=0) if is_triangle else _root(tf.linalg.diag_part(matrix))
+    )
     scale = tf.maximum(scale, norms)
     scale = tf.where(scale > 0, scale, tf.ones_like(scale))
     factors = _of_triangle if is_triangle else _of_square
@@ -372,10 +364,6 @@ def _of_square(
     s = _root(tf.where(is_rounding, tf.zeros_like(squares), squares))
     along = tf.linalg.matvec(v, slope / scale, transpose_a=True)
     return s, v, tf.math.divide_no_nan(along, s)
-
-
-def _diagonal(matrix: tf.Tensor) -> tf.Tensor:
-    return tf.linalg.diag_part(matrix)
 
 
 def _root(x: tf.Tensor) -> tf.Tensor:

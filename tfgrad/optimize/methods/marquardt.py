@@ -21,7 +21,6 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import either
-from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import (
     ACCEPTABLE,
     BAD,
@@ -34,6 +33,7 @@ from tfgrad.optimize.methods.levenberg_marquardt import (
     STANDS,
     STUCK,
     VANISHED,
+    Damped,
     tolerance,
 )
 from tfgrad.optimize.methods.protocol import Move, Point
@@ -78,48 +78,14 @@ class State(NamedTuple):
     verdict: tf.Tensor
 
 
-class Marquardt:
-    """Damped Gauss-Newton steps, without a loop or a branch.
-
-    Args:
-        is_open: Never claim a solution; the caller's rules decide.
-        bounds: Lower and upper bounds of x, shape `[n]` each.
-    """
-
-    name = "levenberg-marquardt"
-    failure = "trustregion"
-
-    def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
-        """Store the settings."""
-        self._is_open = is_open
-        self._bounds = bounds
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """What programs depend on besides arguments and bounds."""
-        return (self._is_open,)
-
-    def within(self, bounds: Any) -> Marquardt:
-        """Return the method within bounds."""
-        return Marquardt(is_open=self._is_open, bounds=bounds)
-
-    @property
-    def knows_solutions(self) -> bool:
-        """Whether the verdict says where a solution is."""
-        return not self._is_open
+class Marquardt(Damped):
+    """Damped Gauss-Newton steps, without a loop or a branch."""
 
     def why(self, state: State) -> None:
         """Return nothing: the verdict is read of many states at once."""
 
-    def _box(self, like: tf.Tensor) -> Bounds:
-        return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
-
     def blank(self, like: tf.Tensor) -> State:
-        """Return a state whose `update` takes any point: where a fit begins.
-
-        Args:
-            like: A point, shape `[n]`.
-        """
+        """Return a state whose `update` takes any point: where a fit begins."""
         n: Any = like.shape[0]
         dtype, none = like.dtype, tf.constant(0)
         zero, one = tf.zeros([], dtype), tf.ones([], dtype)
@@ -147,9 +113,8 @@ class Marquardt:
     def update(self, new: Point, old: Point, state: State) -> Move:
         """Take the trial if f fell as promised; damp the next step less, or more."""
         is_first = state.trials < 0
-        ends = new, old
-        if self._bounds is not None:  # what a bound holds is not to become flat
-            box = self._box(new.x)
+        ends, box = (new, old), self._box(new.x)
+        if box is not None:  # what a bound holds is not to become flat
             ends = box.reduced(new), box.reduced(old)
         is_level, is_flatter = _compare(*ends, state)
         no = -tf.ones_like(new.fun)
@@ -176,9 +141,7 @@ class Marquardt:
 
     def _search(self, here: Point, state: State) -> Move:
         n: Any = here.x.shape[0]
-        box = None
-        if self._bounds is not None:
-            box = self._box(here.x)
+        box = self._box(here.x)
         is_known = tf.reduce_all(tf.math.is_finite(state.linear))
         linear = tf.where(is_known, state.linear, tf.zeros_like(state.linear))
         norms = _norms(linear)
