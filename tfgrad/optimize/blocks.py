@@ -27,7 +27,7 @@ from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.diagnosis.graphs import inlined
 from tfgrad.nested import Nest, either, unravel
 from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
-from tfgrad.optimize.hooks import Interrupts
+from tfgrad.optimize.hooks import Interrupts, bar_of
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.problem import Problem
@@ -45,11 +45,8 @@ computing it."""
 BLOCK_BYTES = 2**26
 """Bytes that the states and the data of a block may take up."""
 
-_map: Any = tf.map_fn  # the stubs know no nests of specs
-
 PAUSE = 0.1
 """Seconds between two looks for Ctrl-C, and about what a call of the program takes."""
-
 
 MOST_TURNS = 10_000
 """Steps of a block in one call of the program."""
@@ -69,12 +66,7 @@ class Box(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One problem, for a method that takes products with its Hessian.
-
-    Attributes:
-        problem: Of all rows.
-        data: What this one takes besides.
-    """
+    """One problem, with its data, for a method that takes products with its Hessian."""
 
     problem: Problem
     data: tuple[Nest, ...]
@@ -127,6 +119,11 @@ class Task(NamedTuple):
     sides: list[Array]
     data: list[Array]
 
+    @property
+    def given(self) -> list[Array]:
+        """All of the arrays."""
+        return [self.x, *self.sides, *self.data]
+
     def of(self, rows: Array) -> Task:
         """Return some of them."""
         sides, data = ([a[rows] for a in arrays] for arrays in (self.sides, self.data))
@@ -158,22 +155,15 @@ class Outcome(NamedTuple):
 def solve(
     program: Program, task: Task, seconds: float | None, interrupts: Interrupts
 ) -> Outcome:
-    """Solve all problems, as far as time and Ctrl-C let it.
-
-    Args:
-        program: How.
-        task: Which.
-        seconds: How long it may take; None: as long as it takes.
-        interrupts: Ctrl-C ends it.
-    """
+    """Solve all problems, as far as time, in seconds, and Ctrl-C let it."""
     queue = _Queue(program, task)
     ends = None if seconds is None else time.perf_counter() + seconds
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     workers = min(cores or os.cpu_count() or 1, -(-len(task.x) // program.width))
     with (
-        _options(is_xla=program.is_xla),
+        optimizing(by_xla=program.is_xla),
         ThreadPoolExecutor(workers) as pool,
-        _bar(len(task.x)) as bar,
+        bar_of(len(task.x), "problem") as bar,
     ):
         futures = [pool.submit(queue.work) for _ in range(workers)]
         try:
@@ -190,18 +180,9 @@ def solve(
     return queue.outcome
 
 
-def _options(*, is_xla: bool) -> Any:
+def optimizing(*, by_xla: bool) -> contextlib.AbstractContextManager[None]:
     """Let nothing but XLA optimise: TensorFlow's own takes as long as some blocks."""
-    return contextlib.nullcontext() if is_xla else as_written(optimized=False)
-
-
-def _bar(count: int) -> Any:
-    """Return a progress bar that counts problems."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about widgets that a notebook lacks
-        from tqdm.auto import tqdm
-
-        return tqdm(total=count, delay=1.0, disable=None, leave=False, unit="problem")
+    return contextlib.nullcontext() if by_xla else as_written(optimized=False)
 
 
 class Program(NamedTuple):
@@ -258,7 +239,7 @@ class _Queue:
 
     def _work(self) -> None:
         width, task = self._program.width, self._task
-        given = [task.x, *task.sides, *task.data]
+        given = task.given
         held = [np.repeat(array[:1], width, axis=0) for array in given]
         slots, state, turns = np.full(width, -1), self._program.empty, 8
         while True:
@@ -324,7 +305,7 @@ def program_of(plan: Plan, task: Task) -> Program:
     key: Any = (
         "many", plan.tolerances, plan.steps,
         plan.method if settings is None else (type(plan.method), settings),
-        tuple((a.shape[1:], a.dtype) for a in [task.x, *task.sides, *task.data]),
+        tuple((a.shape[1:], a.dtype) for a in task.given),
         signature(plan.problem.x.template), signature(plan.data),
     )  # fmt: skip
     kept[key] = kept.get(key, 0) + len(task.x)
@@ -355,34 +336,32 @@ def _program(plan: Plan, task: Task, key: Any, *, vectorises: bool) -> Program:
     if is_new:
         parts = _compile(plan, task, jit=jit, vectorises=vectorises)
     blank, advance, evaluate = parts
-    width = _width(task, blank)
+    size = sum(a[:1].nbytes for a in task.given)
+    size += sum(s.shape.num_elements() * s.dtype.size for s in tf.nest.flatten(blank))
+    width = slots_for(size, len(task.x))
     empty = tf.nest.map_structure(lambda s: tf.zeros([width, *s.shape], s.dtype), blank)
     empty = empty._replace(code=tf.fill([width], code_of("stopped")))
     if is_new:
-        given = [task.x, *task.sides, *task.data]
-        held = [tf.constant(np.repeat(a[:1], width, axis=0)) for a in given]
+        held = [tf.constant(np.repeat(a[:1], width, axis=0)) for a in task.given]
         none = tf.fill([width], False), blank, held, tf.constant(0), tf.constant(0)
-        with _options(is_xla=jit), quiet():
+        with optimizing(by_xla=jit), quiet():
             advance(empty, *none)  # else all workers would prepare it
         if not vectorises:
-            _say_loop(plan.problem.name)
+            warnings.warn(
+                f"`{plan.problem.name}` does not vectorise, as loops, branches and "
+                "some operations do not: its rows are evaluated one after the other, "
+                "which is slower.",
+                RuntimeWarning,
+                stacklevel=level_of_caller(),
+            )
         kept[key, jit] = blank, advance, evaluate
     return Program(width, empty, blank, advance, evaluate, jit)
 
 
-def _width(task: Task, blank: State) -> int:
-    """Return the number of slots of the program."""
-    size = sum(a[:1].nbytes for a in (task.x, *task.sides, *task.data))
-    size += sum(s.shape.num_elements() * s.dtype.size for s in tf.nest.flatten(blank))
-    return slots_for(size, len(task.x))
-
-
 def slots_for(size: int, count: int) -> int:
-    """Return the slots of a block: a power of 2, so that vectors of a CPU are full.
+    """Return the slots of a block for so many problems of so many bytes each.
 
-    Args:
-        size: Bytes of one.
-        count: How many problems there are.
+    They are a power of 2, so that vectors of a CPU are full.
     """
     fits = 2 ** int(np.log2(max(1, BLOCK_BYTES // size)))
     return int(min(WIDEST, fits, 2 ** int(np.ceil(np.log2(count)))))
@@ -391,7 +370,8 @@ def slots_for(size: int, count: int) -> int:
 def mapped(function: Any, rows: Any, spec: Any, *, vectorises: bool) -> Any:
     """Return what a function returns of each row, all at once if that vectorises."""
     if not vectorises:
-        return _map(function, rows, fn_output_signature=spec)
+        one_by_one: Any = tf.map_fn  # the stubs know no nests of specs
+        return one_by_one(function, rows, fn_output_signature=spec)
     return tf.vectorized_map(function, rows, fallback_to_while_loop=False, warn=False)
 
 
@@ -401,15 +381,6 @@ def by_rows(make: Callable[..., Any], *, may_vectorise: bool) -> Any:
         with contextlib.suppress(Exception):  # whatever op the vectoriser does not know
             return make(vectorises=True)
     return make(vectorises=False)
-
-
-def _say_loop(name: str) -> None:
-    warnings.warn(
-        f"`{name}` does not vectorise, as loops, branches and some operations do not: "
-        "its rows are evaluated one after the other, which is slower.",
-        RuntimeWarning,
-        stacklevel=level_of_caller(),
-    )
 
 
 def blank_state(method: Any, x: tf.Tensor) -> State:
@@ -429,27 +400,18 @@ def blank_state(method: Any, x: tf.Tensor) -> State:
     )
 
 
-def _function(plan: Plan) -> Callable[..., Any]:
-    """Return an evaluation of one problem, compiled.
-
-    The derivative of a call of another `tf.function` is many calls of it.
-    """
-    problem = plan.problem
-    if not CALLS.isdisjoint(operations_of(plan.graph)):
-        problem = without_calls(problem, plan.data) or problem
-    arguments = problem.x.template, *plan.data
-    return problem.evaluator.evaluate.function(arguments, None)
-
-
 def _compile(
     plan: Plan, task: Task, *, jit: bool, vectorises: bool
 ) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
     """Return the blank state of one problem; the steps of many; their values."""
     problem, method = plan.problem, plan.method
-    leaves = problem.x.leaves
-    function = _function(plan)
-    splits = 1 + len(task.sides)
-
+    leaves, splits = problem.x.leaves, 1 + len(task.sides)
+    evaluated_by = problem
+    if not CALLS.isdisjoint(operations_of(plan.graph)):
+        # The derivative of a call of another `tf.function` is many calls of it.
+        evaluated_by = without_calls(problem, plan.data) or problem
+    arguments = problem.x.template, *plan.data
+    function = evaluated_by.evaluator.evaluate.function(arguments, None)
     is_blank = hasattr(method, "blank")
     steps_vectorise = vectorises or not isinstance(method, Bindable)
 
@@ -538,8 +500,7 @@ def _compile(
     if is_blank:
         blank = blank_state(method, tf.constant(task.x[0]))
     if not is_blank or not vectorises:  # else, a trace less
-        arrays = [task.x, *task.sides, *task.data]
-        rows = [tf.TensorSpec(a.shape[1:], a.dtype) for a in arrays]
+        rows = [tf.TensorSpec(a.shape[1:], a.dtype) for a in task.given]
         traced = tf.function(one, autograph=False).get_concrete_function(*rows)
         evaluated, like = tf.nest.map_structure(
             tf.TensorSpec.from_tensor, traced.structured_outputs
