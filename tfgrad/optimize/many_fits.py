@@ -290,9 +290,8 @@ class RowEvaluator(ResidualEvaluator):
         if self._drops:
             value = tf.where(is_right, value, float("nan"))
         if self.loss[0] != "linear":
-            jacobian = tf.transpose(columns)
-            residuals, jacobian = losses.weighted(residuals, jacobian, *self.loss)
-            columns = tf.transpose(jacobian)
+            residuals, weights = losses.weighted(residuals, *self.loss)
+            columns *= weights
         slope = tf.reduce_sum(columns * residuals, 1)
         both = tf.concat([columns, residuals[None]], 0)
         linear = Linear(triangle(both), recording.output)
@@ -300,22 +299,14 @@ class RowEvaluator(ResidualEvaluator):
 
 
 class RowResiduals(Residuals):
-    """Residuals of one row of many; see `Residuals`.
-
-    Args:
-        *args: As for `Residuals`.
-        drops: Whether residuals that missing data make NaN are left out.
-        **options: As for `Residuals`.
-    """
+    """Residuals of one row of many, of which those that are missing may be dropped."""
 
     kind = RowEvaluator
 
-    def __init__(
-        self, *args: Any, drops: bool, loss: str, f_scale: float, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, drops: bool, **options: Any) -> None:
         """Check the point; nothing is traced."""
         self.options = {"drops": drops}
-        super().__init__(*args, loss=loss, f_scale=f_scale, **options)
+        super().__init__(*args, **options)
 
 
 def count_nan(tensor: tf.Tensor) -> tf.Tensor:

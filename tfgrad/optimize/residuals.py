@@ -95,7 +95,8 @@ class ResidualEvaluator(Evaluator):
         blocks = jacobian_blocks(recording)
         jacobian = _matrix(blocks, recording.sources)
         if self.loss[0] != "linear":
-            residuals, jacobian = losses.weighted(residuals, jacobian, *self.loss)
+            residuals, weights = losses.weighted(residuals, *self.loss)
+            jacobian *= weights[:, None]
         vector = tf.linalg.matvec(jacobian, residuals, transpose_a=True)
         gradient = unravel(vector, recording.sources)
         matrix = _reduced(jacobian, residuals, vector)
@@ -115,7 +116,8 @@ class ResidualEvaluator(Evaluator):
     def _jacobian(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Any:
         recording = self.record(f, arguments)
         jacobian = _matrix(jacobian_blocks(recording), recording.sources)
-        return losses.weighted(ravel(recording.outputs), jacobian, *self.loss)[1]
+        _, weights = losses.weighted(ravel(recording.outputs), *self.loss)
+        return jacobian * weights[:, None]
 
     def _checked(self, output: Nest, name: str) -> Nest:
         residuals = float_outputs(output, name)
