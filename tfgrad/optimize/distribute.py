@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,11 +27,14 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.nested import Nest
 
+_OWN_TIMES = (
+    "its workers move the variables at times of their own, so that no step has a "
+    "gradient of its own"
+)
+
 REFUSED = {
-    "ParameterServerStrategy": "its workers move the variables at times of their own, "
-    "so that no step has a gradient of its own",
-    "ParameterServerStrategyV2": "its workers move the variables at times of their "
-    "own, so that no step has a gradient of its own",
+    "ParameterServerStrategy": _OWN_TIMES,
+    "ParameterServerStrategyV2": _OWN_TIMES,
     "CentralStorageStrategy": "its variables are read and written from many devices "
     "at once",
 }
@@ -75,8 +79,7 @@ class Replicas:
     def run_on_each(self, function: Callable[..., Any], *arguments: Nest) -> list[Any]:
         """Return what `function` returns on each device of this process.
 
-        It is called in a thread of its own for each, with the context variables of this
-        one.
+        It is called in a thread for each, with the context variables of this one.
         """
         if self.count == 1:
             return [function(*arguments)]
@@ -115,13 +118,11 @@ class Replicas:
 
         def part(leaf: Any) -> Any:
             if isinstance(leaf, tf.SparseTensor):
-                ends = (tf.cast(i, tf.int64) for i in (first, last - first))
+                start, size = (tf.cast(i, tf.int64) for i in (first, last - first))
                 shape = leaf.dense_shape[1:]
-                start, size = (
-                    tf.concat([[end], rest], 0)
-                    for end, rest in zip(ends, (0 * shape, shape), strict=True)
-                )
-                return tf.sparse.slice(leaf, start, size)
+                starts: Any = [[start], 0 * shape]
+                sizes: Any = [[size], shape]
+                return tf.sparse.slice(leaf, tf.concat(starts, 0), tf.concat(sizes, 0))
             return leaf if leaf.shape.rank == 0 else leaf[first:last]
 
         return tf.nest.map_structure(part, batch), tf.convert_to_tensor(last - first)
@@ -171,11 +172,12 @@ class Replicas:
         if self.count == 1:
             yield
             return
+        own = tf.stack([self._index(), 0])
         for seed in seeds:
-            seed.assign_add(tf.stack([tf.cast(self._index(), seed.dtype), 0]))
+            seed.assign_add(tf.cast(own, seed.dtype))
         yield
         for seed in seeds:
-            seed.assign_sub(tf.stack([tf.cast(self._index(), seed.dtype), 0]))
+            seed.assign_sub(tf.cast(own, seed.dtype))
 
     def gather(self, numbers: Sequence[float]) -> np.ndarray[Any, Any]:
         """Return the numbers of all replicas, shape `[R, n]`; from outside of a trace.
@@ -186,12 +188,10 @@ class Replicas:
             return np.array([numbers], np.float64)
         if self._gathering is None:
 
-            def gathered(mine: tf.Tensor) -> Any:
-                def one(mine: tf.Tensor) -> Any:
-                    return self.total([self.stacked(mine)])[0]
+            def one(mine: tf.Tensor) -> Any:
+                return self.total([self.stacked(mine)])[0]
 
-                return self.run(one, mine)
-
+            gathered = functools.partial(self.run, one)
             self._gathering = tf.function(gathered, autograph=False)
         return np.asarray(self._gathering(tf.constant(numbers, tf.float64)))
 
@@ -237,10 +237,7 @@ ONE = Replicas()
 
 
 def replicas_of(variables: Sequence[Any]) -> Replicas:
-    """Return the replicas that variables are mirrored on.
-
-    Args:
-        variables: Those that are moved.
+    """Return the replicas that variables, which are moved, are mirrored on.
 
     Raises:
         InvalidArgumentError: If they are of several strategies, or of one under which
