@@ -135,7 +135,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         x: The points, shape `[count, n]`; where a problem has not begun, its start.
-        fun: The values there.
+        fun: The values there; NaN where it has not begun.
         grad: The gradients there, `[count, n]`.
         code: Why each ended, see `stopping.code_of`; RUNNING where it has not begun.
         nit: Steps taken.

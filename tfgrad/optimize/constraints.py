@@ -53,13 +53,9 @@ class Limits:
     Args:
         problem: Whose variables, or values, these are.
         bounds: SciPy's `Bounds`, a list of `(lower, upper)` for each element, or a pair
-            `(lower, upper)` of numbers, None, or nests like the point.
+            `(lower, upper)` of numbers, None, or nests like the point: vectors then,
+            infinite where there is none.
         constraints: SciPy's constraints, one or a list, of functions of the point.
-
-    Attributes:
-        lower: Of shape `[n]`; minus infinity where there is none.
-        upper: Likewise.
-        functions: The constraints.
 
     Raises:
         InvalidArgumentError: If one of them is none, or does not fit the point.
@@ -95,11 +91,7 @@ class Limits:
         return float(worst)
 
     def check(self, x: Array) -> None:
-        """Refuse constraints that say nothing at the start, x.
-
-        Raises:
-            InvalidArgumentError: With what a function returned, or what its limits are.
-        """
+        """Refuse constraints that say nothing at the start, x."""
         for function in self.functions:
             function.check(x)
 
@@ -117,13 +109,9 @@ class Limits:
 
 
 class Constraint:
-    """One constraint on the flat point: lower <= function <= upper.
+    """One constraint on the flat point: lower <= function <= upper, an object of SciPy.
 
-    Args:
-        entry: SciPy's object.
-        evaluate: Returns value `[m]` and Jacobian `[m, n]` at a point.
-        lower: Shape `[m]` or a number.
-        upper: Likewise.
+    `evaluate` returns value `[m]` and Jacobian `[m, n]` at a point.
     """
 
     def __init__(

@@ -52,11 +52,8 @@ LOST = (
 class Replicas:
     """The replicas of a strategy: how many, and what they add up.
 
-    Args:
-        strategy: The strategy; None for one replica.
-
     Attributes:
-        strategy: As above.
+        strategy: The strategy; None for one replica.
         count: How many replicas evaluate a share each.
         is_clustered: Whether they are in several processes.
         is_chief: Whether this process writes logs and checkpoints.

@@ -252,17 +252,9 @@ def minimize_many(
     require_no(minimize_many, unknown)
     check_alone(f)
     options = Options(
-        method=method,
-        steps=steps,
-        gtol=gtol,
-        ftol=ftol,
-        xtol=xtol,
-        target=target,
-        seconds=seconds,
-        bounds=bounds,
-        jit=jit,
-        verify=verify,
-    )
+        method=method, steps=steps, gtol=gtol, ftol=ftol, xtol=xtol, target=target,
+        seconds=seconds, bounds=bounds, jit=jit, verify=verify,
+    )  # fmt: skip
     rows = Starts(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
     fields, found, sides = run(problem, rows, pure_method(options), options, XLA_ROWS)

@@ -192,18 +192,11 @@ def least_squares_many(
             got=f"missing={missing!r}",
             hint='missing="drop", or "nonfinite"',
         )
-    own_rules = (gtol, ftol, xtol) == (None, None, None)
+    own_rules = loss == "linear" and (gtol, ftol, xtol) == (None, None, None)
     options = Options(
-        steps=steps,
-        gtol=gtol,
-        ftol=ftol,
-        xtol=xtol,
-        target=target,
-        seconds=seconds,
-        bounds=bounds,
-        jit=jit,
-        verify=verify,
-    )
+        steps=steps, gtol=gtol, ftol=ftol, xtol=xtol, target=target, seconds=seconds,
+        bounds=bounds, jit=jit, verify=verify,
+    )  # fmt: skip
     rows = Starts(residuals, x0s, args)
     n = rows.x.shape[1]
     if n > MOST_PARAMETERS:
@@ -213,16 +206,10 @@ def least_squares_many(
             hint="tfgrad.least_squares for each row, in a loop",
         )
     problem = RowResiduals(
-        residuals,
-        rows.first,
-        None,
-        has_aux=False,
-        verify=verify,
-        loss=loss,
-        f_scale=float(f_scale),
-        drops=missing == "drop",
-    )
-    method = Marquardt(is_open=not own_rules or loss != "linear")
+        residuals, rows.first, None, has_aux=False, verify=verify,
+        loss=loss, f_scale=float(f_scale), drops=missing == "drop",
+    )  # fmt: skip
+    method = Marquardt(is_open=not own_rules)
     fields, outcome, sides = run(problem, rows, method, options, XLA_ROWS, _is_doubtful)
     is_held = np.zeros(outcome.x.shape, bool)
     for side in sides:

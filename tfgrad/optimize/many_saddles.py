@@ -34,14 +34,8 @@ def solve_all(
 ) -> tuple[Outcome, bool]:
     """Solve all problems, and again those that failed, or ended where f bends down.
 
-    Args:
-        plan: How.
-        task: Which.
-        seconds: How long it may take; None: as long as it takes.
-        is_doubtful: Of an outcome, the rows that a look may pay for; None: all.
-
-    Returns:
-        The outcome, and whether Ctrl-C ended it.
+    Returns the outcome, and whether Ctrl-C ended it. `is_doubtful` tells of an outcome
+    which rows a look may pay for; None: all.
     """
     began, program = time.perf_counter(), program_of(plan, task)
     with Interrupts() as interrupts:

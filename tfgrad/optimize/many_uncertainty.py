@@ -30,11 +30,7 @@ Array = np.ndarray[Any, Any]
 class OfRows:
     """A function that was minimised in many rows, to be asked for second derivatives.
 
-    Attributes:
-        f: The function.
-        rows: What it took.
-        sides: The bounds of each row; nothing if there were none.
-        x: Where the rows ended, shape `[count, n]`.
+    The rows ended at `x`, shape `[count, n]`; `sides` are their bounds, if any.
     """
 
     f: Any

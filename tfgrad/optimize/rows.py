@@ -28,12 +28,7 @@ CLOSED = "a closure over what is the same in all rows: lambda x, y: f(x, y, a)"
 
 
 class Starts:
-    """The starts and the arguments of many problems, checked.
-
-    Args:
-        f: As for `minimize_many`.
-        x0s: Likewise.
-        args: Likewise.
+    """The starts and the arguments of many problems, as for `minimize_many`, checked.
 
     Attributes:
         count: How many there are.

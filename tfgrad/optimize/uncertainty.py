@@ -93,12 +93,9 @@ class Spread(NamedTuple):
         return errors
 
     def error_of(self, g: Callable[..., Any], x: Nest, variables: Any) -> Nest:
-        """Return the standard error of each number that g returns.
+        """Return the standard error of each number that g returns at x.
 
-        Args:
-            g: As for `OptimizeResult.error_of`.
-            x: The parameters.
-            variables: What they are the values of; None if of none.
+        `variables` are those that x holds the values of, if any.
         """
         reads = variables is not None and can_take(g, 0)
         if not (callable(g) and (reads or can_take(g, 1))):
@@ -201,14 +198,7 @@ def _where(is_known: Any, matrices: Array) -> Array:
 
 
 class OfFit(NamedTuple):
-    """What a fit leaves of its Jacobian: small, and known without the function.
-
-    Attributes:
-        factor: As of `spread_of_factor`, as all.
-        rows: Likewise.
-        variance: Likewise.
-        is_held: Likewise.
-    """
+    """What a fit leaves for `spread_of_factor`: small, and free of the function."""
 
     factor: Array
     rows: int
@@ -227,11 +217,8 @@ class OfFunction:
     It holds the user's function and no trace of it, which would take more memory.
 
     Attributes:
-        f: The function.
         variables: Those that were moved; None for a function of values.
         kind: What `f` is the function of, or part of: a `Problem`.
-        has_aux: As for `minimize`.
-        bounds: As for `minimize`.
         obstacle: Why there are no errors, a key of `OBSTACLES`; "" if there are.
         fit: What a fit has left, if it is small.
     """
@@ -249,11 +236,7 @@ class OfFunction:
         return _first, (self.fit,)
 
     def spread(self, result: OptimizeResult) -> Spread:
-        """Return what is known of the parameters: evaluate second derivatives.
-
-        Raises:
-            InvalidArgumentError: If there are no errors to be had.
-        """
+        """Return what is known of the parameters: evaluate second derivatives."""
         if self.fit is not None:
             return self.fit.spread(result)
         if self.obstacle:

@@ -22,12 +22,7 @@ from tfgrad.optimize.stopping import code_of, status_of
 
 
 class Workers(Hook):
-    """The last hook of each worker: what the hooks of one worker ask for, all do.
-
-    Args:
-        replicas: Those of the run.
-        hooks: The others.
-    """
+    """The last hook of each worker: what the hooks of one worker ask for, all do."""
 
     def __init__(self, replicas: Replicas, hooks: Sequence[Hook]) -> None:
         """Agree on nothing yet."""

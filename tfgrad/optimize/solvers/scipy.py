@@ -21,10 +21,10 @@ References:
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -92,18 +92,17 @@ class _Function:
     """A problem as SciPy asks for it: at vectors of float64, again and again."""
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._known: OrderedDict[bytes, Evaluation] = OrderedDict()
+        self._problem, dtype = problem, problem.x.leaves[0].dtype
+
+        @functools.lru_cache(KEPT)
+        def known(x: bytes) -> Evaluation:
+            return problem.at(tf.constant(np.frombuffer(x), dtype))
+
+        self._known = known
 
     def at(self, x: Array) -> Evaluation:
         """Return the evaluation at x; SciPy asks for the same points again."""
-        key = x.tobytes()
-        if key not in self._known:
-            self._known[key] = self._problem.at(self.vector(x))
-            if len(self._known) > KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        return self._known(np.asarray(x, np.float64).tobytes())
 
     def hvp(self, x: Array, v: Array) -> Array:
         """Return the Hessian times v."""
@@ -120,19 +119,9 @@ class _Function:
 
 
 class SciPyLoop:
-    """A run of one of SciPy's methods, from iteration to iteration.
-
-    Args:
-        problem: What to minimise.
-        method: Which method of SciPy's.
-        limits: Bounds and constraints.
-        tolerances: The rules to ask after every iteration; SciPy has its own besides.
-        clock: Returns the seconds since the run began.
+    """A run of one of SciPy's methods, from iteration to iteration; see `Loop`.
 
     Attributes:
-        solver: What begins, recovers and looks.
-        bad: A row that is not finite, where that ended the run.
-        blame: Which op and line made it so, if that was found.
         verdict: SciPy's own, no limit being broken: whether it succeeded, and its last
             words.
     """
@@ -317,15 +306,8 @@ class SciPyLoop:
 class _Session:
     """What SciPy calls, and where it is.
 
-    Args:
-        function: What is minimised.
-        state: Where the run is.
-        moved: Returns the state at a point, and its row.
-        visit: Takes both; returns whether to go on.
-        searches: Whether the method searches along gradients.
-
     Attributes:
-        state: As above.
+        state: Where the run is.
         error: What a function of the user's raised.
         has_met: Whether some point had no finite value.
         doubts: Iterations until SciPy's word is believed again: after such a point, a
@@ -411,14 +393,7 @@ class _Session:
 
 
 class _Hand:
-    """A run in a thread, which is asked for one step at a time.
-
-    Args:
-        run: Takes a `visit`, returns the outcome.
-
-    Attributes:
-        outcome: What `run` returned.
-    """
+    """A run in a thread, which is asked for one step at a time."""
 
     def __init__(self, run: Callable[[Callable[..., bool]], Any]) -> None:
         self.outcome: Any = None
@@ -429,11 +404,7 @@ class _Hand:
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def next(self) -> Any:
-        """Return the next step; None at the end.
-
-        Raises:
-            Exception: What the run raised.
-        """
+        """Return the next step, None at the end; raise what the run raised."""
         if self._thread.ident is None:
             self._thread.start()
         else:
