@@ -17,9 +17,8 @@ import tensorflow as tf
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.nested import Nest
-from tfgrad.optimize.copies import Copies
 from tfgrad.optimize.data import SIZE, Source, rows_of, size_of
-from tfgrad.optimize.distribute import Replicas, without_nan
+from tfgrad.optimize.distribute import Copies, Replicas, without_nan
 from tfgrad.optimize.evaluator import Evaluation, Evaluator, python_of, small
 
 

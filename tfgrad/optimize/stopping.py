@@ -197,7 +197,7 @@ def is_stationary(code: int) -> bool:
 
 
 def judge(step: Step) -> tf.Tensor:
-    """Return the code of the first rule that holds, shape `[]`; RUNNING if none does."""
+    """Return the code of the first rule that holds, `[]`; RUNNING if none does."""
     code = tf.constant(RUNNING)
     for position, rule in reversed(list(enumerate(RULES, start=1))):
         holds = None if rule.holds is None else rule.holds(step)
