@@ -157,6 +157,9 @@ class Damped:
 
     name = "levenberg-marquardt"
     failure = "trustregion"
+    last = 1
+    """How many times the tolerance a point may miss that rounding lets nobody improve.
+    """
 
     def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
         """Store the settings."""
@@ -180,6 +183,51 @@ class Damped:
         if self._bounds is None:
             return None
         return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
+
+    def _verdict(
+        self,
+        here: Point,
+        state: Any,
+        newton: tf.Tensor,
+        part: tf.Tensor,
+        *,
+        has_slope: Any,
+        is_known: Any,
+        stands: Any,
+    ) -> tf.Tensor:
+        """Return what to make of the current point.
+
+        Args:
+            here: The point.
+            state: What the method remembers: how many trials there were.
+            newton: The Gauss-Newton step, or back along it.
+            part: Of the residuals, in the directions that the parameters change.
+            has_slope: Whether some parameter changes them. If none does, they have run
+                off to where the model no longer depends on them.
+            is_known: Whether the Jacobian is finite.
+            stands: Whether the trial is the point itself.
+        """
+        is_over = stands | (state.idle >= MOST_IDLE) | (state.trials >= MOST_TRIALS)
+        is_over |= ~is_known
+        verdict = tf.where(is_over, STUCK, RUNS)
+        if self._is_open:
+            return verdict
+        box, dtype = self._box(here.x), here.x.dtype
+        if box is not None:  # but where bounds hold all, there is none either
+            has_slope |= box.holds_all(here)
+        # Where rounding does not forbid it, the run goes on to a tenth of what is
+        # enough: near a solution that is one more step.
+        factors = tf.constant(self.last, dtype), tf.constant(0.1, dtype)
+        enough = tolerance(dtype) * tf.where(is_over, *factors)
+        is_short = tf.reduce_all(tf.abs(newton) <= enough * tf.abs(here.x))
+        rules = {
+            STANDS: has_slope & is_short & ((part <= LITTLE) | is_over),
+            VANISHED: here.fun <= state.least,
+            ORTHOGONAL: has_slope & (part <= enough),
+        }
+        for position, holds in rules.items():
+            verdict = tf.where(holds & is_known, position, verdict)
+        return verdict
 
 
 class LevenbergMarquardt(Damped):
@@ -230,10 +278,11 @@ class LevenbergMarquardt(Damped):
 
     def update(self, new: Point, old: Point, state: State) -> Move:
         """Take the trial if f fell as promised; trust the model more, or less."""
-        is_level, is_flatter = _compare(new, old, state)
-        ratio = (old.fun - new.fun) / state.step.promised
+        promised, scale = state.step.promised, state.linear.scale
+        is_level, is_flatter = compare(new, old, promised, scale, state.linear.reach)
+        ratio = (old.fun - new.fun) / promised
         if self._bounds is not None:  # which may cut a step until it leads upwards
-            ratio = tf.where(state.step.promised > 0, ratio, -tf.ones_like(ratio))
+            ratio = tf.where(promised > 0, ratio, -tf.ones_like(ratio))
         # Where rounding hides the change of f, the gradient decides; the radius stays.
         ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
         ratio = tf.where(new.is_finite, ratio, -tf.ones_like(ratio))
@@ -270,7 +319,15 @@ class LevenbergMarquardt(Damped):
             x = box.clip(x)
             step = _along(linear, x - here.x, step.damping)
         state = state._replace(step=step)
-        verdict = self._verdict(here, state, stands=tf.reduce_all(x == here.x))
+        verdict = self._verdict(
+            here,
+            state,
+            tf.linalg.matvec(linear.v, _newton(linear)) / linear.scale,
+            tf.math.divide_no_nan(tf.norm(linear.c), tf.sqrt(2 * here.fun)),
+            has_slope=tf.reduce_any(linear.s > 0),
+            is_known=linear.is_known,
+            stands=tf.reduce_all(x == here.x),
+        )
         is_over = verdict != RUNS
         x = tf.where(is_over, here.x, x)  # one trial is made, even of a start
         state = state._replace(verdict=verdict)
@@ -281,34 +338,6 @@ class LevenbergMarquardt(Damped):
         is_determined = (known > 0) & (known >= free)  # not gone flat
         expected = tf.where(is_determined, step.promised, step.promised.dtype.max)
         return Move(x, state, failed=is_over, expected=expected)
-
-    def _verdict(self, here: Point, state: State, stands: Any) -> tf.Tensor:
-        """Return what to make of the current point."""
-        linear, dtype = state.linear, here.x.dtype
-        enough = tf.constant(tolerance(dtype), dtype)
-        is_rounded = state.idle >= MOST_IDLE
-        is_over = is_rounded | stands | (state.trials >= MOST_TRIALS) | ~linear.is_known
-        # Where rounding does not forbid it, the run goes on to a tenth of what is
-        # enough: near a solution that is one more step.
-        enough = tf.where(is_over, enough, enough / 10)
-        part = tf.math.divide_no_nan(tf.norm(linear.c), tf.sqrt(2 * here.fun))
-        step = tf.linalg.matvec(linear.v, _newton(linear)) / linear.scale
-        is_short = tf.reduce_all(tf.abs(step) <= enough * tf.abs(here.x))
-        # If all slopes are zero, the parameters have run off to where the model no
-        # longer depends on them.
-        has_slope = tf.reduce_any(linear.s > 0)
-        box = self._box(here.x)
-        if box is not None:  # but where bounds hold all, there is none either
-            has_slope |= box.holds_all(here)
-        rules = {
-            STANDS: has_slope & is_short & ((part <= LITTLE) | is_over),
-            VANISHED: here.fun <= state.least,
-            ORTHOGONAL: has_slope & (part <= enough),
-        }
-        verdict = tf.where(is_over, STUCK, RUNS)
-        for position, holds in rules.items() if self.knows_solutions else ():
-            verdict = tf.where(holds & linear.is_known, position, verdict)
-        return verdict
 
 
 def _along(linear: Linear, step: tf.Tensor, damping: tf.Tensor) -> Step:
@@ -436,16 +465,27 @@ def _trust(
     )
 
 
-def _compare(new: Point, old: Point, state: State) -> tuple[Any, Any]:
-    """Return whether rounding hides what the trial changed, and if it is flatter.
-
-    The error of a residual is that of the terms it is the difference of.
-    """
-    size, linear = tf.sqrt(2 * old.fun), state.linear
-    noise = EPSILONS[size.dtype] * size * (size + linear.reach)
-    is_level = (tf.abs(old.fun - new.fun) <= noise) & (state.step.promised <= noise)
-    before, after = (tf.norm(p.grad / linear.scale) for p in (old, new))
+def compare(
+    new: Point, old: Point, promised: tf.Tensor, scale: tf.Tensor, reach: tf.Tensor
+) -> tuple[Any, Any]:
+    """Return whether rounding hides what the trial changed, and if it is flatter."""
+    noise = rounding(old.fun, reach)
+    is_level = (tf.abs(old.fun - new.fun) <= noise) & (promised <= noise)
+    before, after = (
+        lengths(tf.math.divide_no_nan(point.grad, scale)) for point in (old, new)
+    )
     return is_level, after < before
+
+
+def rounding(fun: tf.Tensor, reach: tf.Tensor) -> tf.Tensor:
+    """Return the rounding of f: that of the terms that residuals are differences of."""
+    size = tf.sqrt(2 * fun)
+    return EPSILONS[size.dtype] * size * (size + reach)
+
+
+def lengths(vectors: tf.Tensor) -> tf.Tensor:
+    """Return the length of a vector, or of each row of a matrix."""
+    return tf.sqrt(tf.reduce_sum(vectors * vectors, -1))
 
 
 def tolerance(dtype: tf.DType) -> float:
