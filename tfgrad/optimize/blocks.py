@@ -282,15 +282,12 @@ class _Queue:
         ended = np.flatnonzero((slots >= 0) & (code != RUNNING))
         if not len(ended):
             return
-        rows, out = slots[ended], self.outcome
-        out.x[rows] = state.x.numpy()[ended]
-        out.fun[rows] = state.evaluation.value.numpy()[ended]
-        out.grad[rows] = state.evaluation.gradient.numpy()[ended]
-        out.code[rows] = code[ended]
-        out.nit[rows] = state.step.numpy()[ended]
-        out.nfev[rows] = state.evaluations.numpy()[ended]
+        rows, out, at = slots[ended], self.outcome, state.evaluation
+        found = [state.x, at.value, at.gradient, code, state.step, state.evaluations]
         if out.linear.size:
-            out.linear[rows] = state.memory.method.linear.numpy()[ended]
+            found.append(state.memory.method.linear)
+        for array, values in zip(out, found, strict=False):
+            array[rows] = np.asarray(values)[ended]
         slots[ended] = -1
         with self._lock:
             self.done += len(rows)

@@ -43,11 +43,9 @@ FORMAT = 2
 
 
 class Checkpoints(Hook):
-    """The checkpoints of one run, in a directory of their own.
+    """The checkpoints of one run, in a directory of their own, made with the first one.
 
-    Args:
-        directory: Where they are; made when the first one is written.
-        hooks: What has to have written all before a checkpoint is.
+    The hooks have to have written all before a checkpoint is.
 
     Raises:
         InvalidArgumentError: If `directory` is no path.
@@ -98,7 +96,7 @@ class Checkpoints(Hook):
         if time.monotonic() >= self._due and run.status is None:
             for hook in self._hooks:
                 hook.flush()
-            self._save(resume.snapshot(run))
+            self.begin(run)
 
     def end(self, run: Minimisation, error: BaseException | None) -> None:
         """Save the end; let other writers in."""
@@ -106,12 +104,16 @@ class Checkpoints(Hook):
             if self._claim is not None and run.saved is not None:
                 self._save(run.saved)
         finally:
-            if self._claim is not None:
-                self._claim.release()
-                self._claim = None
-                if self._is_made and error is not None:
-                    with contextlib.suppress(OSError):  # it is not empty: all is well
-                        self.path.rmdir()
+            if self._release() and self._is_made and error is not None:
+                with contextlib.suppress(OSError):  # it is not empty: all is well
+                    self.path.rmdir()
+
+    def _release(self) -> bool:
+        """Let other writers in, if they were kept out."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            claim.release()
+        return claim is not None
 
     def open(self, run: Minimisation) -> None:
         """Make the directory, keep other writers out, and sweep what a crash left.
@@ -125,8 +127,7 @@ class Checkpoints(Hook):
             self._claim = claim(self.path, resume=True)
         numbers = self._numbers()
         if (self.path / "checkpoint").exists() and not numbers:
-            self._claim.release()
-            self._claim = None
+            self._release()
             raise RunError(
                 "A directory of checkpoints is for one run.",
                 got=f"{self.path}, which holds checkpoints of something else",

@@ -8,6 +8,7 @@ the batch (and on the seeds of the data set) alone.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections import deque
@@ -134,10 +135,8 @@ class Arrays(Source):
 
     def __init__(self, data: Nest, batch_size: int, dtype: tf.DType | None) -> None:
         """Check that all arrays have as many rows."""
-        arrays = map_leaves(_as_array, data, "data")
-        self._arrays = tf.nest.map_structure(
-            lambda array: tf.convert_to_tensor(_cast(array, dtype)), arrays
-        )
+        arrays = _as_arrays(data, "data", dtype)
+        self._arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
         self._size = batch_size
         self._count = _common_length(named_leaves(self._arrays, "data"))
         self._last = self.batches = -(-self._count // batch_size)
@@ -329,8 +328,7 @@ class Batches(Source):
         """Return a batch in arrays; a list of parts, as PyTorch has it, is a tuple."""
         if isinstance(batch, list) and not is_array_like(batch):
             batch = tuple(batch)
-        arrays = map_leaves(_as_array, batch, "batch")
-        return tf.nest.map_structure(lambda array: _cast(array, self._dtype), arrays)
+        return _as_arrays(batch, "batch", self._dtype)
 
     def _checked(self, batch: Nest) -> Nest:
         specs = tf.nest.map_structure(_spec, batch)
@@ -471,7 +469,12 @@ def _holds_arrays(data: Any) -> bool:
     return is_array or hasattr(data, "__array__")
 
 
-def _as_array(leaf: Any, name: str) -> Any:
+def _as_arrays(data: Nest, name: str, dtype: tf.DType | None) -> Nest:
+    """Return data in arrays, those of NumPy's floats in the dtype, if one is given."""
+    return map_leaves(functools.partial(_as_array, dtype=dtype), data, name)
+
+
+def _as_array(leaf: Any, name: str, dtype: tf.DType | None) -> Any:
     if isinstance(leaf, tf.Tensor):
         return leaf
     try:
@@ -484,13 +487,11 @@ def _as_array(leaf: Any, name: str) -> Any:
             got=f"`{name}` is {describe(leaf)}",
             hint="numpy.asarray(..., dtype=...) of it; rows of one length",
         )
-    is_plain = is_number(leaf) or is_array_like(leaf)
-    return array.astype(np.float32) if is_plain and array.dtype.kind == "f" else array
-
-
-def _cast(array: Any, dtype: tf.DType | None) -> Any:
-    if dtype is None or isinstance(array, tf.Tensor) or array.dtype.kind != "f":
+    if array.dtype.kind != "f":
         return array
+    if dtype is None:  # plain numbers are of float32 then
+        is_plain = is_number(leaf) or is_array_like(leaf)
+        return array.astype(np.float32) if is_plain else array
     return array.astype(dtype.as_numpy_dtype)
 
 

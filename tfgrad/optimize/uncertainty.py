@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.matrices import hessian, jacobian
+from tfgrad.diagnosis.sources import restored
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, name_of, ravel, to_tensors
@@ -332,14 +333,11 @@ def source_of(
 @contextlib.contextmanager
 def at_point(variables: Sequence[tf.Variable] | None, x: Nest) -> Iterator[None]:
     """Put variables to a point, and back to where they were."""
-    before = [variable.read_value() for variable in variables or ()]
-    try:
-        for variable, leaf in zip(variables or (), tf.nest.flatten(x), strict=False):
+    variables = variables or ()
+    with restored(variables):
+        for variable, leaf in zip(variables, tf.nest.flatten(x), strict=False):
             variable.assign(leaf)
         yield
-    finally:
-        for variable, value in zip(variables or (), before, strict=True):
-            variable.assign(value)
 
 
 def held(problem: Problem, bounds: Any, x: Nest) -> Array:
@@ -357,11 +355,8 @@ def _hessian(problem: Problem, x: Nest) -> Array:
     sizes = _sizes(x)
     if sum(sizes) ** 2 > MOST_ELEMENTS:
         _refuse("size")
-    has_aux = problem.options["has_aux"]
-    if problem.x.takes_values:
-        answer = hessian(problem.f, has_aux=has_aux)(x)
-    else:
-        answer = hessian(problem.f, wrt=problem.x.variables, has_aux=has_aux)()
+    has_aux, point = problem.options["has_aux"], problem.x.arguments(tf.nest.flatten(x))
+    answer = hessian(problem.f, wrt=problem.x.wrt, has_aux=has_aux)(*point)
     blocks = tf.nest.flatten(answer[0] if has_aux else answer)
     return np.vstack(_stacked(blocks, sizes, sizes))
 
