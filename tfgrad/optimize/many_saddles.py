@@ -20,7 +20,7 @@ from tfgrad.differences import EPSILONS
 from tfgrad.optimize.blocks import Outcome, Plan, Program, Task, program_of, solve
 from tfgrad.optimize.evaluator import operations_of
 from tfgrad.optimize.hooks import Interrupts
-from tfgrad.optimize.saddle import PRODUCTS, lower_points, scale_of
+from tfgrad.optimize.saddle import PRODUCTS, curvatures, lower_points, scale_of
 from tfgrad.optimize.stopping import code_of, is_stationary, rule_of, status_of
 
 Array = np.ndarray[Any, Any]
@@ -110,10 +110,9 @@ def _left_of_block(
         outcome.fun[block].astype(np.float64),
         outcome.grad[block],
         scale,
-        product=product,
+        curvatures(product, x.shape, epsilon, PRODUCTS),
         value=lambda points: at(points)[0],
         epsilon=epsilon,
-        products=PRODUCTS,
     )
     found = np.flatnonzero(is_lower[: len(rows)])
     return rows[found], lower[found].astype(dtype)

@@ -84,7 +84,8 @@ class ResidualEvaluator(Evaluator):
         check_dtypes(recording)
         residuals = ravel(recording.outputs)
         value = losses.cost(residuals, *self.loss)
-        self.fits_in_memory = _fits(recording.outputs, recording.sources)
+        n, m = (static_size(x) or 0 for x in (recording.sources, recording.outputs))
+        self.fits_in_memory = n <= MOST_PARAMETERS and m * n <= MOST_ELEMENTS
         if not self.fits_in_memory:
             recording.require_sound()
             slopes = [losses.slope(r, *self.loss) for r in recording.outputs]
@@ -96,7 +97,7 @@ class ResidualEvaluator(Evaluator):
             jacobian *= weights[:, None]
         vector = tf.linalg.matvec(jacobian, residuals, transpose_a=True)
         gradient = unravel(vector, recording.sources)
-        if (static_size(recording.sources) or 0) > MOST_FOR_QR:
+        if n > MOST_FOR_QR:
             square = tf.matmul(jacobian, jacobian, transpose_a=True)
             matrix = tf.concat([square, vector[:, None]], axis=1)
         else:
@@ -248,11 +249,6 @@ def check_dtypes(recording: Recording) -> None:
             got=f"`{recording.name}` involves {' and '.join(sorted(dtypes))}",
             hint="np.float64 for the data and the start alike",
         )
-
-
-def _fits(outputs: list[Any], sources: list[Any]) -> bool:
-    n = sum(source.shape.num_elements() for source in sources)
-    return n <= MOST_PARAMETERS and (static_size(outputs) or 0) * n <= MOST_ELEMENTS
 
 
 def _matrix(blocks: Any, sources: list[Any]) -> tf.Tensor:

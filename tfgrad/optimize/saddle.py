@@ -154,9 +154,9 @@ def look_around(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as that a second derivative runs eagerly
         try:
-            found = _curvatures(product, (1, len(x)), epsilon, most)
+            found = curvatures(product, (1, len(x)), epsilon, most)
             row = x[None], np.array([fun]), grad[None], np.array([scale])
-            points, is_lower = _lower(*row, found, value, epsilon)
+            points, is_lower = lower_points(*row, found, value, epsilon)
             if is_lower[0]:
                 return Look(tf.constant(points[0], dtype))
             if not leaps or not np.isfinite(found.values[0, 0]):
@@ -194,38 +194,21 @@ def lower_points(
     fun: Array,
     grad: Array,
     scale: Array,
-    *,
-    product: Callable[[Array], Array],
+    found: Curvatures,
     value: Callable[[Array], Array],
     epsilon: float,
-    products: int,
 ) -> tuple[Array, Any]:
-    """Return points near many stationary ones, `[rows, n]`, and where f is lower there.
+    """Return points along the least curvature, `[rows, n]`, and where f is lower there.
 
     Args:
         x: Where the gradients are small, shape `[rows, n]`.
         fun: The values there, shape `[rows]`.
         grad: The gradients there, like `x`.
         scale: How long a step of the size of x is, shape `[rows]`: see `scale_of`.
-        product: Returns the Hessian of each row times a direction, `[rows, n]`.
+        found: The curvatures there.
         value: Returns f at a point for each row.
         epsilon: The rounding error of the dtype that f is computed in.
-        products: How many of them to take at most.
     """
-    found = _curvatures(product, x.shape, epsilon, products)
-    return _lower(x, fun, grad, scale, found, value, epsilon)
-
-
-def _lower(
-    x: Array,
-    fun: Array,
-    grad: Array,
-    scale: Array,
-    found: Curvatures,
-    value: Callable[[Array], Array],
-    epsilon: float,
-) -> tuple[Array, Any]:
-    """Return lower points along the directions of the least curvature."""
     least, direction = found.values[:, 0], found.directions[:, :, 0]
     is_known, noise = np.isfinite(least), NOISE * epsilon * np.abs(fun)
     if not np.any(is_known):
@@ -264,7 +247,7 @@ def _lower(
     return points, is_lower
 
 
-def _curvatures(
+def curvatures(
     product: Callable[[Array], Array],
     shape: tuple[int, ...],
     epsilon: float,

@@ -352,51 +352,32 @@ def _along(linear: Linear, step: tf.Tensor, damping: tf.Tensor) -> Step:
 def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
     """Return the model around a point, in parameters that are scaled at least so."""
     n: Any = point.x.shape[0]
-    both = point.linear
+    both, is_triangle = point.linear, n <= MOST_FOR_QR
     is_known = tf.reduce_all(tf.math.is_finite(both))
     both = tf.where(is_known, both, tf.zeros_like(both))
     matrix, side = both[:, :n], both[:, n]
-    is_triangle = n <= MOST_FOR_QR
     if is_free is not None:
-        none = tf.zeros_like(matrix)
-        matrix = tf.where(is_free, matrix, none)
+        free = tf.cast(is_free, matrix.dtype)
+        matrix *= free
         if not is_triangle:
-            matrix = tf.where(is_free[:, None], matrix, none)
-            side = tf.where(is_free, side, tf.zeros_like(side))
-    norms = (
-        tf.norm(matrix, axis=0) if is_triangle else _root(tf.linalg.diag_part(matrix))
-    )
+            matrix, side = matrix * free[:, None], side * free
+    norms = tf.norm(matrix, axis=0)
+    if not is_triangle:
+        norms = tf.sqrt(tf.linalg.diag_part(matrix))
     scale = tf.maximum(scale, norms)
     scale = tf.where(scale > 0, scale, tf.ones_like(scale))
-    factors = _of_triangle if is_triangle else _of_square
-    s, v, c = factors(matrix, side, scale)
+    if is_triangle:
+        s, u, v = tf.linalg.svd(matrix / scale)
+        c = tf.linalg.matvec(u, side, transpose_a=True)
+    else:  # the eigenvalues know half of the digits
+        squares, v = tf.linalg.eigh(matrix / (scale[:, None] * scale))
+        is_rounding = squares <= n * EPSILONS[squares.dtype] * tf.reduce_max(squares)
+        s = tf.sqrt(tf.where(is_rounding, tf.zeros_like(squares), squares))
+        along = tf.linalg.matvec(v, side / scale, transpose_a=True)
+        c = tf.math.divide_no_nan(along, s)
     is_rounding = s <= n * EPSILONS[s.dtype] * tf.reduce_max(s)
     s, c = (tf.where(is_rounding, tf.zeros_like(part), part) for part in (s, c))
     return Linear(s, v, c, scale, tf.norm(norms * point.x), is_known)
-
-
-def _of_triangle(
-    triangle: tf.Tensor, side: tf.Tensor, scale: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return singular values, right vectors and U'r, of R and Q'r."""
-    s, u, v = tf.linalg.svd(triangle / scale)
-    return s, v, tf.linalg.matvec(u, side, transpose_a=True)
-
-
-def _of_square(
-    square: tf.Tensor, slope: tf.Tensor, scale: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return the same of J'J and J'r, whose eigenvalues know half of the digits."""
-    n: Any = square.shape[0]
-    squares, v = tf.linalg.eigh(square / (scale[:, None] * scale))
-    is_rounding = squares <= n * EPSILONS[squares.dtype] * tf.reduce_max(squares)
-    s = _root(tf.where(is_rounding, tf.zeros_like(squares), squares))
-    along = tf.linalg.matvec(v, slope / scale, transpose_a=True)
-    return s, v, tf.math.divide_no_nan(along, s)
-
-
-def _root(x: tf.Tensor) -> tf.Tensor:
-    return tf.sqrt(tf.maximum(x, 0))
 
 
 def _newton(linear: Linear) -> tf.Tensor:
