@@ -30,10 +30,11 @@ from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
 from tfgrad.optimize.hooks import Interrupts, bar_of
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
+from tfgrad.optimize.options import STEPS, Options
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.solvers import Ruled, State
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureStepper, Start, seen
-from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
+from tfgrad.optimize.stopping import RUNNING, code_of
 from tfgrad.optimize.traced import CALLS, without_calls
 
 Array = np.ndarray[Any, Any]
@@ -83,22 +84,21 @@ class Plan(NamedTuple):
         problem: One problem, evaluated once: the first.
         data: What the first takes besides: nests of tensors.
         method: A pure method that asks for no more than gradients.
-        tolerances: The rules that were asked for.
-        steps: How many steps each may take.
-        jit: As for `minimize`.
+        options: As for `minimize`.
         pays: The number of problems, of all calls of one program, from which on XLA
             pays.
-        retried: Statuses of rows that begin once more, in the method's `again`.
     """
 
     problem: Problem
     data: tuple[Nest, ...]
     method: Method
-    tolerances: Tolerances
-    steps: int
-    jit: bool | str
+    options: Options
     pays: int
-    retried: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """How many steps each may take."""
+        return int(self.options.steps or STEPS)
 
     @property
     def graph(self) -> Any:
@@ -300,7 +300,7 @@ def program_of(plan: Plan, task: Task) -> Program:
     kept = plan.problem.evaluator.kept
     settings = getattr(plan.method, "settings", None)
     key: Any = (
-        "many", plan.tolerances, plan.steps,
+        "many", plan.options.tolerances, plan.steps,
         plan.method if settings is None else (type(plan.method), settings),
         tuple((a.shape[1:], a.dtype) for a in task.given),
         signature(plan.problem.x.template), signature(plan.data),
@@ -327,7 +327,7 @@ def _program(plan: Plan, task: Task, key: Any, *, vectorises: bool) -> Program:
         and not any(part in op for op in operations for part in NOT_FOR_XLA)
     )
     pays = is_for_xla and kept[key] >= plan.pays
-    jit = pays if plan.jit == "auto" else bool(plan.jit)
+    jit = pays if plan.options.jit == "auto" else bool(plan.options.jit)
     is_new = (key, jit) not in kept
     parts: Any = kept.get((key, jit))
     if is_new:
@@ -403,6 +403,7 @@ def _compile(
     """Return the blank state of one problem; the steps of many; their values."""
     problem, method = plan.problem, plan.method
     leaves, splits = problem.x.leaves, 1 + len(task.sides)
+    tolerances = plan.options.tolerances
     evaluated_by = problem
     if not CALLS.isdisjoint(operations_of(plan.graph)):
         # The derivative of a call of another `tf.function` is many calls of it.
@@ -427,14 +428,14 @@ def _compile(
     def begun(x: tf.Tensor, rest: list[tf.Tensor], evaluation: Evaluation) -> State:
         stepper = stepper_of(rest)
         state = stepper.begun(Start.at(x, evaluation))
-        here, rules = state.evaluation, Ruled(stepper, plan.tolerances)
+        here, rules = state.evaluation, Ruled(stepper, tolerances)
         code = rules.first(here.value, here.grad_max, state.expected, state.first)
         return state._replace(code=tf.where(state.code > 0, state.code, code))
 
     def turn(row: tuple[State, list[tf.Tensor], Evaluation]) -> State:
         state, rest, evaluation = row
         stepper, is_new = stepper_of(rest), state.step < 0
-        ruled = Ruled(stepper, plan.tolerances)
+        ruled = Ruled(stepper, tolerances)
         if is_blank:
             first = tf.where(is_new, evaluation.value, state.first)
             new = ruled.step(state._replace(first=first), evaluation)

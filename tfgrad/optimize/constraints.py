@@ -277,8 +277,7 @@ def _listed(constraints: Any) -> Sequence[Any]:
 
 
 def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
-    shapes: list[Any] = [tuple(leaf.shape) for leaf in problem.x.leaves]
-    n = int(sum(np.prod(shape) for shape in shapes))
+    n = int(sum(leaf.shape.num_elements() for leaf in problem.x.leaves))
     if bounds is None:
         return np.broadcast_to(-np.inf, n), np.broadcast_to(np.inf, n)  # no memory
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
@@ -293,8 +292,8 @@ def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
             got=f"bounds={describe(bounds)}",
             hint="bounds=(0.0, None), or nests like the point: (lower, upper)",
         )
-    lower = _side(problem, pair[0], shapes, -np.inf, "lower")
-    upper = _side(problem, pair[1], shapes, np.inf, "upper")
+    lower = _side(problem, pair[0], -np.inf, "lower")
+    upper = _side(problem, pair[1], np.inf, "upper")
     is_empty = (lower > upper) | (lower == np.inf) | (upper == -np.inf)
     if np.any(is_empty):
         i = int(np.argmax(is_empty))
@@ -310,10 +309,9 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple | np.ndarray) and len(value) == 2
 
 
-def _side(
-    problem: Problem, side: Any, shapes: list[Any], none: float, name: str
-) -> Array:
+def _side(problem: Problem, side: Any, none: float, name: str) -> Array:
     """Return one side of the bounds as a vector; `none` where there is no bound."""
+    shapes: list[Any] = [tuple(leaf.shape) for leaf in problem.x.leaves]
     n = int(sum(np.prod(shape) for shape in shapes))
     given = named_leaves(side, name)
     paths = [path for path, _ in named_leaves(problem.x.template, name)]

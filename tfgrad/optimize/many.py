@@ -303,12 +303,7 @@ def run(
     x = np.clip(rows.x, *sides) if sides else rows.x
     problem.evaluate(tf.nest.flatten(rows.first), rows.data)
     check_unwatched(problem)
-    steps = 1000 if options.steps is None else int(options.steps)
-    retried = ("trustregion",) if options.steps else ("trustregion", "steps")
-    plan = Plan(
-        problem, rows.data, method, options.tolerances, steps, options.jit, pays,
-        retried,
-    )  # fmt: skip
+    plan = Plan(problem, rows.data, method, options, pays)
     if plan.graph is None:
         raise InvalidArgumentError(
             "Many problems are solved in one compiled program.",
@@ -316,7 +311,7 @@ def run(
             hint="tfgrad.minimize for each row, in a loop",
         )
     task = Task(x, sides, rows.arrays)
-    outcome, is_interrupted = solve_all(plan, task, options.seconds, is_doubtful)
+    outcome, is_interrupted = solve_all(plan, task, is_doubtful)
     left = "interrupted" if is_interrupted else "seconds"
     codes = range(int(np.max(outcome.code)) + 1)
     names = np.array([status_of(code) or left for code in codes])

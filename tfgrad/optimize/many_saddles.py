@@ -29,7 +29,6 @@ Array = np.ndarray[Any, Any]
 def solve_all(
     plan: Plan,
     task: Task,
-    seconds: float | None,
     is_doubtful: Callable[[Outcome], Array] | None,
 ) -> tuple[Outcome, bool]:
     """Solve all problems, and again those that failed, or ended where f bends down.
@@ -37,7 +36,8 @@ def solve_all(
     Returns the outcome, and whether Ctrl-C ended it. `is_doubtful` tells of an outcome
     which rows a look may pay for; None: all.
     """
-    began, program = time.perf_counter(), program_of(plan, task)
+    began, seconds = time.perf_counter(), plan.options.seconds
+    program = program_of(plan, task)
     with Interrupts() as interrupts:
 
         def goes_on() -> bool:
@@ -48,7 +48,8 @@ def solve_all(
 
         outcome = solve(program, task, left(), interrupts)
         again = getattr(plan.method, "again", None)
-        failed = np.flatnonzero(np.isin(outcome.code, [*map(code_of, plan.retried)]))
+        fails = ["trustregion"] if plan.options.steps else ["trustregion", "steps"]
+        failed = np.flatnonzero(np.isin(outcome.code, [*map(code_of, fails)]))
         if again is not None and len(failed) and goes_on():
             memory = program.blank.memory
             memory = memory._replace(method=again(memory.method))

@@ -55,23 +55,15 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Saved:
-    """A run after some steps.
+    """A run after some steps; what is not told here is as of its result.
 
     Attributes:
-        identity: What the problem and the methods are.
         limits: How far it was to go, see `limits_of`.
         state: Where the solver was, without batches.
         position: With data, the epochs that were over, and the batches since.
         variables: The values of the solver's variables.
         chain: Where the chain of methods was, without them.
-        history: The rows until there.
-        epochs: Those of the epochs that were over.
-        seconds: How long it took.
         status: Why it ended; None while it goes on.
-        message: The same as a sentence.
-        success: Whether the point is a solution.
-        nit: How many steps were taken in all, once it has ended.
-        nfev: How often the function was evaluated, likewise.
         directory: The name of the directory in which it was logged.
         outcome: What came out; None while the run goes on.
         options: How it was called; None if that was in another process.
@@ -106,9 +98,8 @@ def identity_of(problem: Problem, chain: Chain) -> Identity:
     template = problem.x.template
     leaves = [] if is_open(template) else named_leaves(template, "x")
     points = tuple(f"{name} of {_shape(leaf)}" for name, leaf in leaves)
-    return Identity(
-        points, problem.options["has_aux"], tuple(s.name for s in chain.stages)
-    )
+    methods = tuple(stage.name for stage in chain.stages)
+    return Identity(points, problem.options["has_aux"], methods)
 
 
 def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
@@ -220,9 +211,7 @@ def count_from(run: Minimisation, result: OptimizeResult) -> None:
 def find(run: Minimisation, checkpoints: Any) -> None:
     """Let a run go on from its newest checkpoint, if there is one.
 
-    Raises:
-        InvalidArgumentError: If it is of another problem, or the data of this one
-            cannot be gone through again.
+    One of another problem is refused, and so is data that ends after one epoch.
     """
     check_tells(run.chain.stages)
     if run.training is not None:
@@ -251,8 +240,7 @@ def is_alike(run: Minimisation) -> bool:
 def go_on(run: Minimisation, saved: Saved) -> tuple[State, Rows]:
     """Return where a run goes on, and the rows until there.
 
-    Raises:
-        InvalidArgumentError: If its function is another one; nothing was changed.
+    If its function is another one, that is refused, and nothing was changed.
     """
     run.problem.find() if run.training is None else None
     with put_back_on_error(run.problem):
