@@ -96,7 +96,7 @@ class Checkpoints(Hook):
         if time.monotonic() >= self._due and run.status is None:
             for hook in self._hooks:
                 hook.flush()
-            self.begin(run)
+            self._save(resume.snapshot(run))
 
     def end(self, run: Minimisation, error: BaseException | None) -> None:
         """Save the end; let other writers in."""
@@ -116,11 +116,7 @@ class Checkpoints(Hook):
         return claim is not None
 
     def open(self, run: Minimisation) -> None:
-        """Make the directory, keep other writers out, and sweep what a crash left.
-
-        Raises:
-            RunError: If that is not possible.
-        """
+        """Make the directory, keep other writers out, and sweep what a crash left."""
         self._is_made = not self.path.exists()
         with _about_checkpoints():
             self.path.mkdir(parents=True, exist_ok=True)

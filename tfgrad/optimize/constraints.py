@@ -77,10 +77,6 @@ class Limits:
         is_bounded = np.any(np.isfinite(self.lower)) or np.any(np.isfinite(self.upper))
         return bool(is_bounded) or bool(self.functions)
 
-    def clip(self, x: Array) -> Array:
-        """Return the nearest point within the bounds."""
-        return np.clip(x, self.lower, self.upper)
-
     def violation(self, x: Array) -> float:
         """Return by how much x breaks a limit, at most."""
         worst = np.maximum(self.lower - x, x - self.upper).max(initial=0.0)
@@ -89,23 +85,6 @@ class Limits:
             lower, upper = function.lower, function.upper
             worst = max(worst, np.maximum(lower - value, value - upper).max(initial=0))
         return float(worst)
-
-    def check(self, x: Array) -> None:
-        """Refuse constraints that say nothing at the start, x."""
-        for function in self.functions:
-            function.check(x)
-
-    def bounds_for_scipy(self) -> Any:
-        """Return SciPy's bounds; None if there are none."""
-        if not np.any(np.isfinite([self.lower, self.upper])):
-            return None
-        from scipy.optimize import Bounds
-
-        return Bounds(self.lower, self.upper)
-
-    def for_scipy(self) -> list[Any]:
-        """Return SciPy's constraints, as functions of a vector."""
-        return [function.for_scipy() for function in self.functions]
 
 
 class Constraint:

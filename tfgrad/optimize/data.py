@@ -101,8 +101,8 @@ def source_of(
     Args:
         data: See above.
         batch_size: How many rows of arrays a batch has.
-        dtype: What float arrays of NumPy become, as they do beside a tensor of that
-            dtype in every operation of TensorFlow; None leaves them as they are.
+        dtype: What NumPy's float arrays become, as beside a tensor of that dtype; None
+            leaves them as they are.
 
     Raises:
         InvalidArgumentError: If it is none of these, holds no batch, or has a batch
@@ -406,11 +406,7 @@ def size_of(batch: Nest) -> tf.Tensor:
 
 
 def require_rows(arguments: tuple[Nest, ...]) -> None:
-    """Refuse a batch whose parts cannot be cut between replicas: of different lengths.
-
-    Raises:
-        InvalidArgumentError: If it is one.
-    """
+    """Refuse a batch whose parts cannot be cut between replicas: of other lengths."""
     leaves = [leaf for leaf in tf.nest.flatten(arguments) if leaf.shape.rank != 0]
     counts = [int(size_of(leaf)) for leaf in leaves]
     if len(set(counts)) > 1:

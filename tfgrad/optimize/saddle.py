@@ -266,7 +266,7 @@ def curvatures(
     basis, images = np.zeros((2, rows, most, n))
     goes_on, count = np.ones(rows, bool), 0
     while count < most and np.any(goes_on):
-        q = q / np.where(goes_on, _lengths(q), 1.0)[:, None]
+        q = q / np.where(goes_on, np.linalg.norm(q, axis=1), 1.0)[:, None]
         basis[:, count] = q
         image = np.where(goes_on[:, None], product(q), 0.0)
         images[:, count] = image
@@ -276,7 +276,9 @@ def curvatures(
             q = q - known.swapaxes(1, 2) @ (known @ q)
         q = q[:, :, 0]
         # If nothing is left, there are no more directions to be found.
-        goes_on = goes_on & (_lengths(q) > epsilon * _lengths(image))
+        goes_on = goes_on & (
+            np.linalg.norm(q, axis=1) > epsilon * np.linalg.norm(image, axis=1)
+        )
         q = np.where(goes_on[:, None], q, 0.0)
     basis, images = basis[:, :count], images[:, :count]
     small = basis @ images.swapaxes(1, 2)
@@ -292,8 +294,3 @@ def curvatures(
     is_known = is_known[:, None] & ~((values > 1.5 * largest) & any_empty)
     directions = basis.swapaxes(1, 2) @ vectors
     return Curvatures(np.where(is_known, values, np.inf), directions)
-
-
-def _lengths(rows: Array) -> Array:
-    lengths: Array = np.sqrt(np.einsum("rn,rn->r", rows, rows))
-    return lengths

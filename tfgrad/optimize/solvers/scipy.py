@@ -148,8 +148,9 @@ class SciPyLoop:
         """Evaluate the start, moved into the bounds."""
         problem = self.solver.problem
         x = np.asarray(ravel(problem.x.start()), np.float64)
-        inside = self._limits.clip(x)
-        self._limits.check(inside)
+        inside = np.clip(x, *self._limits.sides)
+        for constraint in self._limits.functions:
+            constraint.check(inside)
         if np.any(inside != x):
             problem.x.restart(self._function.leaves(inside))
         state, evaluation = self.solver.init()
@@ -163,19 +164,16 @@ class SciPyLoop:
     def advance(
         self, state: State, limit: int, visit: Visit | None = None
     ) -> tuple[State, Rows]:
-        """Let SciPy iterate.
+        """Let SciPy iterate, and call `visit` after each iteration until the end.
 
-        Args:
-            state: Where the run is.
-            limit: Not heeded; `visit` is asked.
-            visit: Called after each iteration, until the end. None: there is one
-                iteration, and SciPy waits in a thread.
+        Without one, there is one iteration, and SciPy waits in a thread. `visit` says
+        where it is to end: `limit` is not heeded.
         """
         if visit is not None:
             return self._run(state, visit), Rows({})
         if self._hand is None:
             self._hand = _Hand(lambda visit: self._run(state, visit))
-        return self._hand.next() or (self._hand.outcome, Rows({}))
+        return self._hand.next()
 
     def escape(self, state: State) -> tuple[State, Rows]:
         """Leave a maximum or a saddle where no limit may be what holds the point."""
@@ -220,9 +218,10 @@ class SciPyLoop:
 
     def _run(self, state: State, visit: Visit) -> State:
         """Let SciPy run until it ends, or until a visit ends it."""
-        from scipy.optimize import minimize
+        from scipy.optimize import Bounds, minimize
 
         method, limits = self._method, self._limits
+        bounds = Bounds(*limits.sides) if np.any(np.isfinite(limits.sides)) else None
         session = _Session(self._function, state, self._moved, visit, method.gradient)
         self.verdict = False, ""  # that of an earlier run is not of this one
         second = {"hessp": session.hessp, "hess": session.hess}
@@ -232,10 +231,10 @@ class SciPyLoop:
                 found = minimize(
                     session.fun if method.gradient else lambda x: session.fun(x)[0],
                     np.asarray(state.x, np.float64),
-                    method=method.own_name,
+                    method=method.name,
                     jac=True if method.gradient else None,
-                    bounds=limits.bounds_for_scipy(),
-                    constraints=limits.for_scipy(),
+                    bounds=bounds,
+                    constraints=[each.for_scipy() for each in limits.functions],
                     callback=session.iteration,
                     options=dict(method.options),
                     **({method.second: second[method.second]} if method.second else {}),
@@ -395,37 +394,34 @@ class _Session:
 class _Hand:
     """A run in a thread, which is asked for one step at a time."""
 
-    def __init__(self, run: Callable[[Callable[..., bool]], Any]) -> None:
-        self.outcome: Any = None
-        self._run = run
-        self._error: BaseException | None = None
+    def __init__(self, run: Callable[[Visit], State]) -> None:
         self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def next(self) -> Any:
-        """Return the next step, None at the end; raise what the run raised."""
+        def visited(state: State, rows: Rows) -> bool:
+            self._steps.put((state, rows))
+            return self._orders.get()
+
+        def work() -> None:
+            try:
+                self._steps.put((run(visited), Rows({})))
+            except BaseException as error:  # to be raised where the step is asked for
+                self._steps.put(error)
+
+        self._thread = threading.Thread(target=work, daemon=True)
+
+    def next(self) -> tuple[State, Rows]:
+        """Return the next step, or the end; raise what the run raised."""
         if self._thread.ident is None:
             self._thread.start()
         else:
             self._orders.put(True)
         step = self._steps.get()
-        if self._error is not None:
-            raise self._error
+        if isinstance(step, BaseException):
+            raise step
         return step
 
     def close(self) -> None:
         """Leave the run where it is."""
         if self._thread.is_alive():
             self._orders.put(False)
-
-    def _work(self) -> None:
-        try:
-            self.outcome = self._run(self._visited)
-        except BaseException as error:  # it is raised where the step was asked for
-            self._error = error
-        self._steps.put(None)
-
-    def _visited(self, *step: Any) -> bool:
-        self._steps.put(step)
-        return self._orders.get()
