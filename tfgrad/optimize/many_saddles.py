@@ -20,7 +20,13 @@ from tfgrad.differences import EPSILONS
 from tfgrad.optimize.blocks import Outcome, Plan, Program, Task, program_of, solve
 from tfgrad.optimize.evaluator import operations_of
 from tfgrad.optimize.hooks import Interrupts
-from tfgrad.optimize.saddle import PRODUCTS, curvatures, lower_points, scale_of
+from tfgrad.optimize.saddle import (
+    PRODUCTS,
+    by_differences,
+    curvatures,
+    lower_points,
+    scale_of,
+)
 from tfgrad.optimize.stopping import code_of, is_stationary, rule_of, status_of
 
 Array = np.ndarray[Any, Any]
@@ -93,19 +99,13 @@ def _left_of_block(
     x, dtype = outcome.x[block].astype(np.float64), outcome.x.dtype
     scale = scale_of(x, task.x[block].astype(np.float64))
     epsilon = EPSILONS[tf.as_dtype(dtype)]
-    # The step that balances rounding and curvature of the gradient.
-    size = epsilon ** (1 / 3) * scale[:, None]
 
     def at(points: Array) -> tuple[Array, Array]:
         pair = program.evaluate([tf.constant(points, dtype), *data])
         value, gradient = (tensor.numpy().astype(np.float64) for tensor in pair)
         return value, gradient
 
-    def product(directions: Array) -> Array:
-        step = size * directions
-        ahead, behind = (at(point)[1] for point in (x + step, x - step))
-        return (ahead - behind) / (2 * size)
-
+    product = by_differences(lambda points: at(points)[1], x, scale, epsilon)
     lower, is_lower = lower_points(
         x,
         outcome.fun[block].astype(np.float64),

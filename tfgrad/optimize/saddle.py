@@ -133,29 +133,27 @@ def look_around(
     def at(x: Array) -> Evaluation:
         return problem.at(tf.constant(x, dtype))
 
-    def product(directions: Array) -> Array:
-        direction = directions[0]
-        if is_exact:
-            v = tf.constant(direction, dtype)
-            return np.asarray(problem.hvp(state.x, v), np.float64)[None]
-        # The step that balances rounding and curvature of the gradient.
-        step = EPSILONS[dtype] ** (1 / 3) * scale * direction
-        ahead, behind = (np.asarray(at(p).gradient) for p in (x + step, x - step))
-        change: Array = (ahead - behind).astype(np.float64)
-        return change[None] / (2 * np.linalg.norm(step))
+    def value(points: Array) -> Array:
+        return np.array([float(at(points[0]).value)])
+
+    def gradient(points: Array) -> Array:
+        return np.asarray(at(points[0]).gradient, np.float64)[None]
+
+    def exact(directions: Array) -> Array:
+        v = tf.constant(directions[0], dtype)
+        return np.asarray(problem.hvp(state.x, v), np.float64)[None]
 
     epsilon, grad = EPSILONS[dtype], np.asarray(state.evaluation.gradient, np.float64)
     fun, most = float(state.evaluation.value), PRODUCTS if is_exact else count // 2
-    fallen = float(state.first) - fun
-
-    def value(points: Array) -> Array:
-        return np.array([float(at(points[0]).value)])
+    fallen, scales = float(state.first) - fun, np.array([scale])
+    row = x[None], np.array([fun]), grad[None], scales
+    estimated = by_differences(gradient, x[None], scales, epsilon)
+    product = exact if is_exact else estimated
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as that a second derivative runs eagerly
         try:
             found = curvatures(product, (1, len(x)), epsilon, most)
-            row = x[None], np.array([fun]), grad[None], np.array([scale])
             points, is_lower = lower_points(*row, found, value, epsilon)
             if is_lower[0]:
                 return Look(tf.constant(points[0], dtype))
@@ -176,6 +174,24 @@ def look_around(
     is_definite = found.values[0, 0] > NOISE * epsilon * found.largest[0]
     is_negligible = fall <= max(NEGLIGIBLE, NOISE * epsilon) * abs(fun)
     return Look(None, bool(has_failed and is_whole and is_definite and is_negligible))
+
+
+def by_differences(
+    gradient: Callable[[Array], Array], x: Array, scale: Array, epsilon: float
+) -> Callable[[Array], Array]:
+    """Return the products of the Hessians at x, `[rows, n]`, with unit directions.
+
+    They are differences of gradients; `scale` is how long a step of the size of x is.
+    """
+    # The step that balances rounding and curvature of the gradient.
+    size = epsilon ** (1 / 3) * scale[:, None]
+
+    def product(directions: Array) -> Array:
+        step = size * directions
+        ahead, behind = (gradient(points) for points in (x + step, x - step))
+        return (ahead - behind) / (2 * size)
+
+    return product
 
 
 def _newton(grad: Array, found: Curvatures, least: float) -> tuple[Array, float]:
