@@ -52,7 +52,7 @@ def solve_all(
         def left() -> float | None:
             return seconds and max(0.0, seconds - (time.perf_counter() - began))
 
-        outcome = solve(program, task, left(), interrupts)
+        outcome = solve(program, task, seconds, interrupts)
         again = getattr(plan.method, "again", None)
         fails = ["trustregion"] if plan.options.steps else ["trustregion", "steps"]
         failed = np.flatnonzero(np.isin(outcome.code, [*map(code_of, fails)]))
