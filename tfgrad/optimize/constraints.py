@@ -139,7 +139,7 @@ class Constraint:
         if isinstance(self._entry, Mapping):
             return {"type": self._entry["type"], **functions}
         changed = copy.copy(self._entry)
-        vars(changed).update(functions)
+        changed.fun, changed.jac = functions.values()
         return changed
 
 
@@ -182,23 +182,24 @@ class _Function:
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Return value `[m]` and Jacobian `[m, n]`."""
-        count = len(self._put(x)) + len(self._extra)
+        if self._derivative is not None:
+            return self._differentiated(x)
+        arguments = *self._put(x), *self._extra
+        count = len(arguments)
         if not can_take(self._fun, count):
             raise InvalidArgumentError(
                 "The function of a constraint takes what f takes, and `args`.",
                 got=f"`{name_of(self._fun)}`, which does not take {count} arguments",
                 hint="lambda x: x[0] - 1; of variables, lambda: variable[0] - 1",
             )
-        if self._derivative is not None:
-            return self._differentiated(x)
-        answer = self._fun(*self._put(x), *self._extra)
+        answer = self._fun(*arguments)
         value = self._array(answer)
         if self._jac is None:
             if any(isinstance(y, tf.Tensor) for y in tf.nest.flatten(answer)):
                 self._derivative = jacobian(self._vector, wrt=self._x.wrt, has_aux=True)
                 return self._differentiated(x)
             return value, self._differences(x)
-        answer = self._jac(*self._put(x), *self._extra)
+        answer = self._jac(*arguments)
         slope = self._array(answer, "the Jacobian of ")
         if slope.size != value.size * x.size:
             raise InvalidArgumentError(

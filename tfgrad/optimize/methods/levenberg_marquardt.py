@@ -158,8 +158,7 @@ class Damped:
     name = "levenberg-marquardt"
     failure = "trustregion"
     last = 1
-    """How many times the tolerance a point may miss that rounding lets nobody improve.
-    """
+    """What the tolerance is multiplied by where rounding lets nobody go on."""
 
     def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
         """Store the settings."""
