@@ -77,6 +77,15 @@ class Limits:
         is_bounded = np.any(np.isfinite(self.lower)) or np.any(np.isfinite(self.upper))
         return bool(is_bounded) or bool(self.functions)
 
+    def clip(self, x: Array) -> Array:
+        """Return the nearest point within the bounds."""
+        return np.clip(x, self.lower, self.upper)
+
+    def check(self, x: Array) -> None:
+        """Refuse constraints that say nothing at the start, x."""
+        for function in self.functions:
+            function.check(x)
+
     def violation(self, x: Array) -> float:
         """Return by how much x breaks a limit, at most."""
         worst = np.maximum(self.lower - x, x - self.upper).max(initial=0.0)

@@ -148,9 +148,8 @@ class SciPyLoop:
         """Evaluate the start, moved into the bounds."""
         problem = self.solver.problem
         x = np.asarray(ravel(problem.x.start()), np.float64)
-        inside = np.clip(x, *self._limits.sides)
-        for constraint in self._limits.functions:
-            constraint.check(inside)
+        inside = self._limits.clip(x)
+        self._limits.check(inside)
         if np.any(inside != x):
             problem.x.restart(self._function.leaves(inside))
         state, evaluation = self.solver.init()
