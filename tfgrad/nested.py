@@ -218,22 +218,12 @@ def unravel(vector: tf.Tensor, like: Iterable[Any]) -> list[tf.Tensor]:
     like = list(like)
     if len(like) == 1 and like[0].shape.rank == 1:
         return [tf.convert_to_tensor(vector)]
-    shapes = [_shape_of(leaf) for leaf in like]
-    if len(shapes) == 1:
-        return [tf.reshape(vector, shapes[0])]
-    parts = tf.split(vector, [_size_of(shape) for shape in shapes])
+    known = [leaf.shape.is_fully_defined() for leaf in like]
+    pairs = list(zip(like, known, strict=True))
+    shapes = [np.array(x.shape, np.int32) if k else tf.shape(x) for x, k in pairs]
+    sizes = [x.shape.num_elements() if k else tf.size(x) for x, k in pairs]
+    parts = [vector] if len(like) == 1 else tf.split(vector, sizes)
     return [tf.reshape(part, s) for part, s in zip(parts, shapes, strict=True)]
-
-
-def _shape_of(leaf: Any) -> Any:
-    """Return the shape of a tensor, or of a spec; static if it can be."""
-    is_known = leaf.shape.is_fully_defined()
-    return np.array(leaf.shape, np.int32) if is_known else tf.shape(leaf)
-
-
-def _size_of(shape: Any) -> Any:
-    is_known = isinstance(shape, np.ndarray)
-    return int(np.prod(shape)) if is_known else tf.reduce_prod(shape)
 
 
 def same_keys(a: Nest, b: Nest) -> bool:

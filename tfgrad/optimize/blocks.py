@@ -27,13 +27,14 @@ from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.diagnosis.graphs import inlined
 from tfgrad.nested import Nest, either, unravel
 from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
-from tfgrad.optimize.hooks import Interrupts
+from tfgrad.optimize.hooks import Interrupts, bar_of
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
+from tfgrad.optimize.options import STEPS, Options
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.solvers import Ruled, State
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureStepper, Start, seen
-from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of
+from tfgrad.optimize.stopping import RUNNING, code_of
 from tfgrad.optimize.traced import CALLS, without_calls
 
 Array = np.ndarray[Any, Any]
@@ -45,11 +46,8 @@ computing it."""
 BLOCK_BYTES = 2**26
 """Bytes that the states and the data of a block may take up."""
 
-_map: Any = tf.map_fn  # the stubs know no nests of specs
-
 PAUSE = 0.1
 """Seconds between two looks for Ctrl-C, and about what a call of the program takes."""
-
 
 MOST_TURNS = 10_000
 """Steps of a block in one call of the program."""
@@ -69,12 +67,7 @@ class Box(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One problem, for a method that takes products with its Hessian.
-
-    Attributes:
-        problem: Of all rows.
-        data: What this one takes besides.
-    """
+    """One problem, with its data, for a method that takes products with its Hessian."""
 
     problem: Problem
     data: tuple[Nest, ...]
@@ -91,22 +84,21 @@ class Plan(NamedTuple):
         problem: One problem, evaluated once: the first.
         data: What the first takes besides: nests of tensors.
         method: A pure method that asks for no more than gradients.
-        tolerances: The rules that were asked for.
-        steps: How many steps each may take.
-        jit: As for `minimize`.
+        options: As for `minimize`.
         pays: The number of problems, of all calls of one program, from which on XLA
             pays.
-        retried: Statuses of rows that begin once more, in the method's `again`.
     """
 
     problem: Problem
     data: tuple[Nest, ...]
     method: Method
-    tolerances: Tolerances
-    steps: int
-    jit: bool | str
+    options: Options
     pays: int
-    retried: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """How many steps each may take."""
+        return int(self.options.steps or STEPS)
 
     @property
     def graph(self) -> Any:
@@ -127,6 +119,11 @@ class Task(NamedTuple):
     sides: list[Array]
     data: list[Array]
 
+    @property
+    def given(self) -> list[Array]:
+        """All of the arrays."""
+        return [self.x, *self.sides, *self.data]
+
     def of(self, rows: Array) -> Task:
         """Return some of them."""
         sides, data = ([a[rows] for a in arrays] for arrays in (self.sides, self.data))
@@ -138,7 +135,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         x: The points, shape `[count, n]`; where a problem has not begun, its start.
-        fun: The values there.
+        fun: The values there; NaN where it has not begun.
         grad: The gradients there, `[count, n]`.
         code: Why each ended, see `stopping.code_of`; RUNNING where it has not begun.
         nit: Steps taken.
@@ -158,22 +155,15 @@ class Outcome(NamedTuple):
 def solve(
     program: Program, task: Task, seconds: float | None, interrupts: Interrupts
 ) -> Outcome:
-    """Solve all problems, as far as time and Ctrl-C let it.
-
-    Args:
-        program: How.
-        task: Which.
-        seconds: How long it may take; None: as long as it takes.
-        interrupts: Ctrl-C ends it.
-    """
+    """Solve all problems, as far as time, in seconds, and Ctrl-C let it."""
     queue = _Queue(program, task)
     ends = None if seconds is None else time.perf_counter() + seconds
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     workers = min(cores or os.cpu_count() or 1, -(-len(task.x) // program.width))
     with (
-        _options(is_xla=program.is_xla),
+        optimizing(by_xla=program.is_xla),
         ThreadPoolExecutor(workers) as pool,
-        _bar(len(task.x)) as bar,
+        bar_of(len(task.x), "problem") as bar,
     ):
         futures = [pool.submit(queue.work) for _ in range(workers)]
         try:
@@ -190,18 +180,9 @@ def solve(
     return queue.outcome
 
 
-def _options(*, is_xla: bool) -> Any:
+def optimizing(*, by_xla: bool) -> contextlib.AbstractContextManager[None]:
     """Let nothing but XLA optimise: TensorFlow's own takes as long as some blocks."""
-    return contextlib.nullcontext() if is_xla else as_written(optimized=False)
-
-
-def _bar(count: int) -> Any:
-    """Return a progress bar that counts problems."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about widgets that a notebook lacks
-        from tqdm.auto import tqdm
-
-        return tqdm(total=count, delay=1.0, disable=None, leave=False, unit="problem")
+    return contextlib.nullcontext() if by_xla else as_written(optimized=False)
 
 
 class Program(NamedTuple):
@@ -258,7 +239,7 @@ class _Queue:
 
     def _work(self) -> None:
         width, task = self._program.width, self._task
-        given = [task.x, *task.sides, *task.data]
+        given = task.given
         held = [np.repeat(array[:1], width, axis=0) for array in given]
         slots, state, turns = np.full(width, -1), self._program.empty, 8
         while True:
@@ -301,15 +282,12 @@ class _Queue:
         ended = np.flatnonzero((slots >= 0) & (code != RUNNING))
         if not len(ended):
             return
-        rows, out = slots[ended], self.outcome
-        out.x[rows] = state.x.numpy()[ended]
-        out.fun[rows] = state.evaluation.value.numpy()[ended]
-        out.grad[rows] = state.evaluation.gradient.numpy()[ended]
-        out.code[rows] = code[ended]
-        out.nit[rows] = state.step.numpy()[ended]
-        out.nfev[rows] = state.evaluations.numpy()[ended]
+        rows, out, at = slots[ended], self.outcome, state.evaluation
+        found = [state.x, at.value, at.gradient, code, state.step, state.evaluations]
         if out.linear.size:
-            out.linear[rows] = state.memory.method.linear.numpy()[ended]
+            found.append(state.memory.method.linear)
+        for array, values in zip(out, found, strict=False):
+            array[rows] = np.asarray(values)[ended]
         slots[ended] = -1
         with self._lock:
             self.done += len(rows)
@@ -322,9 +300,9 @@ def program_of(plan: Plan, task: Task) -> Program:
     kept = plan.problem.evaluator.kept
     settings = getattr(plan.method, "settings", None)
     key: Any = (
-        "many", plan.tolerances, plan.steps,
+        "many", plan.options.tolerances, plan.steps,
         plan.method if settings is None else (type(plan.method), settings),
-        tuple((a.shape[1:], a.dtype) for a in [task.x, *task.sides, *task.data]),
+        tuple((a.shape[1:], a.dtype) for a in task.given),
         signature(plan.problem.x.template), signature(plan.data),
     )  # fmt: skip
     kept[key] = kept.get(key, 0) + len(task.x)
@@ -349,40 +327,38 @@ def _program(plan: Plan, task: Task, key: Any, *, vectorises: bool) -> Program:
         and not any(part in op for op in operations for part in NOT_FOR_XLA)
     )
     pays = is_for_xla and kept[key] >= plan.pays
-    jit = pays if plan.jit == "auto" else bool(plan.jit)
+    jit = pays if plan.options.jit == "auto" else bool(plan.options.jit)
     is_new = (key, jit) not in kept
     parts: Any = kept.get((key, jit))
     if is_new:
         parts = _compile(plan, task, jit=jit, vectorises=vectorises)
     blank, advance, evaluate = parts
-    width = _width(task, blank)
+    size = sum(a[:1].nbytes for a in task.given)
+    size += sum(s.shape.num_elements() * s.dtype.size for s in tf.nest.flatten(blank))
+    width = slots_for(size, len(task.x))
     empty = tf.nest.map_structure(lambda s: tf.zeros([width, *s.shape], s.dtype), blank)
     empty = empty._replace(code=tf.fill([width], code_of("stopped")))
     if is_new:
-        given = [task.x, *task.sides, *task.data]
-        held = [tf.constant(np.repeat(a[:1], width, axis=0)) for a in given]
+        held = [tf.constant(np.repeat(a[:1], width, axis=0)) for a in task.given]
         none = tf.fill([width], False), blank, held, tf.constant(0), tf.constant(0)
-        with _options(is_xla=jit), quiet():
+        with optimizing(by_xla=jit), quiet():
             advance(empty, *none)  # else all workers would prepare it
         if not vectorises:
-            _say_loop(plan.problem.name)
+            warnings.warn(
+                f"`{plan.problem.name}` does not vectorise, as loops, branches and "
+                "some operations do not: its rows are evaluated one after the other, "
+                "which is slower.",
+                RuntimeWarning,
+                stacklevel=level_of_caller(),
+            )
         kept[key, jit] = blank, advance, evaluate
     return Program(width, empty, blank, advance, evaluate, jit)
 
 
-def _width(task: Task, blank: State) -> int:
-    """Return the number of slots of the program."""
-    size = sum(a[:1].nbytes for a in (task.x, *task.sides, *task.data))
-    size += sum(s.shape.num_elements() * s.dtype.size for s in tf.nest.flatten(blank))
-    return slots_for(size, len(task.x))
-
-
 def slots_for(size: int, count: int) -> int:
-    """Return the slots of a block: a power of 2, so that vectors of a CPU are full.
+    """Return the slots of a block for so many problems of so many bytes each.
 
-    Args:
-        size: Bytes of one.
-        count: How many problems there are.
+    They are a power of 2, so that vectors of a CPU are full.
     """
     fits = 2 ** int(np.log2(max(1, BLOCK_BYTES // size)))
     return int(min(WIDEST, fits, 2 ** int(np.ceil(np.log2(count)))))
@@ -391,7 +367,8 @@ def slots_for(size: int, count: int) -> int:
 def mapped(function: Any, rows: Any, spec: Any, *, vectorises: bool) -> Any:
     """Return what a function returns of each row, all at once if that vectorises."""
     if not vectorises:
-        return _map(function, rows, fn_output_signature=spec)
+        one_by_one: Any = tf.map_fn  # the stubs know no nests of specs
+        return one_by_one(function, rows, fn_output_signature=spec)
     return tf.vectorized_map(function, rows, fallback_to_while_loop=False, warn=False)
 
 
@@ -401,15 +378,6 @@ def by_rows(make: Callable[..., Any], *, may_vectorise: bool) -> Any:
         with contextlib.suppress(Exception):  # whatever op the vectoriser does not know
             return make(vectorises=True)
     return make(vectorises=False)
-
-
-def _say_loop(name: str) -> None:
-    warnings.warn(
-        f"`{name}` does not vectorise, as loops, branches and some operations do not: "
-        "its rows are evaluated one after the other, which is slower.",
-        RuntimeWarning,
-        stacklevel=level_of_caller(),
-    )
 
 
 def blank_state(method: Any, x: tf.Tensor) -> State:
@@ -429,27 +397,19 @@ def blank_state(method: Any, x: tf.Tensor) -> State:
     )
 
 
-def _function(plan: Plan) -> Callable[..., Any]:
-    """Return an evaluation of one problem, compiled.
-
-    The derivative of a call of another `tf.function` is many calls of it.
-    """
-    problem = plan.problem
-    if not CALLS.isdisjoint(operations_of(plan.graph)):
-        problem = without_calls(problem, plan.data) or problem
-    arguments = problem.x.template, *plan.data
-    return problem.evaluator.evaluate.function(arguments, None)
-
-
 def _compile(
     plan: Plan, task: Task, *, jit: bool, vectorises: bool
 ) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
     """Return the blank state of one problem; the steps of many; their values."""
     problem, method = plan.problem, plan.method
-    leaves = problem.x.leaves
-    function = _function(plan)
-    splits = 1 + len(task.sides)
-
+    leaves, splits = problem.x.leaves, 1 + len(task.sides)
+    tolerances = plan.options.tolerances
+    evaluated_by = problem
+    if not CALLS.isdisjoint(operations_of(plan.graph)):
+        # The derivative of a call of another `tf.function` is many calls of it.
+        evaluated_by = without_calls(problem, plan.data) or problem
+    arguments = problem.x.template, *plan.data
+    function = evaluated_by.evaluator.evaluate.function(arguments, None)
     is_blank = hasattr(method, "blank")
     steps_vectorise = vectorises or not isinstance(method, Bindable)
 
@@ -468,14 +428,14 @@ def _compile(
     def begun(x: tf.Tensor, rest: list[tf.Tensor], evaluation: Evaluation) -> State:
         stepper = stepper_of(rest)
         state = stepper.begun(Start.at(x, evaluation))
-        here, rules = state.evaluation, Ruled(stepper, plan.tolerances)
+        here, rules = state.evaluation, Ruled(stepper, tolerances)
         code = rules.first(here.value, here.grad_max, state.expected, state.first)
         return state._replace(code=tf.where(state.code > 0, state.code, code))
 
     def turn(row: tuple[State, list[tf.Tensor], Evaluation]) -> State:
         state, rest, evaluation = row
         stepper, is_new = stepper_of(rest), state.step < 0
-        ruled = Ruled(stepper, plan.tolerances)
+        ruled = Ruled(stepper, tolerances)
         if is_blank:
             first = tf.where(is_new, evaluation.value, state.first)
             new = ruled.step(state._replace(first=first), evaluation)
@@ -538,8 +498,7 @@ def _compile(
     if is_blank:
         blank = blank_state(method, tf.constant(task.x[0]))
     if not is_blank or not vectorises:  # else, a trace less
-        arrays = [task.x, *task.sides, *task.data]
-        rows = [tf.TensorSpec(a.shape[1:], a.dtype) for a in arrays]
+        rows = [tf.TensorSpec(a.shape[1:], a.dtype) for a in task.given]
         traced = tf.function(one, autograph=False).get_concrete_function(*rows)
         evaluated, like = tf.nest.map_structure(
             tf.TensorSpec.from_tensor, traced.structured_outputs

@@ -180,9 +180,9 @@ def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:
     is_scipy = isinstance(method, str) and ":" in method
     scipy = scipy_method(method) if is_scipy else None
     # The log's directory gets this name, and some systems allow no colon.
-    name = scipy.name.replace(":", "-") if scipy else _name_of(method)
+    name = f"scipy-{scipy.name}" if scipy else _name_of(method)
     if scipy is not None and learning_rate is not None:
-        raise _no_rate(scipy.name, learning_rate)
+        raise _no_rate(f"scipy:{scipy.name}", learning_rate)
     resolved = scipy or _resolved(method, learning_rate)
     return Stage(name, resolved, steps, _tells(method))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -42,11 +43,9 @@ FORMAT = 2
 
 
 class Checkpoints(Hook):
-    """The checkpoints of one run, in a directory of their own.
+    """The checkpoints of one run, in a directory of their own, made with the first one.
 
-    Args:
-        directory: Where they are; made when the first one is written.
-        hooks: What has to have written all before a checkpoint is.
+    The hooks have to have written all before a checkpoint is.
 
     Raises:
         InvalidArgumentError: If `directory` is no path.
@@ -68,22 +67,17 @@ class Checkpoints(Hook):
         Raises:
             RunError: If there are some and none can be read.
         """
-        prefixes = [self._prefix(number) for number in reversed(self._numbers())]
         failures = []
-        for prefix in prefixes:
+        for number in reversed(self._numbers()):
+            prefix = str(self.path / f"{NAME}-{number}")
             try:
                 saved = _read(prefix)
-            except (
-                Exception
-            ) as error:  # TensorFlow raises many kinds for a damaged file
+            except Exception as error:  # of many kinds, for a damaged file
                 failures.append(f"{prefix}: {str(error).splitlines()[0]}")
                 continue
             for failure in failures:
-                warnings.warn(
-                    f"The checkpoint before is used. {failure}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                words = f"The checkpoint before is used. {failure}"
+                warnings.warn(words, RuntimeWarning, stacklevel=2)
             return saved
         if failures:
             raise RunError(
@@ -99,8 +93,7 @@ class Checkpoints(Hook):
 
     def rows(self, run: Minimisation, rows: Rows) -> None:
         """Save where the run is, if it is time."""
-        is_due = time.monotonic() >= self._due
-        if is_due and run.status is None:
+        if time.monotonic() >= self._due and run.status is None:
             for hook in self._hooks:
                 hook.flush()
             self._save(resume.snapshot(run))
@@ -111,27 +104,26 @@ class Checkpoints(Hook):
             if self._claim is not None and run.saved is not None:
                 self._save(run.saved)
         finally:
-            if self._claim is not None:
-                self._claim.release()
-                self._claim = None
-                if self._is_made and error is not None:
-                    with contextlib.suppress(OSError):  # it is not empty: all is well
-                        self.path.rmdir()
+            if self._release() and self._is_made and error is not None:
+                with contextlib.suppress(OSError):  # it is not empty: all is well
+                    self.path.rmdir()
+
+    def _release(self) -> bool:
+        """Let other writers in, if they were kept out."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            claim.release()
+        return claim is not None
 
     def open(self, run: Minimisation) -> None:
-        """Make the directory, keep other writers out, and sweep what a crash left.
-
-        Raises:
-            RunError: If that is not possible.
-        """
+        """Make the directory, keep other writers out, and sweep what a crash left."""
         self._is_made = not self.path.exists()
         with _about_checkpoints():
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim = claim(self.path, resume=True)
         numbers = self._numbers()
         if (self.path / "checkpoint").exists() and not numbers:
-            self._claim.release()
-            self._claim = None
+            self._release()
             raise RunError(
                 "A directory of checkpoints is for one run.",
                 got=f"{self.path}, which holds checkpoints of something else",
@@ -151,16 +143,13 @@ class Checkpoints(Hook):
         except (tf.errors.OpError, OSError) as error:
             for path in self.path.glob(f"{NAME}-{number}*"):
                 _delete(path)
-            self._warn(f"Its last checkpoint could not be written. {error}")
+            if not self._has_warned:
+                self._has_warned = True
+                what = f"Its last checkpoint could not be written. {error}"
+                words = f"The optimisation goes on. {what}"
+                warnings.warn(words, RuntimeWarning, stacklevel=3)
         now = time.monotonic()
         self._due = now + max(LEAST_SECONDS, LEAST_RATIO * (now - began))
-
-    def _warn(self, what: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"The optimisation goes on. {what}", RuntimeWarning, stacklevel=4
-            )
 
     def _write(self, saved: Saved, number: int) -> None:
         outcome = saved.outcome
@@ -199,9 +188,6 @@ class Checkpoints(Hook):
             return tf.train.get_checkpoint_state(str(self.path))
         except ValueError:  # it is no text, or is empty
             return None
-
-    def _prefix(self, number: int) -> str:
-        return str(self.path / f"{NAME}-{number}")
 
 
 @contextlib.contextmanager
@@ -271,11 +257,8 @@ def _state(leaves: list[tf.Tensor], is_vector: bool) -> State:
 
 
 def _outcome(flat: list[tf.Tensor]) -> Outcome | None:
-    if not flat:
-        return None
-    fun, *leaves = flat
-    count = len(leaves) // 2
-    return Outcome(fun, leaves[:count], leaves[count:])
+    half = (len(flat) + 1) // 2
+    return Outcome(flat[0], flat[1:half], flat[half:]) if flat else None
 
 
 def _part(reader: Any, name: str) -> Iterator[np.ndarray[Any, Any]]:
@@ -287,8 +270,6 @@ def _part(reader: Any, name: str) -> Iterator[np.ndarray[Any, Any]]:
 
 def _delete(path: Path) -> None:
     if path.is_dir():
-        for child in path.iterdir():
-            _delete(child)
-        path.rmdir()
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,9 +24,6 @@ from tfgrad.optimize.problem import Problem
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
-MOST_SHOWN = 80
-"""Characters up to which numbers are shown as such."""
-
 NUMBERS = (numbers.Real, type(None), tf.bfloat16.as_numpy_dtype)
 """The types of a bound; NumPy's truth values, texts and dates are none of them."""
 
@@ -36,18 +32,8 @@ KINDS = {"eq": (0.0, 0.0), "ineq": (0.0, np.inf)}
 
 
 def require_support(name: str, method: Any, bounds: Any, constraints: Any) -> None:
-    """Refuse bounds and constraints that a method would not heed.
-
-    Args:
-        name: What to call the method.
-        method: The method: one of SciPy's, or one that has `within(bounds)`.
-        bounds: As for `minimize`.
-        constraints: As for `minimize`.
-
-    Raises:
-        InvalidArgumentError: With the names of the methods that do.
-    """
-    given = {"bounds": bounds is not None, "constraints": _is_given(constraints)}
+    """Refuse bounds and constraints that a method, one of any kind, would not heed."""
+    given = {"bounds": bounds is not None, "constraints": bool(_listed(constraints))}
     for what, is_given in given.items():
         is_able = getattr(method, what, False)
         is_able |= what == "bounds" and hasattr(method, "within")
@@ -67,13 +53,9 @@ class Limits:
     Args:
         problem: Whose variables, or values, these are.
         bounds: SciPy's `Bounds`, a list of `(lower, upper)` for each element, or a pair
-            `(lower, upper)` of numbers, None, or nests like the point.
+            `(lower, upper)` of numbers, None, or nests like the point: vectors then,
+            infinite where there is none.
         constraints: SciPy's constraints, one or a list, of functions of the point.
-
-    Attributes:
-        lower: Of shape `[n]`; minus infinity where there is none.
-        upper: Likewise.
-        functions: The constraints.
 
     Raises:
         InvalidArgumentError: If one of them is none, or does not fit the point.
@@ -99,6 +81,11 @@ class Limits:
         """Return the nearest point within the bounds."""
         return np.clip(x, self.lower, self.upper)
 
+    def check(self, x: Array) -> None:
+        """Refuse constraints that say nothing at the start, x."""
+        for function in self.functions:
+            function.check(x)
+
     def violation(self, x: Array) -> float:
         """Return by how much x breaks a limit, at most."""
         worst = np.maximum(self.lower - x, x - self.upper).max(initial=0.0)
@@ -108,61 +95,41 @@ class Limits:
             worst = max(worst, np.maximum(lower - value, value - upper).max(initial=0))
         return float(worst)
 
-    def check(self, x: Array) -> None:
-        """Refuse constraints that say nothing at the start, x.
 
-        Raises:
-            InvalidArgumentError: With what a function returned, or what its limits are.
-        """
-        for function in self.functions:
-            function.check(x)
-
-    def bounds_for_scipy(self) -> Any:
-        """Return SciPy's bounds; None if there are none."""
-        if not np.any(np.isfinite([self.lower, self.upper])):
-            return None
-        from scipy.optimize import Bounds
-
-        return Bounds(self.lower, self.upper)
-
-    def for_scipy(self) -> list[Any]:
-        """Return SciPy's constraints, as functions of a vector."""
-        return [function.for_scipy() for function in self.functions]
-
-
-@dataclass
 class Constraint:
-    """One constraint on the flat point: lower <= function <= upper.
+    """One constraint on the flat point: lower <= function <= upper, an object of SciPy.
 
-    Attributes:
-        entry: SciPy's object.
-        evaluate: Returns value `[m]` and Jacobian `[m, n]` at a point.
-        lower: Shape `[m]` or a number.
-        upper: Likewise.
+    `evaluate` returns value `[m]` and Jacobian `[m, n]` at a point.
     """
 
-    entry: Any
-    evaluate: Callable[[Array], tuple[Array, Array]]
-    lower: Any
-    upper: Any
-    _last: tuple[bytes, tuple[Array, Array]] = (b"", (np.zeros(0), np.zeros((0, 0))))
+    def __init__(
+        self,
+        entry: Any,
+        evaluate: Callable[[Array], tuple[Array, Array]],
+        lower: Any,
+        upper: Any,
+    ) -> None:
+        """Evaluate nothing."""
+        self._entry, self._evaluate = entry, evaluate
+        self.lower = np.asarray(lower, np.float64)
+        self.upper = np.asarray(upper, np.float64)
+        self._x, self._known = b"", (np.zeros(0), np.zeros((0, 0)))
 
     def at(self, x: Array) -> tuple[Array, Array]:
         """Return value and Jacobian at x; SciPy asks for them one after the other."""
-        if self._last[0] != x.tobytes():
-            self._last = x.tobytes(), self.evaluate(x)
-        return self._last[1]
+        if self._x != x.tobytes():
+            self._known = self._evaluate(x)
+            self._x = x.tobytes()
+        return self._known
 
     def check(self, x: Array) -> None:
         """Refuse limits that do not fit the value, or that nothing keeps to."""
         value, _ = self.at(x)
-        sides: list[Any] = [self.lower, self.upper]
         try:
-            lower, upper = (np.broadcast_to(side, value.shape) for side in sides)
-            fits = bool(np.all(lower <= upper))
+            is_fitting = np.broadcast_to(self.lower <= self.upper, value.shape)
         except ValueError:
-            fits = False
-        if not fits:
+            is_fitting = np.array(False)
+        if not np.all(is_fitting):
             raise InvalidArgumentError(
                 "The limits of a constraint are numbers, the lower one not above the "
                 "upper one, for each value of its function.",
@@ -172,36 +139,31 @@ class Constraint:
 
     def for_scipy(self) -> Any:
         """Return SciPy's object with functions of a vector."""
-
-        def fun(x: Array) -> Any:
-            return self.at(np.array(x))[0]
-
-        def jac(x: Array) -> Any:
-            return self.at(np.array(x))[1]
-
-        if isinstance(self.entry, Mapping):
-            return {"type": self.entry["type"], "fun": fun, "jac": jac}
-        if not hasattr(self.entry, "fun"):
-            return self.entry  # linear: SciPy needs no function of ours
-        changed = copy.copy(self.entry)
-        changed.fun, changed.jac = fun, jac
+        if hasattr(self._entry, "A"):
+            return self._entry  # linear: SciPy needs no function of ours
+        functions = {
+            "fun": lambda x: self.at(np.array(x))[0],
+            "jac": lambda x: self.at(np.array(x))[1],
+        }
+        if isinstance(self._entry, Mapping):
+            return {"type": self._entry["type"], **functions}
+        changed = copy.copy(self._entry)
+        changed.fun, changed.jac = functions.values()
         return changed
 
 
 def _constraint(problem: Problem, entry: Any) -> Constraint:
     if isinstance(entry, Mapping) and entry.get("type") in KINDS:
-        extra = entry.get("args", ())
-        if callable(entry.get("fun")) and isinstance(extra, list | tuple):
-            jac = entry.get("jac") if callable(entry.get("jac")) else None
-            function = _Function(problem, entry["fun"], jac, tuple(extra))
+        fun, extra = entry.get("fun"), entry.get("args", ())
+        if callable(fun) and isinstance(extra, list | tuple):
+            function = _Function(problem, fun, entry.get("jac"), tuple(extra))
             return Constraint(entry, function, *KINDS[entry["type"]])
     elif callable(getattr(entry, "fun", None)):
-        jac = entry.jac if callable(entry.jac) else None
-        function = _Function(problem, entry.fun, jac, ())
-        lower, upper = (np.asarray(v, np.float64) for v in (entry.lb, entry.ub))
-        return Constraint(entry, function, lower, upper)
+        function = _Function(problem, entry.fun, entry.jac, ())
+        return Constraint(entry, function, entry.lb, entry.ub)
     elif hasattr(entry, "A"):
-        matrix = np.atleast_2d(_dense(entry.A))
+        matrix = entry.A.toarray() if hasattr(entry.A, "toarray") else entry.A
+        matrix = np.atleast_2d(np.asarray(matrix))
         n = int(sum(leaf.shape.num_elements() for leaf in problem.x.leaves))
         if matrix.shape[1] != n or not np.all(np.isfinite(matrix)):
             raise InvalidArgumentError(
@@ -209,17 +171,12 @@ def _constraint(problem: Problem, entry: Any) -> Constraint:
                 got=f"A of {describe(matrix)}, for a point of {n}",
                 hint=f"an array of shape (m, {n})",
             )
-        lower, upper = (np.asarray(v, np.float64) for v in (entry.lb, entry.ub))
-        return Constraint(entry, lambda x: (matrix @ x, matrix), lower, upper)
+        return Constraint(entry, lambda x: (matrix @ x, matrix), entry.lb, entry.ub)
     raise InvalidArgumentError(
         "`constraints` holds SciPy's dicts, LinearConstraint or NonlinearConstraint.",
         got=f"constraints={describe(entry)}",
         hint='{"type": "ineq", "fun": lambda x: x[0] - 1}, which keeps it >= 0',
     )
-
-
-def _dense(matrix: Any) -> Any:
-    return matrix.toarray() if hasattr(matrix, "toarray") else np.asarray(matrix)
 
 
 class _Function:
@@ -228,31 +185,30 @@ class _Function:
     def __init__(
         self, problem: Problem, fun: Any, jac: Any, extra: tuple[Any, ...]
     ) -> None:
-        self._problem = problem
-        self._fun = fun
-        self._jac = jac
-        self._extra = extra
-        self._compiled: Callable[..., Any] | None = None
+        self._x, self._fun, self._extra = problem.x, fun, extra
+        self._jac = jac if callable(jac) else None
+        self._derivative: Callable[..., Any] | None = None
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
         """Return value `[m]` and Jacobian `[m, n]`."""
-        arguments = self._put(x)
-        if not can_take(self._fun, len(arguments) + len(self._extra)):
+        if self._derivative is not None:
+            return self._differentiated(x)
+        arguments = *self._put(x), *self._extra
+        count = len(arguments)
+        if not can_take(self._fun, count):
             raise InvalidArgumentError(
                 "The function of a constraint takes what f takes, and `args`.",
-                got=f"`{name_of(self._fun)}`, which does not take "
-                f"{len(arguments) + len(self._extra)} arguments",
+                got=f"`{name_of(self._fun)}`, which does not take {count} arguments",
                 hint="lambda x: x[0] - 1; of variables, lambda: variable[0] - 1",
             )
-        if self._jac is None and self._is_tensorflow(arguments):
-            blocks, value = self._differentiated(arguments)
-            count, flat = len(value), tf.nest.flatten(blocks)
-            rows = [np.reshape(np.asarray(block), (count, -1)) for block in flat]
-            return np.asarray(value, np.float64), np.hstack(rows).astype(np.float64)
-        value = self._value(x)
+        answer = self._fun(*arguments)
+        value = self._array(answer)
         if self._jac is None:
+            if any(isinstance(y, tf.Tensor) for y in tf.nest.flatten(answer)):
+                self._derivative = jacobian(self._vector, wrt=self._x.wrt, has_aux=True)
+                return self._differentiated(x)
             return value, self._differences(x)
-        answer = self._jac(*self._put(x), *self._extra)
+        answer = self._jac(*arguments)
         slope = self._array(answer, "the Jacobian of ")
         if slope.size != value.size * x.size:
             raise InvalidArgumentError(
@@ -263,38 +219,21 @@ class _Function:
         return value, np.reshape(slope, (value.size, x.size))
 
     def _put(self, x: Array) -> tuple[Nest, ...]:
-        leaves = self._problem.x.leaves
-        vector = tf.constant(x, leaves[0].dtype)
-        return self._problem.x.arguments(unravel(vector, leaves))
+        """Return what the function takes at x; variables are assigned."""
+        vector = tf.constant(x, self._x.leaves[0].dtype)
+        return self._x.arguments(unravel(vector, self._x.leaves))
 
-    def _is_tensorflow(self, arguments: tuple[Nest, ...]) -> bool:
-        if self._compiled is None:
-            answer = self._fun(*arguments, *self._extra)
-            self._array(answer)
-            if not any(isinstance(y, tf.Tensor) for y in tf.nest.flatten(answer)):
-                return False
-            self._compiled = jacobian(
-                self._vector,
-                wrt=None if arguments else self._problem.x.template,
-                has_aux=True,
-            )
-        return True
-
-    def _differentiated(self, arguments: tuple[Nest, ...]) -> Any:
-        assert self._compiled is not None
-        return self._compiled(*arguments)
+    def _differentiated(self, x: Array) -> tuple[Array, Array]:
+        assert self._derivative is not None
+        blocks, value = self._derivative(*self._put(x))
+        blocks = tf.nest.flatten(blocks)
+        rows = [np.reshape(np.asarray(block), (len(value), -1)) for block in blocks]
+        return np.asarray(value, np.float64), np.hstack(rows).astype(np.float64)
 
     def _vector(self, *arguments: Nest) -> tuple[tf.Tensor, tf.Tensor]:
-        vector = ravel(
-            map(
-                tf.convert_to_tensor,
-                tf.nest.flatten(self._fun(*arguments, *self._extra)),
-            )
-        )
+        leaves = tf.nest.flatten(self._fun(*arguments, *self._extra))
+        vector = ravel(map(tf.convert_to_tensor, leaves))
         return vector, vector
-
-    def _value(self, x: Array) -> Array:
-        return self._array(self._fun(*self._put(x), *self._extra))
 
     def _array(self, answer: Nest, what: str = "") -> Array:
         """Return the numbers that the user's function returned, as one vector."""
@@ -309,38 +248,31 @@ class _Function:
 
     def _differences(self, x: Array) -> Array:
         """Return central differences: NumPy's functions have no derivative."""
-        columns = []
-        for i in range(len(x)):
-            step = np.zeros_like(x)
-            step[i] = 6e-6 * max(1.0, abs(x[i]))  # the cube root of 2**-52
-            change = self._value(x + step) - self._value(x - step)
-            columns.append(change / (2 * step[i]))
+
+        def value(x: Array) -> Array:
+            return self._array(self._fun(*self._put(x), *self._extra))
+
+        sizes = 6e-6 * np.maximum(1.0, np.abs(x))  # the cube root of 2**-52
+        pairs = zip(np.diag(sizes), sizes, strict=True)
+        columns = [(value(x + step) - value(x - step)) / (2 * h) for step, h in pairs]
         return np.stack(columns, axis=1)
 
 
 def _listed(constraints: Any) -> Sequence[Any]:
-    if not _is_given(constraints):
+    if constraints is None:
         return []
-    if isinstance(constraints, Mapping) or not isinstance(constraints, Sequence):
-        return [constraints]
-    return constraints
-
-
-def _is_given(constraints: Any) -> bool:
-    is_empty = isinstance(constraints, list | tuple) and not constraints
-    return constraints is not None and not is_empty
+    is_list = isinstance(constraints, Sequence)
+    return constraints if is_list else [constraints]
 
 
 def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
-    shapes: list[Any] = [tuple(leaf.shape) for leaf in problem.x.leaves]
-    n = int(sum(np.prod(shape) for shape in shapes))
-    pair: tuple[Any, Any]
+    n = int(sum(leaf.shape.num_elements() for leaf in problem.x.leaves))
     if bounds is None:
         return np.broadcast_to(-np.inf, n), np.broadcast_to(np.inf, n)  # no memory
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
         pair = bounds.lb, bounds.ub
-    elif _is_list_of_pairs(bounds, n):
-        pair = _column(bounds, 0), _column(bounds, 1)
+    elif isinstance(bounds, list) and len(bounds) == n and all(map(_is_pair, bounds)):
+        pair = [each[0] for each in bounds], [each[1] for each in bounds]
     elif isinstance(bounds, tuple) and len(bounds) == 2:
         pair = bounds
     else:
@@ -349,8 +281,8 @@ def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
             got=f"bounds={describe(bounds)}",
             hint="bounds=(0.0, None), or nests like the point: (lower, upper)",
         )
-    lower = _side(problem, pair[0], shapes, -np.inf, "lower")
-    upper = _side(problem, pair[1], shapes, np.inf, "upper")
+    lower = _side(problem, pair[0], -np.inf, "lower")
+    upper = _side(problem, pair[1], np.inf, "upper")
     is_empty = (lower > upper) | (lower == np.inf) | (upper == -np.inf)
     if np.any(is_empty):
         i = int(np.argmax(is_empty))
@@ -362,22 +294,13 @@ def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
     return lower, upper
 
 
-def _is_list_of_pairs(bounds: Any, n: int) -> bool:
-    is_list = isinstance(bounds, list) and len(bounds) == n
-    return is_list and all(
-        isinstance(pair, list | tuple | np.ndarray) and len(pair) == 2
-        for pair in bounds
-    )
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple | np.ndarray) and len(value) == 2
 
 
-def _column(pairs: list[Any], which: int) -> list[Any]:
-    return [pair[which] for pair in pairs]
-
-
-def _side(
-    problem: Problem, side: Any, shapes: list[Any], none: float, name: str
-) -> Array:
+def _side(problem: Problem, side: Any, none: float, name: str) -> Array:
     """Return one side of the bounds as a vector; `none` where there is no bound."""
+    shapes: list[Any] = [tuple(leaf.shape) for leaf in problem.x.leaves]
     n = int(sum(np.prod(shape) for shape in shapes))
     given = named_leaves(side, name)
     paths = [path for path, _ in named_leaves(problem.x.template, name)]
@@ -402,7 +325,7 @@ def _side(
 def _fitted(leaf: Any, shape: Any, none: float) -> Array:
     """Return a bound for a leaf of that shape: one number, or one for each element."""
     values = _numbers(leaf, none)
-    if values.size == 1 and values.ndim == 0:
+    if values.ndim == 0:
         return np.full(shape, values)
     if values.shape != tuple(shape):
         raise ValueError

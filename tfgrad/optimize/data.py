@@ -8,11 +8,12 @@ the batch (and on the seeds of the data set) alone.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
@@ -40,12 +41,13 @@ SIZE = "size of the batch"
 """A column of the rows: the weight of a batch in the mean of its epoch."""
 
 
-class Source(Protocol):
-    """Batches, epoch by epoch.
+class Source:
+    """Batches, epoch by epoch; what a kind of data says nothing of is as here.
 
     Attributes:
         spec: The nest of specs of what its iterators yield.
         batches: How many there are in an epoch; None if nobody knows.
+        is_endless: Whether an epoch is known to have no end.
         is_repeatable: Whether there is a second epoch.
         is_python: Whether a batch is made by Python code of the user's, which may read
             the variables.
@@ -54,20 +56,21 @@ class Source(Protocol):
     """
 
     spec: Any
-    batches: int | None
-    is_repeatable: bool
-    is_python: bool
-    is_own: bool
-    error: Exception | None
+    batches: int | None = None
+    is_endless, is_repeatable, is_python, is_own = False, True, False, False
+    error: Exception | None = None
 
     def open(self, epoch: int, batch: int = 0) -> Any:
         """Return an iterator over an epoch from `batch` on; epochs in their order."""
+        raise NotImplementedError
 
     def batch(self, drawn: Any) -> Nest:
         """Return the batch for what an iterator yielded; may be part of a trace."""
+        return drawn
 
     def row(self, drawn: Any, index: int) -> str:
         """Return what to call a row of a batch in a message."""
+        return f"row {index} of it"
 
     def example(self) -> Nest:
         """Return a batch, without a change of what the epochs yield.
@@ -75,12 +78,14 @@ class Source(Protocol):
         Raises:
             InvalidArgumentError: If there is none.
         """
+        raise NotImplementedError
 
     def fold(self, add: Callable[[Any, Any], Any], start: Any) -> Any:
         """Return `add(... add(add(start, drawn), drawn) ...)` over one epoch.
 
         It may be part of a trace, and knows no order of the epochs.
         """
+        raise NotImplementedError
 
 
 def source_of(
@@ -96,8 +101,8 @@ def source_of(
     Args:
         data: See above.
         batch_size: How many rows of arrays a batch has.
-        dtype: What float arrays of NumPy become, as they do beside a tensor of that
-            dtype in every operation of TensorFlow; None leaves them as they are.
+        dtype: What NumPy's float arrays become, as beside a tensor of that dtype; None
+            leaves them as they are.
 
     Raises:
         InvalidArgumentError: If it is none of these, holds no batch, or has a batch
@@ -125,25 +130,18 @@ def source_of(
     )
 
 
-class Arrays:
+class Arrays(Source):
     """Rows of arrays, in another order in each epoch; the last batch may be smaller."""
-
-    is_repeatable, is_python, is_own = True, False, False
-    batches: int | None
-    error: Exception | None = None
 
     def __init__(self, data: Nest, batch_size: int, dtype: tf.DType | None) -> None:
         """Check that all arrays have as many rows."""
-        arrays = map_leaves(_as_array, data, "data")
-        self._arrays = tf.nest.map_structure(
-            lambda array: tf.convert_to_tensor(_cast(array, dtype)), arrays
-        )
-        named = named_leaves(self._arrays, "data")
+        arrays = _as_arrays(data, "data", dtype)
+        self._arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
         self._size = batch_size
-        self._count = _common_length(named)
-        self._batches = self.batches = -(-self._count // batch_size)
+        self._count = _common_length(named_leaves(self._arrays, "data"))
+        self._last = self.batches = -(-self._count // batch_size)
         self.spec = tf.TensorSpec([], tf.int64)
-        self._numbers = _plain(tf.data.Dataset.range(self._batches))
+        self._numbers = _plain(tf.data.Dataset.range(self._last))
         self._order = tf.Variable(tf.range(self._count), trainable=False)
 
     def open(self, epoch: int, batch: int = 0) -> Any:
@@ -171,13 +169,8 @@ class Arrays:
         def next_one(number: tf.Tensor, sums: Any) -> Any:
             return number + 1, add(sums, number)
 
-        first, last = (tf.constant(i, tf.int64) for i in (0, self._batches))
-        return tf.while_loop(
-            lambda number, _: number < last,
-            next_one,
-            (first, start),
-            parallel_iterations=1,
-        )[1]
+        first, last = (tf.constant(i, tf.int64) for i in (0, self._last))
+        return _loop(lambda number, _: number < last, next_one, (first, start))
 
     def __str__(self) -> str:
         """Return what the log says of it."""
@@ -188,16 +181,12 @@ class Arrays:
         return self._order[first : first + self._size]
 
 
-class Dataset:
+class Dataset(Source):
     """A `tf.data.Dataset`: one iterator for each epoch, as a Python loop makes them."""
-
-    is_repeatable, is_python, is_own = True, False, False
-    error: Exception | None = None
 
     def __init__(self, dataset: tf.data.Dataset[Any]) -> None:
         """Draw nothing yet."""
-        self._dataset = dataset
-        self._opened = 0
+        self._dataset, self._opened = dataset, 0
         self.spec = dataset.element_spec
         count = int(dataset.cardinality())
         self.batches = count if count >= 0 else None
@@ -213,14 +202,6 @@ class Dataset:
             self._opened += 1
         deque(itertools.islice(iterator, batch), maxlen=0)
         return iterator
-
-    def batch(self, drawn: Nest) -> Nest:
-        """Return what was drawn."""
-        return drawn
-
-    def row(self, drawn: Nest, index: int) -> str:
-        """Return the number of the row in its batch."""
-        return f"row {index} of it"
 
     def example(self) -> Nest:
         """Return the first batch of an iterator of its own."""
@@ -247,10 +228,8 @@ class Distributed(Dataset):
 
     def __init__(self, dataset: Any) -> None:
         """Draw nothing yet."""
-        self._dataset = dataset
-        self._opened = 0
+        self._dataset, self._opened = dataset, 0
         self.spec = dataset.element_spec
-        self.batches = None
         self.is_endless = dataset.cardinality == tf.data.INFINITE_CARDINALITY
 
     def batch(self, drawn: Nest) -> Nest:
@@ -273,20 +252,18 @@ class Distributed(Dataset):
         return "batches of each worker's own"
 
 
-class Batches:
+class Batches(Source):
     """Batches made by Python: an iterable, or a function that returns one.
 
     The first batch says what all look like: the same structure, dtypes and shapes, but
     for the first dimension.
     """
 
-    is_python, is_own = True, False
+    is_python = True
 
     def __init__(self, data: Any, dtype: tf.DType | None) -> None:
         """Draw the first batch."""
-        self._data = data
-        self._dtype = dtype
-        self._epoch = 0
+        self._data, self._dtype, self._epoch = data, dtype, 0
         try:
             iterator = self._iterator()
         except TypeError:
@@ -303,10 +280,7 @@ class Batches:
         self._example = self._arrays(first)
         self.spec = tf.nest.map_structure(_spec, self._example)
         self.batches = len(data) if hasattr(data, "__len__") else None
-        self.error: Exception | None = None
-        self._dataset = _plain(
-            tf.data.Dataset.from_generator(self._drawn, output_signature=self.spec)
-        )
+        self._dataset = self._made(lambda: self._batches)
 
     def open(self, epoch: int, batch: int = 0) -> Any:
         """Return the iterator of an epoch; all before it is drawn, if it is not yet."""
@@ -317,24 +291,13 @@ class Batches:
         deque(itertools.islice(self._batches, batch), maxlen=0)
         return iter(self._dataset)
 
-    def batch(self, drawn: Nest) -> Nest:
-        """Return what was drawn."""
-        return drawn
-
-    def row(self, drawn: Nest, index: int) -> str:
-        """Return the number of the row in its batch."""
-        return f"row {index} of it"
-
     def example(self) -> Nest:
         """Return the first batch."""
         return tf.nest.map_structure(tf.convert_to_tensor, self._example)
 
     def fold(self, add: Callable[[Any, Any], Any], start: Any) -> Any:
         """Add up the batches, made anew."""
-        made = tf.data.Dataset.from_generator(
-            lambda: self._yielded(self._iterator()), output_signature=self.spec
-        )
-        return _folded(_plain(made), add, start)
+        return _folded(self._made(self._iterator), add, start)
 
     def __str__(self) -> str:
         """Return what the log says of it."""
@@ -346,24 +309,26 @@ class Batches:
             return _batches_of(data)
         return iter(data() if callable(data) else data)
 
-    def _drawn(self) -> Iterator[Nest]:
-        return self._yielded(self._batches)
+    def _made(self, batches: Callable[[], Iterator[Any]]) -> tf.data.Dataset[Any]:
+        """Return the data set of what an iterator yields."""
 
-    def _yielded(self, batches: Iterator[Any]) -> Iterator[Nest]:
-        # TensorFlow would replace an error raised here by one of its own; so the epoch
-        # ends, and the loop raises `error`.
-        try:
-            for batch in batches:
-                yield self._checked(self._arrays(batch))
-        except Exception as error:  # a user's code may raise anything
-            self.error = error
+        def yielded() -> Iterator[Nest]:
+            # TensorFlow would replace an error raised here by one of its own; so the
+            # epoch ends, and the loop raises `error`.
+            try:
+                for batch in batches():
+                    yield self._checked(self._arrays(batch))
+            except Exception as error:  # a user's code may raise anything
+                self.error = error
+
+        made = tf.data.Dataset.from_generator(yielded, output_signature=self.spec)
+        return _plain(made)
 
     def _arrays(self, batch: Nest) -> Nest:
         """Return a batch in arrays; a list of parts, as PyTorch has it, is a tuple."""
         if isinstance(batch, list) and not is_array_like(batch):
             batch = tuple(batch)
-        arrays = map_leaves(_as_array, batch, "batch")
-        return tf.nest.map_structure(lambda array: _cast(array, self._dtype), arrays)
+        return _as_arrays(batch, "batch", self._dtype)
 
     def _checked(self, batch: Nest) -> Nest:
         specs = tf.nest.map_structure(_spec, batch)
@@ -441,11 +406,7 @@ def size_of(batch: Nest) -> tf.Tensor:
 
 
 def require_rows(arguments: tuple[Nest, ...]) -> None:
-    """Refuse a batch whose parts cannot be cut between replicas: of different lengths.
-
-    Raises:
-        InvalidArgumentError: If it is one.
-    """
+    """Refuse a batch whose parts cannot be cut between replicas: of other lengths."""
     leaves = [leaf for leaf in tf.nest.flatten(arguments) if leaf.shape.rank != 0]
     counts = [int(size_of(leaf)) for leaf in leaves]
     if len(set(counts)) > 1:
@@ -504,7 +465,12 @@ def _holds_arrays(data: Any) -> bool:
     return is_array or hasattr(data, "__array__")
 
 
-def _as_array(leaf: Any, name: str) -> Any:
+def _as_arrays(data: Nest, name: str, dtype: tf.DType | None) -> Nest:
+    """Return data in arrays, those of NumPy's floats in the dtype, if one is given."""
+    return map_leaves(functools.partial(_as_array, dtype=dtype), data, name)
+
+
+def _as_array(leaf: Any, name: str, dtype: tf.DType | None) -> Any:
     if isinstance(leaf, tf.Tensor):
         return leaf
     try:
@@ -517,13 +483,11 @@ def _as_array(leaf: Any, name: str) -> Any:
             got=f"`{name}` is {describe(leaf)}",
             hint="numpy.asarray(..., dtype=...) of it; rows of one length",
         )
-    is_plain = is_number(leaf) or is_array_like(leaf)
-    return array.astype(np.float32) if is_plain and array.dtype.kind == "f" else array
-
-
-def _cast(array: Any, dtype: tf.DType | None) -> Any:
-    if dtype is None or isinstance(array, tf.Tensor) or array.dtype.kind != "f":
+    if array.dtype.kind != "f":
         return array
+    if dtype is None:  # plain numbers are of float32 then
+        is_plain = is_number(leaf) or is_array_like(leaf)
+        return array.astype(np.float32) if is_plain else array
     return array.astype(dtype.as_numpy_dtype)
 
 
@@ -552,9 +516,11 @@ def _folded(
             has_one, lambda: add(sums, ahead.get_value()), lambda: sums
         )
 
-    return tf.while_loop(
-        lambda goes_on, _: goes_on, next_one, (True, start), parallel_iterations=1
-    )[1]
+    return _loop(lambda goes_on, _: goes_on, next_one, (True, start))
+
+
+def _loop(goes_on: Callable[..., Any], body: Callable[..., Any], start: Any) -> Any:
+    return tf.while_loop(goes_on, body, start, parallel_iterations=1)[1]
 
 
 def _of_one(spec: Any) -> Any:

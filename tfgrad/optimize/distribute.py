@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,11 +27,14 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError, RunError
 from tfgrad.nested import Nest
 
+_OWN_TIMES = (
+    "its workers move the variables at times of their own, so that no step has a "
+    "gradient of its own"
+)
+
 REFUSED = {
-    "ParameterServerStrategy": "its workers move the variables at times of their own, "
-    "so that no step has a gradient of its own",
-    "ParameterServerStrategyV2": "its workers move the variables at times of their "
-    "own, so that no step has a gradient of its own",
+    "ParameterServerStrategy": _OWN_TIMES,
+    "ParameterServerStrategyV2": _OWN_TIMES,
     "CentralStorageStrategy": "its variables are read and written from many devices "
     "at once",
 }
@@ -48,11 +52,8 @@ LOST = (
 class Replicas:
     """The replicas of a strategy: how many, and what they add up.
 
-    Args:
-        strategy: The strategy; None for one replica.
-
     Attributes:
-        strategy: As above.
+        strategy: The strategy; None for one replica.
         count: How many replicas evaluate a share each.
         is_clustered: Whether they are in several processes.
         is_chief: Whether this process writes logs and checkpoints.
@@ -75,8 +76,7 @@ class Replicas:
     def run_on_each(self, function: Callable[..., Any], *arguments: Nest) -> list[Any]:
         """Return what `function` returns on each device of this process.
 
-        It is called in a thread of its own for each, with the context variables of this
-        one.
+        It is called in a thread for each, with the context variables of this one.
         """
         if self.count == 1:
             return [function(*arguments)]
@@ -115,13 +115,11 @@ class Replicas:
 
         def part(leaf: Any) -> Any:
             if isinstance(leaf, tf.SparseTensor):
-                ends = (tf.cast(i, tf.int64) for i in (first, last - first))
+                start, size = (tf.cast(i, tf.int64) for i in (first, last - first))
                 shape = leaf.dense_shape[1:]
-                start, size = (
-                    tf.concat([[end], rest], 0)
-                    for end, rest in zip(ends, (0 * shape, shape), strict=True)
-                )
-                return tf.sparse.slice(leaf, start, size)
+                starts: Any = [[start], 0 * shape]
+                sizes: Any = [[size], shape]
+                return tf.sparse.slice(leaf, tf.concat(starts, 0), tf.concat(sizes, 0))
             return leaf if leaf.shape.rank == 0 else leaf[first:last]
 
         return tf.nest.map_structure(part, batch), tf.convert_to_tensor(last - first)
@@ -171,11 +169,12 @@ class Replicas:
         if self.count == 1:
             yield
             return
+        own = tf.stack([self._index(), 0])
         for seed in seeds:
-            seed.assign_add(tf.stack([tf.cast(self._index(), seed.dtype), 0]))
+            seed.assign_add(tf.cast(own, seed.dtype))
         yield
         for seed in seeds:
-            seed.assign_sub(tf.stack([tf.cast(self._index(), seed.dtype), 0]))
+            seed.assign_sub(tf.cast(own, seed.dtype))
 
     def gather(self, numbers: Sequence[float]) -> np.ndarray[Any, Any]:
         """Return the numbers of all replicas, shape `[R, n]`; from outside of a trace.
@@ -186,12 +185,10 @@ class Replicas:
             return np.array([numbers], np.float64)
         if self._gathering is None:
 
-            def gathered(mine: tf.Tensor) -> Any:
-                def one(mine: tf.Tensor) -> Any:
-                    return self.total([self.stacked(mine)])[0]
+            def one(mine: tf.Tensor) -> Any:
+                return self.total([self.stacked(mine)])[0]
 
-                return self.run(one, mine)
-
+            gathered = functools.partial(self.run, one)
             self._gathering = tf.function(gathered, autograph=False)
         return np.asarray(self._gathering(tf.constant(numbers, tf.float64)))
 
@@ -237,10 +234,7 @@ ONE = Replicas()
 
 
 def replicas_of(variables: Sequence[Any]) -> Replicas:
-    """Return the replicas that variables are mirrored on.
-
-    Args:
-        variables: Those that are moved.
+    """Return the replicas that variables, which are moved, are mirrored on.
 
     Raises:
         InvalidArgumentError: If they are of several strategies, or of one under which
@@ -339,6 +333,69 @@ def out_of_scope() -> Iterator[None]:
         for name, stack in kept.items():
             setattr(graph, name, stack)
         _left.reset(token)
+
+
+class Copies:
+    """The gradient on each device of this process, for the copy of `moved` there.
+
+    Replicas add up what they have computed, so that each has the whole gradient. An
+    optimizer is given that of the first one, and TensorFlow would send it to all
+    others. Variables hold the others: what a function returns, and what a branch is
+    handed, goes through the first device.
+    """
+
+    def __init__(self, moved: Sequence[tf.Variable] = ()) -> None:
+        """Hold zeros."""
+        self._held: list[dict[str, tf.Variable]] = []
+        for variable in moved:
+            each = strategy_of(variable).experimental_local_results(variable)
+            self._held.append({v.device: _zeros(v) for v in each[1:]})
+
+    def keep(self, gradients: Sequence[Sequence[tf.Tensor]]) -> None:
+        """Hold the gradients of a batch, within the function that computes them."""
+        for held, *leaves in zip(self._held, *gradients, strict=False):
+            for variable, leaf in zip(held.values(), leaves, strict=True):
+                variable.assign(leaf, read_value=False)
+
+    @contextlib.contextmanager
+    def beside(
+        self, optimizer: Any, gradient: Sequence[Any]
+    ) -> Iterator[Sequence[Any]]:
+        """Let an optimizer move each copy of a variable by the gradient beside it.
+
+        What it has changed before, as by clipping, comes from the first device.
+
+        Yields:
+            The gradient on the first device, as the optimizer is to be given it.
+        """
+        is_keras = isinstance(optimizer, keras.optimizers.Optimizer)
+        if not (is_keras and any(self._held)):
+            yield gradient
+            return
+        given = [tf.identity(leaf) for leaf in gradient]  # in this graph
+        held = {
+            id(leaf): others for leaf, others in zip(given, self._held, strict=True)
+        }
+        update = optimizer.update_step
+
+        def update_step(gradient: tf.Tensor, variable: Any, rate: Any) -> Any:
+            origin = gradient
+            while id(origin) not in held and "Identity" in origin.op.type:
+                origin = origin.op.inputs[origin.value_index]
+            other = held.get(id(origin), {}).get(variable.device)
+            own = gradient if other is None else other.read_value()
+            return update(own, variable, rate)
+
+        optimizer.update_step = update_step
+        try:
+            yield given
+        finally:
+            del optimizer.update_step
+
+
+def _zeros(like: tf.Variable) -> tf.Variable:
+    with tf.device(like.device):
+        return tf.Variable(tf.zeros(like.shape, like.dtype), trainable=False)
 
 
 def lost_worker(error: BaseException, replicas: Replicas) -> RunError | None:

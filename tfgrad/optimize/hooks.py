@@ -60,6 +60,15 @@ class Hook:
         """Be called at the end, whatever happened, with what was raised."""
 
 
+def bar_of(total: int | None, unit: str) -> Any:
+    """Return a progress bar, shown after a second, in terminals and notebooks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about widgets that a notebook lacks
+        from tqdm.auto import tqdm
+
+        return tqdm(total=total, delay=1.0, disable=None, leave=False, unit=unit)
+
+
 class ProgressBar(Hook):
     """A progress bar, shown after a second, in terminals and notebooks."""
 
@@ -67,13 +76,7 @@ class ProgressBar(Hook):
 
     def begin(self, run: Minimisation) -> None:
         """Make the bar."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about widgets that a notebook lacks
-            from tqdm.auto import tqdm
-
-            self._bar = tqdm(
-                total=run.planned, delay=1.0, disable=None, leave=False, unit="step"
-            )
+        self._bar = bar_of(run.planned, "step")
 
     def rows(self, run: Minimisation, rows: Rows) -> None:
         """Move it."""

@@ -16,10 +16,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, named_leaves, ravel
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.driver import Driver
-from tfgrad.optimize.methods.levenberg_marquardt import (
-    MOST_FOR_QR,
-    LevenbergMarquardt,
-)
+from tfgrad.optimize.methods.levenberg_marquardt import MOST_FOR_QR, LevenbergMarquardt
 from tfgrad.optimize.methods.losses import LOSSES
 from tfgrad.optimize.minimize import run
 from tfgrad.optimize.options import Options, require_no
@@ -196,26 +193,14 @@ def least_squares(
     """
     require_no(least_squares, unknown)
     check_loss(loss, f_scale)
-    own_rules = (gtol, ftol, xtol) == (None, None, None)
+    # Its own rules are about sums of squares.
+    own_rules = loss == "linear" and (gtol, ftol, xtol) == (None, None, None)
+    method = LevenbergMarquardt(is_open=not own_rules)
     options = Options(
-        wrt=wrt,
-        data=data,
-        batch_size=batch_size,
-        # Its own rules are about sums of squares.
-        method=LevenbergMarquardt(is_open=not own_rules or loss != "linear"),
-        steps=steps,
-        gtol=gtol,
-        ftol=ftol,
-        xtol=xtol,
-        target=target,
-        seconds=seconds,
-        bounds=bounds,
-        has_aux=has_aux,
-        jit=jit,
-        verify=verify,
-        log=log,
-        checkpoint=checkpoint,
-    )
+        wrt=wrt, data=data, batch_size=batch_size, method=method, steps=steps,
+        gtol=gtol, ftol=ftol, xtol=xtol, target=target, seconds=seconds, bounds=bounds,
+        has_aux=has_aux, jit=jit, verify=verify, log=log, checkpoint=checkpoint,
+    )  # fmt: skip
     kind = functools.partial(Residuals, loss=loss, f_scale=float(f_scale))
     driver = Driver(residuals, x0, options, kind, callback)
     with driver.run.compiling():
@@ -248,9 +233,8 @@ def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResu
     limits = Limits(fit, bounds, ())
     freedom = count - int(np.sum(limits.lower < limits.upper))
     with np.errstate(invalid="ignore", divide="ignore"):
-        variance = (
-            2 * result.fun / freedom if freedom > 0 else result.fun.dtype.type("nan")
-        )
+        none = result.fun.dtype.type("nan")
+        variance = 2 * result.fun / freedom if freedom > 0 else none
     n = limits.lower.size
     small = None
     is_there = n <= MOST_FOR_QR or fit.source is not None  # else J can be had again
@@ -260,14 +244,13 @@ def _with_statistics(result: OptimizeResult, driver: Driver) -> LeastSquaresResu
             roots, v = np.linalg.eigh(factor)
             factor = np.sqrt(np.maximum(roots, 0))[:, None] * v.T
         small = OfFit(factor, count, float(variance), held(fit, bounds, result.x))
-    statistics = {
-        "residuals": residuals,
-        "degrees_of_freedom": freedom,
-        "residual_std": np.sqrt(variance),
-    }
-    source = source_of(driver.run, driver.kind, small)
-    known = vars(result) | {"source": source}
-    return LeastSquaresResult(**known, **statistics)
+    known = vars(result) | {"source": source_of(driver.run, driver.kind, small)}
+    return LeastSquaresResult(
+        **known,
+        residuals=residuals,
+        degrees_of_freedom=freedom,
+        residual_std=np.sqrt(variance),
+    )
 
 
 def _with_errors(x: Nest, stderr: Nest) -> list[tuple[str, str]]:

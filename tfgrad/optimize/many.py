@@ -24,7 +24,7 @@ from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
-from tfgrad.optimize.rows import Starts, sides_of
+from tfgrad.optimize.rows import Starts, sides_of, split
 from tfgrad.optimize.stopping import RUNNING, rule_of, sentence, status_of
 
 Array = np.ndarray[Any, Any]
@@ -109,12 +109,8 @@ class ManyResult:
         """The standard error of each parameter, structured like `x`."""
         with np.errstate(invalid="ignore"):
             errors = np.sqrt(np.diagonal(self.covariance, axis1=1, axis2=2))
-        leaves = tf.nest.flatten(self.x)
-        sizes = [int(np.prod(leaf.shape[1:])) for leaf in leaves]
-        parts = np.split(errors, np.cumsum(sizes)[:-1], axis=1)
-        pairs = zip(parts, leaves, strict=True)
-        shaped = [part.reshape(leaf.shape) for part, leaf in pairs]
-        return tf.nest.pack_sequence_as(self.x, shaped)
+        shapes = [leaf.shape[1:] for leaf in tf.nest.flatten(self.x)]
+        return tf.nest.pack_sequence_as(self.x, split(errors, shapes))
 
     def _place(self, index: Any) -> int:
         """Return the number of a row, counted from the end if it is negative."""
@@ -132,15 +128,15 @@ class ManyResult:
 
     def _one(self, i: int) -> dict[str, Any]:
         """Return the fields of one result."""
-        x, grad = (
-            tf.nest.map_structure(lambda leaf: tf.constant(leaf[i]), nest)
-            for nest in (self.x, self.grad)
-        )
+
+        def row(leaf: Array) -> tf.Tensor:
+            return tf.constant(leaf[i])
+
         largest = [np.max(np.abs(g[i]), initial=0) for g in tf.nest.flatten(self.grad)]
         return {
-            "x": x,
+            "x": tf.nest.map_structure(row, self.x),
             "fun": self.fun[i],
-            "grad": grad,
+            "grad": tf.nest.map_structure(row, self.grad),
             "nit": int(self.nit[i]),
             "nfev": int(self.nfev[i]),
             "success": bool(self.success[i]),
@@ -156,27 +152,20 @@ class ManyResult:
 
     def __repr__(self) -> str:
         """Return a summary."""
-        rows = self._summary()
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:>{width}}: {text}" for name, text in rows)
-
-    def _summary(self) -> list[tuple[str, str]]:
         counts = Counter(map(str, self.status)).most_common()
         slowest, best = int(np.argmax(self.nfev)), self.best_index
-        return [
-            ("problems", f"{len(self)}, {int(np.sum(self.success))} of them solved"),
-            ("status", ", ".join(f"{n} {status}" for status, n in counts)),
-            ("best", f"fun {self.fun[best]:.10g}, at [{best}]"),
-            (
-                "slowest",
-                f"nit, nfev {self.nit[slowest]}, {self.nfev[slowest]}, at [{slowest}]",
-            ),
-            (
-                "nit, nfev",
-                f"{np.median(self.nit):g}, {np.median(self.nfev):g} (median)",
-            ),
-            ("seconds", f"{self.seconds:.3g}"),
-        ]
+        most = f"{self.nit[slowest]}, {self.nfev[slowest]}"
+        usual = f"{np.median(self.nit):g}, {np.median(self.nfev):g}"
+        rows = {
+            "problems": f"{len(self)}, {int(np.sum(self.success))} of them solved",
+            "status": ", ".join(f"{n} {status}" for status, n in counts),
+            "best": f"fun {self.fun[best]:.10g}, at [{best}]",
+            "slowest": f"nit, nfev {most}, at [{slowest}]",
+            "nit, nfev": f"{usual} (median)",
+            "seconds": f"{self.seconds:.3g}",
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:>{width}}: {text}" for name, text in rows.items())
 
 
 def minimize_many(
@@ -263,17 +252,9 @@ def minimize_many(
     require_no(minimize_many, unknown)
     check_alone(f)
     options = Options(
-        method=method,
-        steps=steps,
-        gtol=gtol,
-        ftol=ftol,
-        xtol=xtol,
-        target=target,
-        seconds=seconds,
-        bounds=bounds,
-        jit=jit,
-        verify=verify,
-    )
+        method=method, steps=steps, gtol=gtol, ftol=ftol, xtol=xtol, target=target,
+        seconds=seconds, bounds=bounds, jit=jit, verify=verify,
+    )  # fmt: skip
     rows = Starts(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
     fields, found, sides = run(problem, rows, pure_method(options), options, XLA_ROWS)
@@ -282,10 +263,9 @@ def minimize_many(
 
 def pure_method(options: Options) -> Method:
     """Return the method that was asked for, if many problems can share it."""
-    given = "lbfgs" if options.method is None else options.method
-    method = given
-    if isinstance(given, str) and given.lower() in PURE:
-        method = PURE[given.lower()]()
+    method = "lbfgs" if options.method is None else options.method
+    if isinstance(method, str) and method.lower() in PURE:
+        method = PURE[method.lower()]()
     if isinstance(method, type) or not isinstance(method, Method):
         names = " or ".join(map(repr, PURE))
         raise InvalidArgumentError(
@@ -323,12 +303,7 @@ def run(
     x = np.clip(rows.x, *sides) if sides else rows.x
     problem.evaluate(tf.nest.flatten(rows.first), rows.data)
     check_unwatched(problem)
-    steps = 1000 if options.steps is None else int(options.steps)
-    retried = ("trustregion",) if options.steps else ("trustregion", "steps")
-    plan = Plan(
-        problem, rows.data, method, options.tolerances, steps, options.jit, pays,
-        retried,
-    )  # fmt: skip
+    plan = Plan(problem, rows.data, method, options, pays)
     if plan.graph is None:
         raise InvalidArgumentError(
             "Many problems are solved in one compiled program.",
@@ -336,9 +311,10 @@ def run(
             hint="tfgrad.minimize for each row, in a loop",
         )
     task = Task(x, sides, rows.arrays)
-    outcome, is_interrupted = solve_all(plan, task, options.seconds, is_doubtful)
+    outcome, is_interrupted = solve_all(plan, task, is_doubtful)
     left = "interrupted" if is_interrupted else "seconds"
-    names = np.array([status_of(c) or left for c in range(_most(outcome.code) + 1)])
+    codes = range(int(np.max(outcome.code)) + 1)
+    names = np.array([status_of(code) or left for code in codes])
     solves = np.array(
         [c != RUNNING and rule_of(n).is_solution for c, n in enumerate(names)]
     )
@@ -358,7 +334,3 @@ def run(
         },
     }
     return fields, outcome, sides
-
-
-def _most(code: Array) -> int:
-    return int(np.max(code))

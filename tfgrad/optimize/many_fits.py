@@ -19,7 +19,6 @@ from tfgrad.optimize.blocks import WIDEST, Outcome
 from tfgrad.optimize.driver import check_alone
 from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
 from tfgrad.optimize.many import ManyResult, run
-from tfgrad.optimize.many_uncertainty import covariances
 from tfgrad.optimize.methods import losses
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES, own_sentence
 from tfgrad.optimize.methods.marquardt import Marquardt, triangle
@@ -31,7 +30,7 @@ from tfgrad.optimize.residuals import (
     check_dtypes,
 )
 from tfgrad.optimize.rows import Starts
-from tfgrad.optimize.uncertainty import OfFit
+from tfgrad.optimize.uncertainty import OfFit, spread_of_factor
 
 Array = np.ndarray[Any, Any]
 
@@ -78,15 +77,14 @@ class ManyFitsResult(ManyResult):
     @functools.cached_property
     def covariance(self) -> Array:
         """Of the parameters of each fit, shape `[count, n, n]`."""
-        n, variance = self._linear.shape[1], self.residual_std.astype(np.float64) ** 2
-        factors = self._linear[:, :, :n]
-        found = covariances(factors, self._counts, variance, self._is_held)
-        return found.astype(self.fun.dtype)
+        variance = self.residual_std.astype(np.float64) ** 2
+        factors = self._linear[:, :, :-1]
+        spread = spread_of_factor(factors, self._counts, variance, self._is_held)
+        return spread.covariance().astype(self.fun.dtype)
 
     def _left(self, i: int) -> OfFit:
         """Return what is left of the Jacobian of one fit."""
-        n, variance = self._linear.shape[1], float(self.residual_std[i]) ** 2
-        factor = self._linear[i, :, :n]
+        factor, variance = self._linear[i, :, :-1], float(self.residual_std[i]) ** 2
         return OfFit(factor, int(self._counts[i]), variance, self._is_held[i])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,18 +192,11 @@ def least_squares_many(
             got=f"missing={missing!r}",
             hint='missing="drop", or "nonfinite"',
         )
-    own_rules = (gtol, ftol, xtol) == (None, None, None)
+    own_rules = loss == "linear" and (gtol, ftol, xtol) == (None, None, None)
     options = Options(
-        steps=steps,
-        gtol=gtol,
-        ftol=ftol,
-        xtol=xtol,
-        target=target,
-        seconds=seconds,
-        bounds=bounds,
-        jit=jit,
-        verify=verify,
-    )
+        steps=steps, gtol=gtol, ftol=ftol, xtol=xtol, target=target, seconds=seconds,
+        bounds=bounds, jit=jit, verify=verify,
+    )  # fmt: skip
     rows = Starts(residuals, x0s, args)
     n = rows.x.shape[1]
     if n > MOST_PARAMETERS:
@@ -215,16 +206,10 @@ def least_squares_many(
             hint="tfgrad.least_squares for each row, in a loop",
         )
     problem = RowResiduals(
-        residuals,
-        rows.first,
-        None,
-        has_aux=False,
-        verify=verify,
-        loss=loss,
-        f_scale=float(f_scale),
-        drops=missing == "drop",
-    )
-    method = Marquardt(is_open=not own_rules or loss != "linear")
+        residuals, rows.first, None, has_aux=False, verify=verify,
+        loss=loss, f_scale=float(f_scale), drops=missing == "drop",
+    )  # fmt: skip
+    method = Marquardt(is_open=not own_rules)
     fields, outcome, sides = run(problem, rows, method, options, XLA_ROWS, _is_doubtful)
     is_held = np.zeros(outcome.x.shape, bool)
     for side in sides:
@@ -292,9 +277,8 @@ class RowEvaluator(ResidualEvaluator):
         if self._drops:
             value = tf.where(is_right, value, float("nan"))
         if self.loss[0] != "linear":
-            jacobian = tf.transpose(columns)
-            residuals, jacobian = losses.weighted(residuals, jacobian, *self.loss)
-            columns = tf.transpose(jacobian)
+            residuals, weights = losses.weighted(residuals, *self.loss)
+            columns *= weights
         slope = tf.reduce_sum(columns * residuals, 1)
         both = tf.concat([columns, residuals[None]], 0)
         linear = Linear(triangle(both), recording.output)
@@ -302,22 +286,14 @@ class RowEvaluator(ResidualEvaluator):
 
 
 class RowResiduals(Residuals):
-    """Residuals of one row of many; see `Residuals`.
-
-    Args:
-        *args: As for `Residuals`.
-        drops: Whether residuals that missing data make NaN are left out.
-        **options: As for `Residuals`.
-    """
+    """Residuals of one row of many, of which those that are missing may be dropped."""
 
     kind = RowEvaluator
 
-    def __init__(
-        self, *args: Any, drops: bool, loss: str, f_scale: float, **options: Any
-    ) -> None:
+    def __init__(self, *args: Any, drops: bool, **options: Any) -> None:
         """Check the point; nothing is traced."""
         self.options = {"drops": drops}
-        super().__init__(*args, loss=loss, f_scale=f_scale, **options)
+        super().__init__(*args, **options)
 
 
 def count_nan(tensor: tf.Tensor) -> tf.Tensor:

@@ -9,7 +9,6 @@ them.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,13 @@ from tfgrad.differences import EPSILONS
 from tfgrad.optimize.blocks import Outcome, Plan, Program, Task, program_of, solve
 from tfgrad.optimize.evaluator import operations_of
 from tfgrad.optimize.hooks import Interrupts
-from tfgrad.optimize.saddle import PRODUCTS, lower_points, scale_of
+from tfgrad.optimize.saddle import (
+    PRODUCTS,
+    by_differences,
+    curvatures,
+    lower_points,
+    scale_of,
+)
 from tfgrad.optimize.stopping import code_of, is_stationary, rule_of, status_of
 
 Array = np.ndarray[Any, Any]
@@ -30,115 +35,88 @@ Array = np.ndarray[Any, Any]
 def solve_all(
     plan: Plan,
     task: Task,
-    seconds: float | None,
     is_doubtful: Callable[[Outcome], Array] | None,
 ) -> tuple[Outcome, bool]:
     """Solve all problems, and again those that failed, or ended where f bends down.
 
-    Args:
-        plan: How.
-        task: Which.
-        seconds: How long it may take; None: as long as it takes.
-        is_doubtful: Of an outcome, the rows that a look may pay for; None: all.
-
-    Returns:
-        The outcome, and whether Ctrl-C ended it.
+    Returns the outcome, and whether Ctrl-C ended it. `is_doubtful` tells of an outcome
+    which rows a look may pay for; None: all.
     """
-    with Interrupts() as interrupts:
-        outcome = _solve_all(plan, task, seconds, is_doubtful, interrupts)
-        return outcome, interrupts.heed()
-
-
-def _solve_all(
-    plan: Plan,
-    task: Task,
-    seconds: float | None,
-    is_doubtful: Callable[[Outcome], Array] | None,
-    interrupts: Interrupts,
-) -> Outcome:
-    began = time.perf_counter()
-
-    def left() -> float | None:
-        return seconds and max(0.0, seconds - (time.perf_counter() - began))
-
+    began, seconds = time.perf_counter(), plan.options.seconds
     program = program_of(plan, task)
-    outcome = solve(program, task, seconds, interrupts)
-    again = getattr(plan.method, "again", None)
-    failed = np.flatnonzero(np.isin(outcome.code, [*map(code_of, plan.retried)]))
-    if again is not None and len(failed) and left() != 0 and not interrupts.heed():
-        memory = program.blank.memory
-        memory = memory._replace(method=again(memory.method))
-        second = program._replace(blank=program.blank._replace(memory=memory))
-        retried = solve(second, task.of(failed), left(), interrupts)
-        _merge_better(outcome, failed, retried)
-    operations = operations_of(plan.graph)
-    if task.sides or any("Random" in operation for operation in operations):
-        return outcome  # beside a bound, a point may be forbidden
-    rows = np.arange(len(task.x))
-    while not interrupts.heed():
-        codes = np.unique(outcome.code[rows])
-        stationary = [code for code in codes if is_stationary(int(code))]
-        looks = np.isin(outcome.code[rows], stationary)
-        if is_doubtful is not None:
-            looks &= is_doubtful(outcome)[rows]
-        if not np.any(looks) or left() == 0:
-            break
-        rows, starts = _left(program, task, outcome, rows[looks])
-        if not len(rows):
-            break
-        below = task.of(rows)._replace(x=starts)
-        _merge(outcome, rows, solve(program, below, left(), interrupts))
-    return outcome
+    with Interrupts() as interrupts:
+
+        def goes_on() -> bool:
+            return left() != 0 and not interrupts.heed()
+
+        def left() -> float | None:
+            return seconds and max(0.0, seconds - (time.perf_counter() - began))
+
+        outcome = solve(program, task, seconds, interrupts)
+        again = getattr(plan.method, "again", None)
+        fails = ["trustregion"] if plan.options.steps else ["trustregion", "steps"]
+        failed = np.flatnonzero(np.isin(outcome.code, [*map(code_of, fails)]))
+        if again is not None and len(failed) and goes_on():
+            memory = program.blank.memory
+            memory = memory._replace(method=again(memory.method))
+            second = program._replace(blank=program.blank._replace(memory=memory))
+            retried = solve(second, task.of(failed), left(), interrupts)
+            _merge_better(outcome, failed, retried)
+        rows, types = np.arange(len(task.x)), operations_of(plan.graph)
+        if task.sides or any("Random" in operation for operation in types):
+            rows = rows[:0]  # beside a bound, a point may be forbidden
+        while len(rows) and goes_on():
+            codes = np.unique(outcome.code[rows])
+            stationary = [code for code in codes if is_stationary(int(code))]
+            looks = np.isin(outcome.code[rows], stationary)
+            if is_doubtful is not None:
+                looks &= is_doubtful(outcome)[rows]
+            rows, starts = _left(program, task, outcome, rows[looks])
+            if len(rows):
+                below = task.of(rows)._replace(x=starts)
+                _merge(outcome, rows, solve(program, below, left(), interrupts))
+        return outcome, interrupts.heed()
 
 
 def _left(
     program: Program, task: Task, outcome: Outcome, rows: Array
 ) -> tuple[Array, Array]:
     """Return which of these rows are at no minimum, and lower points beside them."""
-    width, kept, starts = program.width, [rows[:0]], [outcome.x[:0]]
-    for first in range(0, len(rows), width):
-        some = rows[first : first + width]
-        # A block is always full: it is compiled once.
-        block = np.resize(some, width)
-        data = [tf.constant(array[block]) for array in task.data]
-        x, dtype = outcome.x[block].astype(np.float64), outcome.x.dtype
-
-        def at(points: Array, data: Any = data, dtype: Any = dtype) -> Any:
-            value, gradient = program.evaluate([tf.constant(points, dtype), *data])
-            return value.numpy().astype(np.float64), gradient.numpy()
-
-        epsilon = EPSILONS[tf.as_dtype(dtype)]
-        # The step that balances rounding and curvature of the gradient.
-        scale = scale_of(x, task.x[block].astype(np.float64))
-        size = epsilon ** (1 / 3) * scale
-
-        def product(
-            directions: Array, x: Array = x, size: Array = size, at: Any = at
-        ) -> Array:
-            step = size[:, None] * directions
-            ahead, behind = (at(p)[1].astype(np.float64) for p in (x + step, x - step))
-            change: Array = (ahead - behind) / (2 * size[:, None])
-            return change
-
-        lower, is_lower = lower_points(
-            x,
-            outcome.fun[block].astype(np.float64),
-            outcome.grad[block],
-            scale,
-            product=product,
-            value=functools.partial(_first, at),
-            epsilon=epsilon,
-            products=PRODUCTS,
-        )
-        found = np.flatnonzero(is_lower[: len(some)])
-        kept.append(some[found])
-        starts.append(lower[found].astype(dtype))
-    return np.concatenate(kept), np.concatenate(starts)
+    blocks = range(0, len(rows), program.width)
+    parts = [rows[first : first + program.width] for first in blocks]
+    found = [_left_of_block(program, task, outcome, some) for some in parts]
+    found.append((rows[:0], outcome.x[:0]))
+    left, starts = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    return left, starts
 
 
-def _first(function: Callable[[Array], Any], points: Array) -> Array:
-    value: Array = function(points)[0]
-    return value
+def _left_of_block(
+    program: Program, task: Task, outcome: Outcome, rows: Array
+) -> tuple[Array, Array]:
+    # A block is always full: it is compiled once.
+    block = np.resize(rows, program.width)
+    data = [tf.constant(array[block]) for array in task.data]
+    x, dtype = outcome.x[block].astype(np.float64), outcome.x.dtype
+    scale = scale_of(x, task.x[block].astype(np.float64))
+    epsilon = EPSILONS[tf.as_dtype(dtype)]
+
+    def at(points: Array) -> tuple[Array, Array]:
+        pair = program.evaluate([tf.constant(points, dtype), *data])
+        value, gradient = (tensor.numpy().astype(np.float64) for tensor in pair)
+        return value, gradient
+
+    product = by_differences(lambda points: at(points)[1], x, scale, epsilon)
+    lower, is_lower = lower_points(
+        x,
+        outcome.fun[block].astype(np.float64),
+        outcome.grad[block],
+        scale,
+        curvatures(product, x.shape, epsilon, PRODUCTS),
+        value=lambda points: at(points)[0],
+        epsilon=epsilon,
+    )
+    found = np.flatnonzero(is_lower[: len(rows)])
+    return rows[found], lower[found].astype(dtype)
 
 
 def _merge_better(outcome: Outcome, rows: Array, again: Outcome) -> None:

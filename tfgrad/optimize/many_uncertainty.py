@@ -21,7 +21,7 @@ from tfgrad.nested import Nest, name_of, ravel, unravel
 from tfgrad.optimize.blocks import by_rows, mapped, slots_for
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.rows import Starts
-from tfgrad.optimize.uncertainty import ROUNDINGS, OfFunction
+from tfgrad.optimize.uncertainty import OfFunction, spread_of_square
 
 Array = np.ndarray[Any, Any]
 
@@ -30,11 +30,7 @@ Array = np.ndarray[Any, Any]
 class OfRows:
     """A function that was minimised in many rows, to be asked for second derivatives.
 
-    Attributes:
-        f: The function.
-        rows: What it took.
-        sides: The bounds of each row; nothing if there were none.
-        x: Where the rows ended, shape `[count, n]`.
+    The rows ended at `x`, shape `[count, n]`; `sides` are their bounds, if any.
     """
 
     f: Any
@@ -65,9 +61,12 @@ class OfRows:
         if self.sides:
             lower, upper = self.sides
             is_held = (self.x <= lower) | (self.x >= upper)
+        square = hessians(self.f, self.rows, self.x)
         epsilon = EPSILONS[tf.as_dtype(self.x.dtype)]
-        found = inverses(hessians(self.f, self.rows, self.x), is_held, epsilon)
-        return found.astype(self.x.dtype)
+        spread = spread_of_square(square, 1.0, is_held, epsilon)
+        covariance = spread.covariance()
+        covariance[np.any(spread.loose, axis=(1, 2))] = np.nan
+        return covariance.astype(self.x.dtype)
 
 
 def hessians(f: Any, rows: Starts, x: Array) -> Array:
@@ -109,54 +108,4 @@ def hessians(f: Any, rows: Starts, x: Array) -> Array:
         block = [tf.constant(array[np.resize(some, width)]) for array in arrays]
         for j, unit in enumerate(identity):
             found[some, :, j] = columns_of(unit, block).numpy()[: len(some)]
-    return found
-
-
-def inverses(matrices: Array, is_held: Array, epsilon: float) -> Array:
-    """Return the inverses of Hessians, `[count, n, n]`; see `spread_of_square`.
-
-    NaN in the rows and columns of what is held, and where a matrix is not positive.
-    """
-    n = matrices.shape[1]
-    either_held = is_held[:, :, None] | is_held[:, None, :]
-    square = matrices.astype(np.float64)
-    square = (square + np.swapaxes(square, 1, 2)) / 2
-    is_known = np.all(np.isfinite(square) | either_held, axis=(1, 2))
-    square = np.where(either_held | ~is_known[:, None, None], np.eye(n), square)
-    sizes = np.abs(np.diagonal(square, axis1=1, axis2=2))
-    scale = np.sqrt(np.where(sizes > 0, sizes, 1.0))
-    values, vectors = np.linalg.eigh(square / scale[:, :, None] / scale[:, None, :])
-    least = ROUNDINGS * n * epsilon * np.max(np.abs(values), axis=1)
-    is_known &= np.all(values > least[:, None], axis=1)
-    vectors /= np.sqrt(np.where(values > 0, values, 1.0))[:, None, :]
-    root = vectors / scale[:, :, None]
-    found: Array = root @ np.swapaxes(root, 1, 2)
-    found[either_held | ~is_known[:, None, None]] = np.nan
-    return found
-
-
-def covariances(matrix: Array, used: Array, variance: Array, is_held: Array) -> Array:
-    """Return variance * inv(R'R) of many triangles; see `spread_of_factor`.
-
-    NaN in the rows and columns of what is held, as if that was fixed.
-    """
-    n = matrix.shape[1]
-    found = np.full(matrix.shape, np.inf)
-    is_good = np.all(np.isfinite(matrix), axis=(1, 2)) & (variance >= 0)
-    if not np.any(is_good) or not n:
-        return found
-    r = np.where(is_held[:, None, :], 0.0, matrix)[is_good].astype(np.float64)
-    scale = np.linalg.norm(r, axis=1)
-    scale[scale == 0] = 1.0
-    _, s, vt = np.linalg.svd(r / scale[:, None, :])
-    epsilon = np.finfo(matrix.dtype).eps
-    is_known = s > np.maximum(used[is_good], n)[:, None] * epsilon * s[:, :1]
-    inverse = np.where(is_known, 1 / np.where(is_known, s, 1.0), 0.0)
-    v = np.swapaxes(vt, 1, 2) * inverse[:, None, :]
-    covariance = variance[is_good][:, None, None] * (v @ np.swapaxes(v, 1, 2))
-    covariance /= scale[:, :, None] * scale[:, None, :]
-    loose = np.sum(np.where(is_known[:, :, None], 0.0, vt**2), axis=1) > epsilon
-    covariance[loose[:, :, None] | loose[:, None, :]] = np.inf
-    found[is_good] = covariance
-    found[is_held[:, :, None] | is_held[:, None, :]] = np.nan
     return found

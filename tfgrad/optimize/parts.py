@@ -8,6 +8,7 @@ precision are added up in float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,25 +17,18 @@ import tensorflow as tf
 from tfgrad.derivatives.recording import Recording
 from tfgrad.derivatives.tracing import Traces
 from tfgrad.nested import Nest
-from tfgrad.optimize.copies import Copies
 from tfgrad.optimize.data import SIZE, Source, rows_of, size_of
-from tfgrad.optimize.distribute import Replicas, without_nan
-from tfgrad.optimize.evaluator import (
-    Evaluation,
-    Evaluator,
-    python_of,
-    small,
-)
+from tfgrad.optimize.distribute import Copies, Replicas, without_nan
+from tfgrad.optimize.evaluator import Evaluation, Evaluator, python_of, small
 
 
 class Part(NamedTuple):
-    """The result of one part.
+    """The result of one part: nests of tensors.
 
     Attributes:
-        means: A nest of what is a mean over the rows of a batch, times this part's
-            share of them.
-        sums: A nest of what is a sum over rows.
-        linear: What a linear model is made of; empty if there is none.
+        means: Of what is a mean over the rows of a batch, times this part's share.
+        sums: Of what is a sum over rows.
+        linear: Of what a linear model is made of; empty if there is none.
     """
 
     means: Any
@@ -53,9 +47,6 @@ class Parts:
             is handed over.
         arguments: Returns what f takes of a batch of the source.
         are_own: Whether each worker has a batch of its own.
-
-    Attributes:
-        is_shared: Whether there are several replicas.
     """
 
     def __init__(
@@ -71,9 +62,8 @@ class Parts:
         self.is_shared = replicas.count > 1
         many = written if self.is_shared else ()
         self._averages = [v for v in many if v.dtype.is_floating]
-        self._seeds = [
-            v for v in many if v.dtype.is_integer and v.shape.as_list() == [2]
-        ]
+        integers = [v for v in many if v.dtype.is_integer]
+        self._seeds = [v for v in integers if v.shape.as_list() == [2]]
         self._replicas, self._source, self._arguments = replicas, source, arguments
         self._are_own = are_own
 
@@ -111,9 +101,9 @@ class Parts:
         like: Callable[[], Part] = lambda: Part((), ()),
         join: Callable[[Any, Any], Any] = lambda a, b: (),
     ) -> tuple[Part, list[tf.Tensor]]:
-        """Return the combined result within one of the replicas, and the averages.
+        """Return the combined result within one of the replicas; `settle` its averages.
 
-        The arguments are those of `put_together`; `settle` wants the averages.
+        The arguments are those of `put_together`.
         """
         with self._replicas.own_masks(self._seeds):
             if self._source is None:
@@ -152,8 +142,7 @@ class Parts:
         join: Callable[[Any, Any], Any],
     ) -> tuple[Part, Any]:
         """Return the same of the share of all batches of the source."""
-        source = self._source
-        assert source is not None
+        source: Any = self._source
 
         def add(sums: Any, drawn: Any) -> Any:
             total, rows, own = sums
@@ -161,24 +150,22 @@ class Parts:
             rows_in = rows_of if self.is_shared else size_of
             count = tf.cast(rows_in(batch), tf.float64)
             part, share = self._of_share(compute, given, batch)
-            means = _map(lambda x: wide(without_nan(x, share)), part.means)
+            means = _map(lambda x: _wide(without_nan(x, share)), part.means)
             means = _map(lambda x: x * tf.cast(count, x.dtype), means)
-            next_one = Part(means, _map(wide, part.sums))
+            next_one = Part(means, _map(_wide, part.sums))
             added = _map(tf.add, total._replace(linear=()), next_one)
             linear = join(total.linear, part.linear)
             mine = count if share is None else share * count
             return added._replace(linear=linear), rows + count, own + mine
 
-        zeros = _map(lambda x: tf.zeros(x.shape, wide_dtype(x.dtype)), like)
+        zeros = _map(lambda x: tf.zeros(x.shape, _wide_dtype(x.dtype)), like)
         none = tf.zeros([], tf.float64)
         total, rows, own = source.fold(add, (zeros, none, none))
         if self._are_own and self.is_shared:
             (rows,) = self._replicas.total([own])
         means = _map(lambda x: x / tf.cast(rows, x.dtype), total.means)
-        narrow = _map(
-            lambda x, y: tf.cast(x, y.dtype), total._replace(means=means), like
-        )
-        return narrow, own / rows
+        total = total._replace(means=means)
+        return _map(lambda x, y: tf.cast(x, y.dtype), total, like), own / rows
 
     def _total(
         self, part: Part, share: Any, join: Callable[[Any, Any], Any]
@@ -196,13 +183,9 @@ class Parts:
         totals = replicas.total(tf.nest.flatten(parts), share)
         part, averages = tf.nest.pack_sequence_as(parts, totals)
         if tf.nest.flatten(linear):
-            each = [
-                _map(lambda x, i=i: x[i], part.linear) for i in range(replicas.count)
-            ]
-            joined = each[0]
-            for other in each[1:]:
-                joined = join(joined, other)
-            part = part._replace(linear=joined)
+            unstacked = zip(*map(tf.unstack, tf.nest.flatten(part.linear)), strict=True)
+            each = [tf.nest.pack_sequence_as(linear, leaves) for leaves in unstacked]
+            part = part._replace(linear=functools.reduce(join, each))
         return part, averages
 
 
@@ -232,13 +215,8 @@ class EvaluatorOfParts:
             was seen in an evaluation of one batch, outside of replicas.
         parts: How they become one.
         like: An evaluation of one batch, or its specs, where `parts` go through data.
-        jit: Compile the evaluation of a part with XLA.
         copies: Where the gradient on other devices of this process is kept, if at all.
-
-    Attributes:
-        of_part: As above.
-        variables: See `Evaluator`.
-        kept: See `Evaluator`.
+        jit: Compile the evaluation of a part with XLA.
     """
 
     is_sum = False
@@ -256,8 +234,7 @@ class EvaluatorOfParts:
         """Compile nothing yet."""
         self.of_part, self.variables = of_part, of_part.variables
         self.kept: dict[Any, Any] = {}
-        self._parts, self._like, self._jit = parts, like, jit
-        self._copies = copies
+        self._parts, self._like, self._copies, self._jit = parts, like, copies, jit
         self.evaluate = Traces(self._evaluate, python_of(of_part.f), jit=False)
         self.products = Traces(self._multiply, python_of(of_part.f), jit=False)
 
@@ -318,11 +295,8 @@ class EvaluatorOfParts:
         if self.is_sum:
             sums = {"value": value, "gradient": gradient, "aux": counts}
             return Part({"aux": floats}, sums)
-        means = {
-            "value": weighted(value, share),
-            "gradient": gradient,
-        }
-        return Part({**means, "aux": floats}, {"aux": counts})
+        means = {"value": weighted(value, share), "gradient": gradient, "aux": floats}
+        return Part(means, {"aux": counts})
 
     def joined(self, a: Any, b: Any) -> Any:
         """Return the linear model of two parts together."""
@@ -373,12 +347,11 @@ def weighted(tensor: tf.Tensor, share: Any) -> tf.Tensor:
     return tf.math.multiply_no_nan(tensor, tf.cast(share, tensor.dtype))
 
 
-def wide(tensor: tf.Tensor) -> tf.Tensor:
-    """Return a tensor in the dtype that it is added up in."""
-    return tf.cast(tensor, wide_dtype(tensor.dtype))
+def _wide(tensor: tf.Tensor) -> tf.Tensor:
+    return tf.cast(tensor, _wide_dtype(tensor.dtype))
 
 
-def wide_dtype(dtype: tf.DType) -> tf.DType:
+def _wide_dtype(dtype: tf.DType) -> tf.DType:
     """Return the dtype that numbers are added up in: float32 for half precision."""
     return tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
 

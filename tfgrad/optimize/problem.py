@@ -23,13 +23,8 @@ from tfgrad.nested import (
     unravel,
 )
 from tfgrad.optimize.compiled import direct, kept
-from tfgrad.optimize.copies import Copies
 from tfgrad.optimize.data import Source, arguments_of, require_rows
-from tfgrad.optimize.distribute import (
-    left_scope,
-    replicas_of,
-    whole,
-)
+from tfgrad.optimize.distribute import Copies, left_scope, replicas_of, whole
 from tfgrad.optimize.evaluator import (
     Evaluation,
     Evaluator,

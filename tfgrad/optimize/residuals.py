@@ -54,14 +54,11 @@ class Linear(NamedTuple):
 
 
 class ResidualEvaluator(Evaluator):
-    """Half the sum of squares of what a user's function returns: any nest of floats.
-
-    Attributes:
-        fits_in_memory: Whether the Jacobian is small enough to be formed and
-            factorised; known once the function was evaluated.
-    """
+    """Half the sum of squares of what a user's function returns: any nest of floats."""
 
     fits_in_memory = True
+    """Whether the Jacobian is small enough to be formed and factorised; known once the
+    function was evaluated."""
 
     def __init__(
         self, *args: Any, loss: str = "linear", f_scale: float = 1.0, **options: Any
@@ -87,7 +84,8 @@ class ResidualEvaluator(Evaluator):
         check_dtypes(recording)
         residuals = ravel(recording.outputs)
         value = losses.cost(residuals, *self.loss)
-        self.fits_in_memory = _fits(recording.outputs, recording.sources)
+        n, m = (static_size(x) or 0 for x in (recording.sources, recording.outputs))
+        self.fits_in_memory = n <= MOST_PARAMETERS and m * n <= MOST_ELEMENTS
         if not self.fits_in_memory:
             recording.require_sound()
             slopes = [losses.slope(r, *self.loss) for r in recording.outputs]
@@ -95,10 +93,15 @@ class ResidualEvaluator(Evaluator):
         blocks = jacobian_blocks(recording)
         jacobian = _matrix(blocks, recording.sources)
         if self.loss[0] != "linear":
-            residuals, jacobian = losses.weighted(residuals, jacobian, *self.loss)
+            residuals, weights = losses.weighted(residuals, *self.loss)
+            jacobian *= weights[:, None]
         vector = tf.linalg.matvec(jacobian, residuals, transpose_a=True)
         gradient = unravel(vector, recording.sources)
-        matrix = _reduced(jacobian, residuals, vector)
+        if n > MOST_FOR_QR:
+            square = tf.matmul(jacobian, jacobian, transpose_a=True)
+            matrix = tf.concat([square, vector[:, None]], axis=1)
+        else:
+            matrix = _triangle(tf.concat([jacobian, residuals[:, None]], axis=1))
         return value, gradient, Linear(matrix, recording.output)
 
     def multiply(
@@ -115,7 +118,8 @@ class ResidualEvaluator(Evaluator):
     def _jacobian(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Any:
         recording = self.record(f, arguments)
         jacobian = _matrix(jacobian_blocks(recording), recording.sources)
-        return losses.weighted(ravel(recording.outputs), jacobian, *self.loss)[1]
+        _, weights = losses.weighted(ravel(recording.outputs), *self.loss)
+        return jacobian * weights[:, None]
 
     def _checked(self, output: Nest, name: str) -> Nest:
         residuals = float_outputs(output, name)
@@ -143,8 +147,8 @@ class ResidualEvaluatorOfParts(EvaluatorOfParts):
     @property
     def fits_in_memory(self) -> bool:
         """Whether the Jacobian of a part is small enough; see `ResidualEvaluator`."""
-        assert isinstance(self.of_part, ResidualEvaluator)
-        return self.of_part.fits_in_memory
+        of_part: Any = self.of_part
+        return bool(of_part.fits_in_memory)
 
     def value(
         self, recording: Recording, weight: Any
@@ -154,11 +158,10 @@ class ResidualEvaluatorOfParts(EvaluatorOfParts):
 
     def as_part(self, evaluation: Evaluation, share: Any) -> Part:
         """Return an evaluation as a part, with what the linear model is made of."""
-        residuals = tf.nest.flatten(evaluation.linear.residuals)
-        if any(isinstance(leaf, tf.TypeSpec) for leaf in residuals):
-            count: Any = tf.TensorSpec([], tf.int32)
-        else:
-            count = tf.add_n([tf.size(leaf) for leaf in residuals])
+        leaves = tf.nest.flatten(evaluation.linear.residuals)
+        count: Any = tf.TensorSpec([], tf.int32)
+        if not any(isinstance(leaf, tf.TypeSpec) for leaf in leaves):
+            count = tf.add_n([tf.size(leaf) for leaf in leaves])
         linear = {"matrix": evaluation.linear.matrix, "count": count}
         return super().as_part(evaluation, share)._replace(linear=linear)
 
@@ -169,14 +172,13 @@ class ResidualEvaluatorOfParts(EvaluatorOfParts):
         (Demmel et al. 2012, Communication-optimal parallel and sequential QR and LU
         factorizations, section 3), with all of the digits, which J'J would halve.
         """
-        count = a["count"] + b["count"]
         matrix = a["matrix"]
-        if not tf.is_tensor(matrix):  # it is too large to be formed
-            return {"matrix": (), "count": count}
-        if matrix.shape[0] > MOST_FOR_QR:
-            return {"matrix": matrix + b["matrix"], "count": count}
-        both = tf.concat([matrix, b["matrix"]], axis=0)
-        return {"matrix": _triangle(both), "count": count}
+        if tf.is_tensor(matrix):  # else it is too large to be formed
+            if matrix.shape[0] > MOST_FOR_QR:
+                matrix += b["matrix"]
+            else:
+                matrix = _triangle(tf.concat([matrix, b["matrix"]], axis=0))
+        return {"matrix": matrix, "count": a["count"] + b["count"]}
 
     def linear_of(self, part: Part) -> Linear:
         """Return the linear model of all parts."""
@@ -184,13 +186,7 @@ class ResidualEvaluatorOfParts(EvaluatorOfParts):
 
 
 class Residuals(Problem):
-    """Half the sum of squares of residuals; see `Problem` for the arguments.
-
-    Args:
-        *args: As for `Problem`.
-        loss: A name of `methods.losses.LOSSES`.
-        f_scale: The residual from which on one is an outlier.
-        **options: As for `Problem`.
+    """Half the sum of squares of residuals; see `Problem` and `losses.cost`.
 
     Raises:
         InvalidArgumentError: If the parameters are of a dtype without factorisations,
@@ -227,15 +223,13 @@ class Residuals(Problem):
     @property
     def fits_in_memory(self) -> bool:
         """Whether the Jacobian is small enough to be formed and factorised."""
-        kinds = ResidualEvaluator, ResidualEvaluatorOfParts
-        assert isinstance(self.evaluator, kinds)
-        return self.evaluator.fits_in_memory
+        evaluator: Any = self.evaluator
+        return bool(evaluator.fits_in_memory)
 
     def jacobian(self, x: list[tf.Tensor]) -> tf.Tensor:
         """Return J at a point, weighted as the loss says, shape `[m, n]`."""
-        assert isinstance(self.evaluator, ResidualEvaluator)
-        matrix: tf.Tensor = self.evaluator.jacobian(self.x.arguments(x))
-        return matrix
+        evaluator: Any = self.evaluator
+        return evaluator.jacobian(self.x.arguments(x))
 
 
 def linear_size(linear: Linear) -> int:
@@ -257,29 +251,16 @@ def check_dtypes(recording: Recording) -> None:
         )
 
 
-def _fits(outputs: list[Any], sources: list[Any]) -> bool:
-    n = sum(source.shape.num_elements() for source in sources)
-    return n <= MOST_PARAMETERS and (static_size(outputs) or 0) * n <= MOST_ELEMENTS
-
-
 def _matrix(blocks: Any, sources: list[Any]) -> tf.Tensor:
     """Return the Jacobian `[m, n]` of its blocks, one for each output and source."""
     sizes = [source.shape.num_elements() for source in sources]
-    flat = [
-        [tf.reshape(b, [-1, n]) for b, n in zip(row, sizes, strict=True)]
-        for row in blocks
-    ]
-    rows = [row[0] if len(row) == 1 else tf.concat(row, axis=1) for row in flat]
-    return rows[0] if len(rows) == 1 else tf.concat(rows, axis=0)
+    pairs = [zip(row, sizes, strict=True) for row in blocks]
+    flat = [[tf.reshape(block, [-1, n]) for block, n in row] for row in pairs]
+    return _concat([_concat(row, axis=1) for row in flat], axis=0)
 
 
-def _reduced(jacobian: tf.Tensor, residuals: tf.Tensor, slope: tf.Tensor) -> tf.Tensor:
-    """Return what `Linear.matrix` holds."""
-    n: Any = jacobian.shape[1]
-    if n > MOST_FOR_QR:
-        square = tf.matmul(jacobian, jacobian, transpose_a=True)
-        return tf.concat([square, slope[:, None]], axis=1)
-    return _triangle(tf.concat([jacobian, residuals[:, None]], axis=1))
+def _concat(parts: list[tf.Tensor], axis: int) -> tf.Tensor:
+    return parts[0] if len(parts) == 1 else tf.concat(parts, axis=axis)
 
 
 def _triangle(both: tf.Tensor) -> tf.Tensor:

@@ -38,13 +38,7 @@ UNFINISHED = frozenset({None, "interrupted", "stopped"})
 
 
 class Identity(NamedTuple):
-    """What has to be the same where a run goes on.
-
-    Attributes:
-        x: The leaves of the point, described.
-        has_aux: Whether the function returns aux values.
-        methods: The names of the methods.
-    """
+    """What has to be the same where a run goes on: the leaves of x are described."""
 
     x: tuple[str, ...]
     has_aux: bool
@@ -61,23 +55,15 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Saved:
-    """A run after some steps.
+    """A run after some steps; what is not told here is as of its result.
 
     Attributes:
-        identity: What the problem and the methods are.
         limits: How far it was to go, see `limits_of`.
         state: Where the solver was, without batches.
         position: With data, the epochs that were over, and the batches since.
         variables: The values of the solver's variables.
-        chain: The stages that were over, and the one at work.
-        history: The rows until there.
-        epochs: Those of the epochs that were over.
-        seconds: How long it took.
+        chain: Where the chain of methods was, without them.
         status: Why it ended; None while it goes on.
-        message: The same as a sentence.
-        success: Whether the point is a solution.
-        nit: How many steps were taken in all, once it has ended.
-        nfev: How often the function was evaluated, likewise.
         directory: The name of the directory in which it was logged.
         outcome: What came out; None while the run goes on.
         options: How it was called; None if that was in another process.
@@ -106,20 +92,14 @@ class Saved:
         """Whether the run came to an end of its own."""
         return self.status not in UNFINISHED
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a pickle holds: of the chain, no more than its counts."""
-        stages = [replace(stage, method=None) for stage in self.chain.stages]
-        return {**vars(self), "chain": replace(self.chain, stages=stages)}
-
 
 def identity_of(problem: Problem, chain: Chain) -> Identity:
     """Return what has to be the same where the run goes on."""
     template = problem.x.template
     leaves = [] if is_open(template) else named_leaves(template, "x")
     points = tuple(f"{name} of {_shape(leaf)}" for name, leaf in leaves)
-    return Identity(
-        points, problem.options["has_aux"], tuple(s.name for s in chain.stages)
-    )
+    methods = tuple(stage.name for stage in chain.stages)
+    return Identity(points, problem.options["has_aux"], methods)
 
 
 def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
@@ -144,27 +124,15 @@ def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
             got="a result of `least_squares` for `minimize`, without `method`",
             hint='least_squares(residuals, result), or method="lbfgs" from there',
         )
-    rate = options.learning_rate
-    if options.method is None and rate is None:
-        rate = before.learning_rate
-    is_silent = options.method is None and options.bounds is None
-    merged = replace(
-        options,
-        wrt=before.wrt if options.wrt is None else options.wrt,
-        method=before.method if options.method is None else options.method,
-        learning_rate=rate,
-        bounds=before.bounds if is_silent else options.bounds,
-        has_aux=options.has_aux or before.has_aux,
-    )
+    # Another method knows nothing of the rate and the bounds of the one before.
+    names = ["wrt", *["method", "learning_rate", "bounds"] * (options.method is None)]
+    kept = {n: getattr(before, n) for n in names if getattr(options, n) is None}
+    merged = replace(options, has_aux=options.has_aux or before.has_aux, **kept)
     return result.x if before.wrt is None else None, merged
 
 
 def check_same(there: Identity, here: Identity, what: str) -> None:
-    """Refuse to go on with another problem, naming what differs.
-
-    Raises:
-        InvalidArgumentError: If something differs.
-    """
+    """Refuse to go on with another problem, naming what differs."""
     pairs: Any = zip(Identity._fields, there, here, strict=True)
     for name, theirs, ours in pairs:
         if theirs == ours or () in (theirs, ours):
@@ -181,16 +149,7 @@ def check_same(there: Identity, here: Identity, what: str) -> None:
 
 
 def check_value(now: Any, before: Any, history: History) -> None:
-    """Raise if f has another value at the saved point than it had before.
-
-    Args:
-        now: The value at the point where the run goes on.
-        before: What it was.
-        history: The rows before: a difference counts beside the values in it.
-
-    Raises:
-        InvalidArgumentError: If they differ by more than rounding.
-    """
+    """Refuse a function with another value at the saved point than it had before."""
     if not has_value(now, before, history):
         raise InvalidArgumentError(
             "A run goes on with the function that it began with.",
@@ -200,7 +159,7 @@ def check_value(now: Any, before: Any, history: History) -> None:
 
 
 def has_value(now: Any, before: Any, history: History) -> bool:
-    """Return whether a value is what it was, but for rounding; see `check_value`."""
+    """Return whether a value is what it was, but for rounding beside the history."""
     values = history.get("fun", np.zeros(0))
     size = float(np.max(np.abs(values[np.isfinite(values)]), initial=0.0))
     a, b = float(now), float(before)
@@ -210,11 +169,7 @@ def has_value(now: Any, before: Any, history: History) -> bool:
 
 
 def check_shapes(saved: Sequence[Any], fresh: Sequence[Any]) -> None:
-    """Refuse tensors of other shapes or dtypes than a solver's own.
-
-    Raises:
-        InvalidArgumentError: If there are some.
-    """
+    """Refuse tensors of other shapes or dtypes than a solver's own."""
     theirs, ours = ([*map(_shape, tensors)] for tensors in (saved, fresh))
     if theirs != ours:
         pairs = [(a, b) for a, b in zip(theirs, ours, strict=False) if a != b]
@@ -240,8 +195,7 @@ def _shape(leaf: Any) -> str:
 
 def count_from(run: Minimisation, result: OptimizeResult) -> None:
     """Let a run go on from a result: as it did, or from its point by other methods."""
-    saved: Saved = result.state
-    run.saved = saved
+    run.saved = saved = result.state
     here = identity_of(run.problem, run.chain)
     check_same(saved.identity._replace(methods=()), here, "A result")
     if is_alike(run):
@@ -257,9 +211,7 @@ def count_from(run: Minimisation, result: OptimizeResult) -> None:
 def find(run: Minimisation, checkpoints: Any) -> None:
     """Let a run go on from its newest checkpoint, if there is one.
 
-    Raises:
-        InvalidArgumentError: If it is of another problem, or the data of this one
-            cannot be gone through again.
+    One of another problem is refused, and so is data that ends after one epoch.
     """
     check_tells(run.chain.stages)
     if run.training is not None:
@@ -270,10 +222,8 @@ def find(run: Minimisation, checkpoints: Any) -> None:
     here = identity_of(run.problem, run.chain)
     check_same(saved.identity, here, str(checkpoints.path))
     run.saved = saved
-    steps = run.chain.steps
     run.chain.index, run.chain.first = saved.chain.index, saved.chain.first
     run.chain.used, run.chain.taken = saved.chain.used, list(saved.chain.taken)
-    run.chain.steps = steps
     run.clock.go_on(saved.seconds, counts_anew=False)
     if saved.directory is not None and run.options.log is not None:
         run.record.directory = Path(str(run.options.log)) / saved.directory
@@ -283,7 +233,6 @@ def find(run: Minimisation, checkpoints: Any) -> None:
 
 def is_alike(run: Minimisation) -> bool:
     """Return whether the methods of a run are those of what it goes on from."""
-    assert run.saved is not None
     names = tuple(stage.name for stage in run.chain.stages)
     return names == run.saved.identity.methods
 
@@ -291,8 +240,7 @@ def is_alike(run: Minimisation) -> bool:
 def go_on(run: Minimisation, saved: Saved) -> tuple[State, Rows]:
     """Return where a run goes on, and the rows until there.
 
-    Raises:
-        InvalidArgumentError: If its function is another one; nothing was changed.
+    If its function is another one, that is refused, and nothing was changed.
     """
     run.problem.find() if run.training is None else None
     with put_back_on_error(run.problem):
@@ -312,7 +260,11 @@ def go_on(run: Minimisation, saved: Saved) -> tuple[State, Rows]:
 
 def _begun_at(run: Minimisation, saved: Saved) -> State:
     """Return where a method begins at the point where another one ended."""
-    x, before = _point_of(run, saved)
+    if saved.outcome is not None:
+        x, before = saved.outcome.x, saved.outcome.fun
+    else:
+        x = unravel(saved.state.x, run.problem.x.leaves)
+        before = saved.state.evaluation.value
     run.problem.x.restart(x)
     run.make_loop(saved.position)
     state, _ = run.loop.start()
@@ -331,7 +283,8 @@ def _restored(run: Minimisation, saved: Saved) -> State:
     is_vector = isinstance(there.x, tf.Tensor) and there.x.shape.rank == 1
     if is_vector:
         shapes = run.problem.x.leaves
-        check_shapes([there.x], [tf.zeros(_size(shapes), there.x.dtype)])
+        size = sum(shape.shape.num_elements() for shape in shapes)
+        check_shapes([there.x], [tf.zeros(size, there.x.dtype)])
         run.problem.x.restart(unravel(there.x, shapes))
     run.make_loop(saved.position)
     solver = run.loop.solver
@@ -346,7 +299,8 @@ def _restored(run: Minimisation, saved: Saved) -> State:
             state = fresh._replace(step=there.step, evaluations=there.evaluations)
         else:
             check_value(evaluation.value, there.evaluation.value, saved.history)
-    _assign(solver.variables(), saved.variables)
+    for variable, value in zip(solver.variables(), saved.variables, strict=True):
+        variable.assign(value)
     if not is_vector and is_known and int(there.step):
         now = solver.look_back(there).value
         check_value(now, there.evaluation.value, saved.history)
@@ -378,7 +332,7 @@ def put_back_on_error(problem: Problem) -> Iterator[None]:
     try:
         yield
     except Exception:
-        _assign(problem.x.variables, before)
+        problem.x.assign(before)
         raise
 
 
@@ -398,14 +352,13 @@ def snapshot(run: Minimisation) -> Saved:
     position = (0, 0)
     if run.training is not None:
         position = int(state.batch.epoch), int(state.batch.count)
-    tensors = released(state._replace(batch=()))
     return Saved(
         identity=identity_of(run.problem, run.chain),
         limits=limits_of(run),
-        state=tensors,
+        state=released(state._replace(batch=())),
         position=position,
         variables=[variable.read_value() for variable in solver.variables()],
-        chain=replace(run.chain, taken=list(run.chain.taken)),
+        chain=replace(run.chain, stages=[], taken=list(run.chain.taken)),
         history=run.record.rows.columns(),
         epochs=run.record.epochs.columns(),
         seconds=run.clock.seconds(),
@@ -416,24 +369,21 @@ def snapshot(run: Minimisation) -> Saved:
 
 def with_outcome(run: Minimisation, saved: Saved) -> Saved:
     """Return the same with what came out, and with how the run was called."""
-    solver, stepper = run.loop.solver, run.loop.solver.stepper
-    evaluation = run.state.evaluation
-    outcome = Outcome(
-        evaluation.value, solver.point(run.state), solver.gradient(evaluation)
-    )
-    status = run.status or ""
+    solver, evaluation = run.loop.solver, run.state.evaluation
+    x, grad = solver.point(run.state), solver.gradient(evaluation)
+    has_state = solver.stepper.lookahead or not solver.stepper.is_eager
     return replace(
         saved,
         status=run.status,
         message=run.message(),
-        success=run.loop.succeeded or rule_of(status).is_solution,
-        outcome=outcome,
+        success=run.loop.succeeded or rule_of(run.status or "").is_solution,
+        outcome=Outcome(evaluation.value, x, grad),
         history=run.record.rows.columns(),
         nit=run.step,
         nfev=int(run.state.evaluations),
         seconds=run.clock.seconds(),
         directory=run.record.name,
-        options=None if stepper.is_eager and stepper.lookahead == 0 else _call_of(run),
+        options=_call_of(run) if has_state else None,
     )
 
 
@@ -476,29 +426,11 @@ def _call_of(run: Minimisation) -> Options:
     if wrt is None and not run.problem.x.takes_values:
         wrt = run.problem.x.template
     # What is large, or what no pickle takes, is to be given again.
-    data = ("data", "batch_size", "epochs", "validation")
-    again = (*data, "constraints", "log")
-    left_out: dict[str, Any] = dict.fromkeys(again)
-    return replace(run.options, wrt=wrt, checkpoint=None, **left_out)
-
-
-def _point_of(run: Minimisation, saved: Saved) -> tuple[Sequence[tf.Tensor], Any]:
-    """Return the leaves of the point where a run was, and the value there."""
-    if saved.outcome is not None:
-        return saved.outcome.x, saved.outcome.fun
-    x = unravel(saved.state.x, run.problem.x.leaves)
-    return x, saved.state.evaluation.value
+    again = "data", "batch_size", "epochs", "validation", "constraints", "log"
+    left_out: dict[str, Any] = dict.fromkeys((*again, "checkpoint"))
+    return replace(run.options, wrt=wrt, **left_out)
 
 
 def _is_ended(run: Minimisation, saved: Saved) -> bool:
     """Return whether what ended the run by itself ends it where it goes on, too."""
     return is_alike(run) and list(saved.limits[-1]) == limits_of(run)[-1]
-
-
-def _size(leaves: Sequence[Any]) -> int:
-    return int(sum(leaf.shape.num_elements() for leaf in leaves))
-
-
-def _assign(variables: Sequence[tf.Variable], values: Sequence[tf.Tensor]) -> None:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(value)

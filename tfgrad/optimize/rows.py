@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,7 @@ CLOSED = "a closure over what is the same in all rows: lambda x, y: f(x, y, a)"
 
 
 class Starts:
-    """The starts and the arguments of many problems, checked.
-
-    Args:
-        f: As for `minimize_many`.
-        x0s: Likewise.
-        args: Likewise.
+    """The starts and the arguments of many problems, as for `minimize_many`, checked.
 
     Attributes:
         count: How many there are.
@@ -65,22 +61,16 @@ class Starts:
             )
         dtype = leaves[0].dtype
 
-        def as_array(leaf: Any, path: str) -> Array:
-            return _array(leaf, path, dtype)
-
-        nests = [map_leaves(as_array, a, f"args[{i}]") for i, a in enumerate(args)]
-        self.arrays = tf.nest.flatten(nests)
-        named = [
-            pair for i, a in enumerate(nests) for pair in named_leaves(a, f"args[{i}]")
-        ]
-        shared = False
-        if named:
-            self.count = _count(named)
-            shared = any(leaf.shape[:1] != (self.count,) for leaf in leaves)
-        else:
-            self.count = _count(
-                named_leaves(tf.nest.pack_sequence_as(starts, leaves), "x0s")
-            )
+        nests, named = [], []
+        for i, nest in enumerate(args):
+            name = f"args[{i}]"
+            arrays = map_leaves(functools.partial(_array, dtype=dtype), nest, name)
+            nests.append(arrays)
+            named += named_leaves(arrays, name)
+        self.arrays = [array for _, array in named]
+        own = named_leaves(tf.nest.pack_sequence_as(starts, leaves), "x0s")
+        self.count = _count(named or own)
+        shared = any(leaf.shape[:1] != (self.count,) for leaf in leaves)
         self.data = tuple(
             tf.nest.map_structure(lambda a: tf.constant(a[0]), nest) for nest in nests
         )
@@ -131,11 +121,14 @@ class Starts:
     def unraveled(self, vectors: Array) -> Nest:
         """Return vectors `[count, n]` in the structure of the starts."""
         shapes = [tuple(leaf.shape) for leaf in tf.nest.flatten(self.first)]
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-        parts = np.split(vectors, ends, axis=1)
-        pairs = zip(parts, shapes, strict=True)
-        leaves = [part.reshape(len(part), *shape) for part, shape in pairs]
-        return tf.nest.pack_sequence_as(self.first, leaves)
+        return tf.nest.pack_sequence_as(self.first, split(vectors, shapes))
+
+
+def split(vectors: Array, shapes: list[tuple[int, ...]]) -> list[Array]:
+    """Return vectors `[count, n]` as leaves of these shapes, with an axis in front."""
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+    pairs = zip(np.split(vectors, ends, axis=1), shapes, strict=True)
+    return [part.reshape(len(part), *shape) for part, shape in pairs]
 
 
 def sides_of(problem: Problem, rows: Starts, bounds: Any) -> list[Array]:
@@ -225,12 +218,8 @@ def _with_rows(rows: Starts, side: Any) -> Array | None:
     """Return a side of the bounds that has a row for each problem, as vectors."""
     given = named_leaves(side, "x")
     like = named_leaves(rows.first, "x")
-    if [path for path, _ in given] != [path for path, _ in like]:
-        return None
     leaves = [np.asarray(leaf) for _, leaf in given]
-    shapes = [(rows.count, *leaf.shape) for _, leaf in like]
-    if [leaf.shape for leaf in leaves] != shapes or any(
-        leaf.dtype.kind not in "fiu" for leaf in leaves
-    ):
-        return None
-    return rows.vectors(leaves, shared=False)
+    fits = all(leaf.dtype.kind in "fiu" for leaf in leaves)
+    found = {path: leaf.shape for (path, _), leaf in zip(given, leaves, strict=True)}
+    fits &= found == {path: (rows.count, *leaf.shape) for path, leaf in like}
+    return rows.vectors(leaves, shared=False) if fits else None

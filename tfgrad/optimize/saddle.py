@@ -133,30 +133,28 @@ def look_around(
     def at(x: Array) -> Evaluation:
         return problem.at(tf.constant(x, dtype))
 
-    def product(directions: Array) -> Array:
-        direction = directions[0]
-        if is_exact:
-            v = tf.constant(direction, dtype)
-            return np.asarray(problem.hvp(state.x, v), np.float64)[None]
-        # The step that balances rounding and curvature of the gradient.
-        step = EPSILONS[dtype] ** (1 / 3) * scale * direction
-        ahead, behind = (np.asarray(at(p).gradient) for p in (x + step, x - step))
-        change: Array = (ahead - behind).astype(np.float64)
-        return change[None] / (2 * np.linalg.norm(step))
+    def value(points: Array) -> Array:
+        return np.array([float(at(points[0]).value)])
+
+    def gradient(points: Array) -> Array:
+        return np.asarray(at(points[0]).gradient, np.float64)[None]
+
+    def exact(directions: Array) -> Array:
+        v = tf.constant(directions[0], dtype)
+        return np.asarray(problem.hvp(state.x, v), np.float64)[None]
 
     epsilon, grad = EPSILONS[dtype], np.asarray(state.evaluation.gradient, np.float64)
     fun, most = float(state.evaluation.value), PRODUCTS if is_exact else count // 2
-    fallen = float(state.first) - fun
-
-    def value(points: Array) -> Array:
-        return np.array([float(at(points[0]).value)])
+    fallen, scales = float(state.first) - fun, np.array([scale])
+    row = x[None], np.array([fun]), grad[None], scales
+    estimated = by_differences(gradient, x[None], scales, epsilon)
+    product = exact if is_exact else estimated
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as that a second derivative runs eagerly
         try:
-            found = _curvatures(product, (1, len(x)), epsilon, most)
-            row = x[None], np.array([fun]), grad[None], np.array([scale])
-            points, is_lower = _lower(*row, found, value, epsilon)
+            found = curvatures(product, (1, len(x)), epsilon, most)
+            points, is_lower = lower_points(*row, found, value, epsilon)
             if is_lower[0]:
                 return Look(tf.constant(points[0], dtype))
             if not leaps or not np.isfinite(found.values[0, 0]):
@@ -178,6 +176,24 @@ def look_around(
     return Look(None, bool(has_failed and is_whole and is_definite and is_negligible))
 
 
+def by_differences(
+    gradient: Callable[[Array], Array], x: Array, scale: Array, epsilon: float
+) -> Callable[[Array], Array]:
+    """Return the products of the Hessians at x, `[rows, n]`, with unit directions.
+
+    They are differences of gradients; `scale` is how long a step of the size of x is.
+    """
+    # The step that balances rounding and curvature of the gradient.
+    size = epsilon ** (1 / 3) * scale[:, None]
+
+    def product(directions: Array) -> Array:
+        step = size * directions
+        ahead, behind = (gradient(points) for points in (x + step, x - step))
+        return (ahead - behind) / (2 * size)
+
+    return product
+
+
 def _newton(grad: Array, found: Curvatures, least: float) -> tuple[Array, float]:
     """Return Newton's step along the directions, and the fall that it promises.
 
@@ -194,38 +210,21 @@ def lower_points(
     fun: Array,
     grad: Array,
     scale: Array,
-    *,
-    product: Callable[[Array], Array],
+    found: Curvatures,
     value: Callable[[Array], Array],
     epsilon: float,
-    products: int,
 ) -> tuple[Array, Any]:
-    """Return points near many stationary ones, `[rows, n]`, and where f is lower there.
+    """Return points along the least curvature, `[rows, n]`, and where f is lower there.
 
     Args:
         x: Where the gradients are small, shape `[rows, n]`.
         fun: The values there, shape `[rows]`.
         grad: The gradients there, like `x`.
         scale: How long a step of the size of x is, shape `[rows]`: see `scale_of`.
-        product: Returns the Hessian of each row times a direction, `[rows, n]`.
+        found: The curvatures there.
         value: Returns f at a point for each row.
         epsilon: The rounding error of the dtype that f is computed in.
-        products: How many of them to take at most.
     """
-    found = _curvatures(product, x.shape, epsilon, products)
-    return _lower(x, fun, grad, scale, found, value, epsilon)
-
-
-def _lower(
-    x: Array,
-    fun: Array,
-    grad: Array,
-    scale: Array,
-    found: Curvatures,
-    value: Callable[[Array], Array],
-    epsilon: float,
-) -> tuple[Array, Any]:
-    """Return lower points along the directions of the least curvature."""
     least, direction = found.values[:, 0], found.directions[:, :, 0]
     is_known, noise = np.isfinite(least), NOISE * epsilon * np.abs(fun)
     if not np.any(is_known):
@@ -264,7 +263,7 @@ def _lower(
     return points, is_lower
 
 
-def _curvatures(
+def curvatures(
     product: Callable[[Array], Array],
     shape: tuple[int, ...],
     epsilon: float,
@@ -283,7 +282,7 @@ def _curvatures(
     basis, images = np.zeros((2, rows, most, n))
     goes_on, count = np.ones(rows, bool), 0
     while count < most and np.any(goes_on):
-        q = q / np.where(goes_on, _lengths(q), 1.0)[:, None]
+        q = q / np.where(goes_on, np.linalg.norm(q, axis=1), 1.0)[:, None]
         basis[:, count] = q
         image = np.where(goes_on[:, None], product(q), 0.0)
         images[:, count] = image
@@ -293,7 +292,9 @@ def _curvatures(
             q = q - known.swapaxes(1, 2) @ (known @ q)
         q = q[:, :, 0]
         # If nothing is left, there are no more directions to be found.
-        goes_on = goes_on & (_lengths(q) > epsilon * _lengths(image))
+        goes_on = goes_on & (
+            np.linalg.norm(q, axis=1) > epsilon * np.linalg.norm(image, axis=1)
+        )
         q = np.where(goes_on[:, None], q, 0.0)
     basis, images = basis[:, :count], images[:, :count]
     small = basis @ images.swapaxes(1, 2)
@@ -309,8 +310,3 @@ def _curvatures(
     is_known = is_known[:, None] & ~((values > 1.5 * largest) & any_empty)
     directions = basis.swapaxes(1, 2) @ vectors
     return Curvatures(np.where(is_known, values, np.inf), directions)
-
-
-def _lengths(rows: Array) -> Array:
-    lengths: Array = np.sqrt(np.einsum("rn,rn->r", rows, rows))
-    return lengths

@@ -22,14 +22,7 @@ UNBOUNDED = -1e16
 
 
 class Tolerances(NamedTuple):
-    """The rules that a user asked for; None leaves a rule out.
-
-    Attributes:
-        gtol: Largest |element| of the gradient, in units of f per unit of x.
-        ftol: Change of f in one step, relative to max(1, |f|).
-        xtol: Length of a step, relative to max(1, ||x||), Euclidean norms.
-        target: Value of f, in its units.
-    """
+    """The rules that a user asked for, as for `minimize`; None leaves a rule out."""
 
     gtol: float | None = None
     ftol: float | None = None
@@ -204,10 +197,7 @@ def is_stationary(code: int) -> bool:
 
 
 def judge(step: Step) -> tf.Tensor:
-    """Return the code of the first rule that holds, shape `[]`; RUNNING if none does.
-
-    An `expected` that is the dtype's largest number means a fall that is not known.
-    """
+    """Return the code of the first rule that holds, `[]`; RUNNING if none does."""
     code = tf.constant(RUNNING)
     for position, rule in reversed(list(enumerate(RULES, start=1))):
         holds = None if rule.holds is None else rule.holds(step)
@@ -219,10 +209,8 @@ def judge(step: Step) -> tf.Tensor:
 def sentence(status: str, **facts: Any) -> str:
     """Return the sentence for a status.
 
-    Args:
-        status: Why the run ended.
-        **facts: `step` (how many were taken), `seconds` (the budget), `nonfinite` (the
-            sentence about what is not finite), and the `Tolerances` by name.
+    The facts are `step` (how many were taken), `seconds` (the budget), `nonfinite` (the
+    sentence about what is not finite), and the `Tolerances` by name.
     """
     return rule_of(status).message.format(**facts)
 

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.matrices import hessian, jacobian
+from tfgrad.diagnosis.sources import restored
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, name_of, ravel, to_tensors
@@ -44,10 +45,13 @@ beside the largest one: sums over data have more than the matrix itself."""
 class Spread(NamedTuple):
     """What is known of n parameters, each in units of `1 / scale`.
 
+    Of many problems, all have one more axis in front.
+
     Attributes:
-        root: A, shape `[n, k]`: the covariance is A A'. Zero in the rows of what is
-            held, and along what the data do not determine.
-        loose: Orthonormal directions that the data do not determine, shape `[n, l]`.
+        root: A, shape `[n, n]`: the covariance is A A'. Zero along what the data do not
+            determine.
+        loose: Orthonormal directions that the data do not determine, as columns, shape
+            `[n, n]`; zero for the others.
         scale: Shape `[n]`; in these units the parameters are of one size.
         is_held: Which parameters are at a bound: nothing is known of their errors.
         little: The part of a direction up to which it is rounding.
@@ -61,22 +65,22 @@ class Spread(NamedTuple):
 
     def covariance(self) -> Array:
         """Return the matrix: NaN where a parameter is held, infinite where loose."""
-        root = self.root / self.scale[:, None]
-        matrix: Array = root @ root.T
-        matrix[self._is_loose, :] = matrix[:, self._is_loose] = np.inf
-        matrix[self.is_held, :] = matrix[:, self.is_held] = np.nan
+        root = self.root / self.scale[..., None]
+        matrix: Array = root @ np.swapaxes(root, -1, -2)
+        matrix[_either(self._is_loose)] = np.inf
+        matrix[_either(self.is_held)] = np.nan
         return matrix
 
     def errors(self) -> Array:
         """Return the standard error of each parameter, shape `[n]`."""
-        errors: Array = np.linalg.norm(self.root, axis=1) / self.scale
+        errors: Array = np.linalg.norm(self.root, axis=-1) / self.scale
         errors[self._is_loose] = np.inf
         errors[self.is_held] = np.nan
         return errors
 
     @property
     def _is_loose(self) -> Array:
-        is_loose: Array = np.linalg.norm(self.loose, axis=1) > self.little
+        is_loose: Array = np.linalg.norm(self.loose, axis=-1) > self.little
         return is_loose
 
     def errors_of(self, jacobian: Array) -> Array:
@@ -90,12 +94,9 @@ class Spread(NamedTuple):
         return errors
 
     def error_of(self, g: Callable[..., Any], x: Nest, variables: Any) -> Nest:
-        """Return the standard error of each number that g returns.
+        """Return the standard error of each number that g returns at x.
 
-        Args:
-            g: As for `OptimizeResult.error_of`.
-            x: The parameters.
-            variables: What they are the values of; None if of none.
+        `variables` are those that x holds the values of, if any.
         """
         reads = variables is not None and can_take(g, 0)
         if not (callable(g) and (reads or can_take(g, 1))):
@@ -121,96 +122,84 @@ class Spread(NamedTuple):
         return tf.nest.pack_sequence_as(value, errors)
 
 
-def spread_of_factor(
-    factor: Array, rows: int, variance: float, is_held: Array
-) -> Spread:
+def spread_of_factor(factor: Array, rows: Any, variance: Any, is_held: Array) -> Spread:
     """Return the spread of a fit, by singular values: J'J itself knows half the digits.
 
     Args:
-        factor: The Jacobian J of all residuals, or the triangle that QR leaves.
+        factor: The Jacobian J of all residuals, or the triangle that QR leaves; of many
+            fits `[count, n, n]`, and the others likewise.
         rows: How many residuals there are.
         variance: Of a residual; NaN if it is not known.
         is_held: Which parameters are at a bound; the errors of the others are those of
             a fit in which they are fixed.
     """
-    j, epsilon = factor[:, ~is_held].astype(np.float64), np.finfo(factor.dtype).eps
-    scale = np.linalg.norm(j, axis=0)
+    n, epsilon = factor.shape[-1], np.finfo(factor.dtype).eps
+    j = np.where(is_held[..., None, :], 0, factor).astype(np.float64)
+    is_known = (variance >= 0) & np.all(np.isfinite(j), axis=(-2, -1))
+    variance, j = np.where(is_known, variance, 0), _where(is_known, j)
+    scale = np.linalg.norm(j, axis=-2)
     scale[scale == 0] = 1.0
-    is_known = variance >= 0 and np.all(np.isfinite(j))
-    if not is_known:  # nothing is determined
-        j, scale, variance = np.zeros([1, j.shape[1]]), np.ones(j.shape[1]), 1.0
-    s, vt = np.zeros(0), np.zeros([0, 0])
-    if scale.size:  # else all is held
-        _, s, vt = np.linalg.svd(np.linalg.qr(j / scale, mode="r"))
-    s = np.pad(s, (0, len(scale) - len(s)))
-    is_seen = s > max(rows, len(scale)) * epsilon * s.max(initial=0.0)
-    root = variance**0.5 * vt[is_seen].T / s[is_seen]
-    return _with_held(root, vt[~is_seen].T, scale, is_held, epsilon)
+    j /= scale[..., None, :]
+    _, s, vt = np.linalg.svd(np.linalg.qr(j, mode="r") if j.shape[-2] > n else j)
+    s = np.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, n - s.shape[-1])])
+    most = s.max(axis=-1, initial=0.0, keepdims=True)
+    is_seen = s > np.maximum(rows, n)[..., None] * epsilon * most
+    parts = np.sqrt(variance)[..., None] / np.where(is_seen, s, np.inf)
+    return _spread(np.swapaxes(vt, -1, -2), parts, is_seen, scale, is_held, epsilon)
 
 
 def spread_of_square(
-    square: Array, variance: float, is_held: Array, epsilon: float, *, needs_all: bool
+    square: Array, variance: float, is_held: Array, epsilon: float
 ) -> Spread:
     """Return the spread of the inverse of a Hessian, or of J'J, times the variance.
 
     Args:
-        square: The matrix, `[n, n]`.
+        square: The matrix, `[n, n]`; of many problems `[count, n, n]`. Nothing is known
+            of one that is not finite.
         variance: As of `spread_of_factor`.
         is_held: Likewise.
         epsilon: The rounding error of the dtype that it was computed in.
-        needs_all: Refuse a matrix that is not positive.
-
-    Raises:
-        InvalidArgumentError: With the smallest eigenvalue of the free parameters.
     """
-    free = square[np.ix_(~is_held, ~is_held)].astype(np.float64)
-    free = (free + free.T) / 2
-    sizes = np.abs(np.diag(free))
+    n = square.shape[-1]
+    square = np.where(_either(is_held), np.eye(n), square.astype(np.float64))
+    square = (square + np.swapaxes(square, -1, -2)) / 2
+    square = _where(np.all(np.isfinite(square), axis=(-2, -1)), square)
+    sizes = np.abs(np.diagonal(square, axis1=-2, axis2=-1))
     scale = np.sqrt(np.where(sizes > 0, sizes, 1.0))
-    if not np.all(np.isfinite(free)):
-        raise InvalidArgumentError(
-            "Errors need a finite Hessian at the result.",
-            got=f"{np.sum(~np.isfinite(free))} of {free.size} elements are not",
-            hint="tfgrad.explain(f, result.x), which says where they come from",
-        )
-    values, vectors = np.linalg.eigh(free / np.outer(scale, scale))
-    largest = np.max(np.abs(values), initial=0.0)
-    is_seen = values > ROUNDINGS * len(scale) * epsilon * largest
-    if needs_all and not np.all(is_seen):
-        least = np.linalg.eigvalsh(free)[0]
-        raise InvalidArgumentError(
-            "Errors are those of a minimum, where the Hessian is positive.",
-            got=f"a Hessian whose smallest eigenvalue is {least:.4g}",
-            hint="more steps to the minimum; or hold, by bounds that are equal, what "
-            "the data do not determine",
-        )
-    root = variance**0.5 * vectors[:, is_seen] / np.sqrt(values[is_seen])
-    return _with_held(root, vectors[:, ~is_seen], scale, is_held, epsilon)
+    scaled = square / scale[..., None, :] / scale[..., :, None]
+    values, vectors = np.linalg.eigh(scaled)
+    largest = np.max(np.abs(values), axis=-1, initial=0.0, keepdims=True)
+    is_seen = values > ROUNDINGS * n * epsilon * largest
+    parts = variance**0.5 / np.sqrt(np.where(is_seen, values, np.inf))
+    return _spread(vectors, parts, is_seen, scale, is_held, epsilon)
 
 
-def _with_held(
-    root: Array, loose: Array, scale: Array, is_held: Array, epsilon: float
+def _spread(
+    vectors: Array,
+    parts: Array,
+    is_seen: Array,
+    scale: Array,
+    is_held: Array,
+    epsilon: float,
 ) -> Spread:
-    """Return the spread of all parameters, of that of those which are not held."""
+    """Return the spread with the root `parts` along vectors, which are columns."""
+    root, loose = vectors * parts[..., None, :], vectors * ~is_seen[..., None, :]
+    return Spread(root, loose, scale, is_held, epsilon**0.5)
 
-    def whole(rows: Array, fill: float) -> Array:
-        result = np.full([len(is_held), *rows.shape[1:]], fill, float)
-        result[~is_held] = rows
-        return result
 
-    scales = whole(scale, 1.0)
-    return Spread(whole(root, 0), whole(loose, 0), scales, is_held, epsilon**0.5)
+def _either(is_one: Array) -> Array:
+    """Return which elements of a matrix are in such a row or column."""
+    return is_one[..., :, None] | is_one[..., None, :]
+
+
+def _where(is_known: Any, matrices: Array) -> Array:
+    """Return the matrices that are known, and zeros for the others."""
+    known: Array = np.where(np.asarray(is_known)[..., None, None], matrices, 0.0)
+    return known
 
 
 class OfFit(NamedTuple):
-    """What a fit leaves of its Jacobian: small, and known without the function.
-
-    Attributes:
-        factor: As of `spread_of_factor`, as all.
-        rows: Likewise.
-        variance: Likewise.
-        is_held: Likewise.
-    """
+    """What a fit leaves for `spread_of_factor`: small, and free of the function."""
 
     factor: Array
     rows: int
@@ -229,11 +218,8 @@ class OfFunction:
     It holds the user's function and no trace of it, which would take more memory.
 
     Attributes:
-        f: The function.
         variables: Those that were moved; None for a function of values.
         kind: What `f` is the function of, or part of: a `Problem`.
-        has_aux: As for `minimize`.
-        bounds: As for `minimize`.
         obstacle: Why there are no errors, a key of `OBSTACLES`; "" if there are.
         fit: What a fit has left, if it is small.
     """
@@ -251,11 +237,7 @@ class OfFunction:
         return _first, (self.fit,)
 
     def spread(self, result: OptimizeResult) -> Spread:
-        """Return what is known of the parameters: evaluate second derivatives.
-
-        Raises:
-            InvalidArgumentError: If there are no errors to be had.
-        """
+        """Return what is known of the parameters: evaluate second derivatives."""
         if self.fit is not None:
             return self.fit.spread(result)
         if self.obstacle:
@@ -265,9 +247,18 @@ class OfFunction:
             is_held = held(problem, self.bounds, result.x)
             if isinstance(problem, Residuals):
                 return _spread_of_large_fit(problem, result, is_held)
-            square = _hessian(problem, result.x)
-        epsilon = _epsilon(result.x)
-        return spread_of_square(square, 1.0, is_held, epsilon, needs_all=True)
+            square = _require_finite(_hessian(problem, result.x), is_held)
+        spread = spread_of_square(square, 1.0, is_held, _epsilon(result.x))
+        if np.any(spread.loose):
+            free = square[np.ix_(~is_held, ~is_held)]
+            least = np.linalg.eigvalsh((free + free.T) / 2)[0]
+            raise InvalidArgumentError(
+                "Errors are those of a minimum, where the Hessian is positive.",
+                got=f"a Hessian whose smallest eigenvalue is {least:.4g}",
+                hint="more steps to the minimum; or hold, by bounds that are equal, "
+                "what the data do not determine",
+            )
+        return spread
 
     def problem_at(self, result: OptimizeResult) -> Problem:
         """Return the problem, if f is what it was; variables are at the result."""
@@ -342,14 +333,11 @@ def source_of(
 @contextlib.contextmanager
 def at_point(variables: Sequence[tf.Variable] | None, x: Nest) -> Iterator[None]:
     """Put variables to a point, and back to where they were."""
-    before = [variable.read_value() for variable in variables or ()]
-    try:
-        for variable, leaf in zip(variables or (), tf.nest.flatten(x), strict=False):
+    variables = variables or ()
+    with restored(variables):
+        for variable, leaf in zip(variables, tf.nest.flatten(x), strict=False):
             variable.assign(leaf)
         yield
-    finally:
-        for variable, value in zip(variables or (), before, strict=True):
-            variable.assign(value)
 
 
 def held(problem: Problem, bounds: Any, x: Nest) -> Array:
@@ -367,11 +355,8 @@ def _hessian(problem: Problem, x: Nest) -> Array:
     sizes = _sizes(x)
     if sum(sizes) ** 2 > MOST_ELEMENTS:
         _refuse("size")
-    has_aux = problem.options["has_aux"]
-    if problem.x.takes_values:
-        answer = hessian(problem.f, has_aux=has_aux)(x)
-    else:
-        answer = hessian(problem.f, wrt=problem.x.variables, has_aux=has_aux)()
+    has_aux, point = problem.options["has_aux"], problem.x.arguments(tf.nest.flatten(x))
+    answer = hessian(problem.f, wrt=problem.x.wrt, has_aux=has_aux)(*point)
     blocks = tf.nest.flatten(answer[0] if has_aux else answer)
     return np.vstack(_stacked(blocks, sizes, sizes))
 
@@ -391,8 +376,19 @@ def _spread_of_large_fit(
         _refuse("size")
     x, identity = ravel(leaves), tf.eye(n, dtype=leaves[0].dtype)
     square = np.stack([fit.hvp(x, identity[i]).numpy() for i in range(n)])
-    epsilon = _epsilon(result.x)
-    return spread_of_square(square, variance, is_held, epsilon, needs_all=False)
+    square = _require_finite(square, is_held)
+    return spread_of_square(square, variance, is_held, _epsilon(result.x))
+
+
+def _require_finite(square: Array, is_held: Array) -> Array:
+    free = square[np.ix_(~is_held, ~is_held)]
+    if not np.all(np.isfinite(free)):
+        raise InvalidArgumentError(
+            "Errors need a finite Hessian at the result.",
+            got=f"{np.sum(~np.isfinite(free))} of {free.size} elements are not",
+            hint="tfgrad.explain(f, result.x), which says where they come from",
+        )
+    return square
 
 
 def _stacked(blocks: Sequence[Any], rows: list[int], columns: list[int]) -> list[Array]:

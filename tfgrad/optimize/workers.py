@@ -9,7 +9,6 @@ the clock of one worker), and how late it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -23,12 +22,7 @@ from tfgrad.optimize.stopping import code_of, status_of
 
 
 class Workers(Hook):
-    """The last hook of each worker: what the hooks of one worker ask for, all do.
-
-    Args:
-        replicas: Those of the run.
-        hooks: The others.
-    """
+    """The last hook of each worker: what the hooks of one worker ask for, all do."""
 
     def __init__(self, replicas: Replicas, hooks: Sequence[Hook]) -> None:
         """Agree on nothing yet."""
@@ -84,22 +78,16 @@ class Workers(Hook):
         elapsed = 0.0 if pace is None else pace.elapsed
         mine = [code, limit, run.clock.seconds(), elapsed, value]
         codes, limits, seconds, elapsed, values = self._replicas.gather(mine).T
-        _check_same(values, run.step)
+        if not np.array_equal(values, values[:1].repeat(len(values)), equal_nan=True):
+            raise RunError(
+                "All workers must compute the same in each step.",
+                got=f"f = {', '.join(f'{v:.17g}' for v in values)} at step {run.step}",
+                hint="the same data, code and seeds in all: "
+                "keras.utils.set_random_seed(1) at the start of the program",
+            )
         self._limit = int(min(limits))
         run.clock.agree(float(np.mean(seconds)))
         if pace is not None:
             pace.adapt(float(np.mean(elapsed)))
         if np.any(codes):
             run.status = status_of(int(np.max(codes)))
-
-
-def _check_same(values: Any, step: int) -> None:
-    """Refuse workers that have come to different points."""
-    is_same = (values == values[0]) | (np.isnan(values) & np.isnan(values[0]))
-    if not np.all(is_same):
-        raise RunError(
-            "All workers must compute the same in each step.",
-            got=f"f = {', '.join(f'{v:.17g}' for v in values)} at step {step}",
-            hint="the same data, code and seeds in all: "
-            "keras.utils.set_random_seed(1) at the start of the program",
-        )

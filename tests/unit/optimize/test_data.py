@@ -586,6 +586,12 @@ def test_floats_of_numpy_take_the_dtype_of_the_variables():
     np.testing.assert_allclose(listed.history["fun"][0], by_hand(1)[0], rtol=1e-5)
 
 
+def test_lists_of_numbers_keep_their_digits_beside_float64():
+    source = source_of([0.1, 0.2], 2, tf.float64)
+
+    assert source.example().numpy().tolist() == [0.1, 0.2]
+
+
 def test_bfloat16_is_kept_in_rows_and_means():
     def loss(p, x):
         return tf.reduce_mean((p - x) ** 2)

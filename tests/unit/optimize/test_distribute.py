@@ -114,7 +114,7 @@ def fit(scope):  # 53 rows by 8: the shares of the last batch are of 3 and 2
 difference = float(np.max(np.abs(alone - both)))
 print(json.dumps(["fit", difference, 0.0, steps, taken, True]))
 
-from tfgrad.optimize.copies import Copies
+from tfgrad.optimize.distribute import Copies
 
 def beside(optimizer):  # where copies end that have been given other gradients
     with strategy.scope():

@@ -7,7 +7,7 @@ import tensorflow as tf
 import tfgrad
 from tests.reference import more_garbow_hillstrom
 from tfgrad.optimize import saddle as saddle_module
-from tfgrad.optimize.saddle import PRODUCTS, lower_points
+from tfgrad.optimize.saddle import PRODUCTS, curvatures, lower_points
 
 
 def saddle(x):
@@ -182,11 +182,13 @@ def test_a_function_without_second_derivative_is_left_alone():
 
 
 def lower_point(x, fun, grad, *, product, value, epsilon):
+    def products(directions):
+        return product(directions[0])[None]
+
     points, is_lower = lower_points(
         x[None], np.array([fun]), grad[None], np.ones(1),
-        product=lambda directions: product(directions[0])[None],
-        value=lambda points: np.array([value(points[0])]),
-        epsilon=epsilon, products=PRODUCTS,
+        curvatures(products, (1, len(x)), epsilon, PRODUCTS),
+        value=lambda points: np.array([value(points[0])]), epsilon=epsilon,
     )  # fmt: skip
     return points[0] if is_lower[0] else None
 

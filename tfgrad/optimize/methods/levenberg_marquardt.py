@@ -22,7 +22,7 @@ References:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import tensorflow as tf
 
@@ -72,10 +72,7 @@ STATUSES = {ORTHOGONAL: "gtol", STANDS: "xtol", VANISHED: "target"}
 def own_sentence(status: str, dtype: tf.DType, least: float) -> str:
     """Return the sentence for a run that a rule of the method has ended.
 
-    Args:
-        status: One of `STATUSES`.
-        dtype: Of the parameters.
-        least: What f is at most, if the residuals have vanished.
+    `least` is what f is at most, if the residuals have vanished.
     """
     part = f"{tolerance(dtype):.1g}"
     return {
@@ -148,8 +145,8 @@ class State(NamedTuple):
     verdict: tf.Tensor
 
 
-class LevenbergMarquardt:
-    """Damped Gauss-Newton steps for f = half a sum of squares.
+class Damped:
+    """Damped Gauss-Newton steps for f = half a sum of squares, of any kind.
 
     Args:
         is_open: Never claim a solution; the caller's rules decide.
@@ -160,20 +157,80 @@ class LevenbergMarquardt:
 
     name = "levenberg-marquardt"
     failure = "trustregion"
+    last = 1
+    """What the tolerance is multiplied by where rounding lets nobody go on."""
 
     def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
         """Store the settings."""
-        self._is_open = is_open
-        self._bounds = bounds
+        self._is_open, self._bounds = is_open, bounds
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """All that `update` depends on besides its arguments."""
         return (self._is_open, bounded.settings(self._bounds))
 
-    def within(self, bounds: Any) -> LevenbergMarquardt:
+    @property
+    def knows_solutions(self) -> bool:
+        """Whether the verdict says where a solution is."""
+        return not self._is_open
+
+    def within(self, bounds: Any) -> Self:
         """Return the method within bounds."""
-        return LevenbergMarquardt(is_open=self._is_open, bounds=bounds)
+        return type(self)(is_open=self._is_open, bounds=bounds)
+
+    def _box(self, like: tf.Tensor) -> Bounds | None:
+        if self._bounds is None:
+            return None
+        return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
+
+    def _verdict(
+        self,
+        here: Point,
+        state: Any,
+        newton: tf.Tensor,
+        part: tf.Tensor,
+        *,
+        has_slope: Any,
+        is_known: Any,
+        stands: Any,
+    ) -> tf.Tensor:
+        """Return what to make of the current point.
+
+        Args:
+            here: The point.
+            state: What the method remembers: how many trials there were.
+            newton: The Gauss-Newton step, or back along it.
+            part: Of the residuals, in the directions that the parameters change.
+            has_slope: Whether some parameter changes them. If none does, they have run
+                off to where the model no longer depends on them.
+            is_known: Whether the Jacobian is finite.
+            stands: Whether the trial is the point itself.
+        """
+        is_over = stands | (state.idle >= MOST_IDLE) | (state.trials >= MOST_TRIALS)
+        is_over |= ~is_known
+        verdict = tf.where(is_over, STUCK, RUNS)
+        if self._is_open:
+            return verdict
+        box, dtype = self._box(here.x), here.x.dtype
+        if box is not None:  # but where bounds hold all, there is none either
+            has_slope |= box.holds_all(here)
+        # Where rounding does not forbid it, the run goes on to a tenth of what is
+        # enough: near a solution that is one more step.
+        factors = tf.constant(self.last, dtype), tf.constant(0.1, dtype)
+        enough = tolerance(dtype) * tf.where(is_over, *factors)
+        is_short = tf.reduce_all(tf.abs(newton) <= enough * tf.abs(here.x))
+        rules = {
+            STANDS: has_slope & is_short & ((part <= LITTLE) | is_over),
+            VANISHED: here.fun <= state.least,
+            ORTHOGONAL: has_slope & (part <= enough),
+        }
+        for position, holds in rules.items():
+            verdict = tf.where(holds & is_known, position, verdict)
+        return verdict
+
+
+class LevenbergMarquardt(Damped):
+    """Damped steps within a radius that is adapted to how good the model is."""
 
     def bind(self, objective: Any) -> Method:
         """Return the method for these residuals, with or without matrices.
@@ -193,20 +250,10 @@ class LevenbergMarquardt:
             )
         return Newton(objective)
 
-    @property
-    def knows_solutions(self) -> bool:
-        """Whether `why` says where a solution is."""
-        return not self._is_open
-
-    def _box(self, like: tf.Tensor) -> Bounds:
-        return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
-
     def _factorised(self, point: Point, scale: tf.Tensor) -> Linear:
         """Return the model around a point, of the parameters that are free to move."""
-        is_free = None
-        if self._bounds is not None:
-            is_free = self._box(point.x).free(point)
-        return _factorise(point, scale, is_free)
+        box = self._box(point.x)
+        return _factorise(point, scale, None if box is None else box.free(point))
 
     def init(self, start: Point) -> Move:
         """Return a step that is no longer than x, in scaled parameters.
@@ -230,10 +277,11 @@ class LevenbergMarquardt:
 
     def update(self, new: Point, old: Point, state: State) -> Move:
         """Take the trial if f fell as promised; trust the model more, or less."""
-        is_level, is_flatter = _compare(new, old, state)
-        ratio = (old.fun - new.fun) / state.step.promised
+        promised, scale = state.step.promised, state.linear.scale
+        is_level, is_flatter = compare(new, old, promised, scale, state.linear.reach)
+        ratio = (old.fun - new.fun) / promised
         if self._bounds is not None:  # which may cut a step until it leads upwards
-            ratio = tf.where(state.step.promised > 0, ratio, -tf.ones_like(ratio))
+            ratio = tf.where(promised > 0, ratio, -tf.ones_like(ratio))
         # Where rounding hides the change of f, the gradient decides; the radius stays.
         ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
         ratio = tf.where(new.is_finite, ratio, -tf.ones_like(ratio))
@@ -253,8 +301,7 @@ class LevenbergMarquardt:
             steps=state.steps + tf.cast(is_taken, tf.int32),
         )
         here = either(is_taken, new._replace(linear=()), old._replace(linear=()))
-        move = self._search(here, state)
-        return move._replace(accepted=is_taken)
+        return self._search(here, state)._replace(accepted=is_taken)
 
     def why(self, state: State) -> tuple[str, str] | None:
         """Return the status and the sentence for a point that cannot be improved."""
@@ -264,55 +311,32 @@ class LevenbergMarquardt:
         return status, own_sentence(status, state.radius.dtype, float(state.least))
 
     def _search(self, here: Point, state: State) -> Move:
-        linear = state.linear
+        linear, box = state.linear, self._box(here.x)
         z, step = _minimiser(linear, state.radius, state.step.damping)
         x = here.x + tf.linalg.matvec(linear.v, z) / linear.scale
-        if self._bounds is not None:
-            x = self._box(x).clip(x)
+        if box is not None:
+            x = box.clip(x)
             step = _along(linear, x - here.x, step.damping)
         state = state._replace(step=step)
-        verdict = self._verdict(here, state, stands=tf.reduce_all(x == here.x))
+        verdict = self._verdict(
+            here,
+            state,
+            tf.linalg.matvec(linear.v, _newton(linear)) / linear.scale,
+            tf.math.divide_no_nan(tf.norm(linear.c), tf.sqrt(2 * here.fun)),
+            has_slope=tf.reduce_any(linear.s > 0),
+            is_known=linear.is_known,
+            stands=tf.reduce_all(x == here.x),
+        )
         is_over = verdict != RUNS
         x = tf.where(is_over, here.x, x)  # one trial is made, even of a start
         state = state._replace(verdict=verdict)
         # If the data do not determine all parameters, the model's fall says nothing.
         known, free = tf.reduce_sum(tf.cast(linear.s > 0, tf.int32)), tf.size(linear.s)
-        if self._bounds is not None:
-            is_free = self._box(here.x).free(here)
-            free = tf.reduce_sum(tf.cast(is_free, tf.int32))
+        if box is not None:
+            free = tf.reduce_sum(tf.cast(box.free(here), tf.int32))
         is_determined = (known > 0) & (known >= free)  # not gone flat
-        unknown = tf.constant(step.promised.dtype.max, step.promised.dtype)
-        expected = tf.where(is_determined, step.promised, unknown)
+        expected = tf.where(is_determined, step.promised, step.promised.dtype.max)
         return Move(x, state, failed=is_over, expected=expected)
-
-    def _verdict(self, here: Point, state: State, stands: Any) -> tf.Tensor:
-        """Return what to make of the current point."""
-        linear, dtype = state.linear, here.x.dtype
-        enough = tf.constant(tolerance(dtype), dtype)
-        is_rounded = state.idle >= MOST_IDLE
-        is_over = is_rounded | stands | (state.trials >= MOST_TRIALS) | ~linear.is_known
-        # Where rounding does not forbid it, the run goes on to a tenth of what is
-        # enough: near a solution that is one more step.
-        enough = tf.where(is_over, enough, enough / 10)
-        part = tf.math.divide_no_nan(tf.norm(linear.c), tf.sqrt(2 * here.fun))
-        step = tf.linalg.matvec(linear.v, _newton(linear)) / linear.scale
-        is_short = tf.reduce_all(tf.abs(step) <= enough * tf.abs(here.x))
-        # If all slopes are zero, the parameters have run off to where the model no
-        # longer depends on them.
-        has_slope = tf.reduce_any(linear.s > 0)
-        if self._bounds is not None:  # but where bounds hold all, there is none either
-            has_slope |= self._box(here.x).holds_all(here)
-        rules = {
-            STANDS: has_slope & is_short & ((part <= LITTLE) | is_over),
-            VANISHED: here.fun <= state.least,
-            ORTHOGONAL: has_slope & (part <= enough),
-        }
-        verdict = tf.where(is_over, STUCK, RUNS)
-        for position, holds in rules.items():
-            if not self._is_open:
-                holds &= linear.is_known
-                verdict = tf.where(holds, position, verdict)
-        return verdict
 
 
 def _along(linear: Linear, step: tf.Tensor, damping: tf.Tensor) -> Step:
@@ -325,61 +349,34 @@ def _along(linear: Linear, step: tf.Tensor, damping: tf.Tensor) -> Step:
 
 
 def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
-    """Return the model around a point, in parameters that are scaled at least so.
-
-    Args:
-        point: With its `linear`.
-        scale: The least scale of each parameter.
-        is_free: Which parameters may move; None if all may.
-    """
+    """Return the model around a point, in parameters that are scaled at least so."""
     n: Any = point.x.shape[0]
-    both = point.linear
+    both, is_triangle = point.linear, n <= MOST_FOR_QR
     is_known = tf.reduce_all(tf.math.is_finite(both))
     both = tf.where(is_known, both, tf.zeros_like(both))
     matrix, side = both[:, :n], both[:, n]
-    is_triangle = n <= MOST_FOR_QR
     if is_free is not None:
-        none = tf.zeros_like(matrix)
-        matrix = tf.where(is_free, matrix, none)
+        free = tf.cast(is_free, matrix.dtype)
+        matrix *= free
         if not is_triangle:
-            matrix = tf.where(is_free[:, None], matrix, none)
-            side = tf.where(is_free, side, tf.zeros_like(side))
-    norms = tf.norm(matrix, axis=0) if is_triangle else _root(_diagonal(matrix))
+            matrix, side = matrix * free[:, None], side * free
+    norms = tf.norm(matrix, axis=0)
+    if not is_triangle:
+        norms = tf.sqrt(tf.linalg.diag_part(matrix))
     scale = tf.maximum(scale, norms)
     scale = tf.where(scale > 0, scale, tf.ones_like(scale))
-    factors = _of_triangle if is_triangle else _of_square
-    s, v, c = factors(matrix, side, scale)
+    if is_triangle:
+        s, u, v = tf.linalg.svd(matrix / scale)
+        c = tf.linalg.matvec(u, side, transpose_a=True)
+    else:  # the eigenvalues know half of the digits
+        squares, v = tf.linalg.eigh(matrix / (scale[:, None] * scale))
+        is_rounding = squares <= n * EPSILONS[squares.dtype] * tf.reduce_max(squares)
+        s = tf.sqrt(tf.where(is_rounding, tf.zeros_like(squares), squares))
+        along = tf.linalg.matvec(v, side / scale, transpose_a=True)
+        c = tf.math.divide_no_nan(along, s)
     is_rounding = s <= n * EPSILONS[s.dtype] * tf.reduce_max(s)
     s, c = (tf.where(is_rounding, tf.zeros_like(part), part) for part in (s, c))
     return Linear(s, v, c, scale, tf.norm(norms * point.x), is_known)
-
-
-def _of_triangle(
-    triangle: tf.Tensor, side: tf.Tensor, scale: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return singular values, right vectors and U'r, of R and Q'r."""
-    s, u, v = tf.linalg.svd(triangle / scale)
-    return s, v, tf.linalg.matvec(u, side, transpose_a=True)
-
-
-def _of_square(
-    square: tf.Tensor, slope: tf.Tensor, scale: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return the same of J'J and J'r, whose eigenvalues know half of the digits."""
-    n: Any = square.shape[0]
-    squares, v = tf.linalg.eigh(square / (scale[:, None] * scale))
-    is_rounding = squares <= n * EPSILONS[squares.dtype] * tf.reduce_max(squares)
-    s = _root(tf.where(is_rounding, tf.zeros_like(squares), squares))
-    along = tf.linalg.matvec(v, slope / scale, transpose_a=True)
-    return s, v, tf.math.divide_no_nan(along, s)
-
-
-def _diagonal(matrix: tf.Tensor) -> tf.Tensor:
-    return tf.linalg.diag_part(matrix)
-
-
-def _root(x: tf.Tensor) -> tf.Tensor:
-    return tf.sqrt(tf.maximum(x, 0))
 
 
 def _newton(linear: Linear) -> tf.Tensor:
@@ -448,16 +445,27 @@ def _trust(
     )
 
 
-def _compare(new: Point, old: Point, state: State) -> tuple[Any, Any]:
-    """Return whether rounding hides what the trial changed, and if it is flatter.
-
-    The error of a residual is that of the terms it is the difference of.
-    """
-    size, linear = tf.sqrt(2 * old.fun), state.linear
-    noise = EPSILONS[size.dtype] * size * (size + linear.reach)
-    is_level = (tf.abs(old.fun - new.fun) <= noise) & (state.step.promised <= noise)
-    before, after = (tf.norm(p.grad / linear.scale) for p in (old, new))
+def compare(
+    new: Point, old: Point, promised: tf.Tensor, scale: tf.Tensor, reach: tf.Tensor
+) -> tuple[Any, Any]:
+    """Return whether rounding hides what the trial changed, and if it is flatter."""
+    noise = rounding(old.fun, reach)
+    is_level = (tf.abs(old.fun - new.fun) <= noise) & (promised <= noise)
+    before, after = (
+        lengths(tf.math.divide_no_nan(point.grad, scale)) for point in (old, new)
+    )
     return is_level, after < before
+
+
+def rounding(fun: tf.Tensor, reach: tf.Tensor) -> tf.Tensor:
+    """Return the rounding of f: that of the terms that residuals are differences of."""
+    size = tf.sqrt(2 * fun)
+    return EPSILONS[size.dtype] * size * (size + reach)
+
+
+def lengths(vectors: tf.Tensor) -> tf.Tensor:
+    """Return the length of a vector, or of each row of a matrix."""
+    return tf.sqrt(tf.reduce_sum(vectors * vectors, -1))
 
 
 def tolerance(dtype: tf.DType) -> float:

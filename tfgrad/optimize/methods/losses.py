@@ -95,19 +95,11 @@ def curvature(r: tf.Tensor, loss: str = "linear", f_scale: float = 1.0) -> tf.Te
 
 
 def weighted(
-    residuals: tf.Tensor,
-    jacobian: tf.Tensor,
-    loss: str = "linear",
-    f_scale: float = 1.0,
+    r: tf.Tensor, loss: str = "linear", f_scale: float = 1.0
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the residuals and the Jacobian of the sum of squares that f is like.
+    """Return the residuals of the sum of squares that f is like, and their weights.
 
-    Args:
-        residuals: r, shape `[m]`.
-        jacobian: J, shape `[m, n]`.
-        loss: A name of `LOSSES`.
-        f_scale: As of `cost`.
+    The weights, shape `[m]`, are those of the rows of its Jacobian.
     """
-    weights = tf.sqrt(curvature(residuals, loss, f_scale))
-    slopes = slope(residuals, loss, f_scale)
-    return slopes / weights, jacobian * weights[:, None]
+    weights = tf.sqrt(curvature(r, loss, f_scale))
+    return slope(r, loss, f_scale) / weights, weights

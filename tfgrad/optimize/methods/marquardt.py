@@ -21,20 +21,15 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import either
-from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import (
     ACCEPTABLE,
     BAD,
     GOOD,
-    LITTLE,
-    MOST_IDLE,
-    MOST_TRIALS,
-    ORTHOGONAL,
     RUNS,
-    STANDS,
-    STUCK,
-    VANISHED,
-    tolerance,
+    Damped,
+    compare,
+    lengths,
+    rounding,
 )
 from tfgrad.optimize.methods.protocol import Move, Point
 
@@ -42,9 +37,6 @@ FIRST_DAMPING, LEAST_DAMPING = 1e-2, 1e-20
 """Of squares of singular values in scaled parameters, which are about 1. Fits that do
 not arrive from the first begin once more with the second: a start so far away that the
 Jacobian there says nothing of that at the solution needs a long first step."""
-
-LAST = 4
-"""How many times the tolerance a point may miss that rounding lets nobody improve."""
 
 EASED = 0.1
 """What the damping is multiplied by where the model has been good."""
@@ -78,48 +70,16 @@ class State(NamedTuple):
     verdict: tf.Tensor
 
 
-class Marquardt:
-    """Damped Gauss-Newton steps, without a loop or a branch.
+class Marquardt(Damped):
+    """Damped Gauss-Newton steps, without a loop or a branch."""
 
-    Args:
-        is_open: Never claim a solution; the caller's rules decide.
-        bounds: Lower and upper bounds of x, shape `[n]` each.
-    """
-
-    name = "levenberg-marquardt"
-    failure = "trustregion"
-
-    def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
-        """Store the settings."""
-        self._is_open = is_open
-        self._bounds = bounds
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """What programs depend on besides arguments and bounds."""
-        return (self._is_open,)
-
-    def within(self, bounds: Any) -> Marquardt:
-        """Return the method within bounds."""
-        return Marquardt(is_open=self._is_open, bounds=bounds)
-
-    @property
-    def knows_solutions(self) -> bool:
-        """Whether the verdict says where a solution is."""
-        return not self._is_open
+    last = 4
 
     def why(self, state: State) -> None:
         """Return nothing: the verdict is read of many states at once."""
 
-    def _box(self, like: tf.Tensor) -> Bounds:
-        return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
-
     def blank(self, like: tf.Tensor) -> State:
-        """Return a state whose `update` takes any point: where a fit begins.
-
-        Args:
-            like: A point, shape `[n]`.
-        """
+        """Return a state whose `update` takes any point: where a fit begins."""
         n: Any = like.shape[0]
         dtype, none = like.dtype, tf.constant(0)
         zero, one = tf.zeros([], dtype), tf.ones([], dtype)
@@ -147,11 +107,11 @@ class Marquardt:
     def update(self, new: Point, old: Point, state: State) -> Move:
         """Take the trial if f fell as promised; damp the next step less, or more."""
         is_first = state.trials < 0
-        ends = new, old
-        if self._bounds is not None:  # what a bound holds is not to become flat
-            box = self._box(new.x)
+        ends, box = (new, old), self._box(new.x)
+        if box is not None:  # what a bound holds is not to become flat
             ends = box.reduced(new), box.reduced(old)
-        is_level, is_flatter = _compare(*ends, state)
+        reach = _reach(old, state.linear)
+        is_level, is_flatter = compare(*ends, state.promised, state.scale, reach)
         no = -tf.ones_like(new.fun)
         ratio = tf.math.divide_no_nan(old.fun - new.fun, state.promised)
         # Where rounding hides the change of f, the gradient decides; the damping stays.
@@ -176,9 +136,7 @@ class Marquardt:
 
     def _search(self, here: Point, state: State) -> Move:
         n: Any = here.x.shape[0]
-        box = None
-        if self._bounds is not None:
-            box = self._box(here.x)
+        box = self._box(here.x)
         is_known = tf.reduce_all(tf.math.is_finite(state.linear))
         linear = tf.where(is_known, state.linear, tf.zeros_like(state.linear))
         norms = _norms(linear)
@@ -216,46 +174,29 @@ class Marquardt:
         change = tf.reduce_sum(matrix * step, 1)
         promised = -tf.reduce_sum(change * (side + change / 2))
         state = state._replace(scale=scale, promised=promised)
-        stands = tf.reduce_all(x == here.x)
         # Beside the others, and beside what it has been, a small one is rounding.
         pivots = tf.linalg.diag_part(matrix) / sizes
         least = n * EPSILONS[pivots.dtype] * tf.reduce_max(pivots)
         part = tf.math.divide_no_nan(lengths(side), tf.sqrt(2 * here.fun))
-        is_over: Any = stands | (state.idle >= MOST_IDLE)
-        is_over |= state.trials >= MOST_TRIALS
-        is_over |= ~is_known
-        verdict = tf.where(is_over, STUCK, RUNS)
-        if not self._is_open:
-            has_slope = is_known & tf.reduce_any(pivots > least)
-            if box is not None:
-                has_slope |= is_known & box.holds_all(here)
-            # Where rounding does not forbid it, the run goes on to a tenth of that.
-            enough = tf.constant(tolerance(here.x.dtype), here.x.dtype)
-            enough = tf.where(is_over, LAST * enough, enough / 10)
-            is_short = tf.reduce_all(tf.abs(newton) <= enough * tf.abs(here.x))
-            stands = has_slope & is_short & ((part <= LITTLE) | is_over)
-            verdict = tf.where(stands, STANDS, verdict)
-            has_vanished = is_known & (here.fun <= state.least)
-            verdict = tf.where(has_vanished, VANISHED, verdict)
-            verdict = tf.where(has_slope & (part <= enough), ORTHOGONAL, verdict)
-        is_over = verdict != RUNS
+        has_slope = tf.reduce_any(pivots > least)
+        verdict = self._verdict(
+            here, state, newton, part,
+            has_slope=has_slope, is_known=is_known, stands=tf.reduce_all(x == here.x),
+        )  # fmt: skip
+        is_over: Any = verdict != RUNS
         x = tf.where(is_over, here.x, x)
         is_determined = tf.reduce_all((pivots > least) | (free == 0))
-        is_determined &= tf.reduce_any(pivots > least)  # not gone flat
+        is_determined &= has_slope  # not gone flat
         # The fall of the undamped step: a damped one may promise little because it is
         # short.
         expected = tf.reduce_sum(side * side) / 2
         # Where there is no way on, it is believed only if rounding hides it: a narrow
         # valley seems flat, too.
-        is_known = is_determined & (~is_over | (expected <= _noise(here, state.linear)))
+        noise = rounding(here.fun, _reach(here, state.linear))
+        is_known = is_determined & (~is_over | (expected <= noise))
         expected = tf.where(is_known, expected, promised.dtype.max)
         state = state._replace(verdict=verdict)
         return Move(x, state, failed=is_over, expected=expected)
-
-
-def lengths(vectors: tf.Tensor) -> tf.Tensor:
-    """Return the length of a vector, or of each row of a matrix."""
-    return tf.sqrt(tf.reduce_sum(vectors * vectors, -1))
 
 
 def triangle(vectors: tf.Tensor) -> tf.Tensor:
@@ -300,20 +241,9 @@ def _damped(model: tf.Tensor, damping: tf.Tensor) -> tf.Tensor:
     return triangle(tf.concat([tf.transpose(model), beneath], 1))
 
 
-def _compare(new: Point, old: Point, state: State) -> tuple[Any, Any]:
-    """Return whether rounding hides what the trial changed, and if it is flatter."""
-    noise = _noise(old, state.linear)
-    is_level = (tf.abs(old.fun - new.fun) <= noise) & (state.promised <= noise)
-    before, after = (
-        lengths(tf.math.divide_no_nan(p.grad, state.scale)) for p in (old, new)
-    )
-    return is_level, after < before
-
-
-def _noise(point: Point, linear: tf.Tensor) -> tf.Tensor:
-    """Return the rounding of f: that of the terms that residuals are differences of."""
-    size, reach = tf.sqrt(2 * point.fun), lengths(_norms(linear) * point.x)
-    return EPSILONS[size.dtype] * size * (size + reach)
+def _reach(point: Point, linear: tf.Tensor) -> tf.Tensor:
+    """Return how large the parts of the linear model are, |J||x|."""
+    return lengths(_norms(linear) * point.x)
 
 
 def _norms(linear: tf.Tensor) -> tf.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from tfgrad.errors import InvalidArgumentError
@@ -31,7 +31,7 @@ class SciPyMethod:
     It ends by its own tolerances, SciPy's defaults, but for those named here.
 
     Attributes:
-        name: As users write it.
+        name: As SciPy writes it; users add "scipy:".
         gradient: Whether it takes one.
         second: "hessp" or "hess", if it takes one of them.
         bounds: Whether it takes them.
@@ -49,18 +49,8 @@ class SciPyMethod:
     patience: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def own_name(self) -> str:
-        """What SciPy calls it."""
-        return self.name.removeprefix(PREFIX)
 
-
-def _table(*methods: SciPyMethod) -> dict[str, SciPyMethod]:
-    named = [replace(method, name=PREFIX + method.name) for method in methods]
-    return {method.name: method for method in named}
-
-
-SCIPY = _table(
+_METHODS = (
     SciPyMethod(
         "nelder-mead", gradient=False, bounds=True,
         options={"xatol": FINE, "fatol": FINE, "maxiter": MANY, "maxfev": MANY},
@@ -95,6 +85,8 @@ SCIPY = _table(
     SciPyMethod("trust-krylov", second="hessp", options={"maxiter": MANY}),
     SciPyMethod("trust-exact", second="hess", options={"maxiter": MANY}),
 )  # fmt: skip
+
+SCIPY = {PREFIX + method.name: method for method in _METHODS}
 """SciPy's methods by the names that users write."""
 
 

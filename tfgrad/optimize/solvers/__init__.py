@@ -149,29 +149,31 @@ class Ruled(NamedTuple):
     def step(self, state: State, evaluation: Evaluation, *inputs: Any) -> State:
         """Return the state after a step, given the evaluation of it."""
         new = self.stepper.accept(state, evaluation)
-        judged = judge(self._step(state, new))
+        judged = self.code(state, new)
         is_asked = (
             new.accepted & (new.code != code_of("nonfinite")) & (judged != RUNNING)
         )
         new = new._replace(code=tf.where(is_asked, judged, new.code))
         return self.stepper.move(new, evaluation, *inputs)
 
-    def _step(self, old: State, new: State) -> Step:
-        """Return what the rules look at."""
+    def code(self, old: State, new: State) -> tf.Tensor:
+        """Return the code of the rules after a step."""
         x: tuple[list[Any], list[Any]] = ([], [])
         if self.tolerances.xtol is not None:
             x = self.stepper.way(old, new)
-        return Step(
-            fun=new.evaluation.value,
-            grad_max=new.evaluation.grad_max,
-            x=x[0],
-            expected=self._usable(new.expected),
-            first=new.first,
-            before_fun=old.evaluation.value,
-            before_x=x[1],
-            before_expected=old.expected,
-            is_start=new.step == 0,
-            tolerances=self.tolerances,
+        return judge(
+            Step(
+                fun=new.evaluation.value,
+                grad_max=new.evaluation.grad_max,
+                x=x[0],
+                expected=self._usable(new.expected),
+                first=new.first,
+                before_fun=old.evaluation.value,
+                before_x=x[1],
+                before_expected=old.expected,
+                is_start=new.step == 0,
+                tolerances=self.tolerances,
+            )
         )
 
     def _usable(self, expected: tf.Tensor) -> tf.Tensor | None:

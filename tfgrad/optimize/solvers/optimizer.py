@@ -19,8 +19,8 @@ from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.errors import TfgradError
 from tfgrad.nested import Nest
 from tfgrad.optimize.compiled import direct
-from tfgrad.optimize.copies import Copies
 from tfgrad.optimize.data import SIZE, Source, size_of
+from tfgrad.optimize.distribute import Copies
 from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, operations_of
 from tfgrad.optimize.methods.keras_optimizer import (
     Factory,

@@ -21,12 +21,12 @@ References:
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -40,14 +40,9 @@ from tfgrad.optimize.methods.protocol import Move
 from tfgrad.optimize.methods.scipy import SciPyMethod
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.saddle import look_around
-from tfgrad.optimize.solvers import State, Visit
+from tfgrad.optimize.solvers import Ruled, State, Visit
 from tfgrad.optimize.solvers.pure import PureSolver
-from tfgrad.optimize.stopping import (
-    Step,
-    Tolerances,
-    code_of,
-    judge,
-)
+from tfgrad.optimize.stopping import Tolerances, code_of
 from tfgrad.optimize.traced import blame
 from tfgrad.runs.values import as_array
 
@@ -94,25 +89,20 @@ class _LeftError(Exception):
 
 
 class _Function:
-    """A problem as SciPy asks for it: at vectors of float64, again and again.
-
-    Args:
-        problem: What is minimised.
-    """
+    """A problem as SciPy asks for it: at vectors of float64, again and again."""
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._known: OrderedDict[bytes, Evaluation] = OrderedDict()
+        self._problem, dtype = problem, problem.x.leaves[0].dtype
+
+        @functools.lru_cache(KEPT)
+        def known(x: bytes) -> Evaluation:
+            return problem.at(tf.constant(np.frombuffer(x), dtype))
+
+        self._known = known
 
     def at(self, x: Array) -> Evaluation:
         """Return the evaluation at x; SciPy asks for the same points again."""
-        key = x.tobytes()
-        if key not in self._known:
-            self._known[key] = self._problem.at(self.vector(x))
-            if len(self._known) > KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        return self._known(np.asarray(x, np.float64).tobytes())
 
     def hvp(self, x: Array, v: Array) -> Array:
         """Return the Hessian times v."""
@@ -128,58 +118,10 @@ class _Function:
         return unravel(self.vector(x), self._problem.x.leaves)
 
 
-class _Limited(NamedTuple):
-    """The rules, asked only where no limit speaks against them.
-
-    Attributes:
-        limits: Bounds and constraints.
-        tolerances: The rules that were asked for.
-    """
-
-    limits: Limits
-    tolerances: Tolerances
-
-    def code(self, old: State, new: State) -> tf.Tensor:
-        """Return the code of a state, which an iteration of SciPy's led to."""
-        rules = self.tolerances
-        if new is old or np.array_equal(np.asarray(old.x), np.asarray(new.x)):
-            # It stands, as where a simplex turns about its best corner.
-            rules = rules._replace(ftol=None, xtol=None)
-        if self.limits.violation(np.asarray(new.x, np.float64)) > FEASIBLE:
-            rules = Tolerances()  # no point to stop at
-        elif self.limits.are_any:
-            rules = rules._replace(gtol=None)  # at a limit the gradient need not vanish
-        code: tf.Tensor = judge(
-            Step(
-                fun=new.evaluation.value,
-                grad_max=new.evaluation.grad_max,
-                x=[new.x],
-                expected=new.expected,
-                first=new.first,
-                before_fun=old.evaluation.value,
-                before_x=[old.x],
-                before_expected=old.expected,
-                is_start=new.step == 0,
-                tolerances=rules,
-            )
-        )
-        return code
-
-
 class SciPyLoop:
-    """A run of one of SciPy's methods, from iteration to iteration.
-
-    Args:
-        problem: What to minimise.
-        method: Which method of SciPy's.
-        limits: Bounds and constraints.
-        tolerances: The rules to ask after every iteration; SciPy has its own besides.
-        clock: Returns the seconds since the run began.
+    """A run of one of SciPy's methods, from iteration to iteration; see `Loop`.
 
     Attributes:
-        solver: What begins, recovers and looks.
-        bad: A row that is not finite, where that ended the run.
-        blame: Which op and line made it so, if that was found.
         verdict: SciPy's own, no limit being broken: whether it succeeded, and its last
             words.
     """
@@ -196,17 +138,18 @@ class SciPyLoop:
         self.solver = PureSolver(problem, _Still(), limits)
         self.bad: Rows | None = None
         self.blame = ""
-        self._method, self._clock = method, clock
-        self._rules, self._function = _Limited(limits, tolerances), _Function(problem)
-        self._hand: _Hand | None = None
         self.verdict = False, ""
+        self._method, self._clock = method, clock
+        self._limits, self._tolerances = limits, tolerances
+        self._function = _Function(problem)
+        self._hand: _Hand | None = None
 
     def start(self) -> tuple[State, Rows]:
         """Evaluate the start, moved into the bounds."""
         problem = self.solver.problem
         x = np.asarray(ravel(problem.x.start()), np.float64)
-        inside = self._rules.limits.clip(x)
-        self._rules.limits.check(inside)
+        inside = self._limits.clip(x)
+        self._limits.check(inside)
         if np.any(inside != x):
             problem.x.restart(self._function.leaves(inside))
         state, evaluation = self.solver.init()
@@ -215,32 +158,25 @@ class SciPyLoop:
             self.bad = row
             state, self.blame = self.solver.recover(state)
             return state, row
-        return state._replace(code=self._rules.code(state, state)), row
+        return state._replace(code=self._code(state, state)), row
 
     def advance(
         self, state: State, limit: int, visit: Visit | None = None
     ) -> tuple[State, Rows]:
-        """Let SciPy iterate.
+        """Let SciPy iterate, and call `visit` after each iteration until the end.
 
-        Args:
-            state: Where the run is.
-            limit: Not heeded; `visit` is asked.
-            visit: Called after each iteration, until the end. None: there is one
-                iteration, and SciPy waits in a thread.
+        Without one, there is one iteration, and SciPy waits in a thread. `visit` says
+        where it is to end: `limit` is not heeded.
         """
         if visit is not None:
             return self._run(state, visit), Rows({})
         if self._hand is None:
             self._hand = _Hand(lambda visit: self._run(state, visit))
-        found = self._hand.next()
-        if found is not None:
-            return found
-        ended: State = self._hand.outcome
-        return ended, Rows({})
+        return self._hand.next()
 
     def escape(self, state: State) -> tuple[State, Rows]:
         """Leave a maximum or a saddle where no limit may be what holds the point."""
-        if self._rules.limits.are_any:
+        if self._limits.are_any:
             return state, Rows({})
         # Its tolerances are SciPy's own: Newton's step may go beyond them.
         solver, scale = self.solver, self.solver.scale(state)
@@ -274,16 +210,17 @@ class SciPyLoop:
         if int(state.code) not in (code_of("scipy"), code_of("infeasible")):
             return None
         said = f"SciPy ended: {self.verdict[1].rstrip('.')}."
-        broken = self._rules.limits.violation(np.asarray(state.x, np.float64))
+        broken = self._violation(state)
         if broken > FEASIBLE:
             return "infeasible", f"{said} A limit is broken by {broken:.2g}."
         return "scipy", said
 
     def _run(self, state: State, visit: Visit) -> State:
         """Let SciPy run until it ends, or until a visit ends it."""
-        from scipy.optimize import minimize
+        from scipy.optimize import Bounds, minimize
 
-        method, limits = self._method, self._rules.limits
+        method, limits = self._method, self._limits
+        bounds = Bounds(*limits.sides) if np.any(np.isfinite(limits.sides)) else None
         session = _Session(self._function, state, self._moved, visit, method.gradient)
         self.verdict = False, ""  # that of an earlier run is not of this one
         second = {"hessp": session.hessp, "hess": session.hess}
@@ -293,10 +230,10 @@ class SciPyLoop:
                 found = minimize(
                     session.fun if method.gradient else lambda x: session.fun(x)[0],
                     np.asarray(state.x, np.float64),
-                    method=method.own_name,
+                    method=method.name,
                     jac=True if method.gradient else None,
-                    bounds=limits.bounds_for_scipy(),
-                    constraints=limits.for_scipy(),
+                    bounds=bounds,
+                    constraints=[each.for_scipy() for each in limits.functions],
                     callback=session.iteration,
                     options=dict(method.options),
                     **({method.second: second[method.second]} if method.second else {}),
@@ -318,7 +255,7 @@ class SciPyLoop:
                 elif session.has_met:  # no word of convergence of such a run
                     self.verdict = self.verdict[0], "some points had no finite value"
         ended = session.state._replace(code=tf.constant(code_of("scipy")))
-        if limits.violation(np.asarray(ended.x, np.float64)) > FEASIBLE:
+        if self._violation(ended) > FEASIBLE:
             self.verdict = False, self.verdict[1]
         return ended
 
@@ -331,7 +268,7 @@ class SciPyLoop:
             step=state.step + 1,
         )
         row = self._row(new, evaluation)
-        new = new._replace(code=self._rules.code(state, new))
+        new = new._replace(code=self._code(state, new))
         if int(new.code) == code_of("nonfinite"):
             self.bad = row
             leaves = self._function.leaves(x)
@@ -341,6 +278,21 @@ class SciPyLoop:
             return state._replace(code=new.code), Rows({})
         return new, row
 
+    def _code(self, old: State, new: State) -> tf.Tensor:
+        """Ask the rules about an iteration, where no limit speaks against them."""
+        rules = self._tolerances
+        if new is old or np.array_equal(np.asarray(old.x), np.asarray(new.x)):
+            # It stands, as where a simplex turns about its best corner.
+            rules = rules._replace(ftol=None, xtol=None)
+        if self._violation(new) > FEASIBLE:
+            rules = Tolerances()  # no point to stop at
+        elif self._limits.are_any:
+            rules = rules._replace(gtol=None)  # at a limit the gradient need not vanish
+        return Ruled(self.solver.stepper, rules).code(old, new)
+
+    def _violation(self, state: State) -> float:
+        return self._limits.violation(np.asarray(state.x, np.float64))
+
     def _row(self, state: State, evaluation: Evaluation) -> Rows:
         row = self.solver.stepper.row(state.x, evaluation)
         columns = {name: as_array(value)[None] for name, value in row.items()}
@@ -349,44 +301,11 @@ class SciPyLoop:
         return Rows({"step": np.array([int(state.step)]), **columns}).timed(now, now)
 
 
-class _StandIn:
-    """Finite values for points where f has none, above all that were seen.
-
-    Args:
-        value: The first one.
-    """
-
-    def __init__(self, value: float) -> None:
-        self._lowest = self._highest = value
-
-    def see(self, value: float) -> None:
-        """Take note of a value."""
-        self._lowest = min(value, self._lowest)
-        self._highest = max(value, self._highest)
-
-    def beyond(self, way: Array, last: float) -> tuple[float, Array]:
-        """Return a value and a gradient on a way from an iterate with the value `last`.
-
-        It rises from there like a parabola: a method that goes on to it in spite of its
-        height, as SLSQP does after ten trials, comes back.
-        """
-        height = self._highest - self._lowest
-        value = self._highest + BEYOND * max(height, abs(self._highest), 1e-300)
-        return value, 2 * (value - last) * way / max(float(way @ way), 1e-300)
-
-
 class _Session:
     """What SciPy calls, and where it is.
 
-    Args:
-        function: What is minimised.
-        state: Where the run is.
-        moved: Returns the state at a point, and its row.
-        visit: Takes both; returns whether to go on.
-        searches: Whether the method searches along gradients.
-
     Attributes:
-        state: As above.
+        state: Where the run is.
         error: What a function of the user's raised.
         has_met: Whether some point had no finite value.
         doubts: Iterations until SciPy's word is believed again: after such a point, a
@@ -407,7 +326,7 @@ class _Session:
         self.error: BaseException | None = None
         self._function, self._moved, self._visit = function, moved, visit
         self._x = np.asarray(state.x, np.float64)
-        self._stand_in = _StandIn(float(state.evaluation.value))
+        self._lowest = self._highest = float(state.evaluation.value)
 
     def fun(self, x: Array) -> tuple[float, Array]:
         """Return value and gradient; a finite stand-in where f has none."""
@@ -418,16 +337,22 @@ class _Session:
         if is_bad:
             self.has_met, self.doubts = True, self._most_doubts
         if np.isfinite(value):
-            self._stand_in.see(value)
+            self._lowest = min(value, self._lowest)
+            self._highest = max(value, self._highest)
         else:
+            # Above all that was seen, it rises from the last iterate like a parabola: a
+            # method that goes on to it in spite of its height, as SLSQP does after ten
+            # trials, comes back.
+            size = max(self._highest - self._lowest, abs(self._highest), 1e-300)
+            value = self._highest + BEYOND * size
             way = np.asarray(x, np.float64) - self._x
-            value, grad = self._stand_in.beyond(way, float(self.state.evaluation.value))
+            rise = value - float(self.state.evaluation.value)
+            grad = 2 * rise * way / max(float(way @ way), 1e-300)
         return value, np.where(np.isfinite(grad), grad, 0.0)
 
     def hessp(self, x: Array, v: Array) -> Array:
         """Return the Hessian times v."""
-        product: Array = self._guarded(self._function.hvp, x, v)
-        return product
+        return np.asarray(self._guarded(self._function.hvp, x, v))
 
     def hess(self, x: Array) -> Array:
         """Return the Hessian."""
@@ -466,50 +391,36 @@ class _Session:
 
 
 class _Hand:
-    """A run in a thread, which is asked for one step at a time.
+    """A run in a thread, which is asked for one step at a time."""
 
-    Args:
-        run: Takes a `visit`, returns the outcome.
-
-    Attributes:
-        outcome: What `run` returned.
-    """
-
-    def __init__(self, run: Callable[[Callable[..., bool]], Any]) -> None:
-        self.outcome: Any = None
-        self._run = run
-        self._error: BaseException | None = None
+    def __init__(self, run: Callable[[Visit], State]) -> None:
         self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._orders: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def next(self) -> Any:
-        """Return the next step; None at the end.
+        def visited(state: State, rows: Rows) -> bool:
+            self._steps.put((state, rows))
+            return self._orders.get()
 
-        Raises:
-            Exception: What the run raised.
-        """
+        def work() -> None:
+            try:
+                self._steps.put((run(visited), Rows({})))
+            except BaseException as error:  # to be raised where the step is asked for
+                self._steps.put(error)
+
+        self._thread = threading.Thread(target=work, daemon=True)
+
+    def next(self) -> tuple[State, Rows]:
+        """Return the next step, or the end; raise what the run raised."""
         if self._thread.ident is None:
             self._thread.start()
         else:
             self._orders.put(True)
         step = self._steps.get()
-        if self._error is not None:
-            raise self._error
+        if isinstance(step, BaseException):
+            raise step
         return step
 
     def close(self) -> None:
         """Leave the run where it is."""
         if self._thread.is_alive():
             self._orders.put(False)
-
-    def _work(self) -> None:
-        try:
-            self.outcome = self._run(self._visited)
-        except BaseException as error:  # it is raised where the step was asked for
-            self._error = error
-        self._steps.put(None)
-
-    def _visited(self, *step: Any) -> bool:
-        self._steps.put(step)
-        return self._orders.get()
