@@ -49,7 +49,7 @@ from tfgrad.optimize.implicit import (
     withheld,
 )
 from tfgrad.optimize.methods.bounded import Bounds
-from tfgrad.optimize.methods.lbfgs import LBFGS
+from tfgrad.optimize.methods.lbfgs import LBFGS, MEMORY
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import check_count, require_no
@@ -62,14 +62,14 @@ from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, status_of
 NO_MORE = ("nonfinite", "unbounded", "steps")
 """Statuses with which a run has not arrived, whatever Newton steps from there find."""
 
-ROUGH = 1e-8
+ROUGH = 1e-6
 """The part of the fall of f so far that may be left to Newton's method, where it costs
-little: its square root is the distance, relative to that from the start. Where Newton's
-steps do not arrive from there, the method goes on."""
+little: its square root is the distance, relative to that from the start, of the step
+before. Where Newton's steps do not arrive from there, the method goes on."""
 
-PAIRS = 20
-"""What L-BFGS remembers here: of 20 numbers, a turn under XLA takes a third less than
-with the pairs that `minimize` keeps of few."""
+LIMITED = LBFGS(MEMORY)
+"""Not with the pairs that `minimize` keeps of few numbers: of 20, they make a turn under
+XLA half as long again, and save a sixth of the turns."""
 
 LEVENBERG_MARQUARDT = LevenbergMarquardt()
 
@@ -160,7 +160,7 @@ def solution(
         method: "lbfgs", "newton", or a method of your own (see
             `tfgrad.optimize.methods.protocol`). The rules by which it ends are those of
             `minimize`, or, up to 200 numbers without bounds, a fall of f still expected
-            of 1e-8 of the fall so far; then Newton steps make x exact to rounding, so
+            of 1e-6 of the fall so far; then Newton steps make x exact to rounding, so
             that the derivative has at least half of the digits of the dtype.
         residuals: f returns residuals, as for `least_squares`, and the minimum is that
             of half the sum of their squares, found by Levenberg-Marquardt.
@@ -412,15 +412,19 @@ def _system(
     gradient, second = grad(f, verify=False), hessian(f, verify=False)
     times = hvp(f, verify=False)
 
+    def residuals(x: tf.Tensor, args: Args) -> Any:
+        return _problem(settings, of_vector, x, args)
+
     def along(x: tf.Tensor, v: tf.Tensor, args: Args) -> tf.Tensor:
-        if not settings.gauss_newton:
-            return times(x, list(args), v)
-        return _problem(settings, of_vector, x, args).hvp(x, v)
+        if settings.gauss_newton:
+            return residuals(x, args).hvp(x, v)
+        return times(x, list(args), v)
 
     def matrix(x: tf.Tensor, args: Args) -> tf.Tensor:
-        if not settings.gauss_newton:
-            return second(x, list(args))
-        return tf.map_fn(lambda v: along(x, v, args), tf.eye(n, dtype=x.dtype))
+        if settings.gauss_newton:
+            jacobian = residuals(x, args).jacobian([x])
+            return tf.matmul(jacobian, jacobian, transpose_a=True)
+        return second(x, list(args))
 
     return System(
         value=lambda x, args: f(x, list(args)),
@@ -503,7 +507,7 @@ def _method(method: Any, residuals: bool, gauss_newton: bool, bounds: Any) -> Me
             )
         return LEVENBERG_MARQUARDT
     by_name = isinstance(method, str)
-    stages = _stages(method) if by_name else make_stages(method, None, has_data=False)
+    stages = _stages(method) if by_name else make_stages(method, None)
     if len(stages) > 1 or not isinstance(stages[0].method, Method):
         raise InvalidArgumentError(
             "`solution` takes a method that is a pure function, and one of them.",
@@ -517,7 +521,7 @@ def _method(method: Any, residuals: bool, gauss_newton: bool, bounds: Any) -> Me
 @functools.cache
 def _stages(method: str) -> list[Stage]:
     """Return the stages of a chain: the same methods for the same name."""
-    return make_stages(LBFGS(PAIRS) if method == "lbfgs" else method, None)
+    return make_stages(LIMITED if method == "lbfgs" else method, None)
 
 
 def _checked_bounds(f: Any, point: Nest, bounds: Any) -> Any:
