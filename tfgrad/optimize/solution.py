@@ -68,8 +68,8 @@ little: its square root is the distance, relative to that from the start, of the
 before. Where Newton's steps do not arrive from there, the method goes on."""
 
 LIMITED = LBFGS(MEMORY)
-"""Not with the pairs that `minimize` keeps of few numbers: of 20, they make a turn under
-XLA half as long again, and save a sixth of the turns."""
+"""Without the pairs that `minimize` keeps of few numbers: of 20, they make a turn
+under XLA half as long again, and save a sixth of the turns."""
 
 LEVENBERG_MARQUARDT = LevenbergMarquardt()
 
@@ -141,8 +141,8 @@ def solution(
     the gradient of f vanishes whatever the arguments are, so a change of them moves x
     by minus the inverse Hessian times the change of the gradient. It costs a solution
     of linear equations with the Hessian, whatever the number of steps: up to 200
-    numbers in x by Cholesky's factors, formed once for all weights of x; beyond, by
-    conjugate gradients on products with it. It can be differentiated again.
+    numbers in x by its inverse, formed once for all weights of x; beyond, by conjugate
+    gradients on products with it. It can be differentiated again.
 
     Called by itself, it compiles f once if f is a `tf.function`, or reads nothing that
     may change; else at each call. Inside a `tf.function` or a transform, all of it is
