@@ -39,7 +39,7 @@ from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.protocol import Point
 
 MOST_FOR_MATRIX = 200
-"""Numbers in x up to which the Hessian is formed and factorised; of more, conjugate
+"""Numbers in x up to which the Hessian is formed and inverted; of more, conjugate
 gradients take products with it."""
 
 FEW = 50
@@ -62,7 +62,7 @@ NEAR = 0.25
 for corrected quotients."""
 
 CORRECTIONS = 2
-"""Of a quotient by an H that was factorised nearby: each leaves of the error a part as
+"""Of a quotient by an H that was formed nearby: each leaves of the error a part as
 large as H differs, so three powers of `NEAR` are left."""
 
 LOOSE = 1e-3
@@ -103,30 +103,30 @@ class System(NamedTuple):
         return x if self.bounds is None else self.bounds.clip(x)
 
 
-class Factor(NamedTuple):
-    """H at a minimum or nearby, of the free variables, ready to be divided by.
+class Inverse(NamedTuple):
+    """The inverse of H at a minimum or nearby, of the free variables.
 
     Attributes:
         free: 1 for each free variable, 0 for the others, shape `[n]`.
-        inverse: Of H; or, where it is not positive, H scaled to a diagonal of ones;
-            without a matrix, x.
+        matrix: The inverse of H; where H is not positive, H scaled to a diagonal of
+            ones; where it is not formed, x.
         least: The least curvature that was seen, as a part of the largest, along the
             conjugate directions; with a matrix, 1 if it is positive, and else 0.
     """
 
     free: tf.Tensor
-    inverse: tf.Tensor
+    matrix: tf.Tensor
     least: tf.Tensor
 
     def least_curvature(self) -> tf.Tensor:
         """Return `least`, but of a matrix that is not positive its eigenvalue."""
-        if self.inverse.shape.rank == 1:
+        if self.matrix.shape.rank == 1:
             return self.least
         return tf.cond(
             self.least > 0,
             lambda: self.least,
             # Rounding may let a singular matrix look positive.
-            lambda: tf.minimum(tf.reduce_min(tf.linalg.eigvalsh(self.inverse)), 0),
+            lambda: tf.minimum(tf.reduce_min(tf.linalg.eigvalsh(self.matrix)), 0),
         )
 
 
@@ -135,16 +135,16 @@ class Minimum(NamedTuple):
 
     Attributes:
         x: Where, shape `[n]`; held as a constant.
-        factor: H there, or two short steps before.
+        inverse: Of H there, or two short steps before.
         before: The length of the last step but one, see `error`.
         error: The length of the last step, relative to x, or to how far x went from the
             start if that is more; both measured by the Hessian, so that no units
             matter. Shape `[]`.
-        is_settled: Whether the variables that are free here are those of the factor.
+        is_settled: Whether the variables that are free here are those of the inverse.
     """
 
     x: tf.Tensor
-    factor: Factor
+    inverse: Inverse
     before: tf.Tensor
     error: tf.Tensor
     is_settled: tf.Tensor
@@ -154,13 +154,13 @@ class Minimum(NamedTuple):
         """Return what is known of a minimum near x before any step."""
         n = 0 if system.matrix is None else x.shape[0]
         one, huge = tf.ones([], x.dtype), tf.constant(x.dtype.max, x.dtype)
-        factor = Factor(x, tf.eye(n, dtype=x.dtype) if n else x, one)
-        return cls(x, factor, huge, huge, tf.constant(True))
+        inverse = Inverse(x, tf.eye(n, dtype=x.dtype) if n else x, one)
+        return cls(x, inverse, huge, huge, tf.constant(True))
 
     @property
     def is_positive(self) -> Any:
         """Whether f bends up in all directions."""
-        return self.factor.least > 0
+        return self.inverse.least > 0
 
     @property
     def is_exact(self) -> Any:
@@ -188,19 +188,19 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
         return ~(is_near & at.is_settled) & (i < MOST_STEPS) & at.is_positive
 
     def stepped(
-        x: tf.Tensor, gradient: tf.Tensor, factor: Factor, size: tf.Tensor
-    ) -> tuple[tf.Tensor, Factor, tf.Tensor]:
-        step, factor = _solved(system, x, args, factor, -gradient, LOOSE)
+        x: tf.Tensor, gradient: tf.Tensor, inverse: Inverse, size: tf.Tensor
+    ) -> tuple[tf.Tensor, Inverse, tf.Tensor]:
+        step, inverse = _solved(system, x, args, inverse, -gradient, LOOSE)
         new = system.clip(x + step)
         # Of a Newton step s: s'H s = -g's.
-        fall = -tf.reduce_sum((new - x) * factor.free * gradient)
+        fall = -tf.reduce_sum((new - x) * inverse.free * gradient)
         length = tf.sqrt(tf.maximum(fall, 0))
-        return new, factor, tf.where(length == 0, length, length / size)
+        return new, inverse, tf.where(length == 0, length, length / size)
 
     def body(i: Any, at: Minimum) -> Any:
         gradient = system.gradient(at.x, args)
         matrix = None if system.matrix is None else system.matrix(at.x, args)
-        factor = _factorised(matrix, at.x, system.free(at.x, gradient))
+        inverse = _inverted(matrix, at.x, system.free(at.x, gradient))
 
         def length(v: tf.Tensor) -> tf.Tensor:
             product = (
@@ -211,23 +211,23 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
             return tf.sqrt(tf.maximum(tf.reduce_sum(v * product), 0))
 
         size = tf.maximum(length(at.x), length(at.x - start))
-        x, factor, before = stepped(at.x, gradient, factor, size)
+        x, inverse, before = stepped(at.x, gradient, inverse, size)
         gradient = system.gradient(x, args)
-        is_settled = tf.reduce_all(system.free(x, gradient) == factor.free)
-        x, factor, error = stepped(x, gradient, factor, size)
-        return i + 1, Minimum(x, factor, before, error, is_settled)
+        is_settled = tf.reduce_all(system.free(x, gradient) == inverse.free)
+        x, inverse, error = stepped(x, gradient, inverse, size)
+        return i + 1, Minimum(x, inverse, before, error, is_settled)
 
     first = 0, Minimum.unknown(system, x)
     _, minimum = tf.while_loop(goes_on, body, first, parallel_iterations=1)
     return minimum
 
 
-def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Tensor:
+def attached(system: System, inverse: Inverse, x: tf.Tensor, args: Args) -> tf.Tensor:
     """Return x with the derivative of a minimum by all that f reads besides.
 
     Args:
         system: The equations.
-        factor: H at x.
+        inverse: Of H at x.
         x: The minimum, a constant of shape `[n]`.
         args: The arguments.
     """
@@ -239,7 +239,7 @@ def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Ten
         def back(u: tf.Tensor) -> Any:
             are_cut = unrecorded(lambda: _are_cut(system, x, args))
             # This is another graph; a third one may not reach what is in the first.
-            at, here, own = _copied((factor, x, args))
+            at, here, own = _copied((inverse, x, args))
             here = attached(system, at, here, own)
             v = divided(system, at, here, u, own)
 
@@ -256,13 +256,13 @@ def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Ten
 
 
 def divided(
-    system: System, factor: Factor, x: tf.Tensor, u: tf.Tensor, args: Args
+    system: System, inverse: Inverse, x: tf.Tensor, u: tf.Tensor, args: Args
 ) -> tf.Tensor:
     """Return v with H v = u, of the free variables, and zeros elsewhere.
 
     Args:
         system: The equations.
-        factor: H at x.
+        inverse: Of H at x.
         x: The minimum.
         u: Shape `[n]`.
         args: The arguments.
@@ -271,12 +271,12 @@ def divided(
     @tf.custom_gradient
     def quotient(x: tf.Tensor, u: tf.Tensor, *given: tf.Tensor) -> Any:
         args = given[: len(given) - len(system.outside)]
-        v, found = unrecorded(lambda: _solved(system, x, args, factor, u, None))
+        v, found = unrecorded(lambda: _solved(system, x, args, inverse, u, None))
         v = withheld(v, found.least > 0, INDEFINITE)
 
         def back(w: tf.Tensor) -> Any:
             # dv = H^-1 (du - dH v), and H is symmetric.
-            at, here, weight, own = _copied((factor, x, u, args))
+            at, here, weight, own = _copied((inverse, x, u, args))
             s = divided(system, at, here, w, own)
             v = divided(system, at, here, weight, own)
 
@@ -303,11 +303,11 @@ def withheld(x: tf.Tensor, holds: Any, name: str) -> tf.Tensor:
     return x + tf.math.divide(nothing, tf.cast(holds, x.dtype), name=name)
 
 
-def _factorised(matrix: tf.Tensor | None, x: tf.Tensor, free: tf.Tensor) -> Factor:
+def _inverted(matrix: tf.Tensor | None, x: tf.Tensor, free: tf.Tensor) -> Inverse:
     """Return H of the free variables, inverted if it can be formed."""
     one = tf.ones([], x.dtype)
     if matrix is None:
-        return Factor(free, x, one)
+        return Inverse(free, x, one)
     n: Any = x.shape[0]
     is_known = tf.reduce_all(tf.math.is_finite(matrix))
     matrix = tf.where(is_known, matrix, tf.zeros_like(matrix))
@@ -316,10 +316,10 @@ def _factorised(matrix: tf.Tensor | None, x: tf.Tensor, free: tf.Tensor) -> Fact
     sizes = tf.abs(tf.linalg.diag_part(matrix))
     scale = tf.math.rsqrt(tf.where(sizes > 0, sizes, tf.ones_like(sizes)))
     scaled = scale[:, None] * matrix * scale
-    inverse, pivot = (_swept if n <= FEW else _by_cholesky)(scaled)
+    swept, pivot = (_swept if n <= FEW else _by_cholesky)(scaled)
     is_positive = pivot > n * EPSILONS[x.dtype]
-    inverse = tf.where(is_positive, scale[:, None] * inverse * scale, scaled)
-    return Factor(free, inverse, tf.cast(is_positive, x.dtype))
+    swept = tf.where(is_positive, scale[:, None] * swept * scale, scaled)
+    return Inverse(free, swept, tf.cast(is_positive, x.dtype))
 
 
 def _swept(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -358,31 +358,31 @@ def _solved(
     system: System,
     x: tf.Tensor,
     args: Args,
-    factor: Factor,
+    inverse: Inverse,
     u: tf.Tensor,
     part: float | None,
-) -> tuple[tf.Tensor, Factor]:
-    """Return v with H v = u, and the factor with the least curvature that was met.
+) -> tuple[tf.Tensor, Inverse]:
+    """Return v with H v = u, and the inverse with the least curvature that was met.
 
     Args:
         system: The equations.
         x: Where.
         args: The arguments.
-        factor: H there.
+        inverse: Of H there.
         u: Shape `[n]`.
         part: The part of u that may be left of it; None for half of the digits.
     """
-    u = factor.free * u
+    u = inverse.free * u
     if system.matrix is not None:
-        v = tf.linalg.matvec(factor.inverse, u)
+        v = tf.linalg.matvec(inverse.matrix, u)
         for _ in range(CORRECTIONS if part is None else 0):
-            rest = u - factor.free * system.product(x, v, args)
-            v += tf.linalg.matvec(factor.inverse, rest)
-        return v, factor
+            rest = u - inverse.free * system.product(x, v, args)
+            v += tf.linalg.matvec(inverse.matrix, rest)
+        return v, inverse
     v, least = _conjugate_gradients(
-        lambda d: factor.free * system.product(x, d, args), u, part
+        lambda d: inverse.free * system.product(x, d, args), u, part
     )
-    return v, factor._replace(least=tf.minimum(factor.least, least))
+    return v, inverse._replace(least=tf.minimum(inverse.least, least))
 
 
 def _conjugate_gradients(

@@ -105,7 +105,7 @@ class Report(NamedTuple):
         fun: The value of f there.
         grad_max: The largest |element| of its gradient.
         error: See `implicit.Minimum`.
-        least: The least curvature, see `implicit.Factor`.
+        least: The least curvature, see `implicit.Inverse`.
     """
 
     has_arrived: Any
@@ -315,7 +315,7 @@ def _solve(
     system = system._replace(outside=floats)
     x = withheld(minimum.x, report.has_arrived, UNSOLVED)
     x = withheld(x, report.is_positive, INDEFINITE)
-    x = attached(system, minimum.factor, x, tensors)
+    x = attached(system, minimum.inverse, x, tensors)
     return tf.nest.pack_sequence_as(x0, unravel(x, leaves)), report
 
 
@@ -333,7 +333,7 @@ def _report(last: State, minimum: Minimum) -> Report:
         last.evaluation.value,
         last.evaluation.grad_max,
         minimum.error,
-        minimum.factor.least_curvature(),
+        minimum.inverse.least_curvature(),
     )
 
 

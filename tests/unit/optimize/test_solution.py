@@ -195,7 +195,7 @@ def test_a_variable_that_a_newton_step_brings_to_its_bound_is_held_there():
     )
 
     assert minimum.x == 0
-    assert minimum.factor.free == 0
+    assert minimum.inverse.free == 0
 
 
 def test_float32_has_half_of_its_digits():
