@@ -183,7 +183,7 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
     def goes_on(i: Any, at: Minimum) -> Any:
         # The next step would be shorter by as much as the last one was.
         left = at.error * (at.error / at.before)
-        is_shorter = at.error < at.before / 2  # else rounding forbids more
+        is_shorter: Any = at.error < at.before / 2  # else rounding forbids more
         is_near = at.is_exact & (at.before <= near) & ((left <= enough) | ~is_shorter)
         return ~(is_near & at.is_settled) & (i < MOST_STEPS) & at.is_positive
 
@@ -348,8 +348,8 @@ def _swept(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 def _by_cholesky(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the same."""
-    triangle = tf.linalg.cholesky(matrix)
-    unit = tf.eye(matrix.shape[0], dtype=matrix.dtype)
+    n: Any = matrix.shape[0]
+    triangle, unit = tf.linalg.cholesky(matrix), tf.eye(n, dtype=matrix.dtype)
     least = tf.reduce_min(tf.linalg.diag_part(triangle) ** 2)
     return tf.linalg.cholesky_solve(tf.where(least > 0, triangle, unit), unit), least
 

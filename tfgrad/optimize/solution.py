@@ -450,7 +450,8 @@ def _require_solved(f: Callable[..., Any], report: Report) -> None:
     Raises:
         ConvergenceError: In these cases, with the numbers.
     """
-    numbers = Report(*(part.numpy() for part in report))
+    found: Any = [part.numpy() for part in report]
+    numbers = Report(*found)
     name, status = name_of(f), status_of(int(numbers.code)) or "steps"
     where = (
         f"after {numbers.step} steps (status {status!r}), where f is "
