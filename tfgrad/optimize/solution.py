@@ -458,10 +458,11 @@ def _require_solved(f: Callable[..., Any], report: Report) -> None:
         f"{numbers.fun:.6g} and its largest slope {numbers.grad_max:.3g}"
     )
     if not numbers.has_arrived:
+        enough = EPSILONS[report.error.dtype] ** 0.5
+        step = f"a last Newton step of {numbers.error:.2g} of x, for {enough:.2g}"
         raise ConvergenceError(
             f"The minimisation of `{name}` must arrive at a solution.",
-            got=f"a last Newton step of {numbers.error:.2g} of x, for "
-            f"{EPSILONS[report.error.dtype] ** 0.5:.2g} at most, {where}",
+            got=f"{'an end' if status in NO_MORE else f'{step} at most,'} {where}",
             hint="more steps=; a nearer start; method='newton'; tfgrad.minimize of it, "
             "whose result has a history",
         )

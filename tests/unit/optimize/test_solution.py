@@ -219,6 +219,18 @@ def test_a_problem_that_was_not_solved_is_an_error_eagerly():
         tfgrad.solution(valley, np.array([-1.2, 1.0]), steps=3)
 
 
+@pytest.mark.parametrize(
+    ("f", "match"),
+    [
+        (lambda x: -tf.reduce_sum(x), r"got: an end after .*'unbounded'"),
+        (lambda x: tf.reduce_sum(tf.math.log(x - 5)), r"got: an end .*'nonfinite'"),
+    ],
+)
+def test_an_f_without_a_minimum_is_an_error_with_the_status(f, match):
+    with pytest.raises(ConvergenceError, match=match):
+        tfgrad.solution(f, np.zeros(2))
+
+
 def test_a_saddle_is_an_error_with_its_curvature():
     with pytest.raises(ConvergenceError, match="least curvature of -1"):
         tfgrad.solution(lambda x: x[0] ** 2 - x[1] ** 2 + x[1] ** 4, np.array([1.0, 0]))
