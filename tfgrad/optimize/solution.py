@@ -35,7 +35,7 @@ from tfgrad.nested import (
     unravel,
     weak_dtype,
 )
-from tfgrad.optimize.chain import Stage, make_stages
+from tfgrad.optimize.chain import make_stages
 from tfgrad.optimize.chunks import in_trace
 from tfgrad.optimize.constraints import Limits, require_support
 from tfgrad.optimize.evaluator import Evaluation
@@ -51,6 +51,7 @@ from tfgrad.optimize.implicit import (
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.lbfgs import LBFGS, MEMORY
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
+from tfgrad.optimize.methods.newton import Newton
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import check_count, require_no
 from tfgrad.optimize.problem import Problem
@@ -67,11 +68,15 @@ ROUGH = 1e-6
 little: its square root is the distance, relative to that from the start, of the step
 before. Where Newton's steps do not arrive from there, the method goes on."""
 
-LIMITED = LBFGS(MEMORY)
-"""Without the pairs that `minimize` keeps of few numbers: of 20, they make a turn
-under XLA half as long again, and save a sixth of the turns."""
-
 LEVENBERG_MARQUARDT = LevenbergMarquardt()
+
+METHODS: dict[str, Method] = {
+    "lbfgs": LBFGS(MEMORY),
+    "newton": Newton(),
+}
+"""The methods by name, the same objects always: what is compiled for them is kept.
+L-BFGS is without the pairs that `minimize` keeps of few numbers: of 20, they make a
+turn under XLA half as long again, and save a sixth of the turns."""
 
 
 class Settings(NamedTuple):
@@ -412,17 +417,14 @@ def _system(
     gradient, second = grad(f, verify=False), hessian(f, verify=False)
     times = hvp(f, verify=False)
 
-    def residuals(x: tf.Tensor, args: Args) -> Any:
-        return _problem(settings, of_vector, x, args)
-
     def along(x: tf.Tensor, v: tf.Tensor, args: Args) -> tf.Tensor:
         if settings.gauss_newton:
-            return residuals(x, args).hvp(x, v)
+            return _problem(settings, of_vector, x, args).hvp(x, v)
         return times(x, list(args), v)
 
     def matrix(x: tf.Tensor, args: Args) -> tf.Tensor:
         if settings.gauss_newton:
-            jacobian = residuals(x, args).jacobian([x])
+            jacobian = _problem(settings, of_vector, x, args).jacobian([x])
             return tf.matmul(jacobian, jacobian, transpose_a=True)
         return second(x, list(args))
 
@@ -508,8 +510,9 @@ def _method(method: Any, residuals: bool, gauss_newton: bool, bounds: Any) -> Me
                 hint="no method; or f that returns half the sum of squares",
             )
         return LEVENBERG_MARQUARDT
-    by_name = isinstance(method, str)
-    stages = _stages(method) if by_name else make_stages(method, None)
+    is_named = isinstance(method, str)
+    known = METHODS.get(method.lower(), method) if is_named else method
+    stages = make_stages(known, None)
     if len(stages) > 1 or not isinstance(stages[0].method, Method):
         raise InvalidArgumentError(
             "`solution` takes a method that is a pure function, and one of them.",
@@ -518,12 +521,6 @@ def _method(method: Any, residuals: bool, gauss_newton: bool, bounds: Any) -> Me
         )
     require_support(stages[0].name, stages[0].method, bounds, ())
     return stages[0].method
-
-
-@functools.cache
-def _stages(method: str) -> list[Stage]:
-    """Return the stages of a chain: the same methods for the same name."""
-    return make_stages(LIMITED if method == "lbfgs" else method, None)
 
 
 def _checked_bounds(f: Any, point: Nest, bounds: Any) -> Any:
