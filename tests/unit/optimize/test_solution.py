@@ -173,7 +173,8 @@ def test_many_variables(n):
     x, pullback = tfgrad.vjp(at, np.ones(n))
     (slope,) = pullback(np.ones(n))
 
-    np.testing.assert_allclose(2 * scales * (1 - x), 4 * x**3, rtol=1e-12)
+    # Newton's steps end where the next would be shorter than epsilon**0.75 of x.
+    np.testing.assert_allclose(2 * scales * (1 - x), 4 * x**3, rtol=1e-9)
     expected = 2 * scales / (2 * scales + 12 * x**2)
     np.testing.assert_allclose(slope, expected, rtol=1e-8)
 
