@@ -13,10 +13,11 @@ References:
     implicit function theorem), algorithm 5.2 (conjugate gradients), section 3.5
     (Newton's method near a solution).
     Kelley (1995), Iterative Methods for Linear and Nonlinear Equations, section 5.4:
-    Newton steps with an earlier matrix (the chord method).
+    Newton steps with an earlier matrix (the chord and Shamanskii's method).
     Higham (2002), Accuracy and Stability of Numerical Algorithms, 2nd edition, chapter
-    10: Cholesky's factor; 12: the correction of a quotient by what it leaves
-    (iterative refinement).
+    12: the correction of a quotient by what it leaves (iterative refinement); 14.4:
+    Gauss-Jordan elimination.
+    Goodnight (1979), A tutorial on the SWEEP operator, The American Statistician 33.
     Blondel et al. (2022), Efficient and modular implicit differentiation, NeurIPS 35:
     the same for arguments of any solver.
 """
@@ -38,15 +39,15 @@ from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.protocol import Point
 
 MOST_FOR_MATRIX = 200
-"""Numbers in x up to which the Hessian is formed and factorised; of more, conjugate
+"""Numbers in x up to which the Hessian is formed and inverted; of more, conjugate
 gradients take products with it."""
 
 FEW = 50
-"""Numbers in x up to which Cholesky's factor is made in a loop here: of 20, XLA takes
-9 us for that, and 30 us for its own; a graph 0.25 ms, and 0.08 ms."""
+"""Numbers in x up to which H is inverted in a loop here: of 20, XLA takes 10 us for
+that, 30 us for its own Cholesky factor, and 10 us more for the inverse of that."""
 
 MOST_STEPS = 20
-"""Newton steps after the method's own; near a minimum one or two double all digits."""
+"""Pairs of Newton steps after the method's own; near a minimum one is enough."""
 
 PRODUCTS = 10
 """Products with H for each of n variables that conjugate gradients may take: n would do
@@ -58,10 +59,10 @@ gradients are small; they have to be so at the power of a half: half of the digi
 
 NEAR = 0.25
 """The power of epsilon up to which a Newton step is short: H before it serves after it,
-for a second step and for corrected quotients."""
+for corrected quotients."""
 
 CORRECTIONS = 2
-"""Of a quotient by an H that was factorised nearby: each leaves of the error a part as
+"""Of a quotient by an H that was formed nearby: each leaves of the error a part as
 large as H differs, so three powers of `NEAR` are left."""
 
 LOOSE = 1e-3
@@ -75,33 +76,20 @@ class System(NamedTuple):
     """The equations that hold at a minimum of f(x, *args).
 
     Attributes:
-        name: What the user calls f.
         value: From x and the args to f.
         gradient: From x, shape `[n]`, and the args to the gradient g there.
         product: From x, v and the args to H v; with `gauss_newton`, to J'J v.
         matrix: From x and the args to H, shape `[n, n]`; None where n is too large.
-        is_exact: Whether these are H itself, not J'J.
         outside: The float tensors and the variables that f reads besides them.
         bounds: What x is within; None if there are no bounds.
     """
 
-    name: str
     value: Callable[[tf.Tensor, Args], tf.Tensor]
     gradient: Callable[[tf.Tensor, Args], tf.Tensor]
     product: Callable[[tf.Tensor, tf.Tensor, Args], tf.Tensor]
     matrix: Callable[[tf.Tensor, Args], tf.Tensor] | None
-    is_exact: bool
     outside: list[Any]
     bounds: Bounds | None
-
-    @property
-    def converges_fast(self) -> bool:
-        """Whether H before a short Newton step serves after it.
-
-        Not where the step may let a bound hold another variable; and steps with J'J
-        shrink too slowly.
-        """
-        return self.is_exact and self.matrix is not None and self.bounds is None
 
     def free(self, x: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         """Return 1 for each variable that no bound holds, and 0 for the others."""
@@ -115,60 +103,69 @@ class System(NamedTuple):
         return x if self.bounds is None else self.bounds.clip(x)
 
 
-class Factor(NamedTuple):
-    """H at a minimum or nearby, of the free variables, ready to be divided by.
+class Inverse(NamedTuple):
+    """The inverse of H at a minimum or nearby, of the free variables.
 
     Attributes:
         free: 1 for each free variable, 0 for the others, shape `[n]`.
-        inverse: Of Cholesky's L of H scaled to a diagonal of ones; or scaled H itself
-            where it is not positive; without a matrix, x.
-        scale: What H was scaled by.
+        matrix: The inverse of H; where H is not positive, H scaled to a diagonal of
+            ones; where it is not formed, x.
         least: The least curvature that was seen, as a part of the largest, along the
             conjugate directions; with a matrix, 1 if it is positive, and else 0.
     """
 
     free: tf.Tensor
-    inverse: tf.Tensor
-    scale: tf.Tensor
+    matrix: tf.Tensor
     least: tf.Tensor
 
     def least_curvature(self) -> tf.Tensor:
         """Return `least`, but of a matrix that is not positive its eigenvalue."""
-        if self.inverse.shape.rank == 1:
+        if self.matrix.shape.rank == 1:
             return self.least
         return tf.cond(
             self.least > 0,
             lambda: self.least,
             # Rounding may let a singular matrix look positive.
-            lambda: tf.minimum(tf.reduce_min(tf.linalg.eigvalsh(self.inverse)), 0),
+            lambda: tf.minimum(tf.reduce_min(tf.linalg.eigvalsh(self.matrix)), 0),
         )
 
 
 class Minimum(NamedTuple):
-    """A minimum, and how it was found.
+    """A minimum, and how Newton steps went there, two by two with one H.
 
     Attributes:
         x: Where, shape `[n]`; held as a constant.
-        factor: H there.
-        error: The length of the last Newton step, relative to x, or to how far x went
-            from the start if that is more; both measured by the Hessian, so that no
-            units matter. Shape `[]`.
+        inverse: Of H there, or two short steps before.
+        before: The length of the last step but one, see `error`.
+        error: The length of the last step, relative to x, or to how far x went from the
+            start if that is more; both measured by the Hessian, so that no units
+            matter. Shape `[]`.
+        is_settled: Whether the variables that are free here are those of the inverse.
     """
 
     x: tf.Tensor
-    factor: Factor
-    error: tf.Tensor
-
-
-class _Newton(NamedTuple):
-    """A point on the way, and the Newton step from there."""
-
-    x: tf.Tensor
-    step: tf.Tensor
-    factor: Factor
-    error: tf.Tensor
+    inverse: Inverse
     before: tf.Tensor
-    size: tf.Tensor
+    error: tf.Tensor
+    is_settled: tf.Tensor
+
+    @classmethod
+    def unknown(cls, system: System, x: tf.Tensor) -> Minimum:
+        """Return what is known of a minimum near x before any step."""
+        n = 0 if system.matrix is None else x.shape[0]
+        one, huge = tf.ones([], x.dtype), tf.constant(x.dtype.max, x.dtype)
+        inverse = Inverse(x, tf.eye(n, dtype=x.dtype) if n else x, one)
+        return cls(x, inverse, huge, huge, tf.constant(True))
+
+    @property
+    def is_positive(self) -> Any:
+        """Whether f bends up in all directions."""
+        return self.inverse.least > 0
+
+    @property
+    def is_exact(self) -> Any:
+        """Whether half of the digits of x are right."""
+        return self.error <= EPSILONS[self.x.dtype] ** 0.5
 
 
 def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minimum:
@@ -180,60 +177,57 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
         start: Where it began.
         args: The arguments.
     """
-    epsilon, dtype = EPSILONS[x.dtype], x.dtype
-    enough = tf.constant(epsilon**ENOUGH, dtype)
-    last, near = (tf.constant(epsilon**power, dtype) for power in (0.5, NEAR))
-    huge = tf.constant(dtype.max, dtype)
-    is_kept = system.converges_fast
+    epsilon = EPSILONS[x.dtype]
+    enough, near = (tf.constant(epsilon**p, x.dtype) for p in (ENOUGH, NEAR))
 
-    def goes_on(i: Any, at: _Newton) -> Any:
-        if is_kept:
-            # H was formed one step before: near enough, by the length of that step and
-            # by what it left?
-            left = tf.where(at.before > last, near * at.before, last)
-            is_large = (at.before > near) | (at.error > tf.minimum(left, last))
-        else:
-            # Where rounding forbids more, the steps get no shorter.
-            is_shorter = (i <= 1) | (at.error < at.before / 2)
-            is_large = (at.error > last) | (at.error > enough) & is_shorter
-        return is_large & (i < MOST_STEPS) & (at.factor.least > 0)
+    def goes_on(i: Any, at: Minimum) -> Any:
+        # The next step would be shorter by as much as the last one was.
+        left = at.error * (at.error / at.before)
+        is_shorter: Any = at.error < at.before / 2  # else rounding forbids more
+        is_near = at.is_exact & (at.before <= near) & ((left <= enough) | ~is_shorter)
+        return ~(is_near & at.is_settled) & (i < MOST_STEPS) & at.is_positive
 
-    def moved(here: _Newton, factor: Factor | None) -> _Newton:
-        x = system.clip(here.x + here.step)
-        gradient = system.gradient(x, args)
-        free = system.free(x, gradient)
-        if factor is None:
-            factor = _factorised(system, x, args, free)
-        step, factor = _solved(system, x, args, factor, -gradient, LOOSE)
-        step = system.clip(x + step) - x
-        size = here.size
-        if factor is not here.factor:
-            x_length, way = (_length(system, x, args, v) for v in (x, x - start))
-            size = tf.maximum(x_length, way)
+    def stepped(
+        x: tf.Tensor, gradient: tf.Tensor, inverse: Inverse, size: tf.Tensor
+    ) -> tuple[tf.Tensor, Inverse, tf.Tensor]:
+        step, inverse = _solved(system, x, args, inverse, -gradient, LOOSE)
+        new = system.clip(x + step)
         # Of a Newton step s: s'H s = -g's.
-        fall = -tf.reduce_sum(step * free * gradient)
+        fall = -tf.reduce_sum((new - x) * inverse.free * gradient)
         length = tf.sqrt(tf.maximum(fall, 0))
-        error = length / size
-        error = tf.where(length > 0, error, tf.zeros_like(length))
-        return _Newton(x, step, factor, error, here.error, size)
+        return new, inverse, tf.where(length == 0, length, length / size)
 
-    def body(i: Any, here: _Newton) -> Any:
-        at = moved(here, None)
-        return i + 1, moved(at, at.factor) if is_kept else at
+    def body(i: Any, at: Minimum) -> Any:
+        gradient = system.gradient(at.x, args)
+        matrix = None if system.matrix is None else system.matrix(at.x, args)
+        inverse = _inverted(matrix, at.x, system.free(at.x, gradient))
 
-    n = 0 if system.matrix is None else x.shape[0]
-    factor = Factor(x, tf.eye(n, dtype=dtype) if n else x, x, tf.ones([], dtype))
-    first = _Newton(x, tf.zeros_like(x), factor, huge, huge, huge)
-    _, end = tf.while_loop(goes_on, body, (0, first), parallel_iterations=1)
-    return Minimum(system.clip(end.x + end.step), end.factor, end.error)
+        def length(v: tf.Tensor) -> tf.Tensor:
+            product = (
+                system.product(at.x, v, args)
+                if matrix is None
+                else tf.linalg.matvec(matrix, v)
+            )
+            return tf.sqrt(tf.maximum(tf.reduce_sum(v * product), 0))
+
+        size = tf.maximum(length(at.x), length(at.x - start))
+        x, inverse, before = stepped(at.x, gradient, inverse, size)
+        gradient = system.gradient(x, args)
+        is_settled = tf.reduce_all(system.free(x, gradient) == inverse.free)
+        x, inverse, error = stepped(x, gradient, inverse, size)
+        return i + 1, Minimum(x, inverse, before, error, is_settled)
+
+    first = 0, Minimum.unknown(system, x)
+    _, minimum = tf.while_loop(goes_on, body, first, parallel_iterations=1)
+    return minimum
 
 
-def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Tensor:
+def attached(system: System, inverse: Inverse, x: tf.Tensor, args: Args) -> tf.Tensor:
     """Return x with the derivative of a minimum by all that f reads besides.
 
     Args:
         system: The equations.
-        factor: H at x.
+        inverse: Of H at x.
         x: The minimum, a constant of shape `[n]`.
         args: The arguments.
     """
@@ -244,7 +238,7 @@ def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Ten
         def back(u: tf.Tensor) -> Any:
             are_cut = unrecorded(lambda: _are_cut(system, x, args))
             # This is another graph; a third one may not reach what is in the first.
-            at, here, own = _local((factor, x, args), tf.identity)
+            at, here, own = _copied((inverse, x, args))
             here = attached(system, at, here, own)
             v = divided(system, at, here, u, own)
 
@@ -262,13 +256,13 @@ def attached(system: System, factor: Factor, x: tf.Tensor, args: Args) -> tf.Ten
 
 
 def divided(
-    system: System, factor: Factor, x: tf.Tensor, u: tf.Tensor, args: Args
+    system: System, inverse: Inverse, x: tf.Tensor, u: tf.Tensor, args: Args
 ) -> tf.Tensor:
     """Return v with H v = u, of the free variables, and zeros elsewhere.
 
     Args:
         system: The equations.
-        factor: H at x.
+        inverse: Of H at x.
         x: The minimum.
         u: Shape `[n]`.
         args: The arguments.
@@ -276,12 +270,12 @@ def divided(
 
     def quotient(x: tf.Tensor, u: tf.Tensor, *given: tf.Tensor) -> Any:
         args = given[: len(given) - len(system.outside)]
-        v, found = unrecorded(lambda: _solved(system, x, args, factor, u, None))
+        v, found = unrecorded(lambda: _solved(system, x, args, inverse, u, None))
         v = withheld(v, found.least > 0, INDEFINITE)
 
         def back(w: tf.Tensor) -> Any:
             # dv = H^-1 (du - dH v), and H is symmetric.
-            at, here, weight, own = _local((factor, x, u, args), tf.identity)
+            at, here, weight, own = _copied((inverse, x, u, args))
             s = divided(system, at, here, w, own)
             v = divided(system, at, here, weight, own)
 
@@ -309,13 +303,12 @@ def withheld(x: tf.Tensor, holds: Any, name: str) -> tf.Tensor:
     return x + tf.math.divide(nothing, tf.cast(holds, x.dtype), name=name)
 
 
-def _factorised(system: System, x: tf.Tensor, args: Args, free: tf.Tensor) -> Factor:
-    """Return H of the free variables, factorised if it can be formed."""
+def _inverted(matrix: tf.Tensor | None, x: tf.Tensor, free: tf.Tensor) -> Inverse:
+    """Return H of the free variables, inverted if it can be formed."""
     one = tf.ones([], x.dtype)
-    if system.matrix is None:
-        return Factor(free, x, free, one)
+    if matrix is None:
+        return Inverse(free, x, one)
     n: Any = x.shape[0]
-    matrix = system.matrix(x, args)
     is_known = tf.reduce_all(tf.math.is_finite(matrix))
     matrix = tf.where(is_known, matrix, tf.zeros_like(matrix))
     matrix = free[:, None] * (matrix + tf.transpose(matrix)) / 2 * free
@@ -323,70 +316,73 @@ def _factorised(system: System, x: tf.Tensor, args: Args, free: tf.Tensor) -> Fa
     sizes = tf.abs(tf.linalg.diag_part(matrix))
     scale = tf.math.rsqrt(tf.where(sizes > 0, sizes, tf.ones_like(sizes)))
     scaled = scale[:, None] * matrix * scale
-    triangle = _triangle(scaled) if n <= FEW else tf.linalg.cholesky(scaled)
-    pivots = tf.linalg.diag_part(triangle) ** 2
-    is_positive = tf.reduce_all(pivots > n * EPSILONS[x.dtype])
-    # XLA solves triangular equations row by row: once, and not at each division.
-    unit = tf.eye(n, dtype=x.dtype)
-    inverse = tf.linalg.triangular_solve(tf.where(is_positive, triangle, unit), unit)
-    inverse = tf.where(is_positive, inverse, scaled)
-    return Factor(free, inverse, scale, tf.cast(is_positive, x.dtype))
+    swept, pivot = (_swept if n <= FEW else _by_cholesky)(scaled)
+    is_positive = pivot > n * EPSILONS[x.dtype]
+    swept = tf.where(is_positive, scale[:, None] * swept * scale, scaled)
+    return Inverse(free, swept, tf.cast(is_positive, x.dtype))
 
 
-def _triangle(matrix: tf.Tensor) -> tf.Tensor:
-    """Return Cholesky's L, with anything above its diagonal; see `FEW`.
+def _swept(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the inverse of a positive matrix, and its least pivot; see `FEW`.
 
-    Column by column, each in the place of that of the matrix, of which the rest is
-    reduced by its outer product (Higham, section 10.1).
+    By Gauss and Jordan, in place: each turn makes minus the inverse of one more leading
+    block, beside it the quotient by that of what is beside the block.
     """
     n: Any = matrix.shape[0]
 
-    def body(k: Any, rest: tf.Tensor) -> Any:
-        row, is_own = tf.gather(rest, k), tf.range(n) == k
-        column = tf.where(tf.range(n) >= k, row / tf.sqrt(tf.gather(row, k)), 0)
-        return k + 1, rest - column[:, None] * (column - tf.cast(is_own, row.dtype))
+    def body(k: Any, matrix: tf.Tensor, least: tf.Tensor) -> Any:
+        row, is_own = tf.gather(matrix, k), tf.range(n) == k
+        pivot = tf.gather(row, k)
+        part = row / pivot
+        swept = tf.where(is_own, -1 / pivot, part)
+        matrix = tf.where(is_own, swept[:, None], matrix - row[:, None] * part)
+        matrix = tf.where(is_own[:, None], swept, matrix)
+        return k + 1, matrix, tf.minimum(least, pivot)
 
-    _, triangle = tf.while_loop(
-        lambda k, _: k < n, body, (0, matrix), parallel_iterations=1
+    first = 0, matrix, tf.ones([], matrix.dtype)
+    _, matrix, least = tf.while_loop(
+        lambda k, *_: k < n, body, first, parallel_iterations=1
     )
-    return triangle
+    return -matrix, least
+
+
+def _by_cholesky(matrix: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the same."""
+    n: Any = matrix.shape[0]
+    triangle, unit = tf.linalg.cholesky(matrix), tf.eye(n, dtype=matrix.dtype)
+    least = tf.reduce_min(tf.linalg.diag_part(triangle) ** 2)
+    return tf.linalg.cholesky_solve(tf.where(least > 0, triangle, unit), unit), least
 
 
 def _solved(
     system: System,
     x: tf.Tensor,
     args: Args,
-    factor: Factor,
+    inverse: Inverse,
     u: tf.Tensor,
     part: float | None,
-) -> tuple[tf.Tensor, Factor]:
-    """Return v with H v = u, and the factor with the least curvature that was met.
+) -> tuple[tf.Tensor, Inverse]:
+    """Return v with H v = u, and the inverse with the least curvature that was met.
 
     Args:
         system: The equations.
         x: Where.
         args: The arguments.
-        factor: H there.
+        inverse: Of H there.
         u: Shape `[n]`.
         part: The part of u that may be left of it; None for half of the digits.
     """
-    u = factor.free * u
+    u = inverse.free * u
     if system.matrix is not None:
-        v = _quotient(factor, u)
+        v = tf.linalg.matvec(inverse.matrix, u)
         for _ in range(CORRECTIONS if part is None else 0):
-            rest = u - factor.free * system.product(x, v, args)
-            v += _quotient(factor, rest)
-        return v, factor
+            rest = u - inverse.free * system.product(x, v, args)
+            v += tf.linalg.matvec(inverse.matrix, rest)
+        return v, inverse
     v, least = _conjugate_gradients(
-        lambda d: factor.free * system.product(x, d, args), u, part
+        lambda d: inverse.free * system.product(x, d, args), u, part
     )
-    return v, factor._replace(least=tf.minimum(factor.least, least))
-
-
-def _quotient(factor: Factor, u: tf.Tensor) -> tf.Tensor:
-    """Return the vector of which the factorised matrix makes u."""
-    part = tf.linalg.matvec(factor.inverse, factor.scale * u)
-    return factor.scale * tf.linalg.matvec(factor.inverse, part, transpose_a=True)
+    return v, inverse._replace(least=tf.minimum(inverse.least, least))
 
 
 def _conjugate_gradients(
@@ -422,14 +418,9 @@ def _conjugate_gradients(
     return v, tf.where(is_solved | (least <= 0), least, tf.zeros_like(least))
 
 
-def _length(system: System, x: tf.Tensor, args: Args, v: tf.Tensor) -> tf.Tensor:
-    """Return the length of v, measured by H at x: the root of v'H v."""
-    bend = tf.reduce_sum(v * system.product(x, v, args))
-    return tf.sqrt(tf.maximum(bend, 0))
-
-
-def _local(nest: Any, function: Callable[[tf.Tensor], tf.Tensor]) -> Any:
-    return tf.nest.map_structure(function, nest)
+def _copied(nest: Any) -> Any:
+    """Return copies, of the graph that is being traced."""
+    return tf.nest.map_structure(tf.identity, nest)
 
 
 def _pulled(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ from tfgrad.nested import (
     unravel,
     weak_dtype,
 )
-from tfgrad.optimize.chain import Stage, make_stages
+from tfgrad.optimize.chain import make_stages
 from tfgrad.optimize.chunks import in_trace
 from tfgrad.optimize.constraints import Limits, require_support
 from tfgrad.optimize.evaluator import Evaluation
@@ -48,7 +49,9 @@ from tfgrad.optimize.implicit import (
     withheld,
 )
 from tfgrad.optimize.methods.bounded import Bounds
+from tfgrad.optimize.methods.lbfgs import LBFGS, MEMORY
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
+from tfgrad.optimize.methods.newton import Newton
 from tfgrad.optimize.methods.protocol import Method
 from tfgrad.optimize.options import check_count, require_no
 from tfgrad.optimize.problem import Problem
@@ -60,13 +63,20 @@ from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, status_of
 NO_MORE = ("nonfinite", "unbounded", "steps")
 """Statuses with which a run has not arrived, whatever Newton steps from there find."""
 
-
-ROUGH = 1e-8
+ROUGH = 1e-6
 """The part of the fall of f so far that may be left to Newton's method, where it costs
-little: its square root is the distance, relative to that from the start. Where Newton's
-steps do not arrive from there, the method goes on."""
+little: its square root is the distance, relative to that from the start, of the step
+before. Where Newton's steps do not arrive from there, the method goes on."""
 
 LEVENBERG_MARQUARDT = LevenbergMarquardt()
+
+METHODS: dict[str, Method] = {
+    "lbfgs": LBFGS(MEMORY),
+    "newton": Newton(),
+}
+"""The methods by name, the same objects always: what is compiled for them is kept.
+L-BFGS is without the pairs that `minimize` keeps of few numbers: of 20, they make a
+turn under XLA half as long again, and save a sixth of the turns."""
 
 
 class Settings(NamedTuple):
@@ -92,14 +102,19 @@ class Report(NamedTuple):
     """How a solution was found; all of shape `[]`.
 
     Attributes:
+        has_arrived: Whether the method and Newton's steps after it ended at a point
+            without slope.
+        is_positive: Whether f bends up there in all directions.
         code: How the method ended.
         step: After how many steps.
         fun: The value of f there.
         grad_max: The largest |element| of its gradient.
         error: See `implicit.Minimum`.
-        least: The least curvature, see `implicit.Factor`.
+        least: The least curvature, see `implicit.Inverse`.
     """
 
+    has_arrived: Any
+    is_positive: Any
     code: tf.Tensor
     step: tf.Tensor
     fun: tf.Tensor
@@ -131,8 +146,8 @@ def solution(
     the gradient of f vanishes whatever the arguments are, so a change of them moves x
     by minus the inverse Hessian times the change of the gradient. It costs a solution
     of linear equations with the Hessian, whatever the number of steps: up to 200
-    numbers in x by Cholesky's factors, formed once for all weights of x; beyond, by
-    conjugate gradients on products with it. It can be differentiated again.
+    numbers in x by its inverse, formed once for all weights of x; beyond, by conjugate
+    gradients on products with it. It can be differentiated again.
 
     Called by itself, it compiles f once if f is a `tf.function`, or reads nothing that
     may change; else at each call. Inside a `tf.function` or a transform, all of it is
@@ -150,7 +165,7 @@ def solution(
         method: "lbfgs", "newton", or a method of your own (see
             `tfgrad.optimize.methods.protocol`). The rules by which it ends are those of
             `minimize`, or, up to 200 numbers without bounds, a fall of f still expected
-            of 1e-8 of the fall so far; then Newton steps make x exact to rounding, so
+            of 1e-6 of the fall so far; then Newton steps make x exact to rounding, so
             that the derivative has at least half of the digits of the dtype.
         residuals: f returns residuals, as for `least_squares`, and the minimum is that
             of half the sum of their squares, found by Levenberg-Marquardt.
@@ -202,9 +217,9 @@ def solution(
     names = parameter_names(f)(1 + len(args))[1:]
     arguments, _ = arguments_in_tensors(args, {}, (), names, weak)
     settings = Settings(
-        _method(method, residuals, bounds),
+        _method(method, residuals, gauss_newton, bounds),
         residuals,
-        _checked_gauss_newton(gauss_newton, residuals),
+        gauss_newton,
         int(steps),
         _checked_bounds(f, point, bounds),
     )
@@ -277,42 +292,58 @@ def _solve(
     of_vector = _right(of_vector, start, tensors)
     of_vector.__name__ = name_of(f)
     system = _system(settings, of_vector, start)
-    error = float(EPSILONS[start.dtype]) ** 0.5
+    may_be_rough = system.matrix is not None and not system.bounds
+    attempts = 2 if may_be_rough and not settings.residuals else 1
 
     def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
         problem = _problem(settings, of_vector, start, tensors)
-        stepper = _Stepper(problem, settings.method, _Box.of(settings))
+        stepper = _Stepper(problem, settings.method, _box(settings))
         first, _ = stepper.start(stepper.clip(problem.x.start()))
 
-        def solved(state: State, *, is_rough: bool) -> tuple[Minimum, State]:
-            stepper.is_rough, left = is_rough, settings.steps - state.step
-            last = in_trace(Ruled(stepper, Tolerances()), state, left)
-            return refined(system, last.x, start, tensors), last
+        def goes_on(attempt: Any, last: State, minimum: Minimum) -> Any:
+            is_over = minimum.is_exact & minimum.is_positive | ~_is(last, "converged")
+            return (attempt == 0) | (attempt < attempts) & ~is_over
 
-        is_rough = system.converges_fast and not settings.residuals
-        minimum, last = solved(stepper.begun(first), is_rough=is_rough)
-        if is_rough:
-            has_arrived = (minimum.error <= error) & (minimum.factor.least > 0)
-            minimum, last = tf.cond(
-                has_arrived | (last.code != code_of("converged")),
-                lambda: (minimum, last),
-                lambda: solved(last._replace(code=RUNNING), is_rough=False),
-            )
-        code, evaluation = last.code, last.evaluation
-        how = code, last.step, evaluation.value, evaluation.grad_max
-        least = minimum.factor.least_curvature()
-        return minimum, Report(*how, minimum.error, least)
+        def body(attempt: Any, last: State, _: Minimum) -> Any:
+            stepper.is_rough = attempt + 1 < attempts
+            code = tf.where(_is(last, "converged"), RUNNING, last.code)
+            last, left = last._replace(code=code), settings.steps - last.step
+            last = in_trace(Ruled(stepper, Tolerances()), last, left)
+            return attempt + 1, last, refined(system, last.x, start, tensors)
+
+        begun = 0, stepper.begun(first), Minimum.unknown(system, start)
+        _, last, minimum = tf.while_loop(goes_on, body, begun, parallel_iterations=1)
+        return minimum, _report(last, minimum)
 
     (minimum, report), outside = constant(forward, start, *tensors)
     floats = [source for source in outside if source.dtype.is_floating]
     system = system._replace(outside=floats)
-    is_positive: Any = minimum.factor.least > 0
-    has_arrived = (minimum.error <= error) | ~is_positive
-    has_arrived &= _is_none(report.code, NO_MORE)
-    x = withheld(minimum.x, has_arrived, UNSOLVED)
-    x = withheld(x, is_positive, INDEFINITE)
-    x = attached(system, minimum.factor, x, tensors)
+    x = withheld(minimum.x, report.has_arrived, UNSOLVED)
+    x = withheld(x, report.is_positive, INDEFINITE)
+    x = attached(system, minimum.inverse, x, tensors)
     return tf.nest.pack_sequence_as(x0, unravel(x, leaves)), report
+
+
+def _report(last: State, minimum: Minimum) -> Report:
+    """Return the report on where a method, and Newton's steps after it, have ended."""
+    # Where f does not bend up, Newton's steps do not tell.
+    has_arrived = minimum.is_exact | ~minimum.is_positive
+    for status in NO_MORE:
+        has_arrived &= ~_is(last, status)
+    return Report(
+        has_arrived & (last.code != RUNNING),
+        minimum.is_positive,
+        last.code,
+        last.step,
+        last.evaluation.value,
+        last.evaluation.grad_max,
+        minimum.error,
+        minimum.inverse.least_curvature(),
+    )
+
+
+def _is(last: State, status: str) -> Any:
+    return last.code == code_of(status)
 
 
 def _right(
@@ -348,16 +379,14 @@ class _Stepper(PureStepper):
     """A pure method whose steps are not recorded."""
 
     lookahead = 0
-    is_rough = False
+    is_rough: Any = False
 
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Take a step; where Newton's method goes on from near, arrive early."""
         new = super().accept(state, evaluation)
-        if not self.is_rough:
-            return new
         expected = tf.maximum(new.expected, state.expected)
         is_near = expected <= ROUGH * (new.first - new.evaluation.value)
-        is_near &= new.accepted & (new.code == RUNNING)
+        is_near &= self.is_rough & new.accepted & (new.code == RUNNING)
         return new._replace(code=tf.where(is_near, code_of("converged"), new.code))
 
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
@@ -365,25 +394,16 @@ class _Stepper(PureStepper):
         return {}
 
 
-class _Box:
-    """Bounds of a vector, as a solver takes them."""
-
-    are_any = True
-
-    def __init__(self, lower: Any, upper: Any) -> None:
-        """Keep them."""
-        self.lower, self.upper = self.sides = lower, upper
-
-    @classmethod
-    def of(cls, settings: Settings) -> Any:
-        """Return the bounds in the settings; None if there are none."""
-        return settings.bounds and cls(*map(np.array, settings.bounds))
+def _box(settings: Settings) -> Any:
+    """Return the bounds of a vector, as a solver takes them; None if there are none."""
+    if settings.bounds is None:
+        return None
+    lower, upper = sides = tuple(map(np.array, settings.bounds))
+    return SimpleNamespace(lower=lower, upper=upper, sides=sides, are_any=True)
 
 
 def _system(
-    settings: Settings,
-    of_vector: Callable[..., Any],
-    like: tf.Tensor,
+    settings: Settings, of_vector: Callable[..., Any], like: tf.Tensor
 ) -> System:
     """Return the equations of the minimum of a function of one vector."""
 
@@ -393,28 +413,27 @@ def _system(
 
     f.__name__ = of_vector.__name__
     n: Any = like.shape[0]
-    box = _Box.of(settings)
+    box = _box(settings)
     is_small = n is not None and n <= MOST_FOR_MATRIX
     gradient, second = grad(f, verify=False), hessian(f, verify=False)
     times = hvp(f, verify=False)
 
     def along(x: tf.Tensor, v: tf.Tensor, args: Args) -> tf.Tensor:
-        if not settings.gauss_newton:
-            return times(x, list(args), v)
-        return _problem(settings, of_vector, x, args).hvp(x, v)
+        if settings.gauss_newton:
+            return _problem(settings, of_vector, x, args).hvp(x, v)
+        return times(x, list(args), v)
 
     def matrix(x: tf.Tensor, args: Args) -> tf.Tensor:
-        if not settings.gauss_newton:
-            return second(x, list(args))
-        return tf.map_fn(lambda v: along(x, v, args), tf.eye(n, dtype=x.dtype))
+        if settings.gauss_newton:
+            jacobian = _problem(settings, of_vector, x, args).jacobian([x])
+            return tf.matmul(jacobian, jacobian, transpose_a=True)
+        return second(x, list(args))
 
     return System(
-        name=of_vector.__name__,
         value=lambda x, args: f(x, list(args)),
         gradient=lambda x, args: gradient(x, list(args)),
         product=along,
         matrix=matrix if is_small else None,
-        is_exact=not settings.gauss_newton,
         outside=[],
         bounds=box and Bounds(*(tf.constant(b, like.dtype) for b in box.sides)),
     )
@@ -428,12 +447,6 @@ def _value(settings: Settings, output: Nest) -> Any:
     return tf.add_n([tf.reduce_sum(tf.square(part)) for part in parts]) / 2
 
 
-def _is_none(code: tf.Tensor, statuses: tuple[str, ...]) -> tf.Tensor:
-    """Return whether a run has ended, with none of these statuses."""
-    codes = tf.constant([RUNNING, *map(code_of, statuses)])
-    return tf.reduce_all(code != codes)
-
-
 def _require_solved(f: Callable[..., Any], report: Report) -> None:
     """Refuse a solution that is none, or that has no derivative.
 
@@ -441,22 +454,22 @@ def _require_solved(f: Callable[..., Any], report: Report) -> None:
         ConvergenceError: In these cases, with the numbers.
     """
     found: Any = [part.numpy() for part in report]
-    name, numbers = name_of(f), Report(*found)
-    status = status_of(int(numbers.code)) or "steps"
+    numbers = Report(*found)
+    name, status = name_of(f), status_of(int(numbers.code)) or "steps"
     where = (
         f"after {numbers.step} steps (status {status!r}), where f is "
         f"{numbers.fun:.6g} and its largest slope {numbers.grad_max:.3g}"
     )
-    enough = EPSILONS[report.error.dtype] ** 0.5
-    if status in NO_MORE or not (numbers.error <= enough or numbers.least <= 0):
+    if not numbers.has_arrived:
+        enough = EPSILONS[report.error.dtype] ** 0.5
+        step = f"a last Newton step of {numbers.error:.2g} of x, for {enough:.2g}"
         raise ConvergenceError(
             f"The minimisation of `{name}` must arrive at a solution.",
-            got=f"a last Newton step of {numbers.error:.2g} of x, for {enough:.2g} at "
-            f"most, {where}",
+            got=f"{'an end' if status in NO_MORE else f'{step} at most,'} {where}",
             hint="more steps=; a nearer start; method='newton'; tfgrad.minimize of it, "
             "whose result has a history",
         )
-    if not numbers.least > 0:
+    if not numbers.is_positive:
         raise ConvergenceError(
             f"`{name}` must bend up in all directions at its solution, else that is no "
             "minimum, or one of many, without a derivative.",
@@ -482,8 +495,14 @@ def _checked_point(x0: Nest, weak: tf.DType) -> Nest:
     return point
 
 
-def _method(method: Any, residuals: bool, bounds: Any) -> Method:
+def _method(method: Any, residuals: bool, gauss_newton: bool, bounds: Any) -> Method:
     """Return the pure method that is meant."""
+    if gauss_newton and not residuals:
+        raise InvalidArgumentError(
+            "`gauss_newton` is about residuals.",
+            got="gauss_newton=True without residuals=True",
+            hint="f that returns residuals, and residuals=True",
+        )
     if residuals:
         if method != "lbfgs":
             raise InvalidArgumentError(
@@ -492,8 +511,9 @@ def _method(method: Any, residuals: bool, bounds: Any) -> Method:
                 hint="no method; or f that returns half the sum of squares",
             )
         return LEVENBERG_MARQUARDT
-    by_name = isinstance(method, str)
-    stages = _stages(method) if by_name else make_stages(method, None, has_data=False)
+    is_named = isinstance(method, str)
+    known = METHODS.get(method.lower(), method) if is_named else method
+    stages = make_stages(known, None)
     if len(stages) > 1 or not isinstance(stages[0].method, Method):
         raise InvalidArgumentError(
             "`solution` takes a method that is a pure function, and one of them.",
@@ -502,22 +522,6 @@ def _method(method: Any, residuals: bool, bounds: Any) -> Method:
         )
     require_support(stages[0].name, stages[0].method, bounds, ())
     return stages[0].method
-
-
-@functools.cache
-def _stages(method: str) -> list[Stage]:
-    """Return the stages of a chain: the same methods for the same name."""
-    return make_stages(method, None, has_data=False)
-
-
-def _checked_gauss_newton(gauss_newton: bool, residuals: bool) -> bool:
-    if gauss_newton and not residuals:
-        raise InvalidArgumentError(
-            "`gauss_newton` is about residuals.",
-            got="gauss_newton=True without residuals=True",
-            hint="f that returns residuals, and residuals=True",
-        )
-    return gauss_newton
 
 
 def _checked_bounds(f: Any, point: Nest, bounds: Any) -> Any:

@@ -14,6 +14,8 @@ from tfgrad.errors import (
     NoGradientError,
     WrongDerivativeError,
 )
+from tfgrad.optimize.implicit import System, refined
+from tfgrad.optimize.methods.bounded import Bounds
 
 GENERATOR = np.random.default_rng(0)
 INPUTS = GENERATOR.normal(size=(50, 5))
@@ -175,22 +177,44 @@ def test_residuals_take_the_second_order_term_unless_told_not_to(gauss_newton):
     np.testing.assert_allclose(slope, 2 * x / bend, rtol=1e-8)
 
 
-def test_many_variables_by_conjugate_gradients():
-    scales = np.linspace(1.0, 10.0, 300)
+# By Cholesky's factor, and by conjugate gradients.
+@pytest.mark.parametrize("n", [60, 300])
+def test_many_variables(n):
+    scales = np.linspace(1.0, 10.0, n)
 
-    def total(a):
+    def at(a):
         def f(x, a):
             return tf.reduce_sum(scales * (x - a) ** 2) + tf.reduce_sum(x**4)
 
-        return tf.reduce_sum(tfgrad.solution(f, np.zeros(300), a))
+        return tfgrad.solution(f, np.zeros(n), a)
 
-    x = tfgrad.solution(
-        lambda x: tf.reduce_sum(scales * (x - 1) ** 2) + tf.reduce_sum(x**4),
-        np.zeros(300),
-    ).numpy()
-    slope = tfgrad.grad(total)(np.ones(300))
+    x, pullback = tfgrad.vjp(at, np.ones(n))
+    (slope,) = pullback(np.ones(n))
 
-    np.testing.assert_allclose(slope, 2 * scales / (2 * scales + 12 * x**2), rtol=1e-8)
+    # Newton's steps end where the next would be shorter than epsilon**0.75 of x.
+    np.testing.assert_allclose(2 * scales * (1 - x), 4 * x**3, rtol=1e-9)
+    expected = 2 * scales / (2 * scales + 12 * x**2)
+    np.testing.assert_allclose(slope, expected, rtol=1e-8)
+
+
+def test_a_variable_that_a_newton_step_brings_to_its_bound_is_held_there():
+    one = tf.ones([1], tf.float64)  # of (x + 1)**2, from almost at the bound
+    minimum = refined(
+        System(
+            value=lambda x, args: tf.reduce_sum((x + 1) ** 2),
+            gradient=lambda x, args: 2 * (x + 1),
+            product=lambda x, v, args: 2 * v,
+            matrix=lambda x, args: 2 * one[:, None],
+            outside=[],
+            bounds=Bounds(0 * one, 9 * one),
+        ),
+        1e-30 * one,
+        one,
+        [],
+    )
+
+    assert minimum.x == 0
+    assert minimum.inverse.free == 0
 
 
 def test_float32_has_half_of_its_digits():
@@ -212,6 +236,18 @@ def test_a_problem_that_was_not_solved_is_an_error_eagerly():
 
     with pytest.raises(ConvergenceError, match="3 steps"):
         tfgrad.solution(valley, np.array([-1.2, 1.0]), steps=3)
+
+
+@pytest.mark.parametrize(
+    ("f", "match"),
+    [
+        (lambda x: -tf.reduce_sum(x), r"got: an end after .*'unbounded'"),
+        (lambda x: tf.reduce_sum(tf.math.log(x - 5)), r"got: an end .*'nonfinite'"),
+    ],
+)
+def test_an_f_without_a_minimum_is_an_error_with_the_status(f, match):
+    with pytest.raises(ConvergenceError, match=match):
+        tfgrad.solution(f, np.zeros(2))
 
 
 def test_a_saddle_is_an_error_with_its_curvature():
@@ -497,7 +533,10 @@ def test_the_hessian_is_that_of_the_solution_where_the_last_step_does_not_tell()
     np.testing.assert_allclose(slope, [0, np.exp(-13)], rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", ["3 Powell badly scaled", "10 Meyer"])
+# Of the last, the Hessian vanishes in two directions at the solution.
+@pytest.mark.parametrize(
+    "name", ["3 Powell badly scaled", "10 Meyer", "13 Powell singular"]
+)
 def test_the_method_goes_on_where_newton_steps_do_not_arrive_from_where_it_ended(name):
     problem = PROBLEMS[name]
     start, (least, *_) = np.array(problem.start, float), problem.minima
