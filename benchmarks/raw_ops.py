@@ -40,6 +40,7 @@ ROADS: dict[str, Callable[[Any, Array, Array], Any]] = {
         @ tf.reshape(tfgrad.hessian(f)(x), [x.size, x.size]).numpy()
         @ v.ravel()
     ),
+    "xla2": lambda f, x, v: np.sum(tfgrad.hvp(f, jit=True)(x, v) * v),
     "tape": lambda f, x, v: _by_tape(f, x, v),
     "graph": lambda f, x, v: tf.function(lambda: _by_tape(f, x, v))(),
 }
@@ -271,26 +272,25 @@ def _made_up(
         for argument in definition.input_arg
         if argument.type_attr in ("T", "dtype", "SrcT", "") or argument.number_attr
     }
-    for moving in required:
-        if moving not in floats:
-            continue
+    tried = []
+    for moving in sorted(floats.intersection(required)):
         others = [other for other in required if other != moving]
-        known = {other: [value] for other, value in OF_OP.get(name, {}).items()}
-        known = OTHERS | known
+        known = OTHERS | {other: [value] for other, value in OF_OP.get(name, {}).items()}
         options = [known.get(other, [np.full((3, 3), 0.7), 1]) for other in others]
-        for label, point in points(generator).items():
-            for chosen in itertools.islice(itertools.product(*options), 4):
-                arguments = dict(zip(others, chosen, strict=True))
-                for shape in ((3, 3),) if "Grad" in name else ((3, 3), (1, 3, 3, 1)):
+        chosen = list(itertools.islice(itertools.product(*options), 4))
+        shapes = ((3, 3),) if "Grad" in name else ((3, 3), (1, 3, 3, 1))
+        for label, shape in itertools.product(points(generator).items(), shapes):
+            tried += [(moving, label, shape, dict(zip(others, c))) for c in chosen]
+    for at in generator.permutation(len(tried)):
+        moving, (label, point), shape, arguments = tried[at]
 
-                    def f(x, arguments=arguments, shape=shape, moving=moving):
-                        given = tf.reshape(x, shape)
-                        given = [given] if _is_list(definition, moving) else given
-                        output = op(**arguments, **{moving: given})
-                        return _number(output)
+        def f(x, moving=moving, shape=shape, arguments=arguments):
+            given = tf.reshape(x, shape)
+            given = [given] if _is_list(definition, moving) else given
+            return _number(op(**arguments, **{moving: given}))
 
-                    if _can_be_traced(f):
-                        yield f"{moving}, {label}", f, point
+        if _can_be_traced(f):
+            yield f"{moving}, {label}", f, point
 
 
 def _can_be_traced(f: Any) -> bool:
@@ -385,10 +385,10 @@ def sweep(name: str, roads: list[str]) -> collections.Counter[str]:
             if road not in FIRST and np.isnan(expected[1]):
                 continue
             found = verdict(road, f, x, v, expected)
-            counts[found] += 1
+            counts[found if found == "right" else f"{found} by {road}"] += 1
             if found not in ("right", "refused"):
                 print(f"  {name}({what}) by {road}: {found}, {expected}", flush=True)
-        if sum(counts.values()) > MOST * len(roads):
+        if sum(counts.values()) >= MOST * len(roads):
             break
     return counts
 
