@@ -302,6 +302,20 @@ def _complex_root(op: Any, grad: tf.Tensor) -> Any:
 
 
 @_repairs(
+    "ClipByValue",
+    reason="where the limits cross it takes the upper one, and the op the lower one",
+    applies=lambda op: not _are_in_order(*op.inputs[1:]),
+)
+def _clip(op: Any, grad: tf.Tensor) -> Any:
+    x, low, high = op.inputs
+    is_low = tf.minimum(x, high) < low
+    is_high = (x > high) & ~is_low
+    masks = (~(is_low | is_high), is_low, is_high)
+    pairs = zip(masks, op.inputs, strict=True)
+    return [_summed_to(tf.where(mask, grad, 0), part) for mask, part in pairs]
+
+
+@_repairs(
     "MatrixDeterminant",
     reason="TensorFlow forgets the conjugate, and divides by what may be 0",
 )
@@ -813,6 +827,12 @@ def _may_be_zero(x: tf.Tensor) -> bool:
     if x.op.type in ("Neg", "Identity", "RealDiv"):
         return _may_be_zero(x.op.inputs[0])
     return not _is_positive(x)
+
+
+def _are_in_order(low: tf.Tensor, high: tf.Tensor) -> bool:
+    """Return whether the limits are known, and do not cross."""
+    limits = tf.get_static_value(low), tf.get_static_value(high)
+    return all(x is not None for x in limits) and bool(np.all(limits[0] <= limits[1]))
 
 
 def _is_positive(x: tf.Tensor, *, or_zero: bool = False) -> bool:

@@ -305,6 +305,19 @@ def test_segments_forward_and_twice(name):
     np.testing.assert_allclose(tfgrad.hvp(f)(ANY, SYMMETRIC), curvature, **close)
 
 
+@pytest.mark.parametrize("low", [0.5, 3.0])
+def test_a_clip_between_limits_that_may_cross(low):
+    x, limits = np.array([-1.0, 0.7, 2.0, 5.0]), np.array([low, 1.0])
+
+    def f(limits):
+        return tf.reduce_sum(tf.clip_by_value(x, limits[0], limits[1]) ** 2)
+
+    expected = [8 * low, 0] if low > 1 else [2 * low, 4]
+
+    np.testing.assert_allclose(grad(f)(limits), expected)
+    np.testing.assert_allclose(hvp(f)(limits, [1.0, 0.0])[0], 8 if low > 1 else 2)
+
+
 def test_what_has_first_derivatives_only_is_pulled_back_all_the_same():
     f = lambda a: tf.math.igamma(a, tf.constant(0.5, tf.float64))  # noqa: E731
     a = tf.constant(0.7, tf.float64)

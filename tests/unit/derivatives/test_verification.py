@@ -158,8 +158,8 @@ def test_only_what_moves_counts():
 
 @pytest.mark.parametrize("wrong", range(3))
 def test_of_large_arrays_the_smallest_moves_and_all_small_ones_do(wrong):
-    point = [np.ones(LARGE + 2), np.ones(LARGE + 1), np.full(5, 1e3)]
-    slopes = [(3.0 - (i == wrong)) * x[0] ** 2 for i, x in enumerate(point)]
+    point = [np.ones(LARGE + 2), np.ones(LARGE + 1), np.full(5, 6.0)]
+    slopes = [3 * x[0] ** 2 * (i != wrong) for i, x in enumerate(point)]
     moved = []
 
     def evaluate(direction, t):
