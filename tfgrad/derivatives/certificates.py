@@ -26,6 +26,7 @@ from tfgrad.derivatives.verification import (
     Functions,
     coarsest,
     disagreement,
+    is_still,
     moving_part,
 )
 from tfgrad.diagnosis.graphs import unrepeatable
@@ -342,7 +343,8 @@ def slope_along(gradients: Sequence[Any], direction: Arrays) -> float:
     total = 0.0
     for gradient, v in zip(gradients, direction, strict=True):
         part = moving_part(v.size)  # all else of the direction is zero
-        if np.any(v.reshape(-1)[part]):  # else NaN times 0 would blame this source
+        # NaN times 0 would blame this source.
+        if not is_still(v) and np.any(v.reshape(-1)[part]):
             total += inner(*([x.reshape(-1)[part]] for x in (_view(gradient), v)))
     return total
 
@@ -382,6 +384,8 @@ def _view(source: Any) -> Array:
 
 def _moved_by(source: Any, direction: Array, t: float) -> tf.Tensor:
     """Return a source moved along a direction, in its own dtype."""
+    if is_still(direction):
+        return tf.convert_to_tensor(source)
     if direction.size > MOST_MOVING:
         # One copy of all, and only the part that moves is computed with.
         part, flat = moving_part(direction.size), tf.reshape(source, [-1])

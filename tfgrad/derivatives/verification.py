@@ -40,7 +40,11 @@ LARGE, LARGE_RTOL = 2**20, 0.1
 """From this many elements on, an evaluation is dear, and `rtol` at least the second."""
 
 MOST_MOVING = 2**16
-"""At most so many elements of one source are moved."""
+"""At most so many elements of one source are moved.
+
+And of the sources that are `LARGE`, the smallest only: to copy one costs as much as its
+gradient does. The others are reached by the same chain of ops, up to their own.
+"""
 
 STEEPER = 30.0
 """A derivative that is so many times steeper than the differences is not judged."""
@@ -191,7 +195,8 @@ def _disagreement(
 ) -> tuple[int, Slope] | None:
     epsilon = float(EPSILONS[functions.dtype])
     rtol = TOLERANCES[functions.dtype].unasked
-    if sum(x.size for x in functions.point) > LARGE:
+    is_large = sum(x.size for x in functions.point) > LARGE
+    if is_large:
         rtol = max(rtol, LARGE_RTOL)
     settled: list[Slope | None] = []
     suspects = np.ones(len(functions.values), bool)
@@ -199,7 +204,7 @@ def _disagreement(
         line = _Line(functions, _direction(functions, trial, moving))
         center = line.summed(functions.values)
         claimed = line.claimed()
-        step = epsilon ** (1 / 3)
+        step = epsilon ** (0.4 if is_large else 1 / 3)  # a second one would be dear
         rounding = epsilon * _ROUNDINGS * line.sizes() / step
 
         def apart(
@@ -336,15 +341,25 @@ def _direction(
     """Return a random direction: each element moves by its own size."""
     point = functions.point
     generator = np.random.default_rng(trial)
-    direction = [np.zeros(x.shape, x.dtype) for x in point]
-    for i, (x, v) in enumerate(zip(point, direction, strict=True)):
-        if moving is None or i in moving:
-            part = moving_part(x.size)
-            flat = x.reshape(-1)[part]
-            v.reshape(-1)[part] = _scale(flat) * generator.normal(size=flat.shape)
-            if functions.symmetric and _is_symmetric(x):
-                direction[i] = (v + np.swapaxes(v, -1, -2)) / 2
+    large = sorted((x.size, i) for i, x in enumerate(point) if x.size > LARGE)
+    still = {i for _, i in large[1:]} if moving is None else {*range(len(point))}
+    direction = []
+    for i, x in enumerate(point):
+        if i in still.difference(moving or ()):
+            direction.append(np.broadcast_to(np.zeros((), x.dtype), x.shape))
+            continue
+        v, part = np.zeros(x.shape, x.dtype), moving_part(x.size)
+        flat = x.reshape(-1)[part]
+        v.reshape(-1)[part] = _scale(flat) * generator.normal(size=flat.shape)
+        if functions.symmetric and _is_symmetric(x):
+            v = (v + np.swapaxes(v, -1, -2)) / 2
+        direction.append(v)
     return direction
+
+
+def is_still(direction: Array) -> bool:
+    """Return whether an array of a direction is zero, and takes no memory."""
+    return direction.ndim > 0 and not any(direction.strides)
 
 
 def moving_part(size: int) -> slice:

@@ -305,6 +305,39 @@ def test_segments_forward_and_twice(name):
     np.testing.assert_allclose(tfgrad.hvp(f)(ANY, SYMMETRIC), curvature, **close)
 
 
+@pytest.mark.parametrize("low", [0.5, 3.0])
+def test_a_clip_between_limits_that_may_cross(low):
+    x, limits = np.array([-1.0, 0.7, 2.0, 5.0]), np.array([low, 1.0])
+
+    def f(limits):
+        return tf.reduce_sum(tf.clip_by_value(x, limits[0], limits[1]) ** 2)
+
+    slopes, curvature = ([8 * low, 0], 8) if low > 1 else ([2 * low, 4], 2)
+
+    np.testing.assert_allclose(grad(f)(limits), slopes)
+    np.testing.assert_allclose(tfgrad.hvp(f)(limits, [1.0, 0.0])[0], curvature)
+
+
+SQUARES = {
+    "pow": lambda x: tf.abs(x) ** 2,
+    "square": lambda x: tf.square(tf.abs(x)),
+    "product": lambda x: tf.abs(x) * tf.abs(x),
+}
+
+
+@pytest.mark.parametrize("name", SQUARES)
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_square_of_an_absolute_value_at_zero_by_a_tape_of_ones_own(name, alone):
+    def f(x):
+        return tf.reduce_sum(SQUARES[name](x) + tf.sin(x))
+
+    x, v = tf.constant([0.0, -2.0], tf.float64), np.array([1.0, 3.0])
+    by_tape = taped if alone else tf.function(taped)
+
+    np.testing.assert_allclose(by_tape(f, x, v), (2 - np.sin(x)) * v)
+    np.testing.assert_allclose(grad(f)(x), 2 * x + np.cos(x))
+
+
 def test_what_has_first_derivatives_only_is_pulled_back_all_the_same():
     f = lambda a: tf.math.igamma(a, tf.constant(0.5, tf.float64))  # noqa: E731
     a = tf.constant(0.7, tf.float64)

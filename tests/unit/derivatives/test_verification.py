@@ -5,9 +5,11 @@ import pytest
 import tensorflow as tf
 
 from tfgrad.derivatives.verification import (
+    LARGE,
     Functions,
     coarsest,
     disagreement,
+    is_still,
     random_like,
 )
 
@@ -152,6 +154,30 @@ def test_only_what_moves_counts():
     both = Functions([x, y], [[x**2 * y]], evaluate, slopes, tf.float64)
     assert disagreement(both, [0]) is None
     assert disagreement(both, [1])[1].autodiff == 0
+
+
+@pytest.mark.parametrize("wrong", range(3))
+def test_of_large_arrays_the_smallest_moves_and_all_small_ones_do(wrong):
+    point = [np.ones(LARGE + 2), np.ones(LARGE + 1), np.full(5, 6.0)]
+    slopes = [3 * x[0] ** 2 * (i != wrong) for i, x in enumerate(point)]
+    moved = []
+
+    def evaluate(direction, t):
+        moved.append([i for i, v in enumerate(direction) if not is_still(v)])
+        value = sum(
+            np.sum((x + t * v) ** 3) for x, v in zip(point, direction, strict=True)
+        )
+        return [[np.asarray(value)]]
+
+    def claimed(direction, weights):
+        pairs = zip(slopes, direction, strict=True)
+        return np.array([weights[0][0] * sum(s * np.sum(v) for s, v in pairs)])
+
+    values = [[np.asarray(sum(np.sum(x**3) for x in point))]]
+    found = disagreement(Functions(point, values, evaluate, claimed, tf.float64))
+
+    assert (found is None) == (wrong == 0)
+    assert moved[0] == [1, 2]
 
 
 def test_the_coarsest_dtype_decides():
