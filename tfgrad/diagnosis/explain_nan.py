@@ -59,7 +59,6 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     """
 
     def __init__(self, raise_error: bool = False) -> None:
-        """Watch nothing yet."""
         super().__init__()
         require_bool(raise_error=raise_error)
         self._raises = raise_error

@@ -39,10 +39,7 @@ BATCHES = "on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_ba
 
 
 def watching(callback: Any) -> list[Hook]:
-    """Return the hooks for what a user passes as `callback`.
-
-    Args:
-        callback: A function, a Keras callback, or a list of both.
+    """Return the hooks for a function, a Keras callback, or a list of both.
 
     Raises:
         InvalidArgumentError: If it is none of these.
@@ -64,14 +61,9 @@ def watching(callback: Any) -> list[Hook]:
 
 
 class KerasCallbacks(Hook):
-    """Keras's callbacks, called as and when `fit` would call them.
-
-    Args:
-        callbacks: Those of one run.
-    """
+    """Keras's callbacks, called as and when `fit` would call them."""
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
-        """Call none of them yet."""
         self._callbacks = callbacks
         self._is_by_batch = any(map(_acts_on_batches, callbacks))
         self._list = keras.callbacks.CallbackList(callbacks)
@@ -266,17 +258,12 @@ class _Watch:
 
     @property
     def spoiled(self) -> bool:
-        """Whether something was not finite."""
         return self._run.status == "nonfinite"
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Do nothing."""
-
-    def end_epoch(self) -> None:
-        """Do nothing."""
-
-    def end(self) -> None:
-        """Do nothing."""
+    # What a training by Keras has to do at its ends, and a run has not.
+    def begin_epoch(self, epoch: int) -> None: ...
+    def end_epoch(self) -> None: ...
+    def end(self) -> None: ...
 
     def culprit(self) -> Step:
         """Return the step to blame."""
@@ -295,13 +282,10 @@ class _Watch:
 class Variables(keras.Model):  # type: ignore[misc]  # Keras has no stubs
     """A point as a model, for callbacks: its weights are what is minimised over.
 
-    Args:
-        leaves: Name, shape and dtype of each.
-        **options: Those of a `keras.Model`.
+    `leaves` has the name, the shape and the dtype of each.
     """
 
     def __init__(self, leaves: Sequence[tuple[str, Any, str]], **options: Any) -> None:
-        """Make the weights."""
         super().__init__(**options)
         self._leaves = leaves
         for name, shape, dtype in leaves:

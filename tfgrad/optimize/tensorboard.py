@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError, RunError, TfgradError
 from tfgrad.nested import named_leaves
@@ -30,7 +31,6 @@ from tfgrad.optimize.resume import UNFINISHED
 from tfgrad.runs.directory import check
 from tfgrad.runs.guard import Guard
 from tfgrad.runs.run import Run
-from tfgrad.runs.values import UniqueNames
 
 TAGS = {
     "fun": "loss",
@@ -69,12 +69,10 @@ def check_log(log: Run | str | PathLike[str]) -> None:
 class Writer:
     """Writes in a thread, in order, while the next chunk runs.
 
-    Attributes:
-        guard: What calls all that writes: the first failure ends it with a warning.
+    The first failure ends the writing, with a warning (`guard`).
     """
 
     def __init__(self) -> None:
-        """Write nothing yet."""
         self.guard = Guard("The optimisation")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tfgrad-log")
         self._pending: list[Future[None]] = []
@@ -97,18 +95,13 @@ class Writer:
 
 
 class Curves:
-    """The rows of a run as curves, thinned out where they are very many.
-
-    Args:
-        run: Where they are written.
-        every: How many steps there are from one point of the log to the next.
+    """The rows of a run as curves: of each `every`-th step, and thinned out later on.
 
     Attributes:
         last: The last row, written or not; None before the first one.
     """
 
     def __init__(self, run: Run, every: int) -> None:
-        """Write nothing yet."""
         self._run, self._every = run, every
         self.last: Rows | None = None
 
@@ -135,10 +128,9 @@ class Curves:
             self._write(self.last)
 
     def _write(self, rows: Rows) -> None:
-        if len(rows):
-            columns = rows.columns
-            scalars = dict(_scalars(rows))
-            self._run.log_history(scalars, columns["step"], columns["time"])
+        columns = rows.columns
+        scalars = dict(_scalars(rows))
+        self._run.log_history(scalars, columns["step"], columns["time"])
 
     def _is_kept(self, rows: Rows) -> np.ndarray[Any, Any]:
         """Return whether each row is written; its step alone decides."""
@@ -151,16 +143,10 @@ class Distributions:
     """The distributions of many parameters and of their gradients, now and then.
 
     The steps do not depend on the clock, so a resumed run writes its histograms at
-    the same steps again.
-
-    Args:
-        run: Where they are written.
-        names: One for each leaf of the point; none of a few parameters.
-        steps: How many steps there will be.
+    the same steps again. Without `names`, there are none.
     """
 
     def __init__(self, run: Run, names: Sequence[str], steps: int) -> None:
-        """Write nothing yet."""
         self._run, self._names, self._steps = run, names, steps
         self._last = -1
 
@@ -189,20 +175,15 @@ class Distributions:
 
 
 class TensorBoard(Hook):
-    """Writes a run: to a directory of its own, or to one that the user opened.
+    """Writes a run: below a directory, or to an open run, which stays open.
 
     If a write fails, the log ends with a warning, and the minimisation goes on.
-
-    Args:
-        log: A directory, in which the run gets one named after the method, or an open
-            run, which stays open.
     """
 
     _curves: Curves
     _distributions: Distributions
 
     def __init__(self, log: Run | str | PathLike[str]) -> None:
-        """Write nothing yet."""
         self._log = log
         self._run: Run | None = None
         self._is_resumed = False
@@ -226,7 +207,7 @@ class TensorBoard(Hook):
         self._distributions = Distributions(self._run, names, steps)
         first = self._run.first_step
         if not self._is_resumed or first == 0:
-            self._write_problem(run, _thinning(steps, int(run.options.every)))
+            self._write_problem(run)
         rows = Rows(run.record.rows.columns())
         if len(rows):
             rows = Rows({**rows.columns, "time": _wall_times(rows)})
@@ -262,10 +243,7 @@ class TensorBoard(Hook):
         self._writer.submit(self._run.log, step, tagged)
 
     def flush(self) -> None:
-        """Wait until all rows are in the file: do so before a checkpoint is saved.
-
-        Else a run that is killed then, and resumed there, has a gap in its curves.
-        """
+        """Wait until all rows are in the file: a resumed run then has no gap."""
         self._writer.flush()
 
     def end(self, run: Minimisation, error: BaseException | None) -> None:
@@ -328,12 +306,10 @@ class TensorBoard(Hook):
         path = Path(str(self._log)) / saved.directory
         return path if path.is_dir() and not saved.has_ended else None
 
-    def _write_problem(self, run: Minimisation, thinning: str) -> None:
+    def _write_problem(self, run: Minimisation) -> None:
         assert self._run is not None
         problem, point = run.problem, run.loop.solver.point(run.state)
         facts = {**_given(run), "start": point_text(problem.x.pack(point))}
-        if thinning:
-            facts["curves"] = thinning
         guard = self._writer.guard
         guard(self._run.describe, **facts)
         guard(self._run.text, "problem", problem_card(problem.f, facts))
@@ -394,30 +370,13 @@ def _given(run: Minimisation) -> dict[str, Any]:
     return {**given, "method": run.chain.name}
 
 
-def _thinning(steps: int, every: int) -> str:
-    """Return which of the planned steps are written; "" if all are.
-
-    >>> _thinning(1000, 1), _thinning(1000, 10)
-    ('', 'every 10 steps; the history of the result has all')
-    """
-    most = EVERY_STEP * every
-    if every == 1 and steps <= most:
-        return ""
-    text = "every step" if every == 1 else f"every {every} steps"
-    if steps > most:
-        text += f" up to {most:,}, then half as often, from {2 * most:,} on a quarter"
-        text += " as often, and so on"
-    return f"{text}; the history of the result has all"
-
-
 def _leaf_names(problem: Problem) -> list[str]:
     """Return a name for the histograms of each variable."""
-    unique = UniqueNames()
     if problem.x.takes_values:
-        paths = [path for path, _ in named_leaves(problem.x.template, "x")]
-        return [unique.take(_as_tag(path)) for path in paths]
+        return [_as_tag(path) for path, _ in named_leaves(problem.x.template, "x")]
+    unique: Any = tf.Graph().unique_name  # numbers those that are taken
     names = (getattr(v, "path", v.name.removesuffix(":0")) for v in problem.x.owners)
-    return [unique.take(name) for name in names]
+    return [unique(name) for name in names]
 
 
 def _as_tag(name: str) -> str:

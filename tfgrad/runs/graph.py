@@ -18,7 +18,6 @@ from tfgrad.diagnosis.graphs import bodies, condition
 from tfgrad.diagnosis.lines import reason_of
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.runs.tensorboard import require
-from tfgrad.runs.values import UniqueNames
 
 LAYERS = "graph_keras_model"
 """By this name the Graphs plugin finds a model of layers, its "conceptual graph"."""
@@ -40,22 +39,7 @@ def step_graph(
 
     This is the work of one step of a gradient method: the operations of `f` stand under
     `name`, those of the gradient under `gradient_tape`, and the results are the nodes
-    `value` and `gradient/<with respect to what>`. Nested `tf.function`s, branches and
-    loops are written out. `f` is traced, not run.
-
-    Args:
-        f: A TensorFlow function. When it returns one float number, the gradient is
-            taken with respect to the float tensors in `args` and to the trainable
-            variables that `f` reads; else the graph shows the value alone.
-        args: Its arguments: nests of tensors, arrays, numbers (which become float
-            tensors), `tf.TensorSpec`s, and any objects that `f` knows what to do with.
-        name: The name scope of `f`.
-
-    Returns:
-        A `GraphDef` to look at (it cannot be run), without a library of functions.
-
-    Raises:
-        InvalidArgumentError: If `f` cannot be traced, or cannot be differentiated.
+    `value` and `gradient/<with respect to what>`. `Run.graph` explains the arguments.
     """
     parameters = nested.argument_names(f, len(args))
     tensors = _tensors(args, parameters)
@@ -167,7 +151,7 @@ class _Flat:
 
     def __init__(self, renamed: Mapping[str, str], handles: Container[str]) -> None:
         self._renamed, self._handles = renamed, handles
-        self._unique = UniqueNames()
+        self._unique: Any = tf.Graph().unique_name  # numbers those that are taken
         self._nodes: dict[tuple[str, str], Any] = {}  # by path and name in the body
         self._tensors: dict[Any, str] = {}  # -> "node:index"
         self._same: dict[Any, Any] = {}  # a tensor -> the tensor that it stands for
@@ -199,11 +183,11 @@ class _Flat:
             if inside and op.type.endswith("PartitionedCall"):
                 (body,) = inside
                 name = f"{posixpath.dirname(name)}/{_python_name(body.name)}".strip("/")
-                results = self._write_body(op, body, path, self._unique.take(name))
+                results = self._write_body(op, body, path, self._unique(name))
                 outputs = ((path, output.ref()) for output in op.outputs)
                 self._same |= zip(outputs, results, strict=False)
             else:
-                self._copy(op, path, self._unique.take(name), inside)
+                self._copy(op, path, self._unique(name), inside)
 
     def _copy(self, op: Any, path: str, name: str, inside: Sequence[Any]) -> None:
         node = tf.compat.v1.NodeDef()
@@ -373,8 +357,8 @@ def _is_float(value: Any) -> bool:
 
 @_plain
 def _node_names(names: Iterable[str]) -> list[str]:
-    unique = UniqueNames()
-    return [unique.take(_node_name(name)) for name in names]
+    unique: Any = tf.Graph().unique_name
+    return [unique(_node_name(name)) for name in names]
 
 
 def _node_name(name: str) -> str:
