@@ -71,7 +71,7 @@ class KerasCallbacks(Hook):
         self._own_optimizer: Any = None
         self._optimizer: Any = None
         self._epoch = 0
-        self._first = self._step = 0  # where the epoch began, and the steps told
+        self._first = self._step = 0  # where the epoch began; the last step reported
         self._last_logs: Logs | None = None
 
     def limit(self, run: Minimisation) -> int:
@@ -123,7 +123,7 @@ class KerasCallbacks(Hook):
         self._list.set_params(told)
         self._list.on_train_begin()
         self._heed(run)
-        if model._initial_epoch:  # so says BackupAndRestore
+        if model._initial_epoch:  # BackupAndRestore sets it
             _go_to(run, model._initial_epoch)
         batch = run.state.batch
         self._epoch = int(batch.epoch) if training else run.step // every
@@ -167,7 +167,7 @@ class KerasCallbacks(Hook):
         run.state = run.state._replace(evaluation=solver.look(run.state))
         run.saved = resume.snapshot(run)
         if solver.stepper.lookahead == 0 and saved is not None:
-            # It tells the step before the end.
+            # A method that evaluates before it moves goes on from the step before.
             run.saved = replace(run.saved, state=saved.state)
 
     def end(self, run: Minimisation, error: BaseException | None) -> None:
@@ -196,7 +196,7 @@ class KerasCallbacks(Hook):
     def _end_batches(self, run: Minimisation, *, is_last: bool) -> None:
         """Report the batches since the last report."""
         last, bad = run.step, run.loop.bad
-        if run.status == "nonfinite" and bad is not None:  # it was not accepted
+        if run.status == "nonfinite" and bad is not None:  # its step was not taken
             last = int(bad.columns["step"][-1]) + 1 - run.loop.solver.stepper.lookahead
         if not any(_overrides(callback, *BATCHES) for callback in self._callbacks):
             self._step = max(self._step, last)
@@ -251,7 +251,7 @@ class KerasCallbacks(Hook):
 
 
 class _Watch:
-    """What `ExplainNaN` asks, of a run: that looks at every step by itself."""
+    """A run as `ExplainNaN` sees it; a run looks at every step by itself."""
 
     def __init__(self, run: Minimisation) -> None:
         self._run = run
@@ -260,7 +260,7 @@ class _Watch:
     def spoiled(self) -> bool:
         return self._run.status == "nonfinite"
 
-    # What a training by Keras has to do at its ends, and a run has not.
+    # A training by Keras is looked at where these are called.
     def begin_epoch(self, epoch: int) -> None: ...
     def end_epoch(self) -> None: ...
     def end(self) -> None: ...

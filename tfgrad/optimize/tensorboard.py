@@ -210,7 +210,7 @@ class TensorBoard(Hook):
             self._write_problem(run)
         rows = Rows(run.record.rows.columns())
         if len(rows):
-            rows = Rows({**rows.columns, "time": _wall_times(rows)})
+            rows = _timed(rows)
             count = int(np.searchsorted(rows.columns["step"], first))
             if count:
                 self._writer.submit(self._curves.remember, rows.part(slice(count)))
@@ -227,8 +227,7 @@ class TensorBoard(Hook):
     def rows(self, run: Minimisation, rows: Rows) -> None:
         """Write rows in the background, after the ones before."""
         if self._run is not None and len(rows):
-            timed = Rows({**rows.columns, "time": _wall_times(rows)})
-            self._writer.submit(self._curves.take, timed)
+            self._writer.submit(self._curves.take, _timed(rows))
             self._write_distributions(run)
 
     def epoch(self, run: Minimisation, row: Mapping[str, Any]) -> None:
@@ -251,8 +250,7 @@ class TensorBoard(Hook):
         history = Rows(run.record.rows.columns())
         if self._run is not None and len(history):  # the row of the last point
             last = history.part(slice(-1, None))
-            timed = Rows({**last.columns, "time": _wall_times(last)})
-            self._writer.submit(self._curves.take, timed)
+            self._writer.submit(self._curves.take, _timed(last))
         self._writer.close()
         if self._run is None:
             return
@@ -267,7 +265,7 @@ class TensorBoard(Hook):
             guard(self._curves.write_last)
             guard(self._write_result, run.status or "", result, history)
         if guard.is_lost and is_own:
-            with contextlib.suppress(TfgradError, OSError):  # the first one was told
+            with contextlib.suppress(TfgradError, OSError):  # the log is lost already
                 self._run.close("failure")
         elif is_own:
             guard(self._run.close, run.status, **result)
@@ -318,7 +316,7 @@ class TensorBoard(Hook):
     def _write_graph(self, problem: Problem, x: Leaves) -> None:
         assert self._run is not None
         arguments = problem.x.arguments(list(x), problem.example)
-        with contextlib.suppress(InvalidArgumentError):  # it runs eagerly: no graph
+        with contextlib.suppress(InvalidArgumentError):  # f cannot be traced
             self._run.graph(problem.f, *arguments)
 
     def _write_distributions(self, run: Minimisation) -> None:
@@ -326,7 +324,8 @@ class TensorBoard(Hook):
             return
         solver = run.loop.solver
         leaves: list[Leaves] = [solver.point(run.state), []]
-        if not run.problem.replicas.is_clustered:  # all evaluate, or none
+        # Of several workers, the chief alone writes, and cannot evaluate f alone.
+        if not run.problem.replicas.is_clustered:
             leaves[1] = solver.gradient(solver.look(run.state))
         point, gradient = ([np.asarray(x) for x in part] for part in leaves)
         self._writer.submit(self._distributions.write, run.step, point, gradient)
@@ -399,8 +398,8 @@ def _scalars(rows: Rows) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """Yield (tag, array of shape [rows]) for each number that a row holds."""
     skipped = ("step", "seconds", "time", SIZE)
     columns = {n: c for n, c in rows.columns.items() if n not in skipped}
-    if (fall := columns.get("expected")) is not None:  # a method without
-        unknown = fall == np.finfo(fall.dtype).max  # the largest number: no such point
+    if (fall := columns.get("expected")) is not None:
+        unknown = fall == np.finfo(fall.dtype).max  # a method's way to say "no idea"
         columns["expected"] = np.where(unknown, np.nan, fall)
     yield from _curves(columns)
     with np.errstate(divide="ignore"):  # of a gradient that is zero, it is -inf
@@ -419,6 +418,7 @@ def _curves(
             yield f"{tag}/{'_'.join(map(str, index))}", column[:, *index]
 
 
-def _wall_times(rows: Rows) -> np.ndarray[Any, Any]:
+def _timed(rows: Rows) -> Rows:
+    """Return the rows with the `time` of each, in seconds since 1970."""
     seconds = rows.columns["seconds"]
-    return np.asarray(time.time() - (seconds[-1:] - seconds))
+    return Rows({**rows.columns, "time": time.time() - (seconds[-1:] - seconds)})

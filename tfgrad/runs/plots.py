@@ -179,7 +179,8 @@ def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> P
         chart.set_axis_off()
     if len(drawn) <= _NAMED_RUNS:
         first = charts[0].lines
-        labels = [line.get_label() for line in first]  # without, "_b" is left out
+        # Without this list, matplotlib leaves out names that begin with "_".
+        labels = [line.get_label() for line in first]
         figure.legend(first, labels, loc="outside lower center", ncols=3)
     return figure
 
