@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfgrad import nested
@@ -45,7 +44,9 @@ def step_graph(
     tensors = _tensors(args, parameters)
     names = _node_names(tensors)
     body = getattr(f, "python_function", f)  # its operations, not a call of it
-    layers = model_variables(f)
+    # TensorFlow knows the variables of a model by their last names alone: "kernel".
+    variables = getattr(f, "variables", ()) if is_model(f) else ()
+    layers = {id(variable.value.handle): variable.path for variable in variables}
     sources: dict[str, Any] = {}  # what f is differentiated by, by its gradient's name
 
     def step(*inputs: tf.Tensor) -> None:
@@ -56,9 +57,9 @@ def step_graph(
             # A Keras model opens a scope of its own name.
             with tf.name_scope(_node_name(name)) if not layers else nullcontext():
                 output = body(*_with_tensors(args, parameters, given))
-        variables = tape.watched_variables()
-        results = _node_names([*floats, *(v.name for v in variables)])
-        sources.update(zip(results, [*floats.values(), *variables], strict=True))
+        read = tape.watched_variables()
+        results = _node_names([*floats, *(v.name for v in read)])
+        sources.update(zip(results, [*floats.values(), *read], strict=True))
         if _is_float(output) and output.shape.rank == 0:
             tf.identity(output, "value")
             _draw_gradient(tape, output, sources)
@@ -271,7 +272,7 @@ def model_inputs(model: keras.Model) -> tuple[Any, ...]:
     inputs = getattr(model, "inputs", None)
     if inputs:
         nest = inputs[0] if len(inputs) == 1 else getattr(model, "input", inputs)
-        return (tf.nest.map_structure(_spec, nest),)
+        return (tf.nest.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype), nest),)
     shapes = model.get_build_config() if model.built else None
     if not shapes:
         raise InvalidArgumentError(
@@ -302,19 +303,6 @@ def conceptual_graph(model: keras.Model) -> str | None:
     return text if content["config"].get("layers") else None
 
 
-def model_variables(f: Any) -> dict[int, str]:
-    """Return the paths of the variables of a model by the ids of their handles.
-
-    TensorFlow knows each by its last name alone: "kernel". What is no model has none.
-    """
-    variables = f.variables if is_model(f) else []
-    return {id(variable.value.handle): variable.path for variable in variables}
-
-
-def _spec(tensor: Any) -> tf.TensorSpec:
-    return tf.TensorSpec(tensor.shape, tensor.dtype)
-
-
 def _float_spec(shape: Any) -> tf.TensorSpec:
     return tf.TensorSpec((None, *shape[1:]), keras.config.floatx())
 
@@ -332,10 +320,8 @@ def _tensors(args: Sequence[Any], parameters: Sequence[str]) -> dict[str, Any]:
                 tensors[path] = nested.to_tensor(leaf, path, weak)
             elif isinstance(leaf, tf.TensorSpec):
                 tensors[path] = leaf
-            elif isinstance(leaf, tf.Tensor) or nested.is_variable(leaf):
-                tensors[path] = tf.convert_to_tensor(leaf)
             elif hasattr(leaf, "__array__"):
-                tensors[path] = tf.convert_to_tensor(np.asarray(leaf))
+                tensors[path] = tf.convert_to_tensor(leaf)
     return tensors
 
 
