@@ -15,7 +15,8 @@
 # # Which minimiser gets down the valley?
 #
 # Rosenbrock's function has a curved, narrow valley: easy to find, hard to follow. Every method starts at
-# (-1.2, 1); the minimum is at (1, 1).
+# (-1.2, 1); the minimum is at (1, 1). Comparing the runs needs pandas:
+# `pip install "tfgrad[pandas]"`.
 
 # %%
 import os

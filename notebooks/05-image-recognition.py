@@ -16,7 +16,7 @@
 #
 # The 1,797 images of scikit-learn's digits, eight pixels by eight, and a convolutional net of two layers.
 # First Adam, from far away; then L-BFGS, for the last digits of the loss. Both are one call, both are in
-# TensorBoard.
+# TensorBoard. This notebook needs `pip install "tfgrad[pandas]" scikit-learn`.
 
 # %%
 import os

@@ -16,7 +16,8 @@
 #
 # A curve through measured points is half of an answer; the other half is how far off its parameters may be.
 # The data are Misra's dental research study of 1978, which the US National Institute of Standards and
-# Technology keeps as *Misra1a*, with certified answers to eleven digits.
+# Technology keeps as *Misra1a*, with certified answers to eleven digits. This notebook needs SciPy:
+# `pip install "tfgrad[scipy]"`.
 
 # %%
 import os

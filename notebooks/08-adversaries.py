@@ -9,6 +9,7 @@
 #     display_name: Python 3
 #     language: python
 #     name: python3
+# ---
 
 # %% [markdown]
 # # Can two nets learn to draw digits?
@@ -16,6 +17,7 @@
 # A generative adversarial network (Goodfellow et al., 2014): a generator draws, a discriminator tells drawn digits from
 # the 1,797 of scikit-learn, and each learns from the other. Two losses and two networks in turn: a loop of one's own,
 # with two `train_step`s. Both networks are told which digit it should be (Mirza and Osindero, 2014).
+# This notebook needs `pip install "tfgrad[pandas]" scikit-learn`.
 
 # %%
 import os

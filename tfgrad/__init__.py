@@ -16,27 +16,37 @@ from typing import TYPE_CHECKING, Any
 
 from tfgrad.quiet import quiet_import
 
-if TYPE_CHECKING:
-    from tfgrad.checks.gradcheck import check_grads
-    from tfgrad.checks.report import GradCheck
-    from tfgrad.derivatives.elementwise import derivative
-    from tfgrad.derivatives.forward import jvp
-    from tfgrad.derivatives.matrices import hessian, hvp, jacobian
-    from tfgrad.derivatives.reverse import grad, value_and_grad, vjp
-    from tfgrad.diagnosis.explain import explain
-    from tfgrad.diagnosis.explain_nan import ExplainNaN
-    from tfgrad.differences import finite_difference
-    from tfgrad.optimize.least_squares import LeastSquaresResult, least_squares
-    from tfgrad.optimize.many import ManyResult, minimize_many
-    from tfgrad.optimize.many_fits import ManyFitsResult, least_squares_many
-    from tfgrad.optimize.minimize import descend, minimize
-    from tfgrad.optimize.result import OptimizeResult
-    from tfgrad.optimize.solution import solution
-    from tfgrad.optimize.train_step import train_step
-    from tfgrad.runs.board import show
-    from tfgrad.runs.plots import plot_path, plot_runs
-    from tfgrad.runs.reader import load_run, load_runs
-    from tfgrad.runs.run import Run
+if TYPE_CHECKING:  # `as` says that the name is for users
+    from tfgrad.checks.gradcheck import check_grads as check_grads
+    from tfgrad.checks.report import GradCheck as GradCheck
+    from tfgrad.derivatives.elementwise import derivative as derivative
+    from tfgrad.derivatives.forward import jvp as jvp
+    from tfgrad.derivatives.matrices import hessian as hessian
+    from tfgrad.derivatives.matrices import hvp as hvp
+    from tfgrad.derivatives.matrices import jacobian as jacobian
+    from tfgrad.derivatives.reverse import grad as grad
+    from tfgrad.derivatives.reverse import value_and_grad as value_and_grad
+    from tfgrad.derivatives.reverse import vjp as vjp
+    from tfgrad.diagnosis.explain import explain as explain
+    from tfgrad.diagnosis.explain_nan import ExplainNaN as ExplainNaN
+    from tfgrad.differences import finite_difference as finite_difference
+    from tfgrad.optimize.least_squares import LeastSquaresResult as LeastSquaresResult
+    from tfgrad.optimize.least_squares import least_squares as least_squares
+    from tfgrad.optimize.many import ManyResult as ManyResult
+    from tfgrad.optimize.many import minimize_many as minimize_many
+    from tfgrad.optimize.many_fits import ManyFitsResult as ManyFitsResult
+    from tfgrad.optimize.many_fits import least_squares_many as least_squares_many
+    from tfgrad.optimize.minimize import descend as descend
+    from tfgrad.optimize.minimize import minimize as minimize
+    from tfgrad.optimize.result import OptimizeResult as OptimizeResult
+    from tfgrad.optimize.solution import solution as solution
+    from tfgrad.optimize.train_step import train_step as train_step
+    from tfgrad.runs.board import show as show
+    from tfgrad.runs.plots import plot_path as plot_path
+    from tfgrad.runs.plots import plot_runs as plot_runs
+    from tfgrad.runs.reader import load_run as load_run
+    from tfgrad.runs.reader import load_runs as load_runs
+    from tfgrad.runs.run import Run as Run
 
 __version__ = "0.1.0"
 
@@ -73,38 +83,7 @@ _HOMES = {
     "vjp": "tfgrad.derivatives.reverse",
 }
 
-__all__ = [
-    "ExplainNaN",
-    "GradCheck",
-    "LeastSquaresResult",
-    "ManyFitsResult",
-    "ManyResult",
-    "OptimizeResult",
-    "Run",
-    "check_grads",
-    "derivative",
-    "descend",
-    "explain",
-    "finite_difference",
-    "grad",
-    "hessian",
-    "hvp",
-    "jacobian",
-    "jvp",
-    "least_squares",
-    "least_squares_many",
-    "load_run",
-    "load_runs",
-    "minimize",
-    "minimize_many",
-    "plot_path",
-    "plot_runs",
-    "show",
-    "solution",
-    "train_step",
-    "value_and_grad",
-    "vjp",
-]
+__all__ = [*_HOMES]
 
 
 _ELSEWHERE = {

@@ -50,6 +50,8 @@ def describe(value: Any) -> str:
         shape = tf.TensorShape(value.shape)
         known = "unknown" if shape.rank is None else tuple(shape)
         return f"shape {known}, {_dtype_name(value)}"
+    if inspect.isroutine(value):  # its repr has an address in memory, and no more
+        return f"the function `{value.__name__}`"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 

@@ -52,7 +52,8 @@ const all = [];
 TEXTS = """return all.filter(e => !['STYLE', 'SCRIPT', 'TEMPLATE'].includes(e.tagName))
   .flatMap(e => [...e.childNodes]).filter(n => n.nodeType == Node.TEXT_NODE)
   .map(n => n.textContent.trim()).filter(t => t);"""
-LINES = "return all.filter(e => e.matches('path.line')).map(e => e.getAttribute('d'));"
+LINES = """return all.filter(e => e.matches('path.line'))
+  .map(e => e.getAttribute('d')).filter(d => d);"""  # a line has no d until it is drawn
 NODES = "return all.filter(e => e.matches('g.node')).map(e => e.dataset.name);"
 EXPAND = """
 const node = all.find(e => e.matches('g.node') && e.dataset.name == arguments[0]);

@@ -17,6 +17,8 @@ def test_a_notebook_shows_what_its_paired_source_did(source):
     assert [cell.source for cell in shown] == [cell.source for cell in cells]
     code = [cell for cell in shown if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert shown[0].source.startswith("# ")  # its title
+    assert shown[0].cell_type == "markdown"
     assert "assert" in code[-1].source
 
 

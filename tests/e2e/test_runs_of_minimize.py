@@ -168,7 +168,7 @@ def test_histograms_of_values_are_named_by_their_place(tmp_path):
 # --- bounded --------------------------------------------------------------------------
 
 
-def test_long_runs_are_thinned_and_say_so(tmp_path, monkeypatch):
+def test_long_runs_are_thinned(tmp_path, monkeypatch):
     monkeypatch.setattr(log_module, "EVERY_STEP", 100)
     result = minimized(tmp_path, steps=1001, learning_rate=1e-5)
 
@@ -178,9 +178,6 @@ def test_long_runs_are_thinned_and_say_so(tmp_path, monkeypatch):
     assert steps == expected
     np.testing.assert_array_equal(loss, np.float32(result.history["fun"][expected]))
     assert len(result.history["fun"]) == 1002
-    assert "every step up to 100, then half as often" in card(
-        result.directory, "problem"
-    )
 
 
 def test_a_log_of_every_tenth_step_has_the_start_and_the_end(tmp_path):
@@ -190,7 +187,6 @@ def test_a_log_of_every_tenth_step_has_the_start_and_the_end(tmp_path):
     assert steps == [0, 10, 20, 25]
     np.testing.assert_array_equal(loss, np.float32(result.history["fun"][steps]))
     assert len(result.history["fun"]) == 26
-    assert "every 10 steps" in card(result.directory, "problem")
 
 
 def test_long_runs_of_every_tenth_step_are_thinned_later(tmp_path, monkeypatch):

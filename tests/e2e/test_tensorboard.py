@@ -463,14 +463,16 @@ def test_no_file_hides_the_run_beside_it(tmp_path, load_fast):
             assert curve(board, name, "f", 2) == ([0, 1], [1.0, 2.0])
 
 
-def test_a_file_that_would_end_tensorboard_is_named(tmp_path):
+@pytest.mark.parametrize("kind", ["torn", 2**40])
+def test_a_file_with_a_damaged_end_is_named(tmp_path, kind):
     with Run(tmp_path / "good") as run:
         run.log(0, f=1.0)
+    (file,) = run.directory.glob("*tfevents*")
     (tmp_path / "bad").mkdir()
-    hostile(b"", 2**40, tmp_path / "bad" / "tfevents.1")
+    hostile(file.read_bytes(), str(kind), tmp_path / "bad" / "tfevents.1")
 
     with (
-        pytest.warns(RuntimeWarning, match=r"leaves out.*bad/tfevents\.1\."),
+        pytest.warns(RuntimeWarning, match=r"leaves out.* \d+ bytes of .*bad/tfevents"),
         show(tmp_path) as board,
     ):
         assert curve(board, "good", "f", 1) == ([0], [1.0])

@@ -48,6 +48,8 @@ def _readable_row(root: Path, path: Path) -> dict[str, Any] | None:
 
 
 def _row(root: Path, path: Path) -> dict[str, Any]:
+    if not path.is_file():  # to read a pipe never ends
+        raise OSError("it is no file")
     record = json.loads(path.read_text(encoding="utf-8"))
     result, directory = record.get("result", {}), path.parent
     status = record.get("status")

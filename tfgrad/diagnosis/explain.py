@@ -200,11 +200,7 @@ def _by_slope(
 ) -> Finding:
     """Return the finding for an input by what its gradient holds.
 
-    Args:
-        name: What the user calls it.
-        place: The tensor that stands for it.
-        numbers: The numbers in the graph.
-        known: The value is not finite, which explains gradients that are not.
+    `known` says that the value is not finite, which explains a gradient that is not.
     """
     if place is None or numbers is None:
         return Finding(name, "connected")

@@ -59,11 +59,10 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
     """
 
     def __init__(self, raise_error: bool = False) -> None:
-        """Watch nothing yet."""
         super().__init__()
         require_bool(raise_error=raise_error)
         self._raises = raise_error
-        self._watch: Watch | None = None
+        self._watch: Any = None
         self._forget()
 
     def _forget(self) -> None:
@@ -80,19 +79,15 @@ class ExplainNaN(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has n
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Remember where the epoch begins."""
-        if self._watch is not None:
-            self._watch.begin_epoch(epoch)
+        self._watch.begin_epoch(epoch)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Look at the weights before others save them."""
-        if self._watch is not None:
-            self._watch.end_epoch()
+        self._watch.end_epoch()
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Leave the model as it was, and say what was found."""
-        watch, self._watch = self._watch, None
-        if watch is None:
-            return
+        watch, self._watch = self._watch, None  # it holds a copy of the weights
         watch.end()
         if watch.spoiled:
             self._tell(watch.culprit())

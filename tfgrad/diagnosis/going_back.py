@@ -61,7 +61,6 @@ class Watch:
     """
 
     def __init__(self, model: Any) -> None:
-        """Compile the training of the model anew, with batches that are kept."""
         if model.distribute_strategy.num_replicas_in_sync > 1:
             raise InvalidArgumentError(
                 "ExplainNaN watches the training of one replica.",
@@ -73,8 +72,8 @@ class Watch:
         self._copy: Copy | None = None
         self._logs: Any = {}  # of the last steps
         self._losses: deque[float] = deque(maxlen=3)
-        self._calls, self._most_calls = 0, 1  # since the last look
-        self._seconds = self._cost = 0.0  # of these calls; of a look
+        self._calls_left = 1  # until the batches kept are too many
+        self._seconds = self._cost = 0.0  # of the calls since the last look; of a look
         self._epochs = [(0, 0, 0)]  # its first position in the stage, epoch, batch
 
     def begin_epoch(self, epoch: int) -> None:
@@ -122,12 +121,7 @@ class Watch:
         return None
 
     def _loss_of(self, data: Any, spoiled: str) -> Callable[[], Any]:
-        """Return what computes the loss of a batch.
-
-        Args:
-            data: The batch.
-            spoiled: The name in its logs that is not finite; "" for the gradient.
-        """
+        """Return what computes the loss of a batch, or what `spoiled` names in logs."""
         model = self._model
 
         def loss() -> Any:
@@ -153,9 +147,9 @@ class Watch:
             if not isinstance(error, StopIteration | tf.errors.OutOfRangeError):
                 self.end()  # `fit` ends without `on_train_end`
             raise
-        self._calls += 1
+        self._calls_left -= 1
         self._seconds += time.perf_counter() - began
-        if self._seconds * _SHARE > self._cost or self._calls > self._most_calls:
+        if self._seconds * _SHARE > self._cost or self._calls_left < 0:
             self.look()
         return logs
 
@@ -168,9 +162,9 @@ class Watch:
         first, epoch, batch = self._epochs[-1]
         size = stage.size()
         if size:
-            in_call = -(-size // self._calls)
-            self._most_calls = max(1, stage.most() // in_call)
-        self._epochs, self._calls = [(0, epoch, batch + size - first)], 0
+            in_call = int(self._model.steps_per_execution)
+            self._calls_left = max(1, stage.most() // in_call)
+        self._epochs = [(0, epoch, batch + size - first)]
         stage.clear()
         self._seconds, self._cost = 0.0, time.perf_counter() - began
         return True
@@ -179,9 +173,7 @@ class Watch:
 class Training:
     """The training of a model, compiled anew so that it keeps its batches.
 
-    Args:
-        model: The model.
-        watched: What `fit` calls in place of `run`.
+    `fit` calls `watched` in place of `run`.
 
     Attributes:
         stage: The batches.
@@ -190,7 +182,6 @@ class Training:
     """
 
     def __init__(self, model: Any, watched: Callable[[Any], Any]) -> None:
-        """Take the place of the model's own."""
         self._model, self._step = model, model.train_step
         self._own = vars(model).get("train_step")
         self._before = model.train_function
@@ -250,10 +241,7 @@ class Training:
 
 
 class Copy:
-    """The values of all that training changes.
-
-    Args:
-        model: The model, built.
+    """The values of all that training changes in a model that is built.
 
     Attributes:
         saved: The values when they were last taken.
@@ -263,7 +251,6 @@ class Copy:
     saved: list[tf.Tensor]
 
     def __init__(self, model: Any) -> None:
-        """Find the variables."""
         kept = [*model.variables, *model.metrics_variables]
         kept += [v for optimizer in _optimizers(model) for v in optimizer.variables]
         self._kept = list({id(v): v.value for v in kept}.values())
@@ -297,7 +284,6 @@ class Stage:
     """Batches, kept in order by TensorFlow itself, from within a compiled loop."""
 
     def __init__(self) -> None:
-        """Keep none."""
         self._options: dict[str, Any] = {"shared_name": f"tfgrad_{uuid.uuid4().hex}"}
 
     def put(self, data: Any) -> None:

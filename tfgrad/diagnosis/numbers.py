@@ -45,11 +45,8 @@ class Counts(NamedTuple):
 class Numbers:
     """The numbers in every tensor of a graph and in its gradient, counted.
 
-    Args:
-        graph: A traced graph.
-        inputs: One value for each of its inputs, captured ones included.
-        outputs: The float tensors to differentiate.
-        cotangents: Their weights; None means ones.
+    `inputs` has a value for each input of the graph, captured ones included;
+    `cotangents` are the weights of the `outputs` that are differentiated.
     """
 
     def __init__(
@@ -59,7 +56,6 @@ class Numbers:
         outputs: Sequence[tf.Tensor],
         cotangents: Sequence[Any] | None = None,
     ) -> None:
-        """Run a copy of the graph."""
         self._graph = graph
         self._inputs = inputs
         self._outputs = outputs

@@ -48,16 +48,9 @@ def replay(
 ) -> Replay:
     """Return a compiled function that runs a copy of `graph`.
 
-    Args:
-        graph: What to copy. Nothing in it may have been differentiated before: that
-            rewrites conditionals and loops in place.
-        tensors: Tensors in it to report.
-        outputs: Tensors in it to differentiate.
-        reduce: Applied to each reported tensor and gradient; storage is not reported.
-
-    Returns:
-        A function of one value per input of the graph, and one cotangent per output. It
-        returns the reduced values of `tensors`, and their reduced gradients or None.
+    It takes one value per input of the graph and one cotangent per output, and returns
+    the reduced values of `tensors`, and their reduced gradients or None. Nothing in the
+    graph may have been differentiated before: that rewrites what is inside of branches.
     """
 
     def run(inputs: Sequence[Any], cotangents: Sequence[Any], sloped: bool) -> Any:
@@ -148,11 +141,8 @@ def turn_inside(
 ) -> Turn | None:
     """Return the run of a body of `op` in which a number goes wrong, if it is found.
 
-    Args:
-        op: A call, conditional or loop.
-        values: The values of its inputs, then of its outputs.
-        slopes: The gradients of its outputs, None for none.
-        backward: Whether a gradient goes wrong, instead of a value.
+    `values` are those of its inputs, then of its outputs; `slopes` are the gradients of
+    its outputs. With `backward`, it is a gradient that goes wrong.
     """
     inputs, results = values[: len(op.inputs)], values[len(op.inputs) :]
     body = _chosen(bodies(op), op, inputs)
@@ -185,10 +175,7 @@ def _chosen(found: list[Any], op: tf.Operation, inputs: list[Any]) -> Any:
 def _turn_of_loop(op: tf.Operation, last: Turn, backward: bool) -> Turn | None:
     """Return the turn of a loop in which a value, or going back a gradient, goes wrong.
 
-    Args:
-        op: The loop.
-        last: Its body, the inputs of the first turn, the cotangents of the last.
-        backward: Whether to look for a gradient.
+    `last` has the inputs of the first turn, and the cotangents of the last.
     """
     body = last.body
     step = replay(body, body.outputs, [], tf.identity)
@@ -210,12 +197,8 @@ def _turn_back(last: Turn, states: list[list[Any]]) -> Turn | None:
     """Return the turn, going back, that passes on a gradient that is not finite."""
     body, ends = last.body, [tensor.ref() for tensor in last.outputs]
     kept = [i for i, tensor in enumerate(body.outputs) if tensor.ref() in ends]
-    pull = replay(
-        body,
-        [body.inputs[i] for i in kept],
-        last.outputs,
-        tf.identity,
-    )
+    inputs = [body.inputs[i] for i in kept]
+    pull = replay(body, inputs, last.outputs, tf.identity)
     turn = last
     for state in reversed(states):
         turn = turn._replace(inputs=state)

@@ -14,13 +14,15 @@ VALUE = "the value"
 """The name of the finding for a function whose value is not finite."""
 
 _REASONS = {
-    "connected": "its gradient arrives",
-    "stopped": "only tf.stop_gradient or its shape leads on to the output",
+    "non-finite": "there are NaNs or infinities in its gradient",
+    "cut": "an op on its way to the output has no gradient",
+    "zero": "every element of its gradient is exactly zero",
     "unused": "nothing leads from it to the output",
     "integer": "whole numbers have no derivative",
-    "zero": "every element of its gradient is exactly zero",
-    "non-finite": "there are NaNs or infinities in its gradient",
+    "stopped": "only tf.stop_gradient or its shape leads on to the output",
+    "connected": "its gradient arrives",
 }
+"""What is said of each status, the worst first."""
 
 _HINTS = {
     "connected": "tfgrad.check_grads, which tells whether it is right",
@@ -30,15 +32,6 @@ _HINTS = {
     "non-finite": "what is said of the value, or another point",
 }
 
-_WORST_FIRST = (
-    "non-finite",
-    "cut",
-    "zero",
-    "unused",
-    "integer",
-    "stopped",
-    "connected",
-)
 _MOST_NAMES = 3
 
 
@@ -67,7 +60,7 @@ class Finding:
     def reason(self) -> str:
         """Why it has this status."""
         if self.culprit is None:
-            return _REASONS.get(self.status, "")
+            return _REASONS[self.status]
         return f"{self.culprit.label}: {self.culprit.reason}"
 
     @property
@@ -133,19 +126,13 @@ class Explanation:
         for finding in self.findings:
             key = finding.status, finding.culprit
             groups.setdefault(key, []).append(finding)
-        return sorted(groups.values(), key=lambda g: _WORST_FIRST.index(g[0].status))
+        return sorted(groups.values(), key=lambda g: [*_REASONS].index(g[0].status))
 
 
 def no_gradient_error(
     function_name: str, argument_name: str, cut: Cut
 ) -> NoGradientError:
-    """Return the error for a gradient that is cut, ready to be raised.
-
-    Args:
-        function_name: What the user calls the function.
-        argument_name: What the user calls the argument or the variable.
-        cut: Where its gradient is cut.
-    """
+    """Return the error for a gradient that is cut, ready to be raised."""
     return NoGradientError(
         f"The gradient of `{function_name}` with respect to `{argument_name}` is cut.",
         got=f"{cut.label} at {cut.where}: {cut.reason}",

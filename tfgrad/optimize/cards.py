@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping
@@ -40,7 +39,8 @@ def point_text(x: Nest) -> str:
     leaves = [(name, np.asarray(leaf)) for name, leaf in named_leaves(x, "x")]
     count = sum(leaf.size for _, leaf in leaves)
     if count > _SHOWN:
-        return f"{count} numbers in {len(leaves)} arrays"
+        arrays = "one array" if len(leaves) == 1 else f"{len(leaves)} arrays"
+        return f"{count} numbers in {arrays}"
     texts = (f"{name} = {np.array2string(leaf, precision=8)}" for name, leaf in leaves)
     return ", ".join(texts).replace("\n", "")
 
@@ -50,24 +50,7 @@ def _source(f: Callable[..., Any]) -> str:
         lines = inspect.getsource(getattr(f, "python_function", f))
     except (OSError, TypeError):  # typed at a prompt, or no Python function
         return repr(f)
-    source = textwrap.dedent(lines).rstrip()
-    return _only_lambda(source) or source
-
-
-def _only_lambda(source: str) -> str | None:
-    """Return the lambda among lines that hold one and no other function.
-
-    >>> _only_lambda("result = minimize(lambda x: x**2, 3.0, log=logs)")
-    'lambda x: x**2'
-    """
-    try:
-        nodes = list(ast.walk(ast.parse(source)))
-    except SyntaxError:  # lines from the middle of a call
-        return None
-    kinds = ast.Lambda | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    functions = [node for node in nodes if isinstance(node, kinds)]
-    is_lambda = len(functions) == 1 and isinstance(functions[0], ast.Lambda)
-    return ast.get_source_segment(source, functions[0]) if is_lambda else None
+    return textwrap.dedent(lines).rstrip()
 
 
 def _table(facts: Mapping[str, Any]) -> str:

@@ -23,7 +23,6 @@ class Rows:
     columns: History
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(next(iter(self.columns.values()), ()))
 
     def part(self, which: Any) -> Rows:
@@ -44,7 +43,6 @@ class Table:
     """
 
     def __init__(self, columns: History | None = None) -> None:
-        """Take the first rows, if there are some."""
         self._columns: History = dict(columns or {})
         self._count = len(Rows(self._columns))
 

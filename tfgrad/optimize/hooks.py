@@ -102,7 +102,6 @@ class Callback(Hook):
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        """Look at its parameters."""
         try:
             names = list(inspect.signature(function).parameters)
         except (TypeError, ValueError):  # builtins and some callables have none
@@ -152,7 +151,6 @@ class Interrupts(Hook):
     """
 
     def __init__(self) -> None:
-        """Change nothing yet."""
         self._caught = self._is_heeded = False
         self._before: Any = None
 
@@ -167,7 +165,6 @@ class Interrupts(Hook):
         return self._caught
 
     def __enter__(self) -> Self:
-        """Take over the handler."""
         self._before = None
         if threading.current_thread() is threading.main_thread():
             self._before = signal.getsignal(signal.SIGINT)
@@ -176,7 +173,6 @@ class Interrupts(Hook):
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Restore the handler; raise if Ctrl-C came too late to end a run."""
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
         if self._caught and not self._is_heeded and error[0] is None:

@@ -39,10 +39,7 @@ BATCHES = "on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_ba
 
 
 def watching(callback: Any) -> list[Hook]:
-    """Return the hooks for what a user passes as `callback`.
-
-    Args:
-        callback: A function, a Keras callback, or a list of both.
+    """Return the hooks for a function, a Keras callback, or a list of both.
 
     Raises:
         InvalidArgumentError: If it is none of these.
@@ -64,14 +61,9 @@ def watching(callback: Any) -> list[Hook]:
 
 
 class KerasCallbacks(Hook):
-    """Keras's callbacks, called as and when `fit` would call them.
-
-    Args:
-        callbacks: Those of one run.
-    """
+    """Keras's callbacks, called as and when `fit` would call them."""
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
-        """Call none of them yet."""
         self._callbacks = callbacks
         self._is_by_batch = any(map(_acts_on_batches, callbacks))
         self._list = keras.callbacks.CallbackList(callbacks)
@@ -79,7 +71,7 @@ class KerasCallbacks(Hook):
         self._own_optimizer: Any = None
         self._optimizer: Any = None
         self._epoch = 0
-        self._first = self._step = 0  # where the epoch began, and the steps told
+        self._first = self._step = 0  # where the epoch began; the last step reported
         self._last_logs: Logs | None = None
 
     def limit(self, run: Minimisation) -> int:
@@ -131,7 +123,7 @@ class KerasCallbacks(Hook):
         self._list.set_params(told)
         self._list.on_train_begin()
         self._heed(run)
-        if model._initial_epoch:  # so says BackupAndRestore
+        if model._initial_epoch:  # BackupAndRestore sets it
             _go_to(run, model._initial_epoch)
         batch = run.state.batch
         self._epoch = int(batch.epoch) if training else run.step // every
@@ -175,7 +167,7 @@ class KerasCallbacks(Hook):
         run.state = run.state._replace(evaluation=solver.look(run.state))
         run.saved = resume.snapshot(run)
         if solver.stepper.lookahead == 0 and saved is not None:
-            # It tells the step before the end.
+            # A method that evaluates before it moves goes on from the step before.
             run.saved = replace(run.saved, state=saved.state)
 
     def end(self, run: Minimisation, error: BaseException | None) -> None:
@@ -204,7 +196,7 @@ class KerasCallbacks(Hook):
     def _end_batches(self, run: Minimisation, *, is_last: bool) -> None:
         """Report the batches since the last report."""
         last, bad = run.step, run.loop.bad
-        if run.status == "nonfinite" and bad is not None:  # it was not accepted
+        if run.status == "nonfinite" and bad is not None:  # its step was not taken
             last = int(bad.columns["step"][-1]) + 1 - run.loop.solver.stepper.lookahead
         if not any(_overrides(callback, *BATCHES) for callback in self._callbacks):
             self._step = max(self._step, last)
@@ -259,24 +251,19 @@ class KerasCallbacks(Hook):
 
 
 class _Watch:
-    """What `ExplainNaN` asks, of a run: that looks at every step by itself."""
+    """A run as `ExplainNaN` sees it; a run looks at every step by itself."""
 
     def __init__(self, run: Minimisation) -> None:
         self._run = run
 
     @property
     def spoiled(self) -> bool:
-        """Whether something was not finite."""
         return self._run.status == "nonfinite"
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Do nothing."""
-
-    def end_epoch(self) -> None:
-        """Do nothing."""
-
-    def end(self) -> None:
-        """Do nothing."""
+    # A training by Keras is looked at where these are called.
+    def begin_epoch(self, epoch: int) -> None: ...
+    def end_epoch(self) -> None: ...
+    def end(self) -> None: ...
 
     def culprit(self) -> Step:
         """Return the step to blame."""
@@ -295,13 +282,10 @@ class _Watch:
 class Variables(keras.Model):  # type: ignore[misc]  # Keras has no stubs
     """A point as a model, for callbacks: its weights are what is minimised over.
 
-    Args:
-        leaves: Name, shape and dtype of each.
-        **options: Those of a `keras.Model`.
+    `leaves` has the name, the shape and the dtype of each.
     """
 
     def __init__(self, leaves: Sequence[tuple[str, Any, str]], **options: Any) -> None:
-        """Make the weights."""
         super().__init__(**options)
         self._leaves = leaves
         for name, shape, dtype in leaves:

@@ -188,7 +188,6 @@ class OptimizeResult:
         return {name: each for name, each in vars(self).items() if name != "_spread"}
 
     def __repr__(self) -> str:
-        """Return a short table."""
         width = max(len(name) for name, _ in self._table())
         return "\n".join(f"{name:>{width}}: {text}" for name, text in self._table())
 

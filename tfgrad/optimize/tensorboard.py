@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tfgrad.errors import InvalidArgumentError, RunError, TfgradError
 from tfgrad.nested import named_leaves
@@ -30,7 +31,6 @@ from tfgrad.optimize.resume import UNFINISHED
 from tfgrad.runs.directory import check
 from tfgrad.runs.guard import Guard
 from tfgrad.runs.run import Run
-from tfgrad.runs.values import UniqueNames
 
 TAGS = {
     "fun": "loss",
@@ -69,12 +69,10 @@ def check_log(log: Run | str | PathLike[str]) -> None:
 class Writer:
     """Writes in a thread, in order, while the next chunk runs.
 
-    Attributes:
-        guard: What calls all that writes: the first failure ends it with a warning.
+    The first failure ends the writing, with a warning (`guard`).
     """
 
     def __init__(self) -> None:
-        """Write nothing yet."""
         self.guard = Guard("The optimisation")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tfgrad-log")
         self._pending: list[Future[None]] = []
@@ -97,18 +95,13 @@ class Writer:
 
 
 class Curves:
-    """The rows of a run as curves, thinned out where they are very many.
-
-    Args:
-        run: Where they are written.
-        every: How many steps there are from one point of the log to the next.
+    """The rows of a run as curves: of each `every`-th step, and thinned out later on.
 
     Attributes:
         last: The last row, written or not; None before the first one.
     """
 
     def __init__(self, run: Run, every: int) -> None:
-        """Write nothing yet."""
         self._run, self._every = run, every
         self.last: Rows | None = None
 
@@ -135,10 +128,9 @@ class Curves:
             self._write(self.last)
 
     def _write(self, rows: Rows) -> None:
-        if len(rows):
-            columns = rows.columns
-            scalars = dict(_scalars(rows))
-            self._run.log_history(scalars, columns["step"], columns["time"])
+        columns = rows.columns
+        scalars = dict(_scalars(rows))
+        self._run.log_history(scalars, columns["step"], columns["time"])
 
     def _is_kept(self, rows: Rows) -> np.ndarray[Any, Any]:
         """Return whether each row is written; its step alone decides."""
@@ -151,16 +143,10 @@ class Distributions:
     """The distributions of many parameters and of their gradients, now and then.
 
     The steps do not depend on the clock, so a resumed run writes its histograms at
-    the same steps again.
-
-    Args:
-        run: Where they are written.
-        names: One for each leaf of the point; none of a few parameters.
-        steps: How many steps there will be.
+    the same steps again. Without `names`, there are none.
     """
 
     def __init__(self, run: Run, names: Sequence[str], steps: int) -> None:
-        """Write nothing yet."""
         self._run, self._names, self._steps = run, names, steps
         self._last = -1
 
@@ -189,20 +175,15 @@ class Distributions:
 
 
 class TensorBoard(Hook):
-    """Writes a run: to a directory of its own, or to one that the user opened.
+    """Writes a run: below a directory, or to an open run, which stays open.
 
     If a write fails, the log ends with a warning, and the minimisation goes on.
-
-    Args:
-        log: A directory, in which the run gets one named after the method, or an open
-            run, which stays open.
     """
 
     _curves: Curves
     _distributions: Distributions
 
     def __init__(self, log: Run | str | PathLike[str]) -> None:
-        """Write nothing yet."""
         self._log = log
         self._run: Run | None = None
         self._is_resumed = False
@@ -226,10 +207,10 @@ class TensorBoard(Hook):
         self._distributions = Distributions(self._run, names, steps)
         first = self._run.first_step
         if not self._is_resumed or first == 0:
-            self._write_problem(run, _thinning(steps, int(run.options.every)))
+            self._write_problem(run)
         rows = Rows(run.record.rows.columns())
         if len(rows):
-            rows = Rows({**rows.columns, "time": _wall_times(rows)})
+            rows = _timed(rows)
             count = int(np.searchsorted(rows.columns["step"], first))
             if count:
                 self._writer.submit(self._curves.remember, rows.part(slice(count)))
@@ -246,8 +227,7 @@ class TensorBoard(Hook):
     def rows(self, run: Minimisation, rows: Rows) -> None:
         """Write rows in the background, after the ones before."""
         if self._run is not None and len(rows):
-            timed = Rows({**rows.columns, "time": _wall_times(rows)})
-            self._writer.submit(self._curves.take, timed)
+            self._writer.submit(self._curves.take, _timed(rows))
             self._write_distributions(run)
 
     def epoch(self, run: Minimisation, row: Mapping[str, Any]) -> None:
@@ -262,10 +242,7 @@ class TensorBoard(Hook):
         self._writer.submit(self._run.log, step, tagged)
 
     def flush(self) -> None:
-        """Wait until all rows are in the file: do so before a checkpoint is saved.
-
-        Else a run that is killed then, and resumed there, has a gap in its curves.
-        """
+        """Wait until all rows are in the file: a resumed run then has no gap."""
         self._writer.flush()
 
     def end(self, run: Minimisation, error: BaseException | None) -> None:
@@ -273,8 +250,7 @@ class TensorBoard(Hook):
         history = Rows(run.record.rows.columns())
         if self._run is not None and len(history):  # the row of the last point
             last = history.part(slice(-1, None))
-            timed = Rows({**last.columns, "time": _wall_times(last)})
-            self._writer.submit(self._curves.take, timed)
+            self._writer.submit(self._curves.take, _timed(last))
         self._writer.close()
         if self._run is None:
             return
@@ -289,7 +265,7 @@ class TensorBoard(Hook):
             guard(self._curves.write_last)
             guard(self._write_result, run.status or "", result, history)
         if guard.is_lost and is_own:
-            with contextlib.suppress(TfgradError, OSError):  # the first one was told
+            with contextlib.suppress(TfgradError, OSError):  # the log is lost already
                 self._run.close("failure")
         elif is_own:
             guard(self._run.close, run.status, **result)
@@ -328,12 +304,10 @@ class TensorBoard(Hook):
         path = Path(str(self._log)) / saved.directory
         return path if path.is_dir() and not saved.has_ended else None
 
-    def _write_problem(self, run: Minimisation, thinning: str) -> None:
+    def _write_problem(self, run: Minimisation) -> None:
         assert self._run is not None
         problem, point = run.problem, run.loop.solver.point(run.state)
         facts = {**_given(run), "start": point_text(problem.x.pack(point))}
-        if thinning:
-            facts["curves"] = thinning
         guard = self._writer.guard
         guard(self._run.describe, **facts)
         guard(self._run.text, "problem", problem_card(problem.f, facts))
@@ -342,7 +316,7 @@ class TensorBoard(Hook):
     def _write_graph(self, problem: Problem, x: Leaves) -> None:
         assert self._run is not None
         arguments = problem.x.arguments(list(x), problem.example)
-        with contextlib.suppress(InvalidArgumentError):  # it runs eagerly: no graph
+        with contextlib.suppress(InvalidArgumentError):  # f cannot be traced
             self._run.graph(problem.f, *arguments)
 
     def _write_distributions(self, run: Minimisation) -> None:
@@ -350,7 +324,8 @@ class TensorBoard(Hook):
             return
         solver = run.loop.solver
         leaves: list[Leaves] = [solver.point(run.state), []]
-        if not run.problem.replicas.is_clustered:  # all evaluate, or none
+        # Of several workers, the chief alone writes, and cannot evaluate f alone.
+        if not run.problem.replicas.is_clustered:
             leaves[1] = solver.gradient(solver.look(run.state))
         point, gradient = ([np.asarray(x) for x in part] for part in leaves)
         self._writer.submit(self._distributions.write, run.step, point, gradient)
@@ -394,30 +369,13 @@ def _given(run: Minimisation) -> dict[str, Any]:
     return {**given, "method": run.chain.name}
 
 
-def _thinning(steps: int, every: int) -> str:
-    """Return which of the planned steps are written; "" if all are.
-
-    >>> _thinning(1000, 1), _thinning(1000, 10)
-    ('', 'every 10 steps; the history of the result has all')
-    """
-    most = EVERY_STEP * every
-    if every == 1 and steps <= most:
-        return ""
-    text = "every step" if every == 1 else f"every {every} steps"
-    if steps > most:
-        text += f" up to {most:,}, then half as often, from {2 * most:,} on a quarter"
-        text += " as often, and so on"
-    return f"{text}; the history of the result has all"
-
-
 def _leaf_names(problem: Problem) -> list[str]:
     """Return a name for the histograms of each variable."""
-    unique = UniqueNames()
     if problem.x.takes_values:
-        paths = [path for path, _ in named_leaves(problem.x.template, "x")]
-        return [unique.take(_as_tag(path)) for path in paths]
+        return [_as_tag(path) for path, _ in named_leaves(problem.x.template, "x")]
+    unique: Any = tf.Graph().unique_name  # numbers those that are taken
     names = (getattr(v, "path", v.name.removesuffix(":0")) for v in problem.x.owners)
-    return [unique.take(name) for name in names]
+    return [unique(name) for name in names]
 
 
 def _as_tag(name: str) -> str:
@@ -440,8 +398,8 @@ def _scalars(rows: Rows) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """Yield (tag, array of shape [rows]) for each number that a row holds."""
     skipped = ("step", "seconds", "time", SIZE)
     columns = {n: c for n, c in rows.columns.items() if n not in skipped}
-    if (fall := columns.get("expected")) is not None:  # a method without
-        unknown = fall == np.finfo(fall.dtype).max  # the largest number: no such point
+    if (fall := columns.get("expected")) is not None:
+        unknown = fall == np.finfo(fall.dtype).max  # a method's way to say "no idea"
         columns["expected"] = np.where(unknown, np.nan, fall)
     yield from _curves(columns)
     with np.errstate(divide="ignore"):  # of a gradient that is zero, it is -inf
@@ -460,6 +418,7 @@ def _curves(
             yield f"{tag}/{'_'.join(map(str, index))}", column[:, *index]
 
 
-def _wall_times(rows: Rows) -> np.ndarray[Any, Any]:
+def _timed(rows: Rows) -> Rows:
+    """Return the rows with the `time` of each, in seconds since 1970."""
     seconds = rows.columns["seconds"]
-    return np.asarray(time.time() - (seconds[-1:] - seconds))
+    return Rows({**rows.columns, "time": time.time() - (seconds[-1:] - seconds)})

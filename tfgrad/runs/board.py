@@ -18,12 +18,12 @@ import urllib.parse
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from tfgrad.errors import InvalidArgumentError, RunError
-from tfgrad.runs.directory import local_path, walk_event_files
+from tfgrad.runs.directory import is_claimed, local_path, walk_event_files
 from tfgrad.runs.tensorboard import require
-from tfgrad.runs.tfrecord import is_hostile
+from tfgrad.runs.tfrecord import unread
 
 _START_SECONDS = 60.0  # to start; mostly 1, more on a cold disk or a busy machine
 _LOAD_SECONDS = 3.0  # until TensorBoard has read a run; it reads the others later
@@ -31,7 +31,7 @@ _CLOSE_SECONDS = 10.0
 _SAMPLES = "scalars=1000000,images=200"  # 0 for "all" gives empty charts in 2.21
 
 
-class Board:
+class Board(contextlib.AbstractContextManager["Board"]):
     """A TensorBoard process and its address; made by `show`.
 
     Attributes:
@@ -42,7 +42,6 @@ class Board:
     def __init__(
         self, root: Path, command: list[str], pins: Sequence[str], has_runs: bool
     ) -> None:
-        """Start `command`; wait until it answers and, if there are runs, shows one."""
         self.root = root
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open while it lives
         self._process = subprocess.Popen(
@@ -80,16 +79,10 @@ class Board:
             except subprocess.TimeoutExpired:
                 self._kill()
 
-    def __enter__(self) -> Self:
-        """Return the board itself."""
-        return self
-
     def __exit__(self, *error: object) -> None:
-        """Close it."""
         self.close()
 
     def __repr__(self) -> str:
-        """Return the directory and the address."""
         address = self.url if self._is_running() else "ended"
         return f"<TensorBoard on {self.root}: {address}>"
 
@@ -192,11 +185,19 @@ def show(
         )
     require("version")
     files = [file for some in walk_event_files(path).values() for file in some]
-    if hostile := [str(file) for file in files if is_hostile(file)]:
+    ends = {file: unread(file) for file in files}
+    if any(is_hostile for _, is_hostile in ends.values()):
         load_fast = "false"  # such a file would end the data server
+    # The end of a file that a live run is writing is not damaged.
+    damaged = [
+        f"{lost} bytes of {file}"
+        for file, (lost, is_hostile) in ends.items()
+        if is_hostile or (lost and not is_claimed(file.parent))
+    ]
+    if damaged:
         warnings.warn(
-            "TensorBoard leaves out the rest of these event files, which declare a "
-            f"record larger than any memory: {', '.join(hostile)}.",
+            f"TensorBoard leaves out the damaged ends of event files: "
+            f"{', '.join(damaged)}.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -29,7 +29,6 @@ class Claim:
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        """Hold `path` by the open, locked `descriptor`."""
         self.path = path
         self._finalizer = weakref.finalize(self, _unlock, descriptor, os.getpid())
 
@@ -49,17 +48,9 @@ def _unlock(descriptor: int, owner: int) -> None:
 def claim(directory: str | os.PathLike[str], resume: bool) -> Claim:
     """Return a locked directory to write a run in.
 
-    Args:
-        directory: The wanted directory; its parents are made if they are missing.
-        resume: True takes exactly this directory, which must exist. False takes it if
-            it is new or empty, else the first free one of `directory-002`,
-            `directory-003`... Two processes that ask at the same time get two
-            directories.
-
-    Raises:
-        InvalidArgumentError: If `directory` is no path, empty, or on another machine.
-        RunError: If the directory cannot be made or written, does not exist (`resume`),
-            or has a live writer (`resume`).
+    With `resume`, it is this directory, which must exist; else this one if it is new or
+    empty, or the first free one of `directory-002`, `directory-003`... Two processes
+    that ask at the same time get two directories.
     """
     path = _run_path(directory)
     if not resume:

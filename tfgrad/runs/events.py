@@ -54,10 +54,7 @@ class EventFile:
     ) -> None:
         """Create the file and write its head.
 
-        Args:
-            directory: Where to.
-            first_step: The step at which the session starts.
-            superseded: Tags that earlier files may have at this step or later.
+        Of the tags in `superseded`, earlier files may have this step or later ones.
         """
         self.path = directory / _file_name()
         self._failure: BaseException | None = None
@@ -87,14 +84,9 @@ class EventFile:
         wall_times: Sequence[float],
         columns: Sequence[Sequence[float]],
     ) -> None:
-        """Write one event per step, and flush once.
+        """Write one event per step, and flush once; a column is the numbers of a tag.
 
-        Args:
-            tags: The names of the curves.
-            steps: `n` steps.
-            wall_times: Their `n` times, in seconds since 1970.
-            columns: For each tag, its `n` numbers. They are kept as float32, which is
-                what TensorBoard reads; one out of its range becomes an infinity.
+        They are kept as float32; one out of its range becomes an infinity.
         """
         if tuple(tags) != self._tags:
             self._tags = ()
@@ -115,16 +107,10 @@ class EventFile:
     def tensor(
         self, tag: str, value: Any, step: int, plugin: str, content: bytes = b""
     ) -> None:
-        """Write data for a tab other than Scalars.
+        """Write data for the tab of a `plugin`, with the plugin's own metadata.
 
-        Args:
-            tag: Its name.
-            value: Strings or numbers, as the plugin reads them.
-            step: The step it belongs to.
-            plugin: The name by which TensorBoard's plugin finds its data. No
-                `data_class` is written: the loaders know it for their own plugins, and
-                with it the Graphs plugin of the Python loader answers with an error.
-            content: The plugin's own metadata, usually a version.
+        No `data_class` is written: the loaders know it for their own plugins, and with
+        it the Graphs plugin of the Python loader answers with an error.
         """
         summary = tf.compat.v1.Summary()
         entry = summary.value.add(tag=tag, tensor=tf.make_tensor_proto(value))

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfgrad import nested
@@ -18,7 +17,6 @@ from tfgrad.diagnosis.graphs import bodies, condition
 from tfgrad.diagnosis.lines import reason_of
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.runs.tensorboard import require
-from tfgrad.runs.values import UniqueNames
 
 LAYERS = "graph_keras_model"
 """By this name the Graphs plugin finds a model of layers, its "conceptual graph"."""
@@ -40,28 +38,15 @@ def step_graph(
 
     This is the work of one step of a gradient method: the operations of `f` stand under
     `name`, those of the gradient under `gradient_tape`, and the results are the nodes
-    `value` and `gradient/<with respect to what>`. Nested `tf.function`s, branches and
-    loops are written out. `f` is traced, not run.
-
-    Args:
-        f: A TensorFlow function. When it returns one float number, the gradient is
-            taken with respect to the float tensors in `args` and to the trainable
-            variables that `f` reads; else the graph shows the value alone.
-        args: Its arguments: nests of tensors, arrays, numbers (which become float
-            tensors), `tf.TensorSpec`s, and any objects that `f` knows what to do with.
-        name: The name scope of `f`.
-
-    Returns:
-        A `GraphDef` to look at (it cannot be run), without a library of functions.
-
-    Raises:
-        InvalidArgumentError: If `f` cannot be traced, or cannot be differentiated.
+    `value` and `gradient/<with respect to what>`. `Run.graph` explains the arguments.
     """
     parameters = nested.argument_names(f, len(args))
     tensors = _tensors(args, parameters)
     names = _node_names(tensors)
     body = getattr(f, "python_function", f)  # its operations, not a call of it
-    layers = model_variables(f)
+    # TensorFlow knows the variables of a model by their last names alone: "kernel".
+    variables = getattr(f, "variables", ()) if is_model(f) else ()
+    layers = {id(variable.value.handle): variable.path for variable in variables}
     sources: dict[str, Any] = {}  # what f is differentiated by, by its gradient's name
 
     def step(*inputs: tf.Tensor) -> None:
@@ -72,9 +57,9 @@ def step_graph(
             # A Keras model opens a scope of its own name.
             with tf.name_scope(_node_name(name)) if not layers else nullcontext():
                 output = body(*_with_tensors(args, parameters, given))
-        variables = tape.watched_variables()
-        results = _node_names([*floats, *(v.name for v in variables)])
-        sources.update(zip(results, [*floats.values(), *variables], strict=True))
+        read = tape.watched_variables()
+        results = _node_names([*floats, *(v.name for v in read)])
+        sources.update(zip(results, [*floats.values(), *read], strict=True))
         if _is_float(output) and output.shape.rank == 0:
             tf.identity(output, "value")
             _draw_gradient(tape, output, sources)
@@ -167,7 +152,7 @@ class _Flat:
 
     def __init__(self, renamed: Mapping[str, str], handles: Container[str]) -> None:
         self._renamed, self._handles = renamed, handles
-        self._unique = UniqueNames()
+        self._unique: Any = tf.Graph().unique_name  # numbers those that are taken
         self._nodes: dict[tuple[str, str], Any] = {}  # by path and name in the body
         self._tensors: dict[Any, str] = {}  # -> "node:index"
         self._same: dict[Any, Any] = {}  # a tensor -> the tensor that it stands for
@@ -199,11 +184,11 @@ class _Flat:
             if inside and op.type.endswith("PartitionedCall"):
                 (body,) = inside
                 name = f"{posixpath.dirname(name)}/{_python_name(body.name)}".strip("/")
-                results = self._write_body(op, body, path, self._unique.take(name))
+                results = self._write_body(op, body, path, self._unique(name))
                 outputs = ((path, output.ref()) for output in op.outputs)
                 self._same |= zip(outputs, results, strict=False)
             else:
-                self._copy(op, path, self._unique.take(name), inside)
+                self._copy(op, path, self._unique(name), inside)
 
     def _copy(self, op: Any, path: str, name: str, inside: Sequence[Any]) -> None:
         node = tf.compat.v1.NodeDef()
@@ -287,7 +272,7 @@ def model_inputs(model: keras.Model) -> tuple[Any, ...]:
     inputs = getattr(model, "inputs", None)
     if inputs:
         nest = inputs[0] if len(inputs) == 1 else getattr(model, "input", inputs)
-        return (tf.nest.map_structure(_spec, nest),)
+        return (tf.nest.map_structure(lambda x: tf.TensorSpec(x.shape, x.dtype), nest),)
     shapes = model.get_build_config() if model.built else None
     if not shapes:
         raise InvalidArgumentError(
@@ -318,19 +303,6 @@ def conceptual_graph(model: keras.Model) -> str | None:
     return text if content["config"].get("layers") else None
 
 
-def model_variables(f: Any) -> dict[int, str]:
-    """Return the paths of the variables of a model by the ids of their handles.
-
-    TensorFlow knows each by its last name alone: "kernel". What is no model has none.
-    """
-    variables = f.variables if is_model(f) else []
-    return {id(variable.value.handle): variable.path for variable in variables}
-
-
-def _spec(tensor: Any) -> tf.TensorSpec:
-    return tf.TensorSpec(tensor.shape, tensor.dtype)
-
-
 def _float_spec(shape: Any) -> tf.TensorSpec:
     return tf.TensorSpec((None, *shape[1:]), keras.config.floatx())
 
@@ -348,10 +320,8 @@ def _tensors(args: Sequence[Any], parameters: Sequence[str]) -> dict[str, Any]:
                 tensors[path] = nested.to_tensor(leaf, path, weak)
             elif isinstance(leaf, tf.TensorSpec):
                 tensors[path] = leaf
-            elif isinstance(leaf, tf.Tensor) or nested.is_variable(leaf):
-                tensors[path] = tf.convert_to_tensor(leaf)
             elif hasattr(leaf, "__array__"):
-                tensors[path] = tf.convert_to_tensor(np.asarray(leaf))
+                tensors[path] = tf.convert_to_tensor(leaf)
     return tensors
 
 
@@ -373,8 +343,8 @@ def _is_float(value: Any) -> bool:
 
 @_plain
 def _node_names(names: Iterable[str]) -> list[str]:
-    unique = UniqueNames()
-    return [unique.take(_node_name(name)) for name in names]
+    unique: Any = tf.Graph().unique_name
+    return [unique(_node_name(name)) for name in names]
 
 
 def _node_name(name: str) -> str:

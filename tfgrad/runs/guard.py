@@ -22,7 +22,6 @@ class Guard:
     """
 
     def __init__(self, what: str) -> None:
-        """Begin without a failure."""
         self._what = what
         self.is_lost = False
 

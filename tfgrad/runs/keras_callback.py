@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -22,10 +22,15 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
     Keras numbers the epochs of each `fit` from 0; the steps of the run go on instead.
     """
 
-    def __init__(self, run: Any, batches: int | None, histograms: int | None) -> None:
-        """Write to `run`, a `Run`; its `keras_callback` explains the arguments."""
+    def __init__(
+        self,
+        run: Any,
+        next_step: Callable[[tuple[str, ...]], int],
+        batches: int | None,
+        histograms: int | None,
+    ) -> None:
         super().__init__()
-        self._run = run
+        self._run, self._next_step = run, next_step
         self._every_batches = _checked("batches", batches)
         self._every_epochs = _checked("histograms", histograms)
         self._guard = Guard("The training")
@@ -36,7 +41,7 @@ class RunCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has 
 
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Continue after the last step of the run, whichever callback wrote it."""
-        self._next = max(self._next, self._run.next_step(_TAGS))
+        self._next = max(self._next, self._next_step(_TAGS))
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Remember at which batch the epoch begins."""

@@ -179,7 +179,8 @@ def plot_runs(root: str | os.PathLike[str], tags: str | Iterable[str] = ()) -> P
         chart.set_axis_off()
     if len(drawn) <= _NAMED_RUNS:
         first = charts[0].lines
-        labels = [line.get_label() for line in first]  # without, "_b" is left out
+        # Without this list, matplotlib leaves out names that begin with "_".
+        labels = [line.get_label() for line in first]
         figure.legend(first, labels, loc="outside lower center", ncols=3)
     return figure
 
@@ -195,10 +196,7 @@ def coordinate_names(x: Nest) -> list[str]:
 
 
 def _visited(result: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the finite points of a history, shape `[rows, parameters]`, and f there.
-
-    Of very many points, evenly spread ones are returned.
-    """
+    """Return finite points of a history, `[rows, parameters]`, and f there."""
     names = [name for name, _ in nested.named_leaves(result.x, "x")]
     columns = [np.asarray(result.history[name], float) for name in names]
     path = np.concatenate([c.reshape(len(c), -1) for c in columns], axis=1)
@@ -261,18 +259,10 @@ def values_at(
     like: Nest,
     variables: Nest | None = None,
 ) -> np.ndarray[Any, Any]:
-    """Return `f` at each of `points`, as float64 of shape `[n]`.
+    """Return `f` at each of `points` (rows of the numbers in `like`), shape `[n]`.
 
     They are evaluated in one compiled call or, if `f` cannot be compiled, one by one.
-
-    Args:
-        f: A function of a nest like `like`, or without arguments.
-        points: Shape `[n, numbers in like]`.
-        like: A nest of tensors, with the structure, shapes and dtypes that `f` takes.
-        variables: What `f` reads if it takes no argument; their values are restored.
-
-    Raises:
-        InvalidArgumentError: If `f` raises on its first point.
+    The values of `variables`, which f reads if it takes no argument, are restored.
     """
     leaves = [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(like)]
     targets = [] if variables is None else tf.nest.flatten(variables)

@@ -42,7 +42,6 @@ class Record:
     """
 
     def __init__(self, directory: Path, **facts: Any) -> None:
-        """Start the record of a session in `directory`, and write it."""
         self._path = directory / FILE_NAME
         self.earlier = _read(self._path)
         self._facts = {

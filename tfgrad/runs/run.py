@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +41,7 @@ _ROWS_AT_ONCE = 10_000
 """Rows of a history that are converted to Python numbers at a time, to save memory."""
 
 
-class Run:
+class Run(contextlib.AbstractContextManager["Run"]):
     """One TensorBoard run: curves, texts, pictures, graphs, in a directory of its own.
 
     Use a run as a context manager. When a call returns, its data is in the file: a
@@ -85,7 +85,6 @@ class Run:
         hparams: Mapping[str, Any] | None = None,
         resume_from: int | None = None,
     ) -> None:
-        """Claim the directory and write the head of the run."""
         is_resumed = resume_from is not None
         self.first_step = to_step(resume_from, "resume_from") if is_resumed else 0
         self._hparams = checked_hparams(hparams or {})
@@ -353,7 +352,7 @@ class Run:
             ...     x, y = np.ones([8, 2]), np.ones([8, 1])
             ...     history = model.fit(x, y, verbose=0, callbacks=[callback])
         """
-        return RunCallback(self, batches=batches, histograms=histograms)
+        return RunCallback(self, self._tags.next_step, batches, histograms)
 
     def describe(self, **facts: Any) -> None:
         """Add facts to `run.json`: the seed, the arguments, the problem.
@@ -394,17 +393,7 @@ class Run:
             if self._hparams:
                 self._events.summary(hparams_end(status))
 
-    def next_step(self, prefixes: tuple[str, ...] = ("",)) -> int:
-        """Return the first step free on all tags that begin with one of `prefixes`."""
-        with self._lock:
-            return self._tags.next_step(prefixes)
-
-    def __enter__(self) -> Self:
-        """Return the run itself."""
-        return self
-
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Close the run: a success or, after an error, a failure or interrupted."""
         if error is None:
             self.close()
             return
@@ -413,7 +402,6 @@ class Run:
             self.close(status, error=f"{type(error).__name__}: {error}")
 
     def __repr__(self) -> str:
-        """Return the call that made it."""
         return f"Run({str(self.directory)!r})"
 
     def _write(

@@ -26,7 +26,6 @@ class Tags:
     """
 
     def __init__(self, earlier: Mapping[str, Any], first_step: int) -> None:
-        """Begin a session, in which no tag has a step yet."""
         self.kinds = dict(earlier)
         if first_step == 0:  # graphs are at step 0, and are replaced, too
             self.kinds = {t: k for t, k in earlier.items() if k != "graph"}
@@ -34,7 +33,6 @@ class Tags:
         self._last_steps: dict[str, int] = {}
 
     def __contains__(self, tag: str) -> bool:
-        """Return whether the tag has data of this session."""
         return tag in self._last_steps
 
     def superseded(self) -> list[str]:
@@ -60,7 +58,8 @@ class Tags:
 
     def next_step(self, prefixes: tuple[str, ...]) -> int:
         """Return the first step that is free for all tags that begin with a prefix."""
-        steps = (s for t, s in self._last_steps.items() if t.startswith(prefixes))
+        last = list(self._last_steps.items())  # other threads may add some meanwhile
+        steps = (step for tag, step in last if tag.startswith(prefixes))
         return max(steps, default=self._first_step - 1) + 1
 
     def _not_growing(self, tag: str, step: int) -> InvalidArgumentError:

@@ -97,25 +97,27 @@ def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def is_hostile(path: Path) -> bool:
-    """Return whether a record declares a length that would stop TensorBoard.
+def unread(path: Path) -> tuple[int, bool]:
+    """Return how many bytes follow the last whole record, and whether they are hostile.
 
-    A reader that believes such a length asks for all of that memory: TensorBoard's data
-    server ends, and its Python loader reads no further run.
+    They are, if they declare a record of a length that would stop TensorBoard: a reader
+    that believes it asks for all of that memory.
     """
     try:
         file = path.open("rb")
     except OSError:
-        return False
+        return 0, False
     with file:
+        size = os.fstat(file.fileno()).st_size
         end = sum(int(frames[-1, 1]) + _TAIL for _, frames in _blocks(file))
         file.seek(end)
         head = file.read(_HEAD)
-    return (
+    is_hostile = (
         len(head) == _HEAD
         and _LENGTH.unpack_from(head)[0] > LARGEST_RECORD
         and bool(_heads_agree(head, np.array([[_HEAD, _HEAD]]))[0])
     )
+    return max(0, size - end), is_hostile
 
 
 def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, Frames]]:

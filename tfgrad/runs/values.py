@@ -146,28 +146,6 @@ def check_mapping(value: Any, name: str) -> None:
         )
 
 
-class UniqueNames:
-    """Hands out names, with numbers after those that are taken.
-
-    >>> names = UniqueNames()
-    >>> [names.take(name) for name in ("w", "b", "w", "w")]
-    ['w', 'b', 'w_1', 'w_2']
-    """
-
-    def __init__(self) -> None:
-        """Begin with no name taken."""
-        self._last_numbers: dict[str, int] = {}
-
-    def take(self, wanted: str) -> str:
-        """Return `wanted`, or the first `wanted_1`, `wanted_2`... that is free."""
-        name = wanted
-        while name in self._last_numbers:
-            self._last_numbers[wanted] += 1
-            name = f"{wanted}_{self._last_numbers[wanted]}"
-        self._last_numbers[name] = 0
-        return name
-
-
 def _describe(values: Any) -> str:
     if isinstance(values, list | tuple):
         return f"a {type(values).__name__} of {len(values)}"

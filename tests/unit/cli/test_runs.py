@@ -1,6 +1,7 @@
 """`tfgrad runs`, in this process."""
 
 import json
+import os
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_a_damaged_record_is_named_and_hides_no_other(tfgrad, logs, record):
     assert [line.split()[0] for line in out.splitlines()[1:]] == ["bowl/lbfgs", "dead"]
     said = "logs/loop/run.json is left out: it cannot be read as the record of a run ("
     assert err.startswith(said)
+
+
+def test_a_pipe_is_no_record(tfgrad, logs):
+    (logs / "loop" / "run.json").unlink()
+    os.mkfifo(logs / "loop" / "run.json")
+
+    code, out, err = tfgrad("runs")
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["bowl/lbfgs", "dead"]
+    assert "loop/run.json is left out" in err
 
 
 def test_a_path_that_cannot_be_is_an_error(tfgrad):

@@ -148,7 +148,8 @@ def test_a_path_without_a_finite_point_is_refused():
 
 
 def test_what_is_no_result_is_refused():
-    with pytest.raises(InvalidArgumentError, match=r"(?s)result=None.*try: plot_path"):
+    said = r"(?s)f=the function `bowl`, result=None.*try: plot_path"
+    with pytest.raises(InvalidArgumentError, match=said):
         plot_path(bowl, None)
     with pytest.raises(InvalidArgumentError, match="f=None"):
         plot_path(None, minimized())

@@ -100,8 +100,10 @@ def test_a_length_beyond_all_memory_is_hostile(tmp_path, length, is_hostile):
     path = event_file(tmp_path, scalar(0, 0.0))
     head = length.to_bytes(8, "little")
     good = path.read_bytes()
+    assert tfrecord.unread(path) == (0, False)
+
     path.write_bytes(good + head + masked_crc32c(head).to_bytes(4, "little"))
-    assert tfrecord.is_hostile(path) == is_hostile
+    assert tfrecord.unread(path) == (12, is_hostile)
 
     path.write_bytes(good + head + b"noise, with no checksum")
-    assert not tfrecord.is_hostile(path)
+    assert tfrecord.unread(path) == (31, False)
