@@ -10,6 +10,7 @@ import tensorflow as tf
 import tfgrad
 from tests.reference.bounded import PROBLEMS
 from tests.reference.harness import Objective, run
+from tfgrad.optimize.methods import bounded
 from tfgrad.optimize.methods.lbfgs import LBFGS
 from tfgrad.optimize.methods.protocol import Point
 
@@ -233,3 +234,30 @@ def test_gtol_asks_for_the_slope_that_no_bound_holds():
 
     assert result.status == "gtol"
     np.testing.assert_array_equal(result.x, [0.0, 0.0])
+
+
+@pytest.mark.parametrize(("n", "m"), [(100, 10), (60, 40), (3000, 10)])
+def test_the_direction_is_that_of_the_free_parts_of_the_pairs(n, m):
+    generator = np.random.default_rng(n)
+    kept, free = m + 3, generator.random(n) > 0.3
+    pairs, gradient = np.zeros((m, 2, n)), free * generator.normal(size=n)
+    for k in range(kept):
+        s = generator.normal(size=n)
+        pairs[k % m] = s, s * (1 + free) + 0.01 * generator.normal(size=n)
+
+    direction, is_known = bounded._direction(
+        tf.constant(pairs), tf.constant(kept), tf.constant(gradient), tf.constant(free)
+    )
+
+    ordered = [pairs[k % m] * free for k in range(kept - m, kept)]
+    left, parts = gradient.copy(), []
+    for s, y in reversed(ordered):  # the two loops, Nocedal and Wright, algorithm 7.4
+        parts.append((s @ left) / (s @ y))
+        left -= parts[-1] * y
+    s, y = ordered[-1]
+    left *= (s @ y) / (y @ y)
+    for s, y in ordered:
+        left += s * (parts.pop() - (y @ left) / (s @ y))
+    assert is_known
+    np.testing.assert_allclose(direction, -left, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(direction.numpy()[~free], 0)

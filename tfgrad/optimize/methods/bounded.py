@@ -42,6 +42,9 @@ EXPANSION = 10.0
 LEVEL = 100
 """Rounding errors of f that hide a fall."""
 
+FEW, SHORT = 10, 2000
+"""The most pairs, and the most numbers in each, whose products are taken one by one."""
+
 
 class Bounds(NamedTuple):
     """The box, of shape `[n]` each; infinite where there is no bound."""
@@ -241,39 +244,53 @@ def _direction(
     """
     m: Any = pairs.shape[0]
     order = (kept + tf.range(m)) % m  # from the oldest on
-    s, y = tf.unstack(tf.gather(pairs, order) * tf.cast(is_free, grad.dtype), axis=1)
-    sy, yy = (tf.matmul(a, y, transpose_b=True) for a in (s, y))
-    ss = tf.reduce_sum(s * s, 1)
+    mask, rows = tf.cast(is_free, grad.dtype), tf.reshape(pairs, [2 * m, -1])
+    s, y = tf.unstack(pairs, axis=1)
+    both = tf.reshape(_products(rows, y * mask), [m, 2, m])
+    both = tf.gather(tf.gather(both, order), order, axis=2)
+    sy, yy = tf.unstack(both, axis=1)
+    ss = tf.gather(tf.reduce_sum(s * s * mask, 1), order)
+    with_grad = tf.reshape(tf.linalg.matvec(rows, grad), [m, 2])  # zero where not free
     curvature, squares = tf.linalg.diag_part(sy), tf.linalg.diag_part(yy)
     # Some pairs see no curvature in the free variables alone.
     least = EPSILONS[grad.dtype] * tf.sqrt(ss) * tf.sqrt(squares)
     is_good = (curvature > least) & (order < kept)
-    both = is_good[:, None] & is_good
+    are_good = is_good[:, None] & is_good
     zero = tf.zeros([], grad.dtype)
-    triangle = tf.linalg.band_part(tf.where(both, sy, zero), 0, -1)
+    triangle = tf.linalg.band_part(tf.where(are_good, sy, zero), 0, -1)
     triangle += tf.linalg.diag(tf.where(is_good, zero, zero + 1))
-    yy = tf.where(both, yy, zero)
+    yy = tf.where(are_good, yy, zero)
     last = tf.reduce_max(tf.where(is_good, tf.range(m), 0))
     scale = tf.math.divide_no_nan(*(tf.gather(a, last) for a in (curvature, squares)))
+    with_grad = tf.where(is_good[:, None], tf.gather(with_grad, order), zero)
+    sg, yg = tf.unstack(with_grad, axis=1)
 
-    def products(rows: tf.Tensor) -> tf.Tensor:
-        return tf.where(is_good, tf.linalg.matvec(rows, grad), zero)
+    # TensorFlow solves in no dtype of 16 bits.
+    wide = tf.float64 if grad.dtype == tf.float64 else tf.float32
+    inverse = tf.linalg.triangular_solve(
+        tf.cast(triangle, wide), tf.eye(m, dtype=wide), lower=False
+    )
+    inverse = tf.cast(inverse, grad.dtype)
+    b = tf.linalg.matvec(inverse, sg)
+    rest = tf.where(is_good, curvature, zero) * b + scale * (
+        tf.linalg.matvec(yy, b) - yg
+    )
+    a = tf.linalg.matvec(inverse, rest, transpose_a=True)
+    weights = tf.gather(tf.stack([a, -scale * b], 1), (tf.range(m) - kept) % m)
+    step = tf.linalg.matvec(rows, tf.reshape(weights, [-1]), transpose_a=True)
+    return -(scale * grad + step * mask), tf.reduce_any(is_good)
 
-    def solve(right: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
-        # TensorFlow solves in no dtype of 16 bits.
-        wide = tf.float64 if grad.dtype == tf.float64 else tf.float32
-        matrix, column = (tf.cast(a, wide) for a in (triangle, right[:, None]))
-        answer = tf.linalg.triangular_solve(
-            matrix, column, lower=False, adjoint=adjoint
-        )
-        return tf.cast(answer[:, 0], grad.dtype)
 
-    b = solve(products(s), adjoint=False)
-    rest = tf.linalg.matvec(yy, b) - products(y)
-    a = solve(tf.where(is_good, curvature, zero) * b + scale * rest, adjoint=True)
-    step = scale * grad + tf.linalg.matvec(s, a, transpose_a=True)
-    step -= scale * tf.linalg.matvec(y, b, transpose_a=True)
-    return -step, tf.reduce_any(is_good)
+def _products(rows: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+    """Return the inner products of the rows with each y, shape `[2m, m]`.
+
+    One by one where they are short: in a loop that XLA makes one kernel of, a small
+    matrix product is eight times slower.
+    """
+    is_short = (y.shape[1] or SHORT + 1) <= SHORT
+    if is_short and (y.shape[0] or 0) <= FEW:
+        return tf.stack([tf.linalg.matvec(rows, row) for row in tf.unstack(y)], 1)
+    return tf.matmul(rows, y, transpose_b=True)
 
 
 def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
