@@ -26,7 +26,7 @@ from tfgrad.derivatives.tracing import as_written, level_of_caller, quiet
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.diagnosis.graphs import inlined
 from tfgrad.nested import Nest, either, unravel
-from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
+from tfgrad.optimize.evaluator import Evaluation, flat, measured_row, operations_of
 from tfgrad.optimize.hooks import Interrupts, bar_of
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
@@ -416,7 +416,7 @@ def _compile(
     def evaluate(row: list[tf.Tensor]) -> Evaluation:
         x, *rest = row
         found = flat(function(*unravel(x, leaves), *rest))
-        return seen(measured(found))._replace(aux={})
+        return seen(measured_row(found))._replace(aux={})
 
     def stepper_of(row: list[tf.Tensor]) -> PureStepper:
         sides, rest = row[:2] if task.sides else [], row[splits - 1 :]

@@ -10,7 +10,9 @@ from tfgrad.derivatives.matrices import hvp
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import ravel
 from tfgrad.optimize.evaluator import Evaluation, measured
+from tfgrad.optimize.methods.keras_optimizer import optimizer_factory
 from tfgrad.optimize.problem import Problem
+from tfgrad.optimize.solvers.optimizer import OptimizerSolver
 
 
 def well(x):
@@ -176,3 +178,28 @@ def test_the_largest_element_of_a_gradient_is_the_same_traced_or_not(name, scale
     for call in (found, tf.function(found), tf.function(found, jit_compile=True)):
         for given in (leaves, [slices, leaves[1]]):
             np.testing.assert_array_equal(call(*given), largest / (scale or 1.0))
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
+def test_the_largest_element_of_a_gradient_is_found_by_its_bits(dtype):
+    @tf.function(jit_compile=True)
+    def largest(gradient):
+        value = tf.zeros([], dtype)
+        return measured(Evaluation(value, [gradient], (), {})).grad_max
+
+    usual = tf.constant([1e-3, -2.0, -0.0, 1.0], dtype)
+    none = tf.constant([0.0, -0.0, -0.0, 0.0], dtype)
+    bad = tf.constant([1.0, -float("nan"), float("inf"), -1.0], dtype)
+
+    assert (float(largest(usual)), float(largest(none))) == (2.0, 0.0)
+    assert np.isnan(float(largest(bad)))
+
+
+def test_an_optimizer_without_data_calls_the_trace_of_f_itself():
+    problem = Problem(lambda x: (x - 1) ** 2, 3.0, None, has_aux=False)
+    solver = OptimizerSolver(problem, optimizer_factory(keras.optimizers.SGD, 0.1))
+
+    traced = solver.stepper.compiled
+    assert traced is problem.evaluator.evaluate.concrete(problem.given, None)
+    state, _ = solver.init()
+    assert float(solver.look(state).grad_max) == 4.0

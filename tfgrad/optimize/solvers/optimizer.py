@@ -21,7 +21,7 @@ from tfgrad.nested import Nest
 from tfgrad.optimize.compiled import direct
 from tfgrad.optimize.data import SIZE, Source, size_of
 from tfgrad.optimize.distribute import Copies
-from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, operations_of
+from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, measured, operations_of
 from tfgrad.optimize.methods.keras_optimizer import (
     Factory,
     KerasMethod,
@@ -69,7 +69,8 @@ class OptimizerStepper(Stepper):
         backup: The same before the last step.
         written: The variables that f writes, as far as a trace tells.
         before: Copies of these.
-        compiled: The evaluation, compiled; None if f runs eagerly.
+        compiled: The evaluation, compiled: f's own trace, or one around it; None if f
+            runs eagerly.
     """
 
     lookahead = 0
@@ -124,15 +125,19 @@ class OptimizerStepper(Stepper):
         """Return the function where the variables are, on a batch if there is data."""
         for kept, variable in zip(self.before, self.written, strict=True):
             kept.assign(variable.read_value())
-        drawn = () if self.feed is None else (query.get_value(),)
+        given: tuple[Any, ...] = ()
+        if self.feed is not None:
+            given = (query.get_value(),)
         if self.compiled is None:
-            return self._evaluated(*drawn)
+            return self._evaluated(*given)
+        if self._is_own and self.problem.x.takes_values:
+            given = tuple(variable.read_value() for variable in self.moved)
         evaluation: Evaluation
         if self._direct is not None and tf.executing_eagerly():
             with contextlib.suppress(tf.errors.OpError):  # the other call explains it
-                evaluation = self._direct()
+                evaluation = self._direct(*given)
                 return evaluation
-        evaluation = self.compiled(*drawn)
+        evaluation = self.compiled(*given)
         return evaluation
 
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
@@ -201,9 +206,13 @@ class OptimizerStepper(Stepper):
 
         None if f leaves TensorFlow: eagerly, it runs or raises the user's own error.
         """
+        is_scaled = self.method is not None and self.method.scale() is not None
+        self._is_own = self.feed is None and not is_scaled
         function = tf.function(self._evaluated, autograph=False)
         specs = [] if self.feed is None else [self.feed.source.spec]
         try:
+            if self._is_own:
+                return self.problem.traced()
             return function.get_concrete_function(*specs)
         except TfgradError:
             raise
@@ -331,7 +340,8 @@ class OptimizerSolver(Solver):
         else:
             specs = _carried(self.stepper.compiled.structured_outputs)
             evaluation = tf.nest.map_structure(
-                lambda spec: tf.zeros(spec.shape, spec.dtype), specs
+                lambda spec: tf.zeros(spec.shape, spec.dtype),
+                specs._replace(grad_max=specs.value),
             )
         dtype = evaluation.value.dtype
         state = State(
@@ -387,7 +397,7 @@ class OptimizerSolver(Solver):
             batch = state.batch
             query = batch.ahead if bool(batch.ahead.has_value()) else batch.last
         before = [variable.read_value() for variable in self.stepper.written]
-        evaluation: Evaluation = self.stepper.evaluate(query)
+        evaluation = measured(self.stepper.evaluate(query))
         for variable, value in zip(self.stepper.written, before, strict=True):
             variable.assign(value)
         return evaluation
