@@ -165,8 +165,9 @@ def solution(
         method: "lbfgs", "newton", or a method of your own (see
             `tfgrad.optimize.methods.protocol`). The rules by which it ends are those of
             `minimize`, or, up to 200 numbers without bounds, a fall of f still expected
-            of 1e-6 of the fall so far; then Newton steps make x exact to rounding, so
-            that the derivative has at least half of the digits of the dtype.
+            of 1e-6 of the fall so far; then Newton steps leave an error of some 1e-12
+            of x (float64; 1e-5 in float32), so that the derivative has at least half of
+            the digits of the dtype.
         residuals: f returns residuals, as for `least_squares`, and the minimum is that
             of half the sum of their squares, found by Levenberg-Marquardt.
         gauss_newton: With `residuals`, take J'J for the Hessian, without the term with
