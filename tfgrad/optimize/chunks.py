@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +39,6 @@ three."""
 GROUP = 8
 """Scalars in one vector: of more operands, XLA makes a kernel each (measured with
 TensorFlow 2.21)."""
-
-WHOLE = "xla_cpu_small_while_loop_byte_threshold", 2**19
-"""XLA's option for loops that it makes one kernel of, and the bytes that a turn of one
-may touch: well within the cache of a core. By XLA's own limit, 1 kB, a turn of L-BFGS
-over 100 numbers is 80 kernels, and four times slower (measured with TensorFlow 2.21).
-"""
 
 
 class Packing:
@@ -186,11 +178,10 @@ class Chunks:
         key = form.name, key, self._ruled.key, specs
         if key in place:
             return self._run(place[key], state, limit)
-        with small_loops_whole():
-            if form.name != "xla" or self._jit is True:
-                place[key] = self._compiled(form, state)
-                return self._run(place[key], state, limit)
-            found = self._tried(form, key, state)
+        if form.name != "xla" or self._jit is True:
+            place[key] = self._compiled(form, state)
+            return self._run(place[key], state, limit)
+        found = self._tried(form, key, state)
         if found is None:
             place[NO_XLA] = True
         elif int(found[0].step) > int(state.step) and not place.get(NO_XLA):
@@ -272,28 +263,6 @@ class Chunks:
             tf.convert_to_tensor, (after.x, after.evaluation)
         )
         return _agree(ours, self._stepper.evaluate(x))
-
-
-@contextlib.contextmanager
-def small_loops_whole() -> Iterator[None]:
-    """Let XLA make one kernel of a loop that touches little memory; see `WHOLE`.
-
-    XLA reads its flags once in a process, where it first compiles: what was compiled
-    before stays as it was. A flag of the user's for the same comes first.
-    """
-    name, flags = "XLA_FLAGS", os.environ.get("XLA_FLAGS")
-    if "xla_backend_extra_options" in (flags or ""):
-        yield
-        return
-    option = "--xla_backend_extra_options={}={}".format(*WHOLE)
-    os.environ[name] = f"{flags or ''} {option}"
-    try:
-        yield
-    finally:
-        if flags is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = flags
 
 
 def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:

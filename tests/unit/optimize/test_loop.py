@@ -415,20 +415,3 @@ def test_a_graph_that_stays_a_call_is_compiled_where_that_is_asked():
 
     assert all(result.success for result in results)
     np.testing.assert_allclose(results[0].x, results[1].x, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "flags", [None, "--xla_dump_max_hlo_modules=7", "--xla_backend_extra_options=a=b"]
-)
-def test_the_flags_of_xla_are_the_users_after_a_loop_is_compiled(monkeypatch, flags):
-    if flags is None:
-        monkeypatch.delenv("XLA_FLAGS", raising=False)
-    else:
-        monkeypatch.setenv("XLA_FLAGS", flags)
-    with chunks.small_loops_whole():
-        seen = os.environ.get("XLA_FLAGS", "")
-
-    asks = chunks.WHOLE[0] in seen
-    assert asks != ("extra_options" in (flags or ""))
-    assert (flags or "") in seen
-    assert os.environ.get("XLA_FLAGS") == flags

@@ -287,8 +287,8 @@ def _products(rows: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     One by one where they are short: in a loop that XLA makes one kernel of, a small
     matrix product is eight times slower.
     """
-    is_short = (y.shape[1] or SHORT + 1) <= SHORT
-    if is_short and (y.shape[0] or 0) <= FEW:
+    shape: Any = y.shape
+    if shape[0] <= FEW and (shape[1] or SHORT + 1) <= SHORT:
         return tf.stack([tf.linalg.matvec(rows, row) for row in tf.unstack(y)], 1)
     return tf.matmul(rows, y, transpose_b=True)
 
