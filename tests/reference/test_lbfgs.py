@@ -44,7 +44,8 @@ def test_float32_ends_near_it_without_spinning(name):
     result = solved(name, np.float32)
 
     assert is_minimum(result.fun, minima, 1e-3), result
-    assert result.nfev < 400
+    # From starts that differ in the last digit, Watson's 9 take 312 to 553.
+    assert result.nfev < 600
     assert result.status in ("converged", "linesearch")
 
 
