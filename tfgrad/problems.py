@@ -39,7 +39,6 @@ class Problem:
         minima: Any,
         minimum: float,
     ) -> None:
-        """Take the facts; `problem` does that."""
         functools.update_wrapper(self, f)
         self._f = f
         self.start: Array = np.array(start, np.float64)
@@ -51,7 +50,6 @@ class Problem:
         return self._f(tf.convert_to_tensor(x))
 
     def __repr__(self) -> str:
-        """Return what it is called."""
         return f"tfgrad.problems.{self.__name__}"
 
 

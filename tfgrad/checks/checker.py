@@ -61,7 +61,6 @@ class Checker:
         full: bool,
         seed: int,
     ) -> None:
-        """Evaluate nothing yet."""
         self._subject, self._point = subject, subject.point
         self._chosen = chosen
         self._generator = np.random.default_rng(seed)

@@ -28,7 +28,6 @@ class Point:
     """
 
     def __init__(self, sources: Sources) -> None:
-        """Read the arguments or the variables."""
         self.names = sources.names
         self.variables = sources.variables
         self.leaves: tuple[Any, ...] = sources.tensors or sources.variables

@@ -44,7 +44,6 @@ class Subject:
     """
 
     def __init__(self, sources: Sources) -> None:
-        """Trace the function; evaluate nothing yet."""
         self.call, self.name = sources.call, nested.name_of(sources.f)
         self.point = Point(sources)
         self.notes: list[str] = []

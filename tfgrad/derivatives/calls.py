@@ -193,7 +193,6 @@ class Compiled:
         opens: bool = False,
         lower: Callable[[Call], Ladder] | None = None,
     ) -> None:
-        """Compile nothing yet."""
         self._lower = lower
         self._jit = jit
         self._f, self._body, self._slopes = f, body, slopes

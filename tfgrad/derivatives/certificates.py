@@ -87,7 +87,6 @@ class Certificate:
         slopes: Slopes,
         lower: Any = None,
     ) -> None:
-        """Evaluate nothing yet."""
         self.call = call
         self.answer = answer
         self.ladder = ladder

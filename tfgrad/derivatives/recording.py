@@ -61,7 +61,6 @@ class Recording:
         has_aux: bool = False,
         persistent: bool = False,
     ) -> None:
-        """Evaluate the function."""
         if call.variables is None:
             # The tape must tell apart two arguments that are one tensor.
             call = call.at([tf.identity(source) for source in call.sources])

@@ -31,7 +31,6 @@ class Replica:
         moving: Sequence[tf.Variable] = (),
         part: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Copy nothing yet."""
         self._concrete = concrete
         self._runs = concrete
         if part is not None:  # the call in it is inlined, and what is left out pruned

@@ -78,7 +78,6 @@ class OpenTraces:
     """
 
     def __init__(self) -> None:
-        """Hold no trace yet."""
         self._known: dict[Any, Any] = {}
         self._first = threading.RLock()
         self._widest: dict[Any, tuple[list[Any], Any]] = {}

@@ -204,7 +204,6 @@ class Traces:
         check: Callable[..., None] | None = None,
         opens: bool = False,
     ) -> None:
-        """Compile nothing yet."""
         self._run = run
         self._f = f
         self._jit = jit

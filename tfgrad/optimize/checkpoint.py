@@ -53,7 +53,6 @@ class Checkpoints(Hook):
     """
 
     def __init__(self, directory: Any, hooks: Sequence[Hook]) -> None:
-        """Check the directory; nothing is written."""
         with _about_checkpoints():
             check(directory)
         self.path, self._hooks = Path(directory).expanduser(), hooks

@@ -58,7 +58,6 @@ class Packing:
     """
 
     def __init__(self, like: Nest, group: int = GROUP) -> None:
-        """Group the scalars by dtype."""
         leaves = [_spec(leaf) for leaf in tf.nest.flatten(like)]
         self._structure = tf.nest.pack_sequence_as(like, leaves)
         scalars: dict[tf.DType, list[int]] = {}
@@ -116,7 +115,6 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        """Begin with a chunk of one step."""
         self.length, self.elapsed, self._taken = 1, 0.0, 0
 
     def recall(self, seconds: float) -> None:
@@ -158,7 +156,6 @@ class Chunks:
         *,
         in_step: bool,
     ) -> None:
-        """Compile nothing yet."""
         self._solver, self._ruled, self._stepper = solver, ruled, ruled.stepper
         self._jit, self._pace, self._in_step = jit, pace, in_step
         self._doubted: dict[Any, Chunk] = {}

@@ -62,7 +62,6 @@ class Limits:
     """
 
     def __init__(self, problem: Problem, bounds: Any, constraints: Any) -> None:
-        """Convert them; no constraint is evaluated."""
         self.lower, self.upper = _flat_bounds(problem, bounds)
         self.functions = [_constraint(problem, c) for c in _listed(constraints)]
 
@@ -109,7 +108,6 @@ class Constraint:
         lower: Any,
         upper: Any,
     ) -> None:
-        """Evaluate nothing."""
         self._entry, self._evaluate = entry, evaluate
         self.lower = np.asarray(lower, np.float64)
         self.upper = np.asarray(upper, np.float64)

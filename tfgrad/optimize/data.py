@@ -134,7 +134,6 @@ class Arrays(Source):
     """Rows of arrays, in another order in each epoch; the last batch may be smaller."""
 
     def __init__(self, data: Nest, batch_size: int, dtype: tf.DType | None) -> None:
-        """Check that all arrays have as many rows."""
         arrays = _as_arrays(data, "data", dtype)
         self._arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
         self._size = batch_size
@@ -185,7 +184,6 @@ class Dataset(Source):
     """A `tf.data.Dataset`: one iterator for each epoch, as a Python loop makes them."""
 
     def __init__(self, dataset: tf.data.Dataset[Any]) -> None:
-        """Draw nothing yet."""
         self._dataset, self._opened = dataset, 0
         self.spec = dataset.element_spec
         count = int(dataset.cardinality())
@@ -227,7 +225,6 @@ class Distributed(Dataset):
     is_own = True
 
     def __init__(self, dataset: Any) -> None:
-        """Draw nothing yet."""
         self._dataset, self._opened = dataset, 0
         self.spec = dataset.element_spec
         self.is_endless = dataset.cardinality == tf.data.INFINITE_CARDINALITY
@@ -262,7 +259,6 @@ class Batches(Source):
     is_python = True
 
     def __init__(self, data: Any, dtype: tf.DType | None) -> None:
-        """Draw the first batch."""
         self._data, self._dtype, self._epoch = data, dtype, 0
         try:
             iterator = self._iterator()

@@ -60,7 +60,6 @@ class Replicas:
     """
 
     def __init__(self, strategy: Any = None) -> None:
-        """Ask the strategy."""
         self.strategy = strategy
         self.count = 1 if strategy is None else strategy.num_replicas_in_sync
         resolver = None if strategy is None else strategy.cluster_resolver
@@ -345,7 +344,6 @@ class Copies:
     """
 
     def __init__(self, moved: Sequence[tf.Variable] = ()) -> None:
-        """Hold zeros."""
         self._held: list[dict[str, tf.Variable]] = []
         for variable in moved:
             each = strategy_of(variable).experimental_local_results(variable)

@@ -58,7 +58,6 @@ class Driver:
         kind: Callable[..., Problem] = Problem,
         callback: Any = None,
     ) -> None:
-        """Check what can be checked; nothing is traced or written."""
         check_alone(f)
         self.kind = kind
         self.hooks: list[Hook] = [ProgressBar()]

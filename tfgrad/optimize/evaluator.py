@@ -79,7 +79,6 @@ class Evaluator:
         verify: bool = True,
         is_inlined: bool = False,
     ) -> None:
-        """Compile nothing yet."""
         self._is_inlined = is_inlined
         self.variables = variables
         self.has_aux = has_aux

@@ -72,7 +72,6 @@ class Loop:
         clock: Callable[[], float] = time.perf_counter,
         in_step: bool = False,
     ) -> None:
-        """Compile nothing yet."""
         self.solver = solver
         self.pace, self._in_step = Pace(), in_step
         self.bad: Rows | None = None

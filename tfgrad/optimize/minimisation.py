@@ -44,7 +44,6 @@ class Clock:
     """
 
     def __init__(self, budget: float | None) -> None:
-        """Start."""
         self._budget, self._began = budget, time.perf_counter()
         self._agreed: float | None = None
 
@@ -79,7 +78,6 @@ class Record:
     """
 
     def __init__(self) -> None:
-        """Begin with none."""
         self.rows, self.epochs = Table(), Table()
         self.directory: Path | None = None
         self._seen = 0
@@ -133,7 +131,6 @@ class Minimisation:
         chain: Chain,
         training: Training | None,
     ) -> None:
-        """Trace nothing."""
         self.problem, self.options = problem, options
         self.chain, self.training = chain, training
         self.record, self.clock = Record(), Clock(options.seconds)

@@ -54,7 +54,6 @@ class Options:
     checkpoint: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        """Check what needs no function."""
         for name in ("steps", "epochs", "batch_size", "every"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))

@@ -58,7 +58,6 @@ class Parts:
         *,
         are_own: bool = False,
     ) -> None:
-        """Sort what f writes."""
         self.is_shared = replicas.count > 1
         many = written if self.is_shared else ()
         self._averages = [v for v in many if v.dtype.is_floating]
@@ -231,7 +230,6 @@ class EvaluatorOfParts:
         *,
         jit: bool = False,
     ) -> None:
-        """Compile nothing yet."""
         self.of_part, self.variables = of_part, of_part.variables
         self.kept: dict[Any, Any] = {}
         self._parts, self._like, self._copies, self._jit = parts, like, copies, jit

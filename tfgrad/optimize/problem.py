@@ -78,7 +78,6 @@ class Problem:
         jit: bool = False,
         verify: bool = True,
     ) -> None:
-        """Check the point; nothing is traced."""
         self.x = Unknowns(f, x0, wrt)
         self.f, self.name = f, name_of(f)
         flags = {"has_aux": has_aux, "jit": jit, "verify": verify}

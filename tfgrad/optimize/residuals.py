@@ -63,7 +63,6 @@ class ResidualEvaluator(Evaluator):
     def __init__(
         self, *args: Any, loss: str = "linear", f_scale: float = 1.0, **options: Any
     ) -> None:
-        """Compile nothing yet."""
         super().__init__(*args, **options)
         self.loss = loss, f_scale
         self.jacobian = Traces(self._jacobian, self.f, jit=False)
@@ -200,7 +199,6 @@ class Residuals(Problem):
     def __init__(
         self, *args: Any, loss: str = "linear", f_scale: float = 1.0, **options: Any
     ) -> None:
-        """Check the point; nothing is traced."""
         f_scale = 1.0 if loss == "linear" else f_scale  # which does not depend on it
         self.options = {**self.options, "loss": loss, "f_scale": f_scale}
         super().__init__(*args, **options)

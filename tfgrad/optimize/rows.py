@@ -42,7 +42,6 @@ class Starts:
     """
 
     def __init__(self, f: Any, x0s: Nest, args: tuple[Nest, ...]) -> None:
-        """Check them; only starts are copied."""
         for path, leaf in named_leaves(x0s, "x0s"):
             if is_variable(leaf):
                 raise InvalidArgumentError(

@@ -157,7 +157,6 @@ class TrainStep:
     """What `train_step` returns."""
 
     def __init__(self, update: Update, wrt: Nest, *, jit: bool) -> None:
-        """Trace nothing yet; `train_step` documents the arguments."""
         self._update, self._wrt, self._jit = update, wrt, jit
         self._names = parameter_names(update.loss)
         self._forget()
@@ -165,7 +164,6 @@ class TrainStep:
             self._bind()
 
     def __repr__(self) -> str:
-        """Return the names of the loss and of the optimizer."""
         kind = type(self.optimizer).__name__
         return f"<train_step of {name_of(self._update.loss)} by {kind}>"
 

@@ -41,7 +41,6 @@ class Unknowns:
     """
 
     def __init__(self, f: Callable[..., Any], x0: Nest, wrt: Nest) -> None:
-        """Check the point; nothing is traced."""
         _check_sources(f, x0, wrt)
         self.takes_values = x0 is not None
         self.owners: list[Any] = []

@@ -70,7 +70,6 @@ class Update:
         has_aux: bool,
         verify: bool,
     ) -> None:
-        """Know no variables yet."""
         self.loss, self.optimizer = loss, optimizer
         self._has_aux, self._verify = has_aux, verify
         self._compiled = Compiled(loss, self._answer)

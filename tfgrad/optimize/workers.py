@@ -25,7 +25,6 @@ class Workers(Hook):
     """The last hook of each worker: what the hooks of one worker ask for, all do."""
 
     def __init__(self, replicas: Replicas, hooks: Sequence[Hook]) -> None:
-        """Agree on nothing yet."""
         self._replicas, self._hooks = replicas, hooks
         self._limit = ENDLESS
 

@@ -177,7 +177,6 @@ class LBFGS:
     name = "lbfgs"
 
     def __init__(self, memory: int | None = None, bounds: Any = None) -> None:
-        """Store the settings."""
         if memory is not None and (not isinstance(memory, int) or memory < 1):
             raise InvalidArgumentError(
                 "`memory` must be a whole number of at least 1.",

@@ -161,7 +161,6 @@ class Damped:
     """What the tolerance is multiplied by where rounding lets nobody go on."""
 
     def __init__(self, *, is_open: bool = False, bounds: Any = None) -> None:
-        """Store the settings."""
         self._is_open, self._bounds = is_open, bounds
 
     @property

@@ -113,7 +113,6 @@ class Newton:
     failure = "trustregion"
 
     def __init__(self, objective: Curvature | None = None) -> None:
-        """Take an objective, or wait for `bind`."""
         self._objective = objective
 
     @property

@@ -29,7 +29,6 @@ class Backup:
     def __init__(
         self, moved: Sequence[tf.Variable], owners: Sequence[Any], optimizer: Any
     ) -> None:
-        """Copy all as they are."""
         self._moved = list(moved)
         self.variables = [tf.Variable(v, trainable=False) for v in moved]
         free = [getattr(owner, "constraint", None) is None for owner in owners]

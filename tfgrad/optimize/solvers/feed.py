@@ -48,7 +48,6 @@ class Feed:
     def __init__(
         self, problem: Problem, source: Source, position: tuple[int, int]
     ) -> None:
-        """Open the data where the run begins; look at what a batch is."""
         self._problem, self.source, self._position = problem, source, position
         self._next: Any = lambda iterator: iterator.get_next_as_optional()
         if source.is_own:  # eagerly, its spec would be that of one batch alone

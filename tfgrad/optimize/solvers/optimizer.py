@@ -77,7 +77,6 @@ class OptimizerStepper(Stepper):
     expects = False
 
     def __init__(self, problem: Problem, factory: Factory, feed: Feed | None) -> None:
-        """Find the variables, build the optimizer; evaluate nothing else."""
         self.problem, self.feed = problem, feed
         self.method: Any = None
         owners = problem.x.owners
@@ -247,7 +246,6 @@ class OptimizerForms(Forms):
     """
 
     def __init__(self, stepper: OptimizerStepper) -> None:
-        """Compile nothing."""
         self._stepper = stepper
         self._kept: dict[Any, Any] = {}
         self._rates: Sequence[Any] = ()
@@ -321,7 +319,6 @@ class OptimizerSolver(Solver):
         source: Source | None = None,
         position: tuple[int, int] = (0, 0),
     ) -> None:
-        """Find the variables, build the optimizer; evaluate nothing else."""
         self._feed = None if source is None else Feed(problem, source, position)
         self._problem = problem
         self.stepper = OptimizerStepper(problem, factory, self._feed)

@@ -103,7 +103,6 @@ class PureStepper(Stepper):
     def __init__(
         self, problem: Problem, method: Method, limits: Limits | None = None
     ) -> None:
-        """Evaluate nothing."""
         self.problem = problem
         self.limits = limits if limits is not None and limits.are_any else None
         if self.limits is not None:
@@ -243,7 +242,6 @@ class PureForms(Forms):
     """
 
     def __init__(self, stepper: PureStepper) -> None:
-        """Compile nothing."""
         self._stepper, self._problem = stepper, stepper.problem
 
     def form(self, state: State, planned: int, jit: bool | str) -> Form:
@@ -298,7 +296,6 @@ class PureSolver(Solver):
     def __init__(
         self, problem: Problem, method: Method, limits: Limits | None = None
     ) -> None:
-        """Find the variables; evaluate nothing."""
         self.problem = problem
         problem.find()
         self._like = problem.x.leaves

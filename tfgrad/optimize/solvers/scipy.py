@@ -134,7 +134,6 @@ class SciPyLoop:
         tolerances: Tolerances,
         clock: Callable[[], float],
     ) -> None:
-        """Evaluate nothing."""
         self.solver = PureSolver(problem, _Still(), limits)
         self.bad: Rows | None = None
         self.blame = ""
