@@ -209,8 +209,8 @@ def tracked(path):
     """Return a callback that deletes `path` at step 3."""
 
     def callback(state):
-        if state.step == 3:
-            shutil.rmtree(path)
+        while state.step == 3 and path.exists():  # run.json may be written meanwhile
+            shutil.rmtree(path, ignore_errors=True)
 
     return callback
 

@@ -220,7 +220,7 @@ class Loop:
     def _take_eagerly(self, state: State) -> tuple[State, dict[str, Any]]:
         """Take one step that no trace can hold."""
         stepper = self.solver.stepper
-        evaluation = stepper.evaluate(stepper.query(state))
+        evaluation = measured(stepper.evaluate(stepper.query(state)))
         row = stepper.row(None, evaluation)
         columns = {name: array([value]) for name, value in row.items()}
         return self._ruled.step(state, evaluation, *stepper.inputs(state, 1)), columns
