@@ -68,7 +68,7 @@ def with_gradient(function: Callable[..., Any], *tensors: tf.Tensor) -> tf.Tenso
 
     TensorFlow keeps the gradient of each call of a `tf.custom_gradient` in a trace, and
     the graph with it, for as long as the process runs. Here the graph keeps the
-    gradient.
+    gradient, and so do those that it was traced in.
 
     Args:
         function: What `tf.custom_gradient` takes, of one output.
@@ -78,10 +78,12 @@ def with_gradient(function: Callable[..., Any], *tensors: tf.Tensor) -> tf.Tenso
     name = answer.op.get_attr("_gradient_op_type").decode()
     entry = ops.gradient_registry._registry[name]
     gradient: Any = entry["type"]
-    graph: Any = answer.graph
-    while hasattr(graph.outer_graph, "outer_graph"):
-        graph = graph.outer_graph
-    graph._tfgrad_gradients = [*getattr(graph, "_tfgrad_gradients", ()), gradient]
+    # A body of a loop may go before what is around it, and that before a tf.function.
+    graphs: list[Any] = [answer.graph]
+    while hasattr(outer := getattr(graphs[-1], "outer_graph", None), "outer_graph"):
+        graphs.append(outer)
+    for graph in graphs:
+        graph._tfgrad_gradients = [*getattr(graph, "_tfgrad_gradients", ()), gradient]
     found: Any = weakref.ref(gradient)
     entry["type"] = lambda op, *gradients: found()(op, *gradients)
     return answer

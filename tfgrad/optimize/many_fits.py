@@ -244,7 +244,6 @@ class RowEvaluator(ResidualEvaluator):
     """
 
     def __init__(self, *args: Any, drops: bool = False, **options: Any) -> None:
-        """Compile nothing yet."""
         super().__init__(*args, **options)
         self._drops = drops
 
@@ -291,7 +290,6 @@ class RowResiduals(Residuals):
     kind = RowEvaluator
 
     def __init__(self, *args: Any, drops: bool, **options: Any) -> None:
-        """Check the point; nothing is traced."""
         self.options = {"drops": drops}
         super().__init__(*args, **options)
 

@@ -693,3 +693,19 @@ def test_a_validation_that_is_never_called_is_a_warning():
             validation=lambda x: x,
             **options,
         )
+
+
+def test_what_data_raises_where_it_is_opened_again_is_the_users_own_error():
+    opened = []
+
+    def batches():
+        opened.append(len(opened))
+        if len(opened) > 2:
+            raise OSError("the file is gone")
+        return iter([np.array([1.0, 2.0])])
+
+    def distance(x, batch):
+        return tf.reduce_mean((x - batch) ** 2)
+
+    with pytest.raises(OSError, match=r"^the file is gone$"):
+        tfgrad.minimize(distance, 0.0, data=batches, method="lbfgs")

@@ -546,3 +546,13 @@ def test_the_method_goes_on_where_newton_steps_do_not_arrive_from_where_it_ended
 
     x = tfgrad.solution(f, start, np.float64(1.0))
     np.testing.assert_allclose(f(x, 1.0), least, rtol=1e-6, atol=1e-20)
+
+
+def test_a_tf_function_outlives_the_one_that_it_was_traced_in():
+    @tf.function(autograph=False)
+    def inner(a):
+        return tfgrad.solution(lambda x, a: (x - a) ** 2, np.float64(0.0), a)
+
+    tf.function(lambda a: inner(a), autograph=False)(tf.constant(2.0, tf.float64))
+    gc.collect()  # the one around it
+    assert float(tfgrad.grad(inner)(np.float64(2.0))) == pytest.approx(1.0)

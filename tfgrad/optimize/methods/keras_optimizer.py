@@ -138,7 +138,6 @@ class Followed:
     """
 
     def __init__(self, variable: Any) -> None:
-        """Read nothing yet."""
         self._variable = plain(variable)
 
     def __call__(self) -> tf.Tensor:
