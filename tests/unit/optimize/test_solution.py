@@ -314,6 +314,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_traced(options, match):
         tfgrad.solution(untouched, np.zeros(2), **options)
 
 
+@pytest.mark.parametrize("x0", [(), {}, np.zeros(0)])
+def test_a_start_without_numbers_is_refused_as_minimize_does(x0):
+    with pytest.raises(InvalidArgumentError, match="at least one number") as raised:
+        tfgrad.solution(tf.reduce_sum, x0)
+
+    assert "dtype" not in str(raised.value).splitlines()[0]
+
+
+def test_the_residuals_of_a_solution_are_not_summed_by_the_function():
+    with pytest.raises(InvalidArgumentError, match="squares and sums") as raised:
+        tfgrad.solution(tf.reduce_sum, np.ones(2), residuals=True)
+
+    assert "least_squares" not in str(raised.value)
+
+
 @pytest.mark.parametrize("run", [tfgrad.minimize, tfgrad.descend])
 def test_minimize_in_a_transform_names_solution(run):
     def through(a):
