@@ -414,8 +414,10 @@ def _system(
         return _value(settings, of_vector(x, args))
 
     f.__name__ = of_vector.__name__
-    n: Any = like.shape[0]
+    n, dtype = like.shape[0], like.dtype.as_numpy_dtype
     box = _box(settings)
+    # No tensors: they would belong to this graph, and a derivative is of another.
+    sides: Any = box and [np.asarray(side, dtype) for side in box.sides]
     is_small = n is not None and n <= MOST_FOR_MATRIX
     gradient, second = grad(f, verify=False), hessian(f, verify=False)
     times = hvp(f, verify=False)
@@ -437,7 +439,7 @@ def _system(
         product=along,
         matrix=matrix if is_small else None,
         outside=[],
-        bounds=box and Bounds(*(tf.constant(b, like.dtype) for b in box.sides)),
+        bounds=box and Bounds(*sides),
     )
 
 

@@ -217,6 +217,23 @@ def test_a_variable_that_a_newton_step_brings_to_its_bound_is_held_there():
     assert minimum.inverse.free == 0
 
 
+def test_a_second_tape_finds_the_derivative_within_bounds():
+    def f(x, a):
+        return tf.reduce_sum((x - a**3) ** 2)
+
+    a = tf.constant(1.5, tf.float64)
+    with tf.GradientTape() as outer:
+        outer.watch(a)
+        with tf.GradientTape() as tape:
+            tape.watch(a)
+            x = tfgrad.solution(f, np.ones(2), a, bounds=([0.0, 0.0], [2.0, 9.0]))
+            y = tf.reduce_sum(x)  # 2 + a**3
+        slope = tape.gradient(y, a)
+
+    np.testing.assert_allclose(slope, 3 * 1.5**2, rtol=1e-12)
+    np.testing.assert_allclose(outer.gradient(slope, a), 6 * 1.5, rtol=1e-10)
+
+
 def test_float32_has_half_of_its_digits():
     def total(penalty):
         def f(w, p):
