@@ -125,7 +125,7 @@ class ResidualEvaluator(Evaluator):
         leaves = tf.nest.flatten(residuals)
         if not tf.nest.is_nested(residuals) and residuals.shape.rank == 0:
             raise InvalidArgumentError(
-                "`least_squares` squares and sums the residuals itself.",
+                "The method squares and sums the residuals itself.",
                 got=f"`{name}` returned one number, {describe(residuals)}",
                 hint="return model - data, one element for each; or tfgrad.minimize",
             )

@@ -59,6 +59,7 @@ from tfgrad.optimize.residuals import DTYPES, Residuals
 from tfgrad.optimize.solvers import Ruled, State
 from tfgrad.optimize.solvers.pure import PureStepper
 from tfgrad.optimize.stopping import RUNNING, Tolerances, code_of, status_of
+from tfgrad.optimize.unknowns import require_numbers
 
 NO_MORE = ("nonfinite", "unbounded", "steps")
 """Statuses with which a run has not arrived, whatever Newton steps from there find."""
@@ -413,8 +414,10 @@ def _system(
         return _value(settings, of_vector(x, args))
 
     f.__name__ = of_vector.__name__
-    n: Any = like.shape[0]
+    n, dtype = like.shape[0], like.dtype.as_numpy_dtype
     box = _box(settings)
+    # No tensors: they would belong to this graph, and a derivative is of another.
+    sides: Any = box and [np.asarray(side, dtype) for side in box.sides]
     is_small = n is not None and n <= MOST_FOR_MATRIX
     gradient, second = grad(f, verify=False), hessian(f, verify=False)
     times = hvp(f, verify=False)
@@ -436,7 +439,7 @@ def _system(
         product=along,
         matrix=matrix if is_small else None,
         outside=[],
-        bounds=box and Bounds(*(tf.constant(b, like.dtype) for b in box.sides)),
+        bounds=box and Bounds(*sides),
     )
 
 
@@ -484,10 +487,11 @@ def _require_solved(f: Callable[..., Any], report: Report) -> None:
 def _checked_point(x0: Nest, weak: tf.DType) -> Nest:
     """Return the start in tensors of one dtype."""
     point = to_tensors(x0, "x0", weak)
+    require_numbers(point)
     leaves = tf.nest.flatten(point)
     dtypes = {leaf.dtype for leaf in leaves}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES):
-        names = " and ".join(sorted(dtype.name for dtype in dtypes)) or "nothing"
+        names = " and ".join(sorted(dtype.name for dtype in dtypes))
         raise InvalidArgumentError(
             "`x0` must hold numbers of one dtype, float32 or float64.",
             got=f"x0={describe(x0)}, of {names}",

@@ -169,10 +169,19 @@ def _checked_start(x0: Nest) -> Nest:
                 hint="minimize(f, wrt=variable), or variable.numpy() as the start",
             )
     point = to_tensors(x0, "x0")
+    require_numbers(point)
+    return point
+
+
+def require_numbers(point: Nest) -> None:
+    """Refuse a start without a number.
+
+    Raises:
+        InvalidArgumentError: In this case.
+    """
     if all(leaf.shape.num_elements() == 0 for leaf in tf.nest.flatten(point)):
         raise InvalidArgumentError(
             "`x0` must hold at least one number.",
-            got=f"x0={describe(x0)}",
+            got=f"x0={describe(point)}",
             hint="a number, an array, or a nest of them to start from",
         )
-    return point

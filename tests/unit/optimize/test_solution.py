@@ -217,6 +217,23 @@ def test_a_variable_that_a_newton_step_brings_to_its_bound_is_held_there():
     assert minimum.inverse.free == 0
 
 
+def test_a_second_tape_finds_the_derivative_within_bounds():
+    def f(x, a):
+        return tf.reduce_sum((x - a**3) ** 2)
+
+    a = tf.constant(1.5, tf.float64)
+    with tf.GradientTape() as outer:
+        outer.watch(a)
+        with tf.GradientTape() as tape:
+            tape.watch(a)
+            x = tfgrad.solution(f, np.ones(2), a, bounds=([0.0, 0.0], [2.0, 9.0]))
+            y = tf.reduce_sum(x)  # 2 + a**3
+        slope = tape.gradient(y, a)
+
+    np.testing.assert_allclose(slope, 3 * 1.5**2, rtol=1e-12)
+    np.testing.assert_allclose(outer.gradient(slope, a), 6 * 1.5, rtol=1e-10)
+
+
 def test_float32_has_half_of_its_digits():
     def total(penalty):
         def f(w, p):
@@ -312,6 +329,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_traced(options, match):
 
     with pytest.raises(InvalidArgumentError, match=match):
         tfgrad.solution(untouched, np.zeros(2), **options)
+
+
+@pytest.mark.parametrize("x0", [(), {}, np.zeros(0)])
+def test_a_start_without_numbers_is_refused_as_minimize_does(x0):
+    with pytest.raises(InvalidArgumentError, match="at least one number") as raised:
+        tfgrad.solution(tf.reduce_sum, x0)
+
+    assert "dtype" not in str(raised.value).splitlines()[0]
+
+
+def test_the_residuals_of_a_solution_are_not_summed_by_the_function():
+    with pytest.raises(InvalidArgumentError, match="squares and sums") as raised:
+        tfgrad.solution(tf.reduce_sum, np.ones(2), residuals=True)
+
+    assert "least_squares" not in str(raised.value)
 
 
 @pytest.mark.parametrize("run", [tfgrad.minimize, tfgrad.descend])
