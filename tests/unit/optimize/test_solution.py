@@ -578,7 +578,7 @@ def test_the_method_goes_on_where_newton_steps_do_not_arrive_from_where_it_ended
         return a * tf.reduce_sum(problem.residuals(x) ** 2)
 
     x = tfgrad.solution(f, start, np.float64(1.0))
-    np.testing.assert_allclose(f(x, 1.0), least, rtol=3e-6, atol=1e-20)  # known so far
+    np.testing.assert_allclose(f(x, 1.0), least, rtol=3e-6, atol=1e-20)  # six digits
 
 
 def test_a_tf_function_outlives_the_one_that_it_was_traced_in():
