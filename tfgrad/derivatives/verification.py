@@ -341,11 +341,13 @@ def _direction(
     """Return a random direction: each element moves by its own size."""
     point = functions.point
     generator = np.random.default_rng(trial)
-    large = sorted((x.size, i) for i, x in enumerate(point) if x.size > LARGE)
-    still = {i for _, i in large[1:]} if moving is None else {*range(len(point))}
+    if moving is None:
+        large = sorted((x.size, i) for i, x in enumerate(point) if x.size > LARGE)
+        still = {i for _, i in large[1:]}
+        moving = [i for i in range(len(point)) if i not in still]
     direction = []
     for i, x in enumerate(point):
-        if i in still.difference(moving or ()):
+        if i not in moving:
             direction.append(np.broadcast_to(np.zeros((), x.dtype), x.shape))
             continue
         v, part = np.zeros(x.shape, x.dtype), moving_part(x.size)

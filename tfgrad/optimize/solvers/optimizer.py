@@ -207,11 +207,11 @@ class OptimizerStepper(Stepper):
         """
         is_scaled = self.method is not None and self.method.scale() is not None
         self._is_own = self.feed is None and not is_scaled
-        function = tf.function(self._evaluated, autograph=False)
         specs = [] if self.feed is None else [self.feed.source.spec]
         try:
             if self._is_own:
                 return self.problem.traced()
+            function = tf.function(self._evaluated, autograph=False)
             return function.get_concrete_function(*specs)
         except TfgradError:
             raise
