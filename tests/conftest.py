@@ -11,3 +11,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # start would inherit: those that send it would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+import tensorflow as tf
+
+_iterate = tf.data.Dataset.__iter__
+_untuned = tf.data.Options()
+_untuned.autotune.enabled = False
+
+# Keras's `fit` lets TensorFlow tune its pipelines, in a thread that now and then misses
+# that it is to end: what frees the pipeline then waits for it, for up to a minute.
+tf.data.Dataset.__iter__ = lambda self: _iterate(self.with_options(_untuned))
