@@ -53,19 +53,6 @@ MOST_TURNS = 10_000
 """Steps of a block in one call of the program."""
 
 
-class Box(NamedTuple):
-    """The bounds of one problem, shape `[n]` each."""
-
-    lower: Any
-    upper: Any
-    are_any: bool = True
-
-    @property
-    def sides(self) -> tuple[Any, Any]:
-        """The lower and the upper bounds."""
-        return self.lower, self.upper
-
-
 class Row(NamedTuple):
     """One problem, with its data, for a method that takes products with its Hessian."""
 
@@ -419,11 +406,10 @@ def _compile(
         return seen(measured_row(found))._replace(aux={})
 
     def stepper_of(row: list[tf.Tensor]) -> PureStepper:
-        sides, rest = row[:2] if task.sides else [], row[splits - 1 :]
-        limits: Any = Box(sides[0], sides[1]) if sides else None
-        data = tf.nest.pack_sequence_as(plan.data, rest)
+        data = tf.nest.pack_sequence_as(plan.data, row[splits - 1 :])
         bound = isinstance(method, Bindable) and method.bind(Row(problem, data))
-        return PureStepper(problem, bound or method, limits)
+        bounds = row[:2] if task.sides else None
+        return PureStepper(problem, bound or method, bounds)
 
     def begun(x: tf.Tensor, rest: list[tf.Tensor], evaluation: Evaluation) -> State:
         stepper = stepper_of(rest)

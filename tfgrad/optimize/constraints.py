@@ -66,15 +66,15 @@ class Limits:
         self.functions = [_constraint(problem, c) for c in _listed(constraints)]
 
     @property
-    def sides(self) -> tuple[Array, Array]:
-        """The lower and the upper bounds."""
-        return self.lower, self.upper
+    def bounds(self) -> tuple[Array, Array] | None:
+        """The lower and the upper bounds; None if there is none."""
+        pair = self.lower, self.upper
+        return pair if np.any(np.isfinite(pair)) else None
 
     @property
     def are_any(self) -> bool:
         """Whether there is any bound or constraint."""
-        is_bounded = np.any(np.isfinite(self.lower)) or np.any(np.isfinite(self.upper))
-        return bool(is_bounded) or bool(self.functions)
+        return self.bounds is not None or bool(self.functions)
 
     def clip(self, x: Array) -> Array:
         """Return the nearest point within the bounds."""

@@ -81,7 +81,7 @@ class System(NamedTuple):
         product: From x, v and the args to H v; with `gauss_newton`, to J'J v.
         matrix: From x and the args to H, shape `[n, n]`; None where n is too large.
         outside: The float tensors and the variables that f reads besides them.
-        bounds: What x is within; None if there are no bounds.
+        bounds: The lower and the upper bounds of x, arrays; None if there are none.
     """
 
     value: Callable[[tf.Tensor, Args], tf.Tensor]
@@ -89,18 +89,20 @@ class System(NamedTuple):
     product: Callable[[tf.Tensor, tf.Tensor, Args], tf.Tensor]
     matrix: Callable[[tf.Tensor, Args], tf.Tensor] | None
     outside: list[Any]
-    bounds: Bounds | None
+    bounds: Any
 
     def free(self, x: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         """Return 1 for each variable that no bound holds, and 0 for the others."""
-        if self.bounds is None:
+        bounds = Bounds.of(self.bounds, x)
+        if bounds is None:
             return tf.ones_like(x)
-        is_free = self.bounds.free(Point(x, tf.zeros([], x.dtype), gradient))
+        is_free = bounds.free(Point(x, tf.zeros([], x.dtype), gradient))
         return tf.cast(is_free, x.dtype)
 
     def clip(self, x: tf.Tensor) -> tf.Tensor:
         """Return the nearest point within the bounds."""
-        return x if self.bounds is None else self.bounds.clip(x)
+        bounds = Bounds.of(self.bounds, x)
+        return x if bounds is None else bounds.clip(x)
 
 
 class Inverse(NamedTuple):

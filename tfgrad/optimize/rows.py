@@ -139,8 +139,8 @@ def sides_of(problem: Problem, rows: Starts, bounds: Any) -> list[Array]:
         own = [_with_rows(rows, side) for side in bounds]
         pairs = zip(own, bounds, strict=True)
         bounds = tuple(None if found is not None else side for found, side in pairs)
-    shared = Limits(problem, bounds, ()).sides
-    pairs = zip(own, shared, strict=True)
+    shared = Limits(problem, bounds, ())
+    pairs = zip(own, (shared.lower, shared.upper), strict=True)
     sides = [np.asarray(b if a is None else a, rows.x.dtype) for a, b in pairs]
     lower, upper = (np.broadcast_to(side, rows.x.shape) for side in sides)
     is_wrong = np.any(~(lower <= upper), axis=1)

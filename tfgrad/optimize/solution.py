@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +47,6 @@ from tfgrad.optimize.implicit import (
     refined,
     withheld,
 )
-from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.lbfgs import LBFGS, MEMORY
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.methods.newton import Newton
@@ -300,7 +298,7 @@ def _solve(
 
     def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
         problem = _problem(settings, of_vector, start, tensors)
-        stepper = _Stepper(problem, settings.method, _box(settings))
+        stepper = _Stepper(problem, settings.method, system.bounds)
         first, _ = stepper.start(stepper.clip(problem.x.start()))
 
         def goes_on(attempt: Any, last: State, minimum: Minimum) -> Any:
@@ -397,14 +395,6 @@ class _Stepper(PureStepper):
         return {}
 
 
-def _box(settings: Settings) -> Any:
-    """Return the bounds of a vector, as a solver takes them; None if there are none."""
-    if settings.bounds is None:
-        return None
-    lower, upper = sides = tuple(map(np.array, settings.bounds))
-    return SimpleNamespace(lower=lower, upper=upper, sides=sides, are_any=True)
-
-
 def _system(
     settings: Settings, of_vector: Callable[..., Any], like: tf.Tensor
 ) -> System:
@@ -415,10 +405,7 @@ def _system(
         return _value(settings, of_vector(x, args))
 
     f.__name__ = of_vector.__name__
-    n, dtype = like.shape[0], like.dtype.as_numpy_dtype
-    box = _box(settings)
-    # No tensors: they would belong to this graph, and a derivative is of another.
-    sides: Any = box and [np.asarray(side, dtype) for side in box.sides]
+    n = like.shape[0]
     is_small = n is not None and n <= MOST_FOR_MATRIX
     gradient, second = grad(f, verify=False), hessian(f, verify=False)
     times = hvp(f, verify=False)
@@ -440,7 +427,8 @@ def _system(
         product=along,
         matrix=matrix if is_small else None,
         outside=[],
-        bounds=box and Bounds(*sides),
+        # No tensors: they would belong to this graph, and a derivative is of another.
+        bounds=settings.bounds and tuple(map(np.array, settings.bounds)),
     )
 
 
@@ -542,4 +530,4 @@ def _checked_bounds(f: Any, point: Nest, bounds: Any) -> Any:
                 hint="tf.ensure_shape(x0, ...)",
             )
     limits = Limits(Problem(f, point, None, has_aux=False), bounds, ())
-    return tuple(limits.lower.tolist()), tuple(limits.upper.tolist())
+    return limits.bounds and tuple(tuple(side.tolist()) for side in limits.bounds)

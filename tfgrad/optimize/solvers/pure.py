@@ -89,10 +89,12 @@ class PureStepper(Stepper):
     Args:
         problem: What to minimise.
         method: How.
-        limits: Bounds of x, for a method that has `within(bounds)`; None for none.
+        bounds: Of x, a lower and an upper array, for a method that has
+            `within(bounds)`; None for none.
 
     Attributes:
         problem: As above.
+        bounds: As above.
         given: The method within its bounds.
         method: The same, bound to the problem if it asks for that.
         failure: The code of a run in which the method failed.
@@ -100,14 +102,11 @@ class PureStepper(Stepper):
 
     lookahead = 1
 
-    def __init__(
-        self, problem: Problem, method: Method, limits: Limits | None = None
-    ) -> None:
-        self.problem = problem
-        self.limits = limits if limits is not None and limits.are_any else None
-        if self.limits is not None:
+    def __init__(self, problem: Problem, method: Method, bounds: Any = None) -> None:
+        self.problem, self.bounds = problem, bounds
+        if bounds is not None:
             within: Any = method
-            method = within.within((self.limits.lower, self.limits.upper))
+            method = within.within(bounds)
         self.given = self.method = method
         self.failure = code_of(getattr(method, "failure", "linesearch"))
 
@@ -217,21 +216,17 @@ class PureStepper(Stepper):
 
     def clip(self, x: list[tf.Tensor]) -> list[tf.Tensor]:
         """Return the leaves of a point moved into the bounds."""
-        if self.limits is None:
-            return x
         vector = ravel(x)
-        return unravel(self._box(vector).clip(vector), x)
+        bounds = Bounds.of(self.bounds, vector)
+        return x if bounds is None else unravel(bounds.clip(vector), x)
 
     def _projected(self, x: tf.Tensor, evaluation: Evaluation) -> Evaluation:
         """Return the evaluation with the slope of what no bound holds."""
-        if self.limits is None:
+        bounds = Bounds.of(self.bounds, x)
+        if bounds is None:
             return evaluation
-        free = self._box(x).reduced(_point(x, evaluation))
+        free = bounds.reduced(_point(x, evaluation))
         return evaluation._replace(grad_max=free.grad_max)
-
-    def _box(self, x: tf.Tensor) -> Bounds:
-        assert self.limits is not None
-        return Bounds(*(tf.cast(b, x.dtype) for b in self.limits.sides))
 
 
 class PureForms(Forms):
@@ -307,7 +302,7 @@ class PureSolver(Solver):
                 got=f"leaves of {' and '.join(sorted(dtypes))}",
                 hint="cast them to one dtype, or a Keras optimizer such as 'adam'",
             )
-        self.stepper = PureStepper(problem, method, limits)
+        self.stepper = PureStepper(problem, method, limits and limits.bounds)
         self.forms = PureForms(self.stepper)
         self._others: list[Any] = []
         self._start, self._leaps = tf.zeros([0]), 0
@@ -397,7 +392,7 @@ class PureSolver(Solver):
 
         Where a search has failed, second derivatives may certify a minimum.
         """
-        if self.stepper.limits is not None:  # beside it, a lower point may be forbidden
+        if self.stepper.bounds is not None:  # beside it, a lower point may be forbidden
             self.settle(state)
             return state, None
         # A rule of the user's, such as gtol, means what it says.

@@ -219,7 +219,7 @@ class SciPyLoop:
         from scipy.optimize import Bounds, minimize
 
         method, limits = self._method, self._limits
-        bounds = Bounds(*limits.sides) if np.any(np.isfinite(limits.sides)) else None
+        bounds = limits.bounds and Bounds(*limits.bounds)
         session = _Session(self._function, state, self._moved, visit, method.gradient)
         self.verdict = False, ""  # that of an earlier run is not of this one
         second = {"hessp": session.hessp, "hess": session.hess}
