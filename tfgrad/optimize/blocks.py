@@ -26,7 +26,7 @@ from tfgrad.derivatives.tracing import as_written, level_of_caller, quiet
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.diagnosis.graphs import inlined
 from tfgrad.nested import Nest, either, unravel
-from tfgrad.optimize.evaluator import Evaluation, flat, measured_row, operations_of
+from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
 from tfgrad.optimize.hooks import Interrupts, bar_of
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
@@ -402,8 +402,7 @@ def _compile(
 
     def evaluate(row: list[tf.Tensor]) -> Evaluation:
         x, *rest = row
-        found = flat(function(*unravel(x, leaves), *rest))
-        return seen(measured_row(found))._replace(aux={})
+        return seen(flat(function(*unravel(x, leaves), *rest)))._replace(aux={})
 
     def stepper_of(row: list[tf.Tensor]) -> PureStepper:
         data = tf.nest.pack_sequence_as(plan.data, row[splits - 1 :])
@@ -443,7 +442,7 @@ def _compile(
     def evaluate_all(rows: list[tf.Tensor]) -> Evaluation:
         with inlined():  # the vectoriser makes a function of its own of each call
             every: Evaluation = mapped(evaluate, rows, evaluated, vectorises=vectorises)
-        return every
+        return measured(every)  # the vectoriser knows no op for the bits of a number
 
     def advance(
         state: State,
