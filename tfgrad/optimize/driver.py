@@ -29,6 +29,7 @@ from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.stopping import RUNNING
 from tfgrad.optimize.tensorboard import TensorBoard, check_log
+from tfgrad.optimize.traced import reads
 from tfgrad.optimize.workers import Workers
 
 
@@ -228,7 +229,7 @@ def check_unwatched(problem: Problem) -> None:
     """
     moved = {id(variable) for variable in problem.x.variables}
     with resumed():
-        for source in problem.reads():
+        for source in reads(problem):
             if id(source) not in moved and is_watched(source):
                 raise InvalidArgumentError(
                     "A minimisation cannot be differentiated by what its function "

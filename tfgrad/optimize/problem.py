@@ -272,27 +272,6 @@ class Problem:
         """Return the graph of an evaluation; None if f cannot be compiled."""
         return self.evaluator.evaluate.graph((*self.given, *batch), scale)
 
-    def traced(self) -> Any:
-        """Return the trace of f without a batch, a function of the leaves of values.
-
-        It is not run, and its gradient not verified.
-
-        Raises:
-            NotImplementedError: If f runs eagerly.
-        """
-        with tf.__internal__.FuncGraph("f").as_default():
-            self._evaluate(self.x.start() if self.x.takes_values else None)
-        concrete = self.evaluator.evaluate.concrete(self.given, None)
-        if concrete is None:
-            raise NotImplementedError
-        return concrete
-
-    def reads(self) -> list[Any]:
-        """Return the float variables and tensors that f reads by itself."""
-        traces = self.evaluator.evaluate
-        floats = [v for v in traces.variables() if v.dtype.is_floating]
-        return [*floats, *traces.captured()]
-
     def inlined(self) -> Problem:
         """Return the same problem, to be traced anew without a call of a graph."""
         other = type(self).__new__(type(self))

@@ -50,6 +50,29 @@ def written(problem: Problem, data: tuple[Nest, ...] = ()) -> list[tf.Variable]:
     return not_moved(problem, kept[key])
 
 
+def reads(problem: Problem) -> list[Any]:
+    """Return the float variables and tensors that f reads by itself."""
+    traces = problem.evaluator.evaluate
+    floats = [v for v in traces.variables() if v.dtype.is_floating]
+    return [*floats, *traces.captured()]
+
+
+def traced(problem: Problem) -> Any:
+    """Return the trace of f without a batch, a function of the leaves of values.
+
+    It is not run, and its gradient not verified.
+
+    Raises:
+        NotImplementedError: If f runs eagerly.
+    """
+    with tf.__internal__.FuncGraph("f").as_default():
+        problem.evaluate(problem.x.start() if problem.x.takes_values else None)
+    concrete = problem.evaluator.evaluate.concrete(problem.given, None)
+    if concrete is None:
+        raise NotImplementedError
+    return concrete
+
+
 def not_moved(problem: Problem, written: list[tf.Variable]) -> list[tf.Variable]:
     """Return variables that f writes to; refuse those that are moved."""
     written = whole(written)

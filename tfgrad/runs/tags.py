@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 from tfgrad.errors import InvalidArgumentError
+from tfgrad.runs.record import Record
 from tfgrad.runs.values import check_tag
 
 Kind = Literal["scalar", "text", "graph", "histogram", "image", "layout"]
@@ -18,17 +19,17 @@ class Tags:
     """The tags of a run: each has one kind, and steps that grow.
 
     Args:
-        earlier: The kinds of the tags of earlier sessions, by tag.
+        record: Where the kinds of the tags are written, those of earlier sessions, too.
         first_step: The step at which this session starts.
 
     Attributes:
         kinds: By tag, of all sessions.
     """
 
-    def __init__(self, earlier: Mapping[str, Any], first_step: int) -> None:
-        self.kinds = dict(earlier)
+    def __init__(self, record: Record, first_step: int) -> None:
+        self._record, self.kinds = record, record.earlier_tags()
         if first_step == 0:  # graphs are at step 0, and are replaced, too
-            self.kinds = {t: k for t, k in earlier.items() if k != "graph"}
+            self.kinds = {t: k for t, k in self.kinds.items() if k != "graph"}
         self._first_step = first_step
         self._last_steps: dict[str, int] = {}
 
@@ -55,6 +56,7 @@ class Tags:
         for tag in tags:
             self.kinds[tag] = kind
             self._last_steps[tag] = last
+        self._record.note(self.kinds)
 
     def next_step(self, prefixes: tuple[str, ...]) -> int:
         """Return the first step that is free for all tags that begin with a prefix."""

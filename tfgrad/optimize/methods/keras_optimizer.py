@@ -193,9 +193,14 @@ class KerasMethod:
         rate = config.pop("learning_rate", None)  # a number is held by a variable
         return (kind, self._floatx, repr(config)) if isinstance(rate, float) else None
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether `update` wants the gradient multiplied by `scale`."""
+        return isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
+
     def scale(self) -> tf.Tensor | None:
         """Return what `update` wants the gradient multiplied by, if anything."""
-        if not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+        if not self.is_scaled:
             return None
         scale: tf.Tensor = self.optimizer.scale_loss(tf.constant(1.0))
         return scale

@@ -34,7 +34,7 @@ from tfgrad.optimize.solvers.backup import Backup
 from tfgrad.optimize.solvers.feed import Feed
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA
 from tfgrad.optimize.stopping import RUNNING, rule_of, status_of
-from tfgrad.optimize.traced import blame, not_moved, others
+from tfgrad.optimize.traced import blame, not_moved, others, traced
 
 LOOP_STEPS = 100
 """Compiling the loop pays from about here, measured on functions of 30 to 140 ops."""
@@ -100,12 +100,18 @@ class OptimizerStepper(Stepper):
                 self._evaluated(feed.first.get_value())
                 require_compiled(problem.name, problem.replicas.count)
             problem.distribute(self.written, self._copies, are_own=feed.source.is_own)
-        if is_shared or self.method.scale() is not None:
+        if is_shared or self.method.is_scaled:
             self.compiled = self._compile()
         is_closed = feed is None and self.compiled is not None and not self.written
         self._direct = direct(self.compiled) if is_closed else None
         self.backup = Backup(self.moved, owners, self.method.optimizer)
         self.before = [tf.Variable(v, trainable=False) for v in self.written]
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether `compiled` is the trace of f itself, with values for arguments."""
+        is_scaled = self.method is not None and self.method.is_scaled
+        return self.feed is None and not is_scaled
 
     @property
     def is_eager(self) -> bool:
@@ -152,7 +158,7 @@ class OptimizerStepper(Stepper):
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Return the state with the current point evaluated."""
         here = _carried(evaluation)
-        if self.method.scale() is not None:
+        if self.method.is_scaled:
             # An overflow is the optimizer's own affair: it takes a smaller scale.
             size = here.grad_max
             known = tf.where(tf.math.is_finite(size), size, size.dtype.max)
@@ -205,12 +211,10 @@ class OptimizerStepper(Stepper):
 
         None if f leaves TensorFlow: eagerly, it runs or raises the user's own error.
         """
-        is_scaled = self.method is not None and self.method.scale() is not None
-        self._is_own = self.feed is None and not is_scaled
         specs = [] if self.feed is None else [self.feed.source.spec]
         try:
             if self._is_own:
-                return self.problem.traced()
+                return traced(self.problem)
             function = tf.function(self._evaluated, autograph=False)
             return function.get_concrete_function(*specs)
         except TfgradError:
