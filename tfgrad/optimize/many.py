@@ -16,6 +16,7 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
 from tfgrad.optimize.blocks import Outcome, Plan, Task
+from tfgrad.optimize.chain import pure_method
 from tfgrad.optimize.driver import check_alone, check_unwatched
 from tfgrad.optimize.many_saddles import solve_all
 from tfgrad.optimize.many_uncertainty import OfRows
@@ -257,29 +258,19 @@ def minimize_many(
     )  # fmt: skip
     rows = Starts(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
-    fields, found, sides = run(problem, rows, pure_method(options), options, XLA_ROWS)
+    fields, found, sides = run(problem, rows, _method(options), options, XLA_ROWS)
     return ManyResult(**fields, _source=OfRows(f, rows, sides, found.x))
 
 
-def pure_method(options: Options) -> Method:
+def _method(options: Options) -> Method:
     """Return the method that was asked for, if many problems can share it."""
-    method = "lbfgs" if options.method is None else options.method
-    if isinstance(method, str) and method.lower() in PURE:
-        method = PURE[method.lower()]()
-    if isinstance(method, type) or not isinstance(method, Method):
-        names = " or ".join(map(repr, PURE))
-        raise InvalidArgumentError(
-            "Many problems are minimised by one method that is a pure function.",
-            got=f"method={options.method!r}",
-            hint=f"method={names}, or an object with `init` and `update`; all others "
-            "in tfgrad.minimize for each row, in a loop",
-        )
-    if options.bounds is not None and not hasattr(method, "within"):
-        raise InvalidArgumentError(
-            f"`{method.name}` knows no bounds.",
-            got="bounds with this method",
-            hint='method="lbfgs"',
-        )
+    method = pure_method(
+        options.method,
+        options.bounds,
+        "Many problems are minimised by one method that is a pure function.",
+        f"method={' or '.join(map(repr, PURE))}, or an object with `init` and "
+        "`update`; all others in tfgrad.minimize for each row, in a loop",
+    )
     if isinstance(method, Bindable) and options.jit is True:
         raise InvalidArgumentError(
             "XLA cannot compile rows whose inner loops differ in length.",

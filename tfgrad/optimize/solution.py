@@ -34,9 +34,9 @@ from tfgrad.nested import (
     unravel,
     weak_dtype,
 )
-from tfgrad.optimize.chain import make_stages
+from tfgrad.optimize.chain import pure_method
 from tfgrad.optimize.chunks import in_trace
-from tfgrad.optimize.constraints import Limits, require_support
+from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.implicit import (
     MOST_FOR_MATRIX,
@@ -302,7 +302,9 @@ def _solve(
         first, _ = stepper.start(stepper.clip(problem.x.start()))
 
         def goes_on(attempt: Any, last: State, minimum: Minimum) -> Any:
-            is_over = minimum.is_exact & minimum.is_positive | ~_is(last, "converged")
+            report = _report(last, minimum)
+            is_over = report.has_arrived & report.is_positive
+            is_over |= ~_is(last, "converged")
             return (attempt == 0) | (attempt < attempts) & ~is_over
 
         def body(attempt: Any, last: State, _: Minimum) -> Any:
@@ -507,15 +509,12 @@ def _method(method: Any, residuals: bool, gauss_newton: bool, bounds: Any) -> Me
         return LEVENBERG_MARQUARDT
     is_named = isinstance(method, str)
     known = METHODS.get(method.lower(), method) if is_named else method
-    stages = make_stages(known, None)
-    if len(stages) > 1 or not isinstance(stages[0].method, Method):
-        raise InvalidArgumentError(
-            "`solution` takes a method that is a pure function, and one of them.",
-            got=f"method={method!r}",
-            hint='"lbfgs" or "newton"',
-        )
-    require_support(stages[0].name, stages[0].method, bounds, ())
-    return stages[0].method
+    return pure_method(
+        known,
+        bounds,
+        "`solution` takes a method that is a pure function, and one of them.",
+        '"lbfgs" or "newton"',
+    )
 
 
 def _checked_bounds(f: Any, point: Nest, bounds: Any) -> Any:
