@@ -58,12 +58,7 @@ class Line:
         return float(rounding_error(np.array([corrected for _, corrected in pairs])))
 
     def kink(self, steps: Sequence[float], noise: float) -> tuple[float, float] | None:
-        """Return the slopes on both sides, if no smaller step closes the gap.
-
-        Args:
-            steps: From large to small.
-            noise: The rounding error of the values.
-        """
+        """Return the slopes on both sides, if no smaller step closes the gap."""
         with np.errstate(all="ignore"):  # one side may be outside of the domain
             left = [float((self(0.0) - self(-h)) / h) for h in steps]
             right = [float((self(h) - self(0.0)) / h) for h in steps]

@@ -229,12 +229,7 @@ class Again(NamedTuple):
     has_inner: bool
 
     def require_uncut(self, places: list[int], found: list[Any]) -> None:
-        """Refuse missing gradients that are cut; the others are zeros.
-
-        Args:
-            places: Of which outputs they are.
-            found: What the tape found for each source.
-        """
+        """Refuse missing gradients that are cut; the others are zeros."""
         for index, cut in enumerate(self._cuts(places)):
             if found[index] is None and cut is not None:
                 raise no_gradient_error(self.call.name, self.call.names[index], cut)

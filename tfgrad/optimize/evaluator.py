@@ -243,10 +243,6 @@ def measured(evaluation: Evaluation, scale: Any = None) -> Evaluation:
     """Return an evaluation with `grad_max`; an empty leaf of the gradient counts as 0.
 
     Where the gradient is a tensor, its last axis is that of the parameters.
-
-    Args:
-        evaluation: With it or without.
-        scale: What the gradient was multiplied by, if it was.
     """
     if tf.is_tensor(evaluation.grad_max):
         return evaluation

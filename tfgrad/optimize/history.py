@@ -36,11 +36,7 @@ class Rows:
 
 
 class Table:
-    """The rows of a run under way, appended in place.
-
-    Args:
-        columns: Those to begin with.
-    """
+    """The rows of a run under way, appended in place."""
 
     def __init__(self, columns: History | None = None) -> None:
         self._columns: History = dict(columns or {})

@@ -352,13 +352,7 @@ def _is(last: State, status: str) -> Any:
 def _right(
     of_vector: Callable[..., Any], x: tf.Tensor, args: Args
 ) -> Callable[..., Any]:
-    """Return a function with right derivatives of any order: tapes here ask for three.
-
-    Args:
-        of_vector: The function of one vector and the arguments.
-        x: A vector.
-        args: The arguments.
-    """
+    """Return the function with right derivatives of any order: tapes ask for three."""
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (x, *args)]
     traced = unrecorded(lambda: trace(lambda x, *args: of_vector(x, args), specs))
     is_right = not wants_marks(traced.graph.get_operations())

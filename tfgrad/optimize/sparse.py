@@ -21,13 +21,7 @@ class SparseRecording(Recording):
 def summed_for(
     optimizer: Any, gradients: Sequence[Any], sources: Sequence[Any]
 ) -> list[Any]:
-    """Return the gradients as the optimizer needs them: rows that repeat added up.
-
-    Args:
-        optimizer: The optimizer.
-        gradients: A gradient, or None, for each source.
-        sources: The variables.
-    """
+    """Return the gradients as the optimizer needs them: rows that repeat added up."""
     if _adds_rows(optimizer):
         return list(gradients)
     slices = tf.IndexedSlices
@@ -45,10 +39,6 @@ def rows_summed(slices: tf.IndexedSlices, rows: Any) -> tf.IndexedSlices:
     number of slices stays, as XLA and collectives want it: those left over are zeros,
     for row 0. Nothing is sorted, which would take twice as long in the graph, and six
     times as long under XLA.
-
-    Args:
-        slices: The slices.
-        rows: How many rows the variable has.
     """
     indices, count = slices.indices, tf.size(slices.indices)
     places = tf.range(count)

@@ -35,10 +35,6 @@ def operations(problem: Problem) -> list[str]:
 def written(problem: Problem, data: tuple[Nest, ...] = ()) -> list[tf.Variable]:
     """Return the variables that f writes to; none if it runs eagerly.
 
-    Args:
-        problem: The problem, evaluated before.
-        data: What f takes besides x.
-
     Raises:
         InvalidArgumentError: If it writes to what is minimised.
     """
@@ -97,10 +93,6 @@ def others(problem: Problem) -> list[tf.Variable]:
 def for_xla(problem: Problem, *, is_bound: bool) -> Problem | None:
     """Return the problem in a form that a loop under XLA compiles once.
 
-    Args:
-        problem: The problem, evaluated before.
-        is_bound: Whether the method takes second derivatives.
-
     Returns:
         None if f calls a graph that cannot be made part of its own, or if there is data
         to go through.
@@ -117,12 +109,7 @@ def for_xla(problem: Problem, *, is_bound: bool) -> Problem | None:
 
 
 def without_calls(problem: Problem, data: tuple[Nest, ...] = ()) -> Problem | None:
-    """Return the problem, evaluated, with the ops of what f calls in f; None if not.
-
-    Args:
-        problem: The problem, evaluated before.
-        data: What f takes besides x.
-    """
+    """Return the problem, evaluated, with the ops of what f calls in f; None if not."""
     other = problem.inlined()
     before = [(v, v.read_value()) for v in written(problem, data)]
     with inlined(), contextlib.suppress(Exception):  # as AutoGraph's in a function
@@ -140,13 +127,7 @@ def without_calls(problem: Problem, data: tuple[Nest, ...] = ()) -> Problem | No
 
 
 def blame(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> str:
-    """Return which op and line are not finite at a point; "" if none is found.
-
-    Args:
-        problem: The problem.
-        x: The leaves of the point; the variables are there.
-        *batch: What else the user's function takes.
-    """
+    """Return which op and line are not finite at a point; "" if none is found."""
     with contextlib.suppress(Exception):  # what ended is to be told in any case
         findings = explained(problem, x, *batch).findings
         spoiled = (each for each in findings if each.status == "non-finite")

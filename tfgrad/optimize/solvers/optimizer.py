@@ -243,11 +243,7 @@ class OptimizerStepper(Stepper):
 
 
 class OptimizerForms(Forms):
-    """The compiled loop that pays for so many steps; it serves one run.
-
-    Args:
-        stepper: What takes steps.
-    """
+    """The compiled loop that pays for so many steps; it serves one run."""
 
     def __init__(self, stepper: OptimizerStepper) -> None:
         self._stepper = stepper

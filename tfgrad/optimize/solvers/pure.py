@@ -124,12 +124,7 @@ class PureStepper(Stepper):
     def start(
         self, x: list[tf.Tensor], before: State | None = None
     ) -> tuple[Start, Evaluation]:
-        """Evaluate a point, and let the method see the problem.
-
-        Args:
-            x: The leaves of the point.
-            before: The run until there.
-        """
+        """Evaluate a point, and let the method see the problem."""
         vector = ravel(x)
         evaluation = self.problem.at(vector)
         if hasattr(self.given, "bind"):  # it is `Bindable`
@@ -230,11 +225,7 @@ class PureStepper(Stepper):
 
 
 class PureForms(Forms):
-    """Calls at first; XLA from the evaluation on at which it pays.
-
-    Args:
-        stepper: What takes steps.
-    """
+    """Calls at first; XLA from the evaluation on at which it pays."""
 
     def __init__(self, stepper: PureStepper) -> None:
         self._stepper, self._problem = stepper, stepper.problem
