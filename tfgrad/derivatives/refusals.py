@@ -52,7 +52,7 @@ def refusal_at_run_time(
 
 
 def refusal_by_gradient(error: Exception, name: str) -> NoGradientError | None:
-    """Return the error for an op whose gradient raised when it was built, if one did."""
+    """Return the error for an op whose gradient could not be built, if one was."""
     if is_made_twice(error):
         return NoGradientError(
             f"TensorFlow has no derivative of this order of `{name}`.",

@@ -24,8 +24,14 @@ from tfgrad.runs.graph import (
     step_graph,
 )
 from tfgrad.runs.keras_callback import RunCallback
-from tfgrad.runs.record import Record, checked_hparams, hparams_end, hparams_start
-from tfgrad.runs.tags import Kind, Tags
+from tfgrad.runs.record import (
+    Kind,
+    Record,
+    Tags,
+    checked_hparams,
+    hparams_end,
+    hparams_start,
+)
 from tfgrad.runs.tensorboard import require
 from tfgrad.runs.values import (
     check_mapping,
