@@ -10,6 +10,7 @@ they come with, float32 when they come alone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
@@ -116,9 +117,12 @@ def map_leaves(function: Callable[[Any, str], Any], nest: Nest, name: str) -> Ne
 
 def weak_dtype(*nests: Nest) -> tf.DType:
     """Return the dtype of plain numbers beside `nests`: the widest float in them."""
-    leaves = (leaf for nest in nests for _, leaf in named_leaves(nest, ""))
-    dtypes = [tf.as_dtype(leaf.dtype) for leaf in leaves if _has_float_dtype(leaf)]
-    return max(dtypes, key=lambda dtype: (dtype.size, dtype.name), default=tf.float32)
+    dtypes = []
+    for leaf in (leaf for nest in nests for _, leaf in named_leaves(nest, "")):
+        with contextlib.suppress(AttributeError, TypeError):  # NumPy's dates, texts
+            dtypes.append(tf.as_dtype(leaf.dtype))
+    floats = [dtype for dtype in dtypes if dtype.is_floating]
+    return max(floats, key=lambda dtype: (dtype.size, dtype.name), default=tf.float32)
 
 
 def to_tensors(nest: Nest, name: str, dtype: tf.DType | None = None) -> Nest:
@@ -265,13 +269,6 @@ def _dtype_name(value: Any) -> str:
 
 def _article(leaf: object) -> str:
     return "missing" if leaf is None else f"of type {type(leaf).__name__}"
-
-
-def _has_float_dtype(leaf: Any) -> bool:
-    try:
-        return bool(tf.as_dtype(leaf.dtype).is_floating)
-    except (AttributeError, TypeError):
-        return False
 
 
 def _rectangular(leaf: Any, name: str) -> np.ndarray:

@@ -141,11 +141,15 @@ class Recording:
         Raises:
             NoGradientError: If a path exists, but is cut.
         """
-        weights = _as_list(cotangents)
-        found = self._require_sound(self.outputs, weights)
+        is_one = not isinstance(cotangents, list | tuple | None)
+        weights: Any = [cotangents] if is_one else cotangents
+        found = self._require_sound(self.outputs, weights and list(weights))
+        slices = tf.IndexedSlices
         if sparse:
             pairs = zip(found, self.sources, strict=True)
-            return [_distinct(g) if _is_sparse(g) else dense(g, s) for g, s in pairs]
+            return [
+                _distinct(g) if isinstance(g, slices) else dense(g, s) for g, s in pairs
+            ]
         return self._dense(found)
 
     def pull(self, cotangents: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -372,16 +376,6 @@ def _depending(
             reached.append(op)
             found.update(tensor.ref() for tensor in results(op))
     return reached
-
-
-def _as_list(cotangents: Any) -> list[tf.Tensor] | None:
-    if cotangents is None:
-        return None
-    return list(cotangents) if isinstance(cotangents, list | tuple) else [cotangents]
-
-
-def _is_sparse(gradient: Any) -> bool:
-    return isinstance(gradient, tf.IndexedSlices)
 
 
 def _distinct(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
