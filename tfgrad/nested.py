@@ -215,12 +215,7 @@ def ravel(leaves: Iterable[tf.Tensor]) -> tf.Tensor:
 
 
 def unravel(vector: tf.Tensor, like: Iterable[Any]) -> list[tf.Tensor]:
-    """Return the vector's elements in the shapes of `like`: the inverse of `ravel`.
-
-    Args:
-        vector: Of shape `[n]`.
-        like: Tensors, variables or specs.
-    """
+    """Return the vector's elements in the shapes of `like`: the inverse of `ravel`."""
     like = list(like)
     if len(like) == 1 and like[0].shape.rank == 1:
         return [tf.convert_to_tensor(vector)]

@@ -36,18 +36,10 @@ from tfgrad.optimize.workers import Workers
 class Driver:
     """Runs one minimisation to its end, and lets hooks watch: `for _ in states()`.
 
-    Args:
-        f: As for `minimize`.
-        x0: As for `minimize`.
-        options: The others.
-        kind: What `f` is the function of, or part of.
-        callback: As for `minimize`.
-
     Attributes:
         run: The minimisation; its options are completed by those of a result to go on
             from.
         hooks: What watches.
-        kind: As above.
     """
 
     @out_of_scope()

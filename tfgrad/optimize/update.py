@@ -53,8 +53,6 @@ class Update:
         verify: Refuse a gradient that lacks a term, or that differences disagree with.
 
     Attributes:
-        loss: As above.
-        optimizer: As above.
         variables: What is updated, in the order of the optimizer's.
         sources: The same, as a tape watches them.
         replicas: Those that have copies of them.

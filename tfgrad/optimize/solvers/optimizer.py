@@ -62,8 +62,6 @@ class OptimizerStepper(Stepper):
         feed: The batches, if there is data.
 
     Attributes:
-        problem: As above.
-        feed: As above.
         method: The optimizer at work.
         moved: The variables that it moves.
         backup: The same before the last step.

@@ -93,8 +93,6 @@ class PureStepper(Stepper):
             `within(bounds)`; None for none.
 
     Attributes:
-        problem: As above.
-        bounds: As above.
         given: The method within its bounds.
         method: The same, bound to the problem if it asks for that.
         failure: The code of a run in which the method failed.
@@ -211,9 +209,11 @@ class PureStepper(Stepper):
 
     def clip(self, x: list[tf.Tensor]) -> list[tf.Tensor]:
         """Return the leaves of a point moved into the bounds."""
+        if self.bounds is None:
+            return x
         vector = ravel(x)
-        bounds = Bounds.of(self.bounds, vector)
-        return x if bounds is None else unravel(bounds.clip(vector), x)
+        bounds: Any = Bounds.of(self.bounds, vector)
+        return unravel(bounds.clip(vector), x)
 
     def _projected(self, x: tf.Tensor, evaluation: Evaluation) -> Evaluation:
         """Return the evaluation with the slope of what no bound holds."""
