@@ -144,7 +144,7 @@ def make_opaque(op: tf.Operation) -> None:
 
 
 def bodies(op: tf.Operation, *, opaque: bool = False) -> list[Any]:
-    """Return the graphs that a call, branch or loop runs; if `opaque`, hidden ones too."""
+    """Return the graphs that a call, branch or loop runs; with `opaque`, hidden too."""
     kind = op.type  # which TensorFlow is asked for
     if kind not in _BODIES:
         return []

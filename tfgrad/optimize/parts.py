@@ -28,7 +28,7 @@ class Part(NamedTuple):
     Attributes:
         means: Of what is a mean over the rows of a batch, times this part's share.
         sums: Of what is a sum over rows.
-        linear: Of what a linear model is made of; empty if there is none.
+        linear: The linear model of residuals; empty if there is none.
     """
 
     means: Any
@@ -267,7 +267,7 @@ class EvaluatorOfParts:
         aux = {**part.means["aux"], **part.sums["aux"]}
         if self._copies is not None:
             self._copies.keep([other.means["gradient"] for other in others])
-        return Evaluation(value, gradient, (), aux, self.linear_of(part))
+        return Evaluation(value, gradient, (), aux, part.linear)
 
     def _evaluate_part(
         self, f: Callable[..., Any], arguments: tuple[Nest, ...], weight: Any
@@ -298,10 +298,6 @@ class EvaluatorOfParts:
 
     def joined(self, a: Any, b: Any) -> Any:
         """Return the linear model of two parts together."""
-        return ()
-
-    def linear_of(self, part: Part) -> Any:
-        """Return the linear model of all parts."""
         return ()
 
     def _multiply(
