@@ -83,7 +83,12 @@ class OpenTraces:
         self._widest: dict[Any, tuple[list[Any], Any]] = {}
 
     def of(self, nests: Any, trace: Callable[[list[Any]], Any]) -> Any:
-        """Return the trace that takes `nests`; a new one if there is none."""
+        """Return the trace that takes `nests`; a new one if there is none.
+
+        Args:
+            nests: Nests of tensors and static values.
+            trace: As in `add`.
+        """
         key = signature(nests)
         found = self._known.get(key)
         if found is not None:
@@ -100,7 +105,12 @@ class OpenTraces:
         return found
 
     def fitting(self, key: Any, specs: list[Any]) -> Any:
-        """Return the trace that takes such tensors; None if there is none."""
+        """Return the trace that takes such tensors; None if there is none.
+
+        Args:
+            key: The signature of what holds them.
+            specs: A `TypeSpec` for each.
+        """
         wide, traced = self._widest.get(rank_signature(key), (specs, None))
         pairs = zip(wide, specs, strict=True)
         return traced if all(s.is_subtype_of(w) for w, s in pairs) else None
