@@ -72,7 +72,7 @@ class ManyResult:
         """
         i = self._place(index)
         source = self._source and self._source.of(i)
-        return OptimizeResult(**self._one(i), source=source)
+        return self._one(i, OptimizeResult, source=source)
 
     def __iter__(self) -> Iterator[OptimizeResult]:
         """Return the results one by one."""
@@ -127,29 +127,31 @@ class ManyResult:
     def _message(self, i: int) -> str:
         return sentence(str(self.status[i]), step=self.nit[i], **self._facts)
 
-    def _one(self, i: int) -> dict[str, Any]:
-        """Return the fields of one result."""
+    def _one(self, i: int, kind: Callable[..., Any], **more: Any) -> Any:
+        """Return the result of one row, of a kind that has some more fields."""
 
         def row(leaf: Array) -> tf.Tensor:
             return tf.constant(leaf[i])
 
         largest = [np.max(np.abs(g[i]), initial=0) for g in tf.nest.flatten(self.grad)]
-        return {
-            "x": tf.nest.map_structure(row, self.x),
-            "fun": self.fun[i],
-            "grad": tf.nest.map_structure(row, self.grad),
-            "nit": int(self.nit[i]),
-            "nfev": int(self.nfev[i]),
-            "success": bool(self.success[i]),
-            "status": str(self.status[i]),
-            "message": self._message(i),
-            "history": {
-                "step": self.nit[i : i + 1],
-                "fun": self.fun[i : i + 1],
-                "grad_max": np.array([np.max(largest)]),
-            },
-            "seconds": self.seconds,
+        history = {
+            "step": self.nit[i : i + 1],
+            "fun": self.fun[i : i + 1],
+            "grad_max": np.array([np.max(largest)]),
         }
+        return kind(
+            x=tf.nest.map_structure(row, self.x),
+            fun=self.fun[i],
+            grad=tf.nest.map_structure(row, self.grad),
+            nit=int(self.nit[i]),
+            nfev=int(self.nfev[i]),
+            success=bool(self.success[i]),
+            status=str(self.status[i]),
+            message=self._message(i),
+            history=history,
+            seconds=self.seconds,
+            **more,
+        )
 
     def __repr__(self) -> str:
         """Return a summary."""
@@ -258,8 +260,10 @@ def minimize_many(
     )  # fmt: skip
     rows = Starts(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
-    fields, found, sides = run(problem, rows, _method(options), options, XLA_ROWS)
-    return ManyResult(**fields, _source=OfRows(f, rows, sides, found.x))
+    method = _method(options)
+    made, found, sides = run(ManyResult, problem, rows, method, options, XLA_ROWS)
+    result: ManyResult = made(_source=OfRows(f, rows, sides, found.x))
+    return result
 
 
 def _method(options: Options) -> Method:
@@ -281,14 +285,18 @@ def _method(options: Options) -> Method:
 
 
 def run(
+    kind: Callable[..., Any],
     problem: Problem,
     rows: Starts,
     method: Method,
     options: Options,
     pays: int,
     is_doubtful: Callable[[Outcome], Array] | None = None,
-) -> tuple[dict[str, Any], Outcome, list[Array]]:
-    """Solve all rows; return the fields of the result, the outcome, the bounds."""
+) -> tuple[Callable[..., Any], Outcome, list[Array]]:
+    """Solve all rows; return what makes the result, the outcome, the bounds.
+
+    It makes one of `kind`, given the fields that only that kind has.
+    """
     began = time.perf_counter()
     sides = sides_of(problem, rows, options.bounds)
     x = np.clip(rows.x, *sides) if sides else rows.x
@@ -309,19 +317,21 @@ def run(
     solves = np.array(
         [c != RUNNING and rule_of(n).is_solution for c, n in enumerate(names)]
     )
-    fields = {
-        "x": rows.unraveled(outcome.x),
-        "fun": outcome.fun,
-        "grad": rows.unraveled(outcome.grad),
-        "nit": outcome.nit,
-        "nfev": outcome.nfev,
-        "success": solves[outcome.code],
-        "status": names[outcome.code],
-        "seconds": time.perf_counter() - began,
-        "_facts": {
-            **options.tolerances._asdict(),
-            "seconds": options.seconds,
-            "nonfinite": "f or its gradient is not finite.",
-        },
+    facts = {
+        **options.tolerances._asdict(),
+        "seconds": options.seconds,
+        "nonfinite": "f or its gradient is not finite.",
     }
-    return fields, outcome, sides
+    made = functools.partial(
+        kind,
+        x=rows.unraveled(outcome.x),
+        fun=outcome.fun,
+        grad=rows.unraveled(outcome.grad),
+        nit=outcome.nit,
+        nfev=outcome.nfev,
+        success=solves[outcome.code],
+        status=names[outcome.code],
+        seconds=time.perf_counter() - began,
+        _facts=facts,
+    )
+    return made, outcome, sides
