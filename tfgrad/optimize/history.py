@@ -35,6 +35,14 @@ class Rows:
         return Rows({**self.columns, "seconds": seconds})
 
 
+def split(vectors: Any, like: list[Any]) -> list[np.ndarray[Any, Any]]:
+    """Return vectors `[rows, n]` as leaves with these shapes behind an axis of rows."""
+    shapes = [tuple(leaf.shape) for leaf in like]
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+    pairs = zip(np.split(vectors, ends, axis=1), shapes, strict=True)
+    return [part.reshape(len(part), *shape) for part, shape in pairs]
+
+
 class Table:
     """The rows of a run under way, appended in place."""
 

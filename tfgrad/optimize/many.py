@@ -18,6 +18,7 @@ from tfgrad.nested import Nest
 from tfgrad.optimize.blocks import Outcome, Plan, Task
 from tfgrad.optimize.chain import pure_method
 from tfgrad.optimize.driver import check_alone, check_unwatched
+from tfgrad.optimize.history import split
 from tfgrad.optimize.many_saddles import solve_all
 from tfgrad.optimize.many_uncertainty import OfRows
 from tfgrad.optimize.methods import PURE
@@ -25,7 +26,7 @@ from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
-from tfgrad.optimize.rows import Starts, sides_of, split
+from tfgrad.optimize.rows import Starts, sides_of
 from tfgrad.optimize.stopping import RUNNING, rule_of, sentence, status_of
 
 Array = np.ndarray[Any, Any]
@@ -110,8 +111,8 @@ class ManyResult:
         """The standard error of each parameter, structured like `x`."""
         with np.errstate(invalid="ignore"):
             errors = np.sqrt(np.diagonal(self.covariance, axis1=1, axis2=2))
-        shapes = [leaf.shape[1:] for leaf in tf.nest.flatten(self.x)]
-        return tf.nest.pack_sequence_as(self.x, split(errors, shapes))
+        like = [leaf[0] for leaf in tf.nest.flatten(self.x)]
+        return tf.nest.pack_sequence_as(self.x, split(errors, like))
 
     def _place(self, index: Any) -> int:
         """Return the number of a row, counted from the end if it is negative."""

@@ -20,6 +20,7 @@ from tfgrad.nested import (
     weak_dtype,
 )
 from tfgrad.optimize.constraints import Limits
+from tfgrad.optimize.history import split
 from tfgrad.optimize.problem import Problem
 
 Array = np.ndarray[Any, Any]
@@ -119,15 +120,8 @@ class Starts:
 
     def unraveled(self, vectors: Array) -> Nest:
         """Return vectors `[count, n]` in the structure of the starts."""
-        shapes = [tuple(leaf.shape) for leaf in tf.nest.flatten(self.first)]
-        return tf.nest.pack_sequence_as(self.first, split(vectors, shapes))
-
-
-def split(vectors: Array, shapes: list[tuple[int, ...]]) -> list[Array]:
-    """Return vectors `[count, n]` as leaves of these shapes, with an axis in front."""
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-    pairs = zip(np.split(vectors, ends, axis=1), shapes, strict=True)
-    return [part.reshape(len(part), *shape) for part, shape in pairs]
+        leaves = split(vectors, tf.nest.flatten(self.first))
+        return tf.nest.pack_sequence_as(self.first, leaves)
 
 
 def sides_of(problem: Problem, rows: Starts, bounds: Any) -> list[Array]:

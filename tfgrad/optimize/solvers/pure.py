@@ -14,6 +14,7 @@ from tfgrad.nested import either, ravel, unravel
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.evaluator import SMALL, Evaluation, measured
+from tfgrad.optimize.history import split
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.convergence import at_precision
 from tfgrad.optimize.methods.protocol import Method, Move, Point
@@ -345,11 +346,7 @@ class PureSolver(Solver):
         """Return the columns with the leaves of the points."""
         if VECTOR not in columns:
             return columns
-        shapes: list[Any] = [tuple(leaf.shape) for leaf in self._like]
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-        parts = np.split(columns[VECTOR], ends, axis=1)
-        pairs = zip(parts, shapes, strict=True)
-        leaves = [part.reshape(len(part), *shape) for part, shape in pairs]
+        leaves = split(columns[VECTOR], self._like)
         rest = {name: c for name, c in columns.items() if name != VECTOR}
         return {**rest, **self.problem.x.named(leaves)}
 
