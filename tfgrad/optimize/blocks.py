@@ -27,6 +27,7 @@ from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.diagnosis.graphs import inlined
 from tfgrad.nested import Nest, either, unravel
 from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
+from tfgrad.optimize.history import Array
 from tfgrad.optimize.hooks import Interrupts, bar_of
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
@@ -36,8 +37,6 @@ from tfgrad.optimize.solvers import Ruled, State
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureStepper, Start, seen
 from tfgrad.optimize.stopping import RUNNING, code_of
 from tfgrad.optimize.traced import CALLS, without_calls
-
-Array = np.ndarray[Any, Any]
 
 WIDEST = 1024
 """Slots of a block: its numbers are in the cache, and starting an op is cheap beside

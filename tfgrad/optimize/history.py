@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-History = dict[str, np.ndarray[Any, Any]]
+Array = np.ndarray[Any, Any]
+
+History = dict[str, Array]
 """Arrays by name, one row per state: row k is the point after k steps."""
 
 
@@ -35,7 +37,7 @@ class Rows:
         return Rows({**self.columns, "seconds": seconds})
 
 
-def split(vectors: Any, like: list[Any]) -> list[np.ndarray[Any, Any]]:
+def split(vectors: Any, like: list[Any]) -> list[Array]:
     """Return vectors `[rows, n]` as leaves with these shapes behind an axis of rows."""
     shapes = [tuple(leaf.shape) for leaf in like]
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
@@ -71,6 +73,6 @@ class Table:
         return {name: column[: self._count] for name, column in self._columns.items()}
 
 
-def _unknown(like: Any, count: int) -> np.ndarray[Any, Any]:
+def _unknown(like: Any, count: int) -> Array:
     is_real = like.dtype.kind not in "iub"
     return np.full((count, *like.shape[1:]), np.nan if is_real else 0, like.dtype)

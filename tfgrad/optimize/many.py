@@ -18,7 +18,7 @@ from tfgrad.nested import Nest
 from tfgrad.optimize.blocks import Outcome, Plan, Task
 from tfgrad.optimize.chain import pure_method
 from tfgrad.optimize.driver import check_alone, check_unwatched
-from tfgrad.optimize.history import split
+from tfgrad.optimize.history import Array, split
 from tfgrad.optimize.many_saddles import solve_all
 from tfgrad.optimize.many_uncertainty import OfRows
 from tfgrad.optimize.methods import PURE
@@ -28,8 +28,6 @@ from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.rows import Starts, sides_of
 from tfgrad.optimize.stopping import RUNNING, rule_of, sentence, status_of
-
-Array = np.ndarray[Any, Any]
 
 XLA_ROWS = 32
 """Problems from which on a compilation with XLA is worth its second: L-BFGS takes some

@@ -17,6 +17,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, ravel, unravel
 from tfgrad.optimize.blocks import WIDEST, Outcome
 from tfgrad.optimize.driver import check_alone
+from tfgrad.optimize.history import Array
 from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
 from tfgrad.optimize.many import ManyResult, run
 from tfgrad.optimize.methods import losses
@@ -31,8 +32,6 @@ from tfgrad.optimize.residuals import (
 )
 from tfgrad.optimize.rows import Starts
 from tfgrad.optimize.uncertainty import OfFit, spread_of_factor
-
-Array = np.ndarray[Any, Any]
 
 MOST_PARAMETERS = 50
 """Parameters that one fit may have: each is a stage of the compiled program."""

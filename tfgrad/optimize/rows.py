@@ -20,10 +20,8 @@ from tfgrad.nested import (
     weak_dtype,
 )
 from tfgrad.optimize.constraints import Limits
-from tfgrad.optimize.history import split
+from tfgrad.optimize.history import Array, split
 from tfgrad.optimize.problem import Problem
-
-Array = np.ndarray[Any, Any]
 
 CLOSED = "a closure over what is the same in all rows: lambda x, y: f(x, y, a)"
 

@@ -27,15 +27,13 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, name_of, ravel, to_tensors
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.data import can_take
+from tfgrad.optimize.history import Array
 from tfgrad.optimize.minimisation import Minimisation
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import MOST_ELEMENTS, Residuals
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.resume import has_value, repeats
 from tfgrad.runs.values import as_array
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
 
 ROUNDINGS = 10
 """Rounding errors, for each parameter, of the eigenvalues of a matrix of derivatives
