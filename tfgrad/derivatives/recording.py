@@ -23,6 +23,7 @@ from tfgrad.derivatives.repairs import (
 from tfgrad.derivatives.soundness import every, may_drop, require_whole
 from tfgrad.derivatives.tapes import resumed
 from tfgrad.derivatives.tracing import (
+    holding,
     is_compiling,
     leaves_tensorflow,
     traced_operations,
@@ -72,7 +73,7 @@ class Recording:
         around, inside = _evaluation.get(), _Evaluation()
         if around is not None:
             around.has_inner = True
-        with resumed(), self._tape, _set(inside):
+        with resumed(), self._tape, holding(_evaluation, inside):
             self._tape.watch(call.sources)
             returned = function(call)
         if finds:
@@ -280,7 +281,8 @@ class Again(NamedTuple):
 
         def function(*inputs: tf.Tensor) -> tf.Tensor:
             call = replace(self.call.at(inputs) if inputs else self.call, f=f)
-            with _set(_Evaluation()):  # what is differentiated inside is so again
+            # What is differentiated inside is so again.
+            with holding(_evaluation, _Evaluation()):
                 returned = self._evaluate(call)
             if len(places) == 1:
                 return returned[places[0]]
@@ -320,15 +322,6 @@ class _Evaluation:
 
 
 _evaluation: ContextVar[_Evaluation | None] = ContextVar("evaluation", default=None)
-
-
-@contextlib.contextmanager
-def _set(evaluation: _Evaluation) -> Iterator[None]:
-    token = _evaluation.set(evaluation)
-    try:
-        yield
-    finally:
-        _evaluation.reset(token)
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ def as_written(*, optimized: bool = True) -> Iterator[None]:
     }
     tf.config.optimizer.set_experimental_options(options)
     try:
-        with _set(_is_optimized, optimized):
+        with holding(_is_optimized, optimized):
             yield
     finally:  # None is TensorFlow's own default
         user = {option: before.get(option) for option in options}
@@ -340,7 +340,7 @@ class Traces:
             return concrete
 
         try:
-            with _set(_is_compiling, True):
+            with holding(_is_compiling, True):
                 concrete = _repaired_if_needed(compiled, self._f)
         except UnverifiableGradientError as error:
             if self._jit:
@@ -456,14 +456,15 @@ def _repaired_if_needed(compiled: Callable[[Any], Any], f: Callable[..., Any]) -
 
 def _leaving(eager: Callable[..., Any], reason: str) -> Callable[..., Any]:
     def run(*given: Any) -> Any:
-        with _set(_why_eager, reason):
+        with holding(_why_eager, reason):
             return eager(*given)
 
     return run
 
 
 @contextlib.contextmanager
-def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Let a variable of the context have a value within the block."""
     token = variable.set(value)
     try:
         yield
