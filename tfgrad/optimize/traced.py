@@ -12,6 +12,7 @@ from tfgrad.derivatives.signatures import signature
 from tfgrad.diagnosis.explain import explain
 from tfgrad.diagnosis.graphs import inlined, written_variables
 from tfgrad.diagnosis.report import Explanation
+from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
 from tfgrad.optimize.distribute import whole
@@ -110,12 +111,10 @@ def for_xla(problem: Problem, *, is_bound: bool) -> Problem | None:
 
 def without_calls(problem: Problem, data: tuple[Nest, ...] = ()) -> Problem | None:
     """Return the problem, evaluated, with the ops of what f calls in f; None if not."""
-    other = problem.inlined()
-    before = [(v, v.read_value()) for v in written(problem, data)]
-    with inlined(), contextlib.suppress(Exception):  # as AutoGraph's in a function
+    other, own = problem.inlined(), written(problem, data)
+    # The errors may be AutoGraph's, in a function.
+    with restored(own), inlined(), contextlib.suppress(Exception):
         other.evaluate(problem.x.start(), data)
-    for variable, value in before:
-        variable.assign(value)
     try:
         graph = other.graph(data)
     except KeyError:  # it was not traced
@@ -145,9 +144,6 @@ def explained(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> Explana
         return output[0] if problem.options["has_aux"] else output
 
     wrt = None if problem.x.takes_values else problem.x.variables
-    before = [variable.read_value() for variable in problem.x.variables]
-    try:
+    with restored(problem.x.variables):
         arguments = problem.x.arguments(x, batch or problem.example)
         return explain(value, *arguments, wrt=wrt)
-    finally:
-        problem.x.assign(before)

@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from tfgrad.diagnosis.graphs import written_variables
+from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import TfgradError
 from tfgrad.nested import Nest
 from tfgrad.optimize.compiled import direct
@@ -391,21 +392,16 @@ class OptimizerSolver(Solver):
         if self._feed is not None:
             batch = state.batch
             query = batch.ahead if bool(batch.ahead.has_value()) else batch.last
-        before = [variable.read_value() for variable in self.stepper.written]
-        evaluation = measured(self.stepper.evaluate(query))
-        for variable, value in zip(self.stepper.written, before, strict=True):
-            variable.assign(value)
-        return evaluation
+        with restored(self.stepper.written):
+            return measured(self.stepper.evaluate(query))
 
     def look_back(self, state: State) -> Evaluation:
         """Return the function where the variables were before the last step."""
-        moved, point = self.stepper.moved, self.point(state)
-        for variable, kept in zip(moved, self.stepper.backup.variables, strict=True):
-            variable.assign(kept.read_value())
-        evaluation = self.look(state)
-        for variable, value in zip(moved, point, strict=True):
-            variable.assign(value)
-        return evaluation
+        moved = self.stepper.moved
+        with restored(moved):
+            for v, kept in zip(moved, self.stepper.backup.variables, strict=True):
+                v.assign(kept.read_value())
+            return self.look(state)
 
     def refresh(self, state: State) -> State:
         """Return the same: what the user has changed is evaluated next."""
