@@ -62,8 +62,9 @@ def traced(problem: Problem) -> Any:
     Raises:
         NotImplementedError: If f runs eagerly.
     """
+    start = problem.x.start() if problem.x.takes_values else None
     with tf.__internal__.FuncGraph("f").as_default():
-        problem.evaluate(problem.x.start() if problem.x.takes_values else None)
+        problem.evaluator.evaluate(problem.x.arguments(start), None)
     concrete = problem.evaluator.evaluate.concrete(problem.given, None)
     if concrete is None:
         raise NotImplementedError
