@@ -10,6 +10,7 @@ they come with, float32 when they come alone.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
@@ -116,9 +117,12 @@ def map_leaves(function: Callable[[Any, str], Any], nest: Nest, name: str) -> Ne
 
 def weak_dtype(*nests: Nest) -> tf.DType:
     """Return the dtype of plain numbers beside `nests`: the widest float in them."""
-    leaves = (leaf for nest in nests for _, leaf in named_leaves(nest, ""))
-    dtypes = [tf.as_dtype(leaf.dtype) for leaf in leaves if _has_float_dtype(leaf)]
-    return max(dtypes, key=lambda dtype: (dtype.size, dtype.name), default=tf.float32)
+    dtypes = []
+    for leaf in (leaf for nest in nests for _, leaf in named_leaves(nest, "")):
+        with contextlib.suppress(AttributeError, TypeError):  # NumPy's dates, texts
+            dtypes.append(tf.as_dtype(leaf.dtype))
+    floats = [dtype for dtype in dtypes if dtype.is_floating]
+    return max(floats, key=lambda dtype: (dtype.size, dtype.name), default=tf.float32)
 
 
 def to_tensors(nest: Nest, name: str, dtype: tf.DType | None = None) -> Nest:
@@ -211,12 +215,7 @@ def ravel(leaves: Iterable[tf.Tensor]) -> tf.Tensor:
 
 
 def unravel(vector: tf.Tensor, like: Iterable[Any]) -> list[tf.Tensor]:
-    """Return the vector's elements in the shapes of `like`: the inverse of `ravel`.
-
-    Args:
-        vector: Of shape `[n]`.
-        like: Tensors, variables or specs.
-    """
+    """Return the vector's elements in the shapes of `like`: the inverse of `ravel`."""
     like = list(like)
     if len(like) == 1 and like[0].shape.rank == 1:
         return [tf.convert_to_tensor(vector)]
@@ -265,13 +264,6 @@ def _dtype_name(value: Any) -> str:
 
 def _article(leaf: object) -> str:
     return "missing" if leaf is None else f"of type {type(leaf).__name__}"
-
-
-def _has_float_dtype(leaf: Any) -> bool:
-    try:
-        return bool(tf.as_dtype(leaf.dtype).is_floating)
-    except (AttributeError, TypeError):
-        return False
 
 
 def _rectangular(leaf: Any, name: str) -> np.ndarray:

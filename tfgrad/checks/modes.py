@@ -161,14 +161,7 @@ def _forward(level: Level, setting: Setting, moving: Sequence[int]) -> Check:
 def compiled(
     level: Level, setting: Setting, mode: str, derive: Derivatives
 ) -> list[Check]:
-    """Compare what the compiled function returns with the eager one, by element.
-
-    Args:
-        level: The function, eager.
-        setting: What all checks share.
-        mode: "compiled" or "xla".
-        derive: The compiled function.
-    """
+    """Compare what the compiled function returns with the eager one, by element."""
     found = derive(setting.point.arrays)
     checks = _compiled(level, setting, mode, found, [0.0] * (1 + len(found[1])))
     if all(check.verdict == "pass" for check in checks):

@@ -47,15 +47,7 @@ def arguments_in_tensors(
     names: tuple[str, ...],
     weak: tf.DType,
 ) -> tuple[tuple[Nest, ...], dict[str, Nest]]:
-    """Return all arguments in tensors; the differentiated ones must be float.
-
-    Args:
-        args: The positional arguments.
-        kwargs: The keyword arguments.
-        chosen: Which positional ones are differentiated: one, or several.
-        names: What the user calls the positional ones.
-        weak: The dtype of plain numbers.
-    """
+    """Return all arguments in tensors; the differentiated ones must be float."""
     active = (chosen,) if isinstance(chosen, int) else chosen
     values = [
         to_tensors(arg, names[i], weak)

@@ -305,14 +305,7 @@ def jacobian_blocks(
     *,
     jit: bool = False,
 ) -> list[list[tf.Tensor]]:
-    """Return the Jacobian of a recording, by `[output][source]`, the cheaper way.
-
-    Args:
-        recording: Of the outputs; a persistent one.
-        mode: As for `jacobian`.
-        chunk_size: As for `jacobian`.
-        jit: As for `jacobian`.
-    """
+    """Return the Jacobian of a recording, by `[output][source]`, the cheaper way."""
     sizes = map(static_size, (recording.outputs, recording.sources))
     tall = _is_tall(*sizes, jit=jit and is_straight(recording.operations))
     is_forward = mode == "forward" or (mode == "auto" and tall)

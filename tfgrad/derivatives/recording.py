@@ -23,6 +23,7 @@ from tfgrad.derivatives.repairs import (
 from tfgrad.derivatives.soundness import every, may_drop, require_whole
 from tfgrad.derivatives.tapes import resumed
 from tfgrad.derivatives.tracing import (
+    holding,
     is_compiling,
     leaves_tensorflow,
     traced_operations,
@@ -72,7 +73,7 @@ class Recording:
         around, inside = _evaluation.get(), _Evaluation()
         if around is not None:
             around.has_inner = True
-        with resumed(), self._tape, _set(inside):
+        with resumed(), self._tape, holding(_evaluation, inside):
             self._tape.watch(call.sources)
             returned = function(call)
         if finds:
@@ -141,11 +142,15 @@ class Recording:
         Raises:
             NoGradientError: If a path exists, but is cut.
         """
-        weights = _as_list(cotangents)
-        found = self._require_sound(self.outputs, weights)
+        is_one = not isinstance(cotangents, list | tuple | None)
+        weights: Any = [cotangents] if is_one else cotangents
+        found = self._require_sound(self.outputs, weights and list(weights))
+        slices = tf.IndexedSlices
         if sparse:
             pairs = zip(found, self.sources, strict=True)
-            return [_distinct(g) if _is_sparse(g) else dense(g, s) for g, s in pairs]
+            return [
+                _distinct(g) if isinstance(g, slices) else dense(g, s) for g, s in pairs
+            ]
         return self._dense(found)
 
     def pull(self, cotangents: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -229,12 +234,7 @@ class Again(NamedTuple):
     has_inner: bool
 
     def require_uncut(self, places: list[int], found: list[Any]) -> None:
-        """Refuse missing gradients that are cut; the others are zeros.
-
-        Args:
-            places: Of which outputs they are.
-            found: What the tape found for each source.
-        """
+        """Refuse missing gradients that are cut; the others are zeros."""
         for index, cut in enumerate(self._cuts(places)):
             if found[index] is None and cut is not None:
                 raise no_gradient_error(self.call.name, self.call.names[index], cut)
@@ -281,7 +281,8 @@ class Again(NamedTuple):
 
         def function(*inputs: tf.Tensor) -> tf.Tensor:
             call = replace(self.call.at(inputs) if inputs else self.call, f=f)
-            with _set(_Evaluation()):  # what is differentiated inside is so again
+            # What is differentiated inside is so again.
+            with holding(_evaluation, _Evaluation()):
                 returned = self._evaluate(call)
             if len(places) == 1:
                 return returned[places[0]]
@@ -321,15 +322,6 @@ class _Evaluation:
 
 
 _evaluation: ContextVar[_Evaluation | None] = ContextVar("evaluation", default=None)
-
-
-@contextlib.contextmanager
-def _set(evaluation: _Evaluation) -> Iterator[None]:
-    token = _evaluation.set(evaluation)
-    try:
-        yield
-    finally:
-        _evaluation.reset(token)
 
 
 @contextlib.contextmanager
@@ -377,16 +369,6 @@ def _depending(
             reached.append(op)
             found.update(tensor.ref() for tensor in results(op))
     return reached
-
-
-def _as_list(cotangents: Any) -> list[tf.Tensor] | None:
-    if cotangents is None:
-        return None
-    return list(cotangents) if isinstance(cotangents, list | tuple) else [cotangents]
-
-
-def _is_sparse(gradient: Any) -> bool:
-    return isinstance(gradient, tf.IndexedSlices)
 
 
 def _distinct(gradient: tf.IndexedSlices) -> tf.IndexedSlices:

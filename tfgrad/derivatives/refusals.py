@@ -33,13 +33,7 @@ def is_made_twice(error: Exception) -> bool:
 def refusal_at_run_time(
     error: Exception, graph: Any, name: str
 ) -> NoGradientError | None:
-    """Return the error for a gradient op that failed when it ran, if one did.
-
-    Args:
-        error: What TensorFlow raised.
-        graph: What ran.
-        name: What the user calls the function.
-    """
+    """Return the error for a gradient op that failed when it ran, if one did."""
     if is_made_twice(error):
         return refusal_by_gradient(error, name)
     if re.search("XLA|tf2xla", str(error)):
@@ -58,12 +52,7 @@ def refusal_at_run_time(
 
 
 def refusal_by_gradient(error: Exception, name: str) -> NoGradientError | None:
-    """Return the error for an op whose gradient raised while it was built, if one did.
-
-    Args:
-        error: What TensorFlow raised.
-        name: What the user calls the function.
-    """
+    """Return the error for an op whose gradient could not be built, if one was."""
     if is_made_twice(error):
         return NoGradientError(
             f"TensorFlow has no derivative of this order of `{name}`.",

@@ -167,16 +167,7 @@ def _gradient_transform(
     verify: bool,
     **options: Any,
 ) -> Callable[..., Any]:
-    """Return the transform whose answer holds the gradient.
-
-    Args:
-        f: The function.
-        answer_with: From the evaluation and the gradient to the answer.
-        gradient_in: From the answer back to the gradient.
-        has_aux: `f` returns `(value, aux)`.
-        verify: Compare the first answer with differences.
-        **options: As for `transform`.
-    """
+    """Return the transform whose answer holds the gradient."""
 
     def body(call: Call) -> tuple[Any, Ladder]:
         recording = Recording(objective(has_aux), call, has_aux=has_aux)

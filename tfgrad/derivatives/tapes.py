@@ -42,10 +42,6 @@ def constant(
     It is one op in the graph that is being traced, and searches for what has to be
     differentiated do not look inside (`graphs.make_opaque`).
 
-    Args:
-        function: Takes tensors, returns a nest of them.
-        *tensors: What it takes.
-
     Returns:
         The answer; and the tensors and variables that the function reads by itself.
     """
@@ -69,10 +65,6 @@ def with_gradient(function: Callable[..., Any], *tensors: tf.Tensor) -> tf.Tenso
     TensorFlow keeps the gradient of each call of a `tf.custom_gradient` in a trace, and
     the graph with it, for as long as the process runs. Here the graph keeps the
     gradient, and so do those that it was traced in.
-
-    Args:
-        function: What `tf.custom_gradient` takes, of one output.
-        *tensors: What it is called with.
     """
     answer: tf.Tensor = tf.custom_gradient(function)(*tensors)
     name = answer.op.get_attr("_gradient_op_type").decode()

@@ -136,7 +136,7 @@ def as_written(*, optimized: bool = True) -> Iterator[None]:
     }
     tf.config.optimizer.set_experimental_options(options)
     try:
-        with _set(_is_optimized, optimized):
+        with holding(_is_optimized, optimized):
             yield
     finally:  # None is TensorFlow's own default
         user = {option: before.get(option) for option in options}
@@ -236,7 +236,7 @@ class Traces:
     def compiled(self, *nests: Any) -> Any:
         """Return the concrete function for `nests`, not run yet; None if eager."""
         given = list(filter(is_dynamic, tf.nest.flatten(nests)))
-        return self._compile(self._body(nests), _specs(given))[1]
+        return self._compile(_body(self._run, nests), _specs(given))[1]
 
     def has(self, *nests: Any) -> bool:
         """Return whether there was an answer for nests like these, and it was right."""
@@ -274,7 +274,7 @@ class Traces:
 
     def _first_call(self, key: Any, nests: tuple[Any, ...]) -> Any:
         given = list(filter(is_dynamic, tf.nest.flatten(nests)))
-        body = self._body(nests)
+        body = _body(self._run, nests)
         compiled, concrete, reason = self._compile_open(key, body, _specs(given))
         graph = None if concrete is None else concrete.graph
         try:
@@ -296,17 +296,6 @@ class Traces:
                 raise refusal_by_gradient(error, name_of(self._f)) or error from None
         self._checked.add(key)
         return answer
-
-    def _body(self, nests: tuple[Any, ...]) -> Callable[..., Any]:
-        """Return `run` as a function of the tensors in `nests`."""
-        flat = tf.nest.flatten(nests)
-
-        def body(f: Callable[..., Any], *dynamic: Any) -> Any:
-            left = iter(dynamic)
-            filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
-            return self._run(f, *tf.nest.pack_sequence_as(nests, filled))
-
-        return body
 
     def _remember(self, key: Any, found: tuple[Callable[..., Any], Any]) -> None:
         self._compiled[key] = found
@@ -351,7 +340,7 @@ class Traces:
             return concrete
 
         try:
-            with _set(_is_compiling, True):
+            with holding(_is_compiling, True):
                 concrete = _repaired_if_needed(compiled, self._f)
         except UnverifiableGradientError as error:
             if self._jit:
@@ -384,6 +373,18 @@ class Traces:
             RuntimeWarning,
             stacklevel=level_of_caller(),
         )
+
+
+def _body(run: Callable[..., Any], nests: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return `run` as a function of the tensors in `nests`."""
+    flat = tf.nest.flatten(nests)
+
+    def body(f: Callable[..., Any], *dynamic: Any) -> Any:
+        left = iter(dynamic)
+        filled = [next(left) if is_dynamic(leaf) else leaf for leaf in flat]
+        return run(f, *tf.nest.pack_sequence_as(nests, filled))
+
+    return body
 
 
 def _specs(tensors: Iterable[Any]) -> list[Any]:
@@ -455,14 +456,15 @@ def _repaired_if_needed(compiled: Callable[[Any], Any], f: Callable[..., Any]) -
 
 def _leaving(eager: Callable[..., Any], reason: str) -> Callable[..., Any]:
     def run(*given: Any) -> Any:
-        with _set(_why_eager, reason):
+        with holding(_why_eager, reason):
             return eager(*given)
 
     return run
 
 
 @contextlib.contextmanager
-def _set(variable: ContextVar[T], value: T) -> Iterator[None]:
+def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Let a variable of the context have a value within the block."""
     token = variable.set(value)
     try:
         yield

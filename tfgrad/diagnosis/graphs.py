@@ -144,12 +144,7 @@ def make_opaque(op: tf.Operation) -> None:
 
 
 def bodies(op: tf.Operation, *, opaque: bool = False) -> list[Any]:
-    """Return the graphs of the functions that a call, conditional or loop runs.
-
-    Args:
-        op: The op.
-        opaque: Return the bodies of calls hidden by `make_opaque`, too.
-    """
+    """Return the graphs that a call, branch or loop runs; with `opaque`, hidden too."""
     kind = op.type  # which TensorFlow is asked for
     if kind not in _BODIES:
         return []

@@ -26,7 +26,8 @@ from tfgrad.derivatives.tracing import as_written, level_of_caller, quiet
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.diagnosis.graphs import inlined
 from tfgrad.nested import Nest, either, unravel
-from tfgrad.optimize.evaluator import Evaluation, flat, measured_row, operations_of
+from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
+from tfgrad.optimize.history import Array
 from tfgrad.optimize.hooks import Interrupts, bar_of
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
 from tfgrad.optimize.methods.protocol import Bindable, Method
@@ -36,8 +37,6 @@ from tfgrad.optimize.solvers import Ruled, State
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA, Memory, PureStepper, Start, seen
 from tfgrad.optimize.stopping import RUNNING, code_of
 from tfgrad.optimize.traced import CALLS, without_calls
-
-Array = np.ndarray[Any, Any]
 
 WIDEST = 1024
 """Slots of a block: its numbers are in the cache, and starting an op is cheap beside
@@ -51,19 +50,6 @@ PAUSE = 0.1
 
 MOST_TURNS = 10_000
 """Steps of a block in one call of the program."""
-
-
-class Box(NamedTuple):
-    """The bounds of one problem, shape `[n]` each."""
-
-    lower: Any
-    upper: Any
-    are_any: bool = True
-
-    @property
-    def sides(self) -> tuple[Any, Any]:
-        """The lower and the upper bounds."""
-        return self.lower, self.upper
 
 
 class Row(NamedTuple):
@@ -415,15 +401,13 @@ def _compile(
 
     def evaluate(row: list[tf.Tensor]) -> Evaluation:
         x, *rest = row
-        found = flat(function(*unravel(x, leaves), *rest))
-        return seen(measured_row(found))._replace(aux={})
+        return seen(flat(function(*unravel(x, leaves), *rest)))._replace(aux={})
 
     def stepper_of(row: list[tf.Tensor]) -> PureStepper:
-        sides, rest = row[:2] if task.sides else [], row[splits - 1 :]
-        limits: Any = Box(sides[0], sides[1]) if sides else None
-        data = tf.nest.pack_sequence_as(plan.data, rest)
+        data = tf.nest.pack_sequence_as(plan.data, row[splits - 1 :])
         bound = isinstance(method, Bindable) and method.bind(Row(problem, data))
-        return PureStepper(problem, bound or method, limits)
+        bounds = row[:2] if task.sides else None
+        return PureStepper(problem, bound or method, bounds)
 
     def begun(x: tf.Tensor, rest: list[tf.Tensor], evaluation: Evaluation) -> State:
         stepper = stepper_of(rest)
@@ -457,7 +441,7 @@ def _compile(
     def evaluate_all(rows: list[tf.Tensor]) -> Evaluation:
         with inlined():  # the vectoriser makes a function of its own of each call
             every: Evaluation = mapped(evaluate, rows, evaluated, vectorises=vectorises)
-        return every
+        return measured(every)  # the vectoriser knows no op for the bits of a number
 
     def advance(
         state: State,

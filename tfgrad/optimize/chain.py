@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -169,6 +170,22 @@ def make_stages(
         _stage(entry, learning_rate if takes else None, steps)
         for (entry, steps), takes in zip(pairs, takes_rate, strict=True)
     ]
+
+
+def pure_method(method: Any, bounds: Any, rule: str, hint: str) -> Method:
+    """Return the pure method that is meant; refuse others, with these words."""
+    stages: list[Stage] = []
+    with contextlib.suppress(InvalidArgumentError):  # here, fewer names are meant
+        stages = make_stages(method, None)
+    if len(stages) != 1 or not isinstance(stages[0].method, Method):
+        raise InvalidArgumentError(rule, got=f"method={method!r}", hint=hint)
+    if bounds is not None and not hasattr(stages[0].method, "within"):
+        raise InvalidArgumentError(
+            f"`{stages[0].name}` knows no bounds.",
+            got="bounds with this method",
+            hint='method="lbfgs"',
+        )
+    return stages[0].method
 
 
 def _stage(method: Any, learning_rate: Any, steps: Any = None) -> Stage:

@@ -57,24 +57,23 @@ class Limits:
             infinite where there is none.
         constraints: SciPy's constraints, one or a list, of functions of the point.
 
+    Attributes:
+        bounds: The lower and the upper bounds; None if all are infinite.
+
     Raises:
         InvalidArgumentError: If one of them is none, or does not fit the point.
     """
 
     def __init__(self, problem: Problem, bounds: Any, constraints: Any) -> None:
-        self.lower, self.upper = _flat_bounds(problem, bounds)
+        self.lower, self.upper = pair = _flat_bounds(problem, bounds)
+        are_any = bounds is not None and any(np.any(np.isfinite(b)) for b in pair)
+        self.bounds = pair if are_any else None
         self.functions = [_constraint(problem, c) for c in _listed(constraints)]
-
-    @property
-    def sides(self) -> tuple[Array, Array]:
-        """The lower and the upper bounds."""
-        return self.lower, self.upper
 
     @property
     def are_any(self) -> bool:
         """Whether there is any bound or constraint."""
-        is_bounded = np.any(np.isfinite(self.lower)) or np.any(np.isfinite(self.upper))
-        return bool(is_bounded) or bool(self.functions)
+        return self.bounds is not None or bool(self.functions)
 
     def clip(self, x: Array) -> Array:
         """Return the nearest point within the bounds."""

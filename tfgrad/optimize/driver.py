@@ -29,24 +29,17 @@ from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.stopping import RUNNING
 from tfgrad.optimize.tensorboard import TensorBoard, check_log
+from tfgrad.optimize.traced import reads
 from tfgrad.optimize.workers import Workers
 
 
 class Driver:
     """Runs one minimisation to its end, and lets hooks watch: `for _ in states()`.
 
-    Args:
-        f: As for `minimize`.
-        x0: As for `minimize`.
-        options: The others.
-        kind: What `f` is the function of, or part of.
-        callback: As for `minimize`.
-
     Attributes:
         run: The minimisation; its options are completed by those of a result to go on
             from.
         hooks: What watches.
-        kind: As above.
     """
 
     @out_of_scope()
@@ -228,7 +221,7 @@ def check_unwatched(problem: Problem) -> None:
     """
     moved = {id(variable) for variable in problem.x.variables}
     with resumed():
-        for source in problem.reads():
+        for source in reads(problem):
             if id(source) not in moved and is_watched(source):
                 raise InvalidArgumentError(
                     "A minimisation cannot be differentiated by what its function "

@@ -242,29 +242,30 @@ def _rows(slices: tf.IndexedSlices) -> Any:
 def measured(evaluation: Evaluation, scale: Any = None) -> Evaluation:
     """Return an evaluation with `grad_max`; an empty leaf of the gradient counts as 0.
 
-    Args:
-        evaluation: With it or without.
-        scale: What the gradient was multiplied by, if it was.
+    Where the gradient is a tensor, its last axis is that of the parameters.
     """
     if tf.is_tensor(evaluation.grad_max):
         return evaluation
     gradient, dtype = evaluation.gradient, evaluation.value.dtype
-    leaves = [gradient] if tf.is_tensor(gradient) else gradient
+    is_vector = isinstance(gradient, tf.Tensor)
+    leaves, axis = [gradient] if is_vector else gradient, -1 if is_vector else None
     values = [getattr(leaf, "values", leaf) for leaf in leaves]
     filled = [leaf for leaf in values if leaf.shape.num_elements() != 0]
     if tf.executing_eagerly():  # NumPy takes a fifth of the time
         each = [np.max(np.abs(leaf.numpy()), initial=0) for leaf in filled]
         whole = tf.constant(np.max(np.array(each, dtype.as_numpy_dtype)), dtype)
     else:
-        each = [tf.cast(_most(tf.abs(leaf)), dtype) for leaf in filled]
+        each = [tf.cast(_most(tf.abs(leaf), axis), dtype) for leaf in filled]
         whole = _most(tf.stack(each)) if len(each) > 1 else each[0]
     if scale is not None:
         whole /= tf.cast(scale, dtype)
     return evaluation._replace(grad_max=whole)
 
 
-def _most(numbers: tf.Tensor) -> tf.Tensor:
+def _most(numbers: tf.Tensor, axis: int | None = None) -> tf.Tensor:
     """Return the largest of numbers that are not negative; NaN if one of them is.
+
+    Of a vector or of each row of a matrix, `axis` is -1; of all numbers, None.
 
     The bits of such floats, taken for whole numbers, are in the order of the floats,
     NaN last (IEEE 754). The maximum that XLA computes of floats skips NaN (TensorFlow
@@ -273,18 +274,7 @@ def _most(numbers: tf.Tensor) -> tf.Tensor:
     if numbers.shape.rank == 0:
         return numbers
     dtype = numbers.dtype
-    return tf.bitcast(tf.reduce_max(tf.bitcast(numbers, BITS[dtype.size])), dtype)
-
-
-def measured_row(evaluation: Evaluation) -> Evaluation:
-    """Return an evaluation of a vector with `grad_max`, in a `tf.vectorized_map`.
-
-    That knows no op for the bits of a number.
-    """
-    sizes = tf.abs(tf.cast(evaluation.gradient, evaluation.value.dtype))
-    total = tf.reduce_sum(sizes)  # NaN if one of them is
-    most = tf.where(tf.math.is_nan(total), total, tf.reduce_max(sizes))
-    return evaluation._replace(grad_max=most)
+    return tf.bitcast(tf.reduce_max(tf.bitcast(numbers, BITS[dtype.size]), axis), dtype)
 
 
 def flat(evaluation: Evaluation) -> Evaluation:

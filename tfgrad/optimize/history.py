@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-History = dict[str, np.ndarray[Any, Any]]
+Array = np.ndarray[Any, Any]
+
+History = dict[str, Array]
 """Arrays by name, one row per state: row k is the point after k steps."""
 
 
@@ -35,12 +37,16 @@ class Rows:
         return Rows({**self.columns, "seconds": seconds})
 
 
-class Table:
-    """The rows of a run under way, appended in place.
+def split(vectors: Any, like: list[Any]) -> list[Array]:
+    """Return vectors `[rows, n]` as leaves with these shapes behind an axis of rows."""
+    shapes = [tuple(leaf.shape) for leaf in like]
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
+    pairs = zip(np.split(vectors, ends, axis=1), shapes, strict=True)
+    return [part.reshape(len(part), *shape) for part, shape in pairs]
 
-    Args:
-        columns: Those to begin with.
-    """
+
+class Table:
+    """The rows of a run under way, appended in place."""
 
     def __init__(self, columns: History | None = None) -> None:
         self._columns: History = dict(columns or {})
@@ -67,6 +73,6 @@ class Table:
         return {name: column[: self._count] for name, column in self._columns.items()}
 
 
-def _unknown(like: Any, count: int) -> np.ndarray[Any, Any]:
+def _unknown(like: Any, count: int) -> Array:
     is_real = like.dtype.kind not in "iub"
     return np.full((count, *like.shape[1:]), np.nan if is_real else 0, like.dtype)

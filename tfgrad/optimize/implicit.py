@@ -81,7 +81,7 @@ class System(NamedTuple):
         product: From x, v and the args to H v; with `gauss_newton`, to J'J v.
         matrix: From x and the args to H, shape `[n, n]`; None where n is too large.
         outside: The float tensors and the variables that f reads besides them.
-        bounds: What x is within; None if there are no bounds.
+        bounds: The lower and the upper bounds of x, arrays; None if there are none.
     """
 
     value: Callable[[tf.Tensor, Args], tf.Tensor]
@@ -89,18 +89,20 @@ class System(NamedTuple):
     product: Callable[[tf.Tensor, tf.Tensor, Args], tf.Tensor]
     matrix: Callable[[tf.Tensor, Args], tf.Tensor] | None
     outside: list[Any]
-    bounds: Bounds | None
+    bounds: Any
 
     def free(self, x: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
         """Return 1 for each variable that no bound holds, and 0 for the others."""
-        if self.bounds is None:
+        bounds = Bounds.of(self.bounds, x)
+        if bounds is None:
             return tf.ones_like(x)
-        is_free = self.bounds.free(Point(x, tf.zeros([], x.dtype), gradient))
+        is_free = bounds.free(Point(x, tf.zeros([], x.dtype), gradient))
         return tf.cast(is_free, x.dtype)
 
     def clip(self, x: tf.Tensor) -> tf.Tensor:
         """Return the nearest point within the bounds."""
-        return x if self.bounds is None else self.bounds.clip(x)
+        bounds = Bounds.of(self.bounds, x)
+        return x if bounds is None else bounds.clip(x)
 
 
 class Inverse(NamedTuple):
@@ -169,14 +171,7 @@ class Minimum(NamedTuple):
 
 
 def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minimum:
-    """Return the minimum that x is near, after Newton steps with the Hessian.
-
-    Args:
-        system: The equations.
-        x: Where a method ended, shape `[n]`.
-        start: Where it began.
-        args: The arguments.
-    """
+    """Return the minimum that x is near, after Newton steps with the Hessian."""
     epsilon = EPSILONS[x.dtype]
     enough, near = (tf.constant(epsilon**p, x.dtype) for p in (ENOUGH, NEAR))
 
@@ -223,14 +218,7 @@ def refined(system: System, x: tf.Tensor, start: tf.Tensor, args: Args) -> Minim
 
 
 def attached(system: System, inverse: Inverse, x: tf.Tensor, args: Args) -> tf.Tensor:
-    """Return x with the derivative of a minimum by all that f reads besides.
-
-    Args:
-        system: The equations.
-        inverse: Of H at x.
-        x: The minimum, a constant of shape `[n]`.
-        args: The arguments.
-    """
+    """Return x with the derivative of a minimum by all that f reads besides."""
 
     def minimum(x: tf.Tensor, *given: tf.Tensor) -> Any:
         args = given[: len(given) - len(system.outside)]
@@ -258,15 +246,7 @@ def attached(system: System, inverse: Inverse, x: tf.Tensor, args: Args) -> tf.T
 def divided(
     system: System, inverse: Inverse, x: tf.Tensor, u: tf.Tensor, args: Args
 ) -> tf.Tensor:
-    """Return v with H v = u, of the free variables, and zeros elsewhere.
-
-    Args:
-        system: The equations.
-        inverse: Of H at x.
-        x: The minimum.
-        u: Shape `[n]`.
-        args: The arguments.
-    """
+    """Return v with H v = u, of the free variables, and zeros elsewhere."""
 
     def quotient(x: tf.Tensor, u: tf.Tensor, *given: tf.Tensor) -> Any:
         args = given[: len(given) - len(system.outside)]
@@ -430,15 +410,7 @@ def _pulled(
     args: Args,
     weights: tf.Tensor,
 ) -> list[tf.Tensor]:
-    """Return the gradient of a weighted output by `before`, args and what is outside.
-
-    Args:
-        system: The equations.
-        function: Returns the output, given `before`.
-        before: Tensors.
-        args: The arguments, which the function reads by itself.
-        weights: Of the output.
-    """
+    """Pull weights of an output back to `before`, the args and what is outside."""
     watched = [*before, *args, *system.outside]
     floats = [source for source in watched if source.dtype.is_floating]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -451,13 +423,7 @@ def _pulled(
 
 
 def _are_cut(system: System, like: tf.Tensor, args: Args) -> list[bool]:
-    """Return, for args and what is outside, whether a path to f' is cut.
-
-    Args:
-        system: The equations.
-        like: A tensor like x.
-        args: The arguments.
-    """
+    """Return, for args and what is outside, whether a path to f' is cut."""
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (like, *args)]
 
     def slope(x: tf.Tensor, *args: tf.Tensor) -> Any:

@@ -130,7 +130,7 @@ class KerasCallbacks(Hook):
         self._first = run.step - int(batch.count) if training else self._epoch * every
         self._step = run.step
         if run.status is None:
-            self._begin_epoch(run)
+            self._begin_epoch()
 
     def rows(self, run: Minimisation, rows: Rows) -> None:
         """Report the batches, and an epoch that has no data or was cut short."""
@@ -177,7 +177,7 @@ class KerasCallbacks(Hook):
 
     # --- batches and epochs ---
 
-    def _begin_epoch(self, run: Minimisation) -> None:
+    def _begin_epoch(self) -> None:
         self._list.on_epoch_begin(self._epoch)
         self._list.on_train_batch_begin(0)
 
@@ -191,7 +191,7 @@ class KerasCallbacks(Hook):
         self._epoch, self._first, self._step = self._epoch + 1, run.step, run.step
         self._stop_if_asked(run)
         if run.status is None:
-            self._begin_epoch(run)
+            self._begin_epoch()
 
     def _end_batches(self, run: Minimisation, *, is_last: bool) -> None:
         """Report the batches since the last report."""

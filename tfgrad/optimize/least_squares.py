@@ -16,6 +16,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, named_leaves, ravel
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.driver import Driver
+from tfgrad.optimize.history import Array
 from tfgrad.optimize.methods.levenberg_marquardt import MOST_FOR_QR, LevenbergMarquardt
 from tfgrad.optimize.methods.losses import LOSSES
 from tfgrad.optimize.minimize import run
@@ -24,8 +25,6 @@ from tfgrad.optimize.residuals import Residuals, linear_size
 from tfgrad.optimize.result import OptimizeResult, State
 from tfgrad.optimize.uncertainty import OfFit, held, source_of
 from tfgrad.runs.run import Run
-
-Array = np.ndarray[Any, Any]
 
 MOST_SHOWN = 12
 """Parameters that the table of a result shows one by one."""

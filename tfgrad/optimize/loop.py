@@ -53,7 +53,6 @@ class Loop:
             `pace` then tells.
 
     Attributes:
-        solver: As above.
         pace: How long a chunk may be.
         bad: A row that is not finite, where that ended the run.
         blame: Which op and line made it so, if that was found.

@@ -16,7 +16,9 @@ import tensorflow as tf
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
 from tfgrad.optimize.blocks import Outcome, Plan, Task
+from tfgrad.optimize.chain import pure_method
 from tfgrad.optimize.driver import check_alone, check_unwatched
+from tfgrad.optimize.history import Array, split
 from tfgrad.optimize.many_saddles import solve_all
 from tfgrad.optimize.many_uncertainty import OfRows
 from tfgrad.optimize.methods import PURE
@@ -24,10 +26,8 @@ from tfgrad.optimize.methods.protocol import Bindable, Method
 from tfgrad.optimize.options import Options, require_no
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.result import OptimizeResult
-from tfgrad.optimize.rows import Starts, sides_of, split
+from tfgrad.optimize.rows import Starts, sides_of
 from tfgrad.optimize.stopping import RUNNING, rule_of, sentence, status_of
-
-Array = np.ndarray[Any, Any]
 
 XLA_ROWS = 32
 """Problems from which on a compilation with XLA is worth its second: L-BFGS takes some
@@ -71,7 +71,7 @@ class ManyResult:
         """
         i = self._place(index)
         source = self._source and self._source.of(i)
-        return OptimizeResult(**self._one(i), source=source)
+        return self._one(i, OptimizeResult, source=source)
 
     def __iter__(self) -> Iterator[OptimizeResult]:
         """Return the results one by one."""
@@ -109,8 +109,8 @@ class ManyResult:
         """The standard error of each parameter, structured like `x`."""
         with np.errstate(invalid="ignore"):
             errors = np.sqrt(np.diagonal(self.covariance, axis1=1, axis2=2))
-        shapes = [leaf.shape[1:] for leaf in tf.nest.flatten(self.x)]
-        return tf.nest.pack_sequence_as(self.x, split(errors, shapes))
+        like = [leaf[0] for leaf in tf.nest.flatten(self.x)]
+        return tf.nest.pack_sequence_as(self.x, split(errors, like))
 
     def _place(self, index: Any) -> int:
         """Return the number of a row, counted from the end if it is negative."""
@@ -126,29 +126,31 @@ class ManyResult:
     def _message(self, i: int) -> str:
         return sentence(str(self.status[i]), step=self.nit[i], **self._facts)
 
-    def _one(self, i: int) -> dict[str, Any]:
-        """Return the fields of one result."""
+    def _one(self, i: int, kind: Callable[..., Any], **more: Any) -> Any:
+        """Return the result of one row, of a kind that has some more fields."""
 
         def row(leaf: Array) -> tf.Tensor:
             return tf.constant(leaf[i])
 
         largest = [np.max(np.abs(g[i]), initial=0) for g in tf.nest.flatten(self.grad)]
-        return {
-            "x": tf.nest.map_structure(row, self.x),
-            "fun": self.fun[i],
-            "grad": tf.nest.map_structure(row, self.grad),
-            "nit": int(self.nit[i]),
-            "nfev": int(self.nfev[i]),
-            "success": bool(self.success[i]),
-            "status": str(self.status[i]),
-            "message": self._message(i),
-            "history": {
-                "step": self.nit[i : i + 1],
-                "fun": self.fun[i : i + 1],
-                "grad_max": np.array([np.max(largest)]),
-            },
-            "seconds": self.seconds,
+        history = {
+            "step": self.nit[i : i + 1],
+            "fun": self.fun[i : i + 1],
+            "grad_max": np.array([np.max(largest)]),
         }
+        return kind(
+            x=tf.nest.map_structure(row, self.x),
+            fun=self.fun[i],
+            grad=tf.nest.map_structure(row, self.grad),
+            nit=int(self.nit[i]),
+            nfev=int(self.nfev[i]),
+            success=bool(self.success[i]),
+            status=str(self.status[i]),
+            message=self._message(i),
+            history=history,
+            seconds=self.seconds,
+            **more,
+        )
 
     def __repr__(self) -> str:
         """Return a summary."""
@@ -257,29 +259,21 @@ def minimize_many(
     )  # fmt: skip
     rows = Starts(f, x0s, args)
     problem = Problem(f, rows.first, None, has_aux=False, verify=verify)
-    fields, found, sides = run(problem, rows, pure_method(options), options, XLA_ROWS)
-    return ManyResult(**fields, _source=OfRows(f, rows, sides, found.x))
+    method = _method(options)
+    made, found, sides = run(ManyResult, problem, rows, method, options, XLA_ROWS)
+    result: ManyResult = made(_source=OfRows(f, rows, sides, found.x))
+    return result
 
 
-def pure_method(options: Options) -> Method:
+def _method(options: Options) -> Method:
     """Return the method that was asked for, if many problems can share it."""
-    method = "lbfgs" if options.method is None else options.method
-    if isinstance(method, str) and method.lower() in PURE:
-        method = PURE[method.lower()]()
-    if isinstance(method, type) or not isinstance(method, Method):
-        names = " or ".join(map(repr, PURE))
-        raise InvalidArgumentError(
-            "Many problems are minimised by one method that is a pure function.",
-            got=f"method={options.method!r}",
-            hint=f"method={names}, or an object with `init` and `update`; all others "
-            "in tfgrad.minimize for each row, in a loop",
-        )
-    if options.bounds is not None and not hasattr(method, "within"):
-        raise InvalidArgumentError(
-            f"`{method.name}` knows no bounds.",
-            got="bounds with this method",
-            hint='method="lbfgs"',
-        )
+    method = pure_method(
+        options.method,
+        options.bounds,
+        "Many problems are minimised by one method that is a pure function.",
+        f"method={' or '.join(map(repr, PURE))}, or an object with `init` and "
+        "`update`; all others in tfgrad.minimize for each row, in a loop",
+    )
     if isinstance(method, Bindable) and options.jit is True:
         raise InvalidArgumentError(
             "XLA cannot compile rows whose inner loops differ in length.",
@@ -290,14 +284,18 @@ def pure_method(options: Options) -> Method:
 
 
 def run(
+    kind: Callable[..., Any],
     problem: Problem,
     rows: Starts,
     method: Method,
     options: Options,
     pays: int,
     is_doubtful: Callable[[Outcome], Array] | None = None,
-) -> tuple[dict[str, Any], Outcome, list[Array]]:
-    """Solve all rows; return the fields of the result, the outcome, the bounds."""
+) -> tuple[Callable[..., Any], Outcome, list[Array]]:
+    """Solve all rows; return what makes the result, the outcome, the bounds.
+
+    It makes one of `kind`, given the fields that only that kind has.
+    """
     began = time.perf_counter()
     sides = sides_of(problem, rows, options.bounds)
     x = np.clip(rows.x, *sides) if sides else rows.x
@@ -318,19 +316,21 @@ def run(
     solves = np.array(
         [c != RUNNING and rule_of(n).is_solution for c, n in enumerate(names)]
     )
-    fields = {
-        "x": rows.unraveled(outcome.x),
-        "fun": outcome.fun,
-        "grad": rows.unraveled(outcome.grad),
-        "nit": outcome.nit,
-        "nfev": outcome.nfev,
-        "success": solves[outcome.code],
-        "status": names[outcome.code],
-        "seconds": time.perf_counter() - began,
-        "_facts": {
-            **options.tolerances._asdict(),
-            "seconds": options.seconds,
-            "nonfinite": "f or its gradient is not finite.",
-        },
+    facts = {
+        **options.tolerances._asdict(),
+        "seconds": options.seconds,
+        "nonfinite": "f or its gradient is not finite.",
     }
-    return fields, outcome, sides
+    made = functools.partial(
+        kind,
+        x=rows.unraveled(outcome.x),
+        fun=outcome.fun,
+        grad=rows.unraveled(outcome.grad),
+        nit=outcome.nit,
+        nfev=outcome.nfev,
+        success=solves[outcome.code],
+        status=names[outcome.code],
+        seconds=time.perf_counter() - began,
+        _facts=facts,
+    )
+    return made, outcome, sides

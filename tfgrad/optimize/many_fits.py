@@ -17,6 +17,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, ravel, unravel
 from tfgrad.optimize.blocks import WIDEST, Outcome
 from tfgrad.optimize.driver import check_alone
+from tfgrad.optimize.history import Array
 from tfgrad.optimize.least_squares import LeastSquaresResult, check_loss
 from tfgrad.optimize.many import ManyResult, run
 from tfgrad.optimize.methods import losses
@@ -31,8 +32,6 @@ from tfgrad.optimize.residuals import (
 )
 from tfgrad.optimize.rows import Starts
 from tfgrad.optimize.uncertainty import OfFit, spread_of_factor
-
-Array = np.ndarray[Any, Any]
 
 MOST_PARAMETERS = 50
 """Parameters that one fit may have: each is a stage of the compiled program."""
@@ -102,13 +101,15 @@ class ManyFitsResult(ManyResult):
     def __getitem__(self, index: int) -> LeastSquaresResult:
         """Return the result of one fit, as `least_squares` returns it."""
         i = self._place(index)
-        return LeastSquaresResult(
-            **self._one(i),
+        result: LeastSquaresResult = self._one(
+            i,
+            LeastSquaresResult,
             residuals=self._residuals and self._residuals(i),
             degrees_of_freedom=int(self.degrees_of_freedom[i]),
             residual_std=self.residual_std[i],
             source=self._left(i),
         )
+        return result
 
 
 def least_squares_many(
@@ -210,17 +211,19 @@ def least_squares_many(
         loss=loss, f_scale=float(f_scale), drops=missing == "drop",
     )  # fmt: skip
     method = Marquardt(is_open=not own_rules)
-    fields, outcome, sides = run(problem, rows, method, options, XLA_ROWS, _is_doubtful)
+    made, outcome, sides = run(
+        ManyFitsResult, problem, rows, method, options, XLA_ROWS, _is_doubtful
+    )
     is_held = np.zeros(outcome.x.shape, bool)
     for side in sides:
         is_held |= outcome.x == side
-    return ManyFitsResult(
-        **fields,
+    result: ManyFitsResult = made(
         _linear=outcome.linear,
         _residuals=functools.partial(_residuals, residuals, rows, outcome.x),
         _used=functools.partial(_used, problem, rows),
         _is_held=is_held,
     )
+    return result
 
 
 def _is_doubtful(outcome: Outcome) -> Array:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +18,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.blocks import Outcome, Plan, Program, Task, program_of, solve
 from tfgrad.optimize.evaluator import operations_of
+from tfgrad.optimize.history import Array
 from tfgrad.optimize.hooks import Interrupts
 from tfgrad.optimize.saddle import (
     PRODUCTS,
@@ -28,8 +28,6 @@ from tfgrad.optimize.saddle import (
     scale_of,
 )
 from tfgrad.optimize.stopping import code_of, is_stationary, rule_of, status_of
-
-Array = np.ndarray[Any, Any]
 
 
 def solve_all(

@@ -19,11 +19,10 @@ from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest, name_of, ravel, unravel
 from tfgrad.optimize.blocks import by_rows, mapped, slots_for
+from tfgrad.optimize.history import Array
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.rows import Starts
 from tfgrad.optimize.uncertainty import OfFunction, spread_of_square
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

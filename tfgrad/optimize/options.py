@@ -57,10 +57,14 @@ class Options:
         for name in ("steps", "epochs", "batch_size", "every"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        for name in ("gtol", "ftol", "xtol", "seconds"):
-            _check_tolerance(name, getattr(self, name))
-        _check_number("target", self.target)
-        _check_jit(self.jit)
+        for name in ("gtol", "ftol", "xtol", "seconds", "target"):
+            _check_number(name, getattr(self, name), may_be_negative=name == "target")
+        if self.jit not in (True, False, "auto"):
+            raise InvalidArgumentError(
+                '`jit` must be True, False or "auto".',
+                got=f"jit={self.jit!r}",
+                hint='jit="auto"',
+            )
         require_bool(has_aux=self.has_aux, verify=self.verify)
         for name in ("batch_size", "epochs", "validation"):
             value = getattr(self, name)
@@ -190,7 +194,7 @@ def check_count(name: str, value: Any) -> None:
         )
 
 
-def _check_number(name: str, value: Any) -> None:
+def _check_number(name: str, value: Any, *, may_be_negative: bool) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if value is not None and (not is_number or math.isnan(value)):
         raise InvalidArgumentError(
@@ -198,22 +202,9 @@ def _check_number(name: str, value: Any) -> None:
             got=f"{name}={value!r}",
             hint=f"{name}=1e-6",
         )
-
-
-def _check_tolerance(name: str, value: Any) -> None:
-    _check_number(name, value)
-    if value is not None and value < 0:
+    if value is not None and value < 0 and not may_be_negative:
         raise InvalidArgumentError(
             f"`{name}` must not be negative.",
             got=f"{name}={value!r}",
             hint=f"{name}=1e-6",
-        )
-
-
-def _check_jit(jit: Any) -> None:
-    if jit not in (True, False) and jit != "auto":
-        raise InvalidArgumentError(
-            '`jit` must be True, False or "auto".',
-            got=f"jit={jit!r}",
-            hint='jit="auto"',
         )

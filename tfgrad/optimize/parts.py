@@ -28,7 +28,7 @@ class Part(NamedTuple):
     Attributes:
         means: Of what is a mean over the rows of a batch, times this part's share.
         sums: Of what is a sum over rows.
-        linear: Of what a linear model is made of; empty if there is none.
+        linear: The linear model of residuals; empty if there is none.
     """
 
     means: Any
@@ -130,7 +130,7 @@ class Parts:
         share = _quotient(own, rows)
         part = compute(given, mine, share)
         if is_step:
-            part.sums["aux"][SIZE] = own
+            part.sums.aux[SIZE] = own
         return part, share
 
     def _of_all(
@@ -262,12 +262,11 @@ class EvaluatorOfParts:
         part, *others = self._parts.put_together(
             compute, (point, scales), batch, like, self.joined
         )
-        found = {**part.means, **part.sums}
-        value, gradient = found["value"], found["gradient"]
-        aux = {**part.means["aux"], **part.sums["aux"]}
+        found: Evaluation = part.sums if self.is_sum else part.means
         if self._copies is not None:
-            self._copies.keep([other.means["gradient"] for other in others])
-        return Evaluation(value, gradient, (), aux, self.linear_of(part))
+            self._copies.keep([other.means.gradient for other in others])
+        aux = {**part.means.aux, **part.sums.aux}
+        return found._replace(aux=aux, linear=part.linear)
 
     def _evaluate_part(
         self, f: Callable[..., Any], arguments: tuple[Nest, ...], weight: Any
@@ -290,18 +289,16 @@ class EvaluatorOfParts:
         floats = {n: weighted(a, share) for n, a in aux if a.dtype.is_floating}
         counts = {n: a for n, a in aux if a.dtype.is_integer}
         value, gradient = evaluation.value, evaluation.gradient
+        whole = Evaluation(value, gradient, (), {})
+        empty: Any = ()
+        none = whole._replace(value=empty, gradient=empty)
         if self.is_sum:
-            sums = {"value": value, "gradient": gradient, "aux": counts}
-            return Part({"aux": floats}, sums)
-        means = {"value": weighted(value, share), "gradient": gradient, "aux": floats}
-        return Part(means, {"aux": counts})
+            return Part(none._replace(aux=floats), whole._replace(aux=counts))
+        whole = whole._replace(value=weighted(value, share), aux=floats)
+        return Part(whole, none._replace(aux=counts))
 
     def joined(self, a: Any, b: Any) -> Any:
         """Return the linear model of two parts together."""
-        return ()
-
-    def linear_of(self, part: Part) -> Any:
-        """Return the linear model of all parts."""
         return ()
 
     def _multiply(

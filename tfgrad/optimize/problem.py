@@ -157,7 +157,7 @@ class Problem:
 
     def find(self) -> None:
         """Find the variables that f reads, if they were not named: trace f once."""
-        if self.x.are_open:
+        if not self.x.takes_values and is_open(self.x.template):
             self._find()
         is_put_together = isinstance(self.evaluator, EvaluatorOfParts)
         if self.source is not None and not is_put_together:
@@ -167,7 +167,8 @@ class Problem:
         if is_open(self.evaluator.variables):
             self.evaluator.evaluate(self.example, None)
         found = whole(self.evaluator.variables)
-        kept = [v for v in found if _is_trainable(v, _keras_owners(found))]
+        owners = _keras_owners(found)  # a frozen layer says it of its own
+        kept = [v for v in found if owners.get(id(v), v).trainable]
         if not kept:
             raise InvalidArgumentError(
                 "Without `x0` and `wrt`, the function must read trainable variables.",
@@ -272,27 +273,6 @@ class Problem:
         """Return the graph of an evaluation; None if f cannot be compiled."""
         return self.evaluator.evaluate.graph((*self.given, *batch), scale)
 
-    def traced(self) -> Any:
-        """Return the trace of f without a batch, a function of the leaves of values.
-
-        It is not run, and its gradient not verified.
-
-        Raises:
-            NotImplementedError: If f runs eagerly.
-        """
-        with tf.__internal__.FuncGraph("f").as_default():
-            self._evaluate(self.x.start() if self.x.takes_values else None)
-        concrete = self.evaluator.evaluate.concrete(self.given, None)
-        if concrete is None:
-            raise NotImplementedError
-        return concrete
-
-    def reads(self) -> list[Any]:
-        """Return the float variables and tensors that f reads by itself."""
-        traces = self.evaluator.evaluate
-        floats = [v for v in traces.variables() if v.dtype.is_floating]
-        return [*floats, *traces.captured()]
-
     def inlined(self) -> Problem:
         """Return the same problem, to be traced anew without a call of a graph."""
         other = type(self).__new__(type(self))
@@ -313,12 +293,6 @@ def _keras_owners(variables: Sequence[tf.Variable]) -> dict[int, Any]:
         return {}
     holders = gc.get_referrers(*variables) if variables else []
     return {id(h.value): h for h in holders if isinstance(h, keras.Variable)}
-
-
-def _is_trainable(variable: tf.Variable, owners: dict[int, Any]) -> bool:
-    """Return whether its owner says so: a frozen layer's `keras.Variable` does not."""
-    owner = owners.get(id(variable))
-    return bool(variable.trainable if owner is None else owner.trainable)
 
 
 def refuse_draws(traced: Any, name: str) -> None:

@@ -161,27 +161,23 @@ class ResidualEvaluatorOfParts(EvaluatorOfParts):
         count: Any = tf.TensorSpec([], tf.int32)
         if not any(isinstance(leaf, tf.TypeSpec) for leaf in leaves):
             count = tf.add_n([tf.size(leaf) for leaf in leaves])
-        linear = {"matrix": evaluation.linear.matrix, "count": count}
+        linear = Linear(evaluation.linear.matrix, (), count)
         return super().as_part(evaluation, share)._replace(linear=linear)
 
-    def joined(self, a: Any, b: Any) -> Any:
+    def joined(self, a: Linear, b: Linear) -> Linear:
         """Return the triangle of both, stacked, from that of each; or the sum of J'J.
 
         QR of the stack of two triangles is that of the stack of what they are of
         (Demmel et al. 2012, Communication-optimal parallel and sequential QR and LU
         factorizations, section 3), with all of the digits, which J'J would halve.
         """
-        matrix = a["matrix"]
+        matrix = a.matrix
         if tf.is_tensor(matrix):  # else it is too large to be formed
             if matrix.shape[0] > MOST_FOR_QR:
-                matrix += b["matrix"]
+                matrix += b.matrix
             else:
-                matrix = _triangle(tf.concat([matrix, b["matrix"]], axis=0))
-        return {"matrix": matrix, "count": a["count"] + b["count"]}
-
-    def linear_of(self, part: Part) -> Linear:
-        """Return the linear model of all parts."""
-        return Linear(part.linear["matrix"], (), part.linear["count"])
+                matrix = _triangle(tf.concat([matrix, b.matrix], axis=0))
+        return Linear(matrix, (), a.count + b.count)
 
 
 class Residuals(Problem):

@@ -20,9 +20,8 @@ from tfgrad.nested import (
     weak_dtype,
 )
 from tfgrad.optimize.constraints import Limits
+from tfgrad.optimize.history import Array, split
 from tfgrad.optimize.problem import Problem
-
-Array = np.ndarray[Any, Any]
 
 CLOSED = "a closure over what is the same in all rows: lambda x, y: f(x, y, a)"
 
@@ -119,15 +118,8 @@ class Starts:
 
     def unraveled(self, vectors: Array) -> Nest:
         """Return vectors `[count, n]` in the structure of the starts."""
-        shapes = [tuple(leaf.shape) for leaf in tf.nest.flatten(self.first)]
-        return tf.nest.pack_sequence_as(self.first, split(vectors, shapes))
-
-
-def split(vectors: Array, shapes: list[tuple[int, ...]]) -> list[Array]:
-    """Return vectors `[count, n]` as leaves of these shapes, with an axis in front."""
-    ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-    pairs = zip(np.split(vectors, ends, axis=1), shapes, strict=True)
-    return [part.reshape(len(part), *shape) for part, shape in pairs]
+        leaves = split(vectors, tf.nest.flatten(self.first))
+        return tf.nest.pack_sequence_as(self.first, leaves)
 
 
 def sides_of(problem: Problem, rows: Starts, bounds: Any) -> list[Array]:
@@ -139,8 +131,8 @@ def sides_of(problem: Problem, rows: Starts, bounds: Any) -> list[Array]:
         own = [_with_rows(rows, side) for side in bounds]
         pairs = zip(own, bounds, strict=True)
         bounds = tuple(None if found is not None else side for found, side in pairs)
-    shared = Limits(problem, bounds, ()).sides
-    pairs = zip(own, shared, strict=True)
+    shared = Limits(problem, bounds, ())
+    pairs = zip(own, (shared.lower, shared.upper), strict=True)
     sides = [np.asarray(b if a is None else a, rows.x.dtype) for a, b in pairs]
     lower, upper = (np.broadcast_to(side, rows.x.shape) for side in sides)
     is_wrong = np.any(~(lower <= upper), axis=1)

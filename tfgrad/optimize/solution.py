@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,9 +34,9 @@ from tfgrad.nested import (
     unravel,
     weak_dtype,
 )
-from tfgrad.optimize.chain import make_stages
+from tfgrad.optimize.chain import pure_method
 from tfgrad.optimize.chunks import in_trace
-from tfgrad.optimize.constraints import Limits, require_support
+from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.implicit import (
     MOST_FOR_MATRIX,
@@ -48,7 +47,6 @@ from tfgrad.optimize.implicit import (
     refined,
     withheld,
 )
-from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.lbfgs import LBFGS, MEMORY
 from tfgrad.optimize.methods.levenberg_marquardt import LevenbergMarquardt
 from tfgrad.optimize.methods.newton import Newton
@@ -300,11 +298,13 @@ def _solve(
 
     def forward(start: tf.Tensor, *tensors: tf.Tensor) -> Any:
         problem = _problem(settings, of_vector, start, tensors)
-        stepper = _Stepper(problem, settings.method, _box(settings))
+        stepper = _Stepper(problem, settings.method, system.bounds)
         first, _ = stepper.start(stepper.clip(problem.x.start()))
 
         def goes_on(attempt: Any, last: State, minimum: Minimum) -> Any:
-            is_over = minimum.is_exact & minimum.is_positive | ~_is(last, "converged")
+            report = _report(last, minimum)
+            is_over = report.has_arrived & report.is_positive
+            is_over |= ~_is(last, "converged")
             return (attempt == 0) | (attempt < attempts) & ~is_over
 
         def body(attempt: Any, last: State, _: Minimum) -> Any:
@@ -352,13 +352,7 @@ def _is(last: State, status: str) -> Any:
 def _right(
     of_vector: Callable[..., Any], x: tf.Tensor, args: Args
 ) -> Callable[..., Any]:
-    """Return a function with right derivatives of any order: tapes here ask for three.
-
-    Args:
-        of_vector: The function of one vector and the arguments.
-        x: A vector.
-        args: The arguments.
-    """
+    """Return the function with right derivatives of any order: tapes ask for three."""
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (x, *args)]
     traced = unrecorded(lambda: trace(lambda x, *args: of_vector(x, args), specs))
     is_right = not wants_marks(traced.graph.get_operations())
@@ -397,14 +391,6 @@ class _Stepper(PureStepper):
         return {}
 
 
-def _box(settings: Settings) -> Any:
-    """Return the bounds of a vector, as a solver takes them; None if there are none."""
-    if settings.bounds is None:
-        return None
-    lower, upper = sides = tuple(map(np.array, settings.bounds))
-    return SimpleNamespace(lower=lower, upper=upper, sides=sides, are_any=True)
-
-
 def _system(
     settings: Settings, of_vector: Callable[..., Any], like: tf.Tensor
 ) -> System:
@@ -415,10 +401,7 @@ def _system(
         return _value(settings, of_vector(x, args))
 
     f.__name__ = of_vector.__name__
-    n, dtype = like.shape[0], like.dtype.as_numpy_dtype
-    box = _box(settings)
-    # No tensors: they would belong to this graph, and a derivative is of another.
-    sides: Any = box and [np.asarray(side, dtype) for side in box.sides]
+    n = like.shape[0]
     is_small = n is not None and n <= MOST_FOR_MATRIX
     gradient, second = grad(f, verify=False), hessian(f, verify=False)
     times = hvp(f, verify=False)
@@ -440,7 +423,8 @@ def _system(
         product=along,
         matrix=matrix if is_small else None,
         outside=[],
-        bounds=box and Bounds(*sides),
+        # No tensors: they would belong to this graph, and a derivative is of another.
+        bounds=settings.bounds and tuple(map(np.array, settings.bounds)),
     )
 
 
@@ -519,15 +503,12 @@ def _method(method: Any, residuals: bool, gauss_newton: bool, bounds: Any) -> Me
         return LEVENBERG_MARQUARDT
     is_named = isinstance(method, str)
     known = METHODS.get(method.lower(), method) if is_named else method
-    stages = make_stages(known, None)
-    if len(stages) > 1 or not isinstance(stages[0].method, Method):
-        raise InvalidArgumentError(
-            "`solution` takes a method that is a pure function, and one of them.",
-            got=f"method={method!r}",
-            hint='"lbfgs" or "newton"',
-        )
-    require_support(stages[0].name, stages[0].method, bounds, ())
-    return stages[0].method
+    return pure_method(
+        known,
+        bounds,
+        "`solution` takes a method that is a pure function, and one of them.",
+        '"lbfgs" or "newton"',
+    )
 
 
 def _checked_bounds(f: Any, point: Nest, bounds: Any) -> Any:
@@ -542,4 +523,4 @@ def _checked_bounds(f: Any, point: Nest, bounds: Any) -> Any:
                 hint="tf.ensure_shape(x0, ...)",
             )
     limits = Limits(Problem(f, point, None, has_aux=False), bounds, ())
-    return tuple(limits.lower.tolist()), tuple(limits.upper.tolist())
+    return limits.bounds and tuple(tuple(side.tolist()) for side in limits.bounds)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import math
 import re
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +16,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
+import tfgrad
 from tfgrad.errors import InvalidArgumentError, RunError, TfgradError
-from tfgrad.nested import named_leaves
-from tfgrad.optimize.cards import point_text, problem_card, result_card
+from tfgrad.nested import Nest, named_leaves
 from tfgrad.optimize.data import SIZE
 from tfgrad.optimize.evaluator import SMALL
 from tfgrad.optimize.history import Rows
@@ -310,7 +313,11 @@ class TensorBoard(Hook):
         facts = {**_given(run), "start": point_text(problem.x.pack(point))}
         guard = self._writer.guard
         guard(self._run.describe, **facts)
-        guard(self._run.text, "problem", problem_card(problem.f, facts))
+        versions = f"tfgrad {tfgrad.__version__}, TensorFlow {tf.__version__}"
+        versions += f", Keras {keras.__version__}"
+        code = f"```python\n{_source(problem.f)}\n```\n\n"
+        card = code + _table({**facts, "versions": versions})
+        guard(self._run.text, "problem", card)
         guard(self._write_graph, problem, point)
 
     def _write_graph(self, problem: Problem, x: Leaves) -> None:
@@ -338,7 +345,7 @@ class TensorBoard(Hook):
         counts = {"result/evaluations": result["nfev"], "result/seconds": seconds}
         self._run.log(step, counts)
         shown = {**result, "x": point_text(result["x"]), "seconds": seconds}
-        self._run.text("result", result_card(status, shown), step)
+        self._run.text("result", _table({"status": status, **shown}), step)
 
 
 def _result(run: Minimisation) -> dict[str, Any]:
@@ -422,3 +429,32 @@ def _timed(rows: Rows) -> Rows:
     """Return the rows with the `time` of each, in seconds since 1970."""
     seconds = rows.columns["seconds"]
     return Rows({**rows.columns, "time": time.time() - (seconds[-1:] - seconds)})
+
+
+def point_text(x: Nest) -> str:
+    """Return a point in one line: its numbers while they are few, else how many.
+
+    >>> point_text({"w": np.array([1.0, 2.0]), "b": 0.5})
+    "x['b'] = 0.5, x['w'] = [1. 2.]"
+    """
+    leaves = [(name, np.asarray(leaf)) for name, leaf in named_leaves(x, "x")]
+    count = sum(leaf.size for _, leaf in leaves)
+    if count > SMALL:
+        arrays = "one array" if len(leaves) == 1 else f"{len(leaves)} arrays"
+        return f"{count} numbers in {arrays}"
+    texts = (f"{name} = {np.array2string(leaf, precision=8)}" for name, leaf in leaves)
+    return ", ".join(texts).replace("\n", "")
+
+
+def _source(f: Callable[..., Any]) -> str:
+    try:
+        lines = inspect.getsource(getattr(f, "python_function", f))
+    except (OSError, TypeError):  # typed at a prompt, or no Python function
+        return repr(f)
+    return textwrap.dedent(lines).rstrip()
+
+
+def _table(facts: Mapping[str, Any]) -> str:
+    cells = {name: str(value).replace("|", "\\|") for name, value in facts.items()}
+    rows = "\n".join(f"| {name} | {text} |" for name, text in cells.items())
+    return f"| | |\n|---|---|\n{rows}\n"

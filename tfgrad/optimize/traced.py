@@ -12,6 +12,7 @@ from tfgrad.derivatives.signatures import signature
 from tfgrad.diagnosis.explain import explain
 from tfgrad.diagnosis.graphs import inlined, written_variables
 from tfgrad.diagnosis.report import Explanation
+from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
 from tfgrad.optimize.distribute import whole
@@ -35,10 +36,6 @@ def operations(problem: Problem) -> list[str]:
 def written(problem: Problem, data: tuple[Nest, ...] = ()) -> list[tf.Variable]:
     """Return the variables that f writes to; none if it runs eagerly.
 
-    Args:
-        problem: The problem, evaluated before.
-        data: What f takes besides x.
-
     Raises:
         InvalidArgumentError: If it writes to what is minimised.
     """
@@ -48,6 +45,30 @@ def written(problem: Problem, data: tuple[Nest, ...] = ()) -> list[tf.Variable]:
         traced = problem.evaluator.evaluate.concrete(given, None)
         kept[key] = [] if traced is None else written_variables(traced)
     return not_moved(problem, kept[key])
+
+
+def reads(problem: Problem) -> list[Any]:
+    """Return the float variables and tensors that f reads by itself."""
+    traces = problem.evaluator.evaluate
+    floats = [v for v in traces.variables() if v.dtype.is_floating]
+    return [*floats, *traces.captured()]
+
+
+def traced(problem: Problem) -> Any:
+    """Return the trace of f without a batch, a function of the leaves of values.
+
+    It is not run, and its gradient not verified.
+
+    Raises:
+        NotImplementedError: If f runs eagerly.
+    """
+    start = problem.x.start() if problem.x.takes_values else None
+    with tf.__internal__.FuncGraph("f").as_default():
+        problem.evaluator.evaluate(problem.x.arguments(start), None)
+    concrete = problem.evaluator.evaluate.concrete(problem.given, None)
+    if concrete is None:
+        raise NotImplementedError
+    return concrete
 
 
 def not_moved(problem: Problem, written: list[tf.Variable]) -> list[tf.Variable]:
@@ -74,10 +95,6 @@ def others(problem: Problem) -> list[tf.Variable]:
 def for_xla(problem: Problem, *, is_bound: bool) -> Problem | None:
     """Return the problem in a form that a loop under XLA compiles once.
 
-    Args:
-        problem: The problem, evaluated before.
-        is_bound: Whether the method takes second derivatives.
-
     Returns:
         None if f calls a graph that cannot be made part of its own, or if there is data
         to go through.
@@ -94,18 +111,11 @@ def for_xla(problem: Problem, *, is_bound: bool) -> Problem | None:
 
 
 def without_calls(problem: Problem, data: tuple[Nest, ...] = ()) -> Problem | None:
-    """Return the problem, evaluated, with the ops of what f calls in f; None if not.
-
-    Args:
-        problem: The problem, evaluated before.
-        data: What f takes besides x.
-    """
-    other = problem.inlined()
-    before = [(v, v.read_value()) for v in written(problem, data)]
-    with inlined(), contextlib.suppress(Exception):  # as AutoGraph's in a function
+    """Return the problem, evaluated, with the ops of what f calls in f; None if not."""
+    other, own = problem.inlined(), written(problem, data)
+    # The errors may be AutoGraph's, in a function.
+    with restored(own), inlined(), contextlib.suppress(Exception):
         other.evaluate(problem.x.start(), data)
-    for variable, value in before:
-        variable.assign(value)
     try:
         graph = other.graph(data)
     except KeyError:  # it was not traced
@@ -117,13 +127,7 @@ def without_calls(problem: Problem, data: tuple[Nest, ...] = ()) -> Problem | No
 
 
 def blame(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> str:
-    """Return which op and line are not finite at a point; "" if none is found.
-
-    Args:
-        problem: The problem.
-        x: The leaves of the point; the variables are there.
-        *batch: What else the user's function takes.
-    """
+    """Return which op and line are not finite at a point; "" if none is found."""
     with contextlib.suppress(Exception):  # what ended is to be told in any case
         findings = explained(problem, x, *batch).findings
         spoiled = (each for each in findings if each.status == "non-finite")
@@ -141,9 +145,6 @@ def explained(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> Explana
         return output[0] if problem.options["has_aux"] else output
 
     wrt = None if problem.x.takes_values else problem.x.variables
-    before = [variable.read_value() for variable in problem.x.variables]
-    try:
+    with restored(problem.x.variables):
         arguments = problem.x.arguments(x, batch or problem.example)
         return explain(value, *arguments, wrt=wrt)
-    finally:
-        problem.x.assign(before)

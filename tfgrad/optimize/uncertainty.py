@@ -27,15 +27,13 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, name_of, ravel, to_tensors
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.data import can_take
+from tfgrad.optimize.history import Array
 from tfgrad.optimize.minimisation import Minimisation
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.residuals import MOST_ELEMENTS, Residuals
 from tfgrad.optimize.result import OptimizeResult
 from tfgrad.optimize.resume import has_value, repeats
 from tfgrad.runs.values import as_array
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
 
 ROUNDINGS = 10
 """Rounding errors, for each parameter, of the eigenvalues of a matrix of derivatives
@@ -345,7 +343,7 @@ def held(problem: Problem, bounds: Any, x: Nest) -> Array:
     limits = Limits(problem, bounds, ())
     point = np.concatenate([np.ravel(as_array(leaf)) for leaf in tf.nest.flatten(x)])
     # As the method saw them: a bound of 0.1 is another number in float32.
-    lower, upper = (side.astype(point.dtype) for side in limits.sides)
+    lower, upper = (b.astype(point.dtype) for b in (limits.lower, limits.upper))
     is_held: Array = (point <= lower) | (point >= upper)
     return is_held
 

@@ -19,7 +19,6 @@ from tfgrad.nested import (
     variables_of,
 )
 from tfgrad.optimize.distribute import is_one_of_several
-from tfgrad.optimize.evaluator import is_open
 
 
 class Unknowns:
@@ -52,11 +51,6 @@ class Unknowns:
             self.template = variables_of(wrt)
             self.owners = tf.nest.flatten(open_modules(wrt))
             _check_distinct(self.variables)
-
-    @property
-    def are_open(self) -> bool:
-        """Whether they are variables that are still to be found."""
-        return not self.takes_values and is_open(self.template)
 
     def found(self, variables: list[Any]) -> None:
         """Let them be these variables."""

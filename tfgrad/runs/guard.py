@@ -14,9 +14,6 @@ class Guard:
 
     Writing fails on a full disk, at a step that was written already, in a closed run.
 
-    Args:
-        what: What is logged, for the warning.
-
     Attributes:
         is_lost: Whether writing has failed.
     """

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,14 @@ from tfgrad.runs.graph import (
     step_graph,
 )
 from tfgrad.runs.keras_callback import RunCallback
-from tfgrad.runs.record import Record, checked_hparams, hparams_end, hparams_start
-from tfgrad.runs.tags import Kind, Tags
+from tfgrad.runs.record import (
+    Kind,
+    Record,
+    Tags,
+    checked_hparams,
+    hparams_end,
+    hparams_start,
+)
 from tfgrad.runs.tensorboard import require
 from tfgrad.runs.values import (
     check_mapping,
@@ -99,7 +105,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._record = Record(
                 self.directory, resumed_from=resume_from, hparams=self._hparams
             )
-            self._tags = Tags(self._record.earlier_tags(), self.first_step)
+            self._tags = Tags(self._record, self.first_step)
             superseded = self._tags.superseded()
             self._events = EventFile(self.directory, self.first_step, superseded)
             if self._hparams:
@@ -134,7 +140,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             named = {**scalars, **named}
         numbers = [to_number(value, tag) for tag, value in named.items()]
         with self._lock:
-            self._admit(named, "scalar", step, step)
+            self.check_open()
+            self._tags.admit(named, "scalar", step, step)
             self._last_write = time.time()
             if named:
                 columns = [[number] for number in numbers]
@@ -178,7 +185,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 times = to_column(wall_times, "wall_times", count)
             if not count or not columns:
                 return
-            self._admit(history, "scalar", int(steps[0]), int(steps[-1]))
+            self.check_open()
+            self._tags.admit(history, "scalar", int(steps[0]), int(steps[-1]))
             for start in range(0, count, _ROWS_AT_ONCE):
                 part = slice(start, start + _ROWS_AT_ONCE)
                 self._events.scalars(
@@ -319,11 +327,12 @@ class Run(contextlib.AbstractContextManager["Run"]):
         with self._lock:
             # One of TensorBoard's loaders replaces the first graph by a second one.
             is_first = "graph" not in self._tags.kinds.values()
-            self._admit([tag], "graph", self.first_step, self.first_step)
+            self.check_open()
+            self._tags.admit([tag], "graph", self.first_step, self.first_step)
             self._events.graph(graph_def, None if is_first else tag)
             if is_keras and (layers := conceptual_graph(f)):
                 tag = f"layers/{name}"
-                self._admit([tag], "graph", self.first_step, self.first_step)
+                self._tags.admit([tag], "graph", self.first_step, self.first_step)
                 self._events.tensor(tag, layers, 0, LAYERS, b"1")
 
     def keras_callback(
@@ -409,7 +418,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
     ) -> None:
         step = self.first_step if step is None else to_step(step, "step")
         with self._lock:
-            self._admit([tag], kind, step, step)
+            self.check_open()
+            self._tags.admit([tag], kind, step, step)
             self._events.tensor(tag, value, step, plugin)
 
     def check_open(self) -> None:
@@ -420,9 +430,3 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 got=f"{self.directory}, closed",
                 hint="log inside the `with` block, or Run(..., resume_from=step)",
             )
-
-    def _admit(self, tags: Iterable[str], kind: Kind, first: int, last: int) -> None:
-        """Check that `tags` may get data of `kind` at these steps, then remember it."""
-        self.check_open()
-        self._tags.admit(tags, kind, first, last)
-        self._record.note(self._tags.kinds)

@@ -315,6 +315,7 @@ def test_a_penalty_is_tuned_by_minimize():
     [
         ({"method": "adam"}, "pure function"),
         ({"method": ["lbfgs", "newton"]}, "pure function"),
+        ({"method": "lbgfs"}, "(?s)pure function.*'lbgfs'.*\"newton\""),
         ({"gauss_newton": True}, "residuals"),
         ({"residuals": True, "method": "newton"}, "Levenberg"),
         ({"steps": 0}, "steps"),

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.optimize.solvers.backup import Backup
-from tfgrad.optimize.sparse import rows_summed, summed_for
+from tfgrad.optimize.update import rows_summed, summed_for
 
 SLICES = tf.IndexedSlices(tf.ones([2, 1]), tf.constant([3, 3]), tf.constant([5, 1]))
 

@@ -52,6 +52,11 @@ class Bounds(NamedTuple):
     lower: tf.Tensor
     upper: tf.Tensor
 
+    @classmethod
+    def of(cls, pair: Any, like: tf.Tensor) -> Bounds | None:
+        """Return a pair of arrays as bounds of the dtype of x; None of None."""
+        return None if pair is None else cls(*(tf.cast(b, like.dtype) for b in pair))
+
     def clip(self, x: tf.Tensor) -> tf.Tensor:
         """Return the nearest point in the box."""
         return tf.minimum(tf.maximum(x, self.lower), self.upper)

@@ -34,13 +34,7 @@ def optimizer_names() -> dict[str, type[keras.optimizers.Optimizer]]:
 def named(
     name: str, names: Mapping[str, Any], argument: str, also: Iterable[str] = ()
 ) -> Any:
-    """Return what a name stands for, whatever its case.
-
-    Args:
-        name: The name.
-        names: What there is, by names in lower case.
-        argument: What the user calls it.
-        also: Other names that may be meant.
+    """Return what a name stands for, whatever its case; `also` may be meant, too.
 
     Raises:
         InvalidArgumentError: If there is no such name.
@@ -62,11 +56,6 @@ Factory = Callable[[Sequence[Any]], Any]
 
 def require_optimizer(given: Any, learning_rate: Any, argument: str) -> None:
     """Refuse what is no optimizer, or has a learning rate and is given another.
-
-    Args:
-        given: An object; its class will not do.
-        learning_rate: What came with it.
-        argument: What the user calls it.
 
     Raises:
         InvalidArgumentError: If a rule is broken.
@@ -131,11 +120,7 @@ def by_name(kind: Any, learning_rate: Any) -> Callable[[], Any]:
 
 
 class Followed:
-    """The learning rate that a variable of the user's holds, as Keras takes one.
-
-    Args:
-        variable: A `tf.Variable` or a `keras.Variable`.
-    """
+    """The learning rate that a variable of the user's holds, as Keras takes one."""
 
     def __init__(self, variable: Any) -> None:
         self._variable = plain(variable)
@@ -151,10 +136,6 @@ class Followed:
 
 class KerasMethod:
     """An optimizer at work on variables, which it moves where they are.
-
-    Args:
-        factory: What `optimizer_factory` returned.
-        variables: What to update: `keras.Variable`s or `tf.Variable`s.
 
     Attributes:
         name: What to call the method: its class in lower case.
@@ -193,9 +174,14 @@ class KerasMethod:
         rate = config.pop("learning_rate", None)  # a number is held by a variable
         return (kind, self._floatx, repr(config)) if isinstance(rate, float) else None
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether `update` wants the gradient multiplied by `scale`."""
+        return isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
+
     def scale(self) -> tf.Tensor | None:
         """Return what `update` wants the gradient multiplied by, if anything."""
-        if not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+        if not self.is_scaled:
             return None
         scale: tf.Tensor = self.optimizer.scale_loss(tf.constant(1.0))
         return scale

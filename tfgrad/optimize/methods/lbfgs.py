@@ -186,9 +186,6 @@ class LBFGS:
         self._memory = memory
         self._bounds = bounds
 
-    def _box(self, like: tf.Tensor) -> bounded.Bounds:
-        return bounded.Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
-
     @property
     def settings(self) -> tuple[Any, ...]:
         """All that `init` and `update` depend on besides their arguments."""
@@ -205,8 +202,9 @@ class LBFGS:
         memory = self._memory or (MEMORY_OF_FEW if is_few else MEMORY)
         if n is None:  # traced for any n
             n = tf.size(start.x)
-        if self._bounds is not None:
-            return bounded.init(start, self._box(start.x), memory)
+        bounds = bounded.Bounds.of(self._bounds, start.x)
+        if bounds is not None:
+            return bounded.init(start, bounds, memory)
         m = memory + 1
         dtype, zero = start.x.dtype, tf.zeros_like(start.fun)
         square = tf.zeros([m, m], dtype)
@@ -223,8 +221,9 @@ class LBFGS:
 
     def update(self, new: Point, old: Point, state: Any) -> Move:
         """Accept the trial and search along a new direction, or narrow the bracket."""
-        if self._bounds is not None:
-            return bounded.update(new, old, state, self._box(new.x))
+        bounds = bounded.Bounds.of(self._bounds, new.x)
+        if bounds is not None:
+            return bounded.update(new, old, state, bounds)
         search, before = state.search, state.progress
         pair = _pair(new, old, state)
         trial = Trial(search.t, new.fun, pair.slope)

@@ -177,11 +177,6 @@ class Damped:
         """Return the method within bounds."""
         return type(self)(is_open=self._is_open, bounds=bounds)
 
-    def _box(self, like: tf.Tensor) -> Bounds | None:
-        if self._bounds is None:
-            return None
-        return Bounds(*(tf.cast(b, like.dtype) for b in self._bounds))
-
     def _verdict(
         self,
         here: Point,
@@ -210,7 +205,7 @@ class Damped:
         verdict = tf.where(is_over, STUCK, RUNS)
         if self._is_open:
             return verdict
-        box, dtype = self._box(here.x), here.x.dtype
+        box, dtype = Bounds.of(self._bounds, here.x), here.x.dtype
         if box is not None:  # but where bounds hold all, there is none either
             has_slope |= box.holds_all(here)
         # Where rounding does not forbid it, the run goes on to a tenth of what is
@@ -251,7 +246,7 @@ class LevenbergMarquardt(Damped):
 
     def _factorised(self, point: Point, scale: tf.Tensor) -> Linear:
         """Return the model around a point, of the parameters that are free to move."""
-        box = self._box(point.x)
+        box = Bounds.of(self._bounds, point.x)
         return _factorise(point, scale, None if box is None else box.free(point))
 
     def init(self, start: Point) -> Move:
@@ -310,7 +305,7 @@ class LevenbergMarquardt(Damped):
         return status, own_sentence(status, state.radius.dtype, float(state.least))
 
     def _search(self, here: Point, state: State) -> Move:
-        linear, box = state.linear, self._box(here.x)
+        linear, box = state.linear, Bounds.of(self._bounds, here.x)
         z, step = _minimiser(linear, state.radius, state.step.damping)
         x = here.x + tf.linalg.matvec(linear.v, z) / linear.scale
         if box is not None:

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import either
+from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.levenberg_marquardt import (
     ACCEPTABLE,
     BAD,
@@ -107,7 +108,7 @@ class Marquardt(Damped):
     def update(self, new: Point, old: Point, state: State) -> Move:
         """Take the trial if f fell as promised; damp the next step less, or more."""
         is_first = state.trials < 0
-        ends, box = (new, old), self._box(new.x)
+        ends, box = (new, old), Bounds.of(self._bounds, new.x)
         if box is not None:  # what a bound holds is not to become flat
             ends = box.reduced(new), box.reduced(old)
         reach = _reach(old, state.linear)
@@ -136,7 +137,7 @@ class Marquardt(Damped):
 
     def _search(self, here: Point, state: State) -> Move:
         n: Any = here.x.shape[0]
-        box = self._box(here.x)
+        box = Bounds.of(self._bounds, here.x)
         is_known = tf.reduce_all(tf.math.is_finite(state.linear))
         linear = tf.where(is_known, state.linear, tf.zeros_like(state.linear))
         norms = _norms(linear)

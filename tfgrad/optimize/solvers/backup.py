@@ -17,11 +17,6 @@ import tensorflow as tf
 class Backup:
     """Copies of the variables that an optimizer moves.
 
-    Args:
-        moved: The variables.
-        owners: The same, Keras's as Keras has them.
-        optimizer: What moves them.
-
     Attributes:
         variables: The copies, each of a shape and dtype as in `moved`.
     """

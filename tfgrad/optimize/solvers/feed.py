@@ -37,7 +37,6 @@ class Feed:
         position: How many epochs are over, and how many batches of the next one.
 
     Attributes:
-        source: As above.
         arguments: Returns what the function takes of a batch.
         first: What the iterator yielded first, a `tf.experimental.Optional`.
 

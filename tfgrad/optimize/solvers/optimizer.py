@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from tfgrad.diagnosis.graphs import written_variables
+from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import TfgradError
 from tfgrad.nested import Nest
 from tfgrad.optimize.compiled import direct
@@ -34,7 +35,7 @@ from tfgrad.optimize.solvers.backup import Backup
 from tfgrad.optimize.solvers.feed import Feed
 from tfgrad.optimize.solvers.pure import NOT_FOR_XLA
 from tfgrad.optimize.stopping import RUNNING, rule_of, status_of
-from tfgrad.optimize.traced import blame, not_moved, others
+from tfgrad.optimize.traced import blame, not_moved, others, traced
 
 LOOP_STEPS = 100
 """Compiling the loop pays from about here, measured on functions of 30 to 140 ops."""
@@ -62,8 +63,6 @@ class OptimizerStepper(Stepper):
         feed: The batches, if there is data.
 
     Attributes:
-        problem: As above.
-        feed: As above.
         method: The optimizer at work.
         moved: The variables that it moves.
         backup: The same before the last step.
@@ -100,12 +99,18 @@ class OptimizerStepper(Stepper):
                 self._evaluated(feed.first.get_value())
                 require_compiled(problem.name, problem.replicas.count)
             problem.distribute(self.written, self._copies, are_own=feed.source.is_own)
-        if is_shared or self.method.scale() is not None:
+        if is_shared or self.method.is_scaled:
             self.compiled = self._compile()
         is_closed = feed is None and self.compiled is not None and not self.written
         self._direct = direct(self.compiled) if is_closed else None
         self.backup = Backup(self.moved, owners, self.method.optimizer)
         self.before = [tf.Variable(v, trainable=False) for v in self.written]
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether `compiled` is the trace of f itself, with values for arguments."""
+        is_scaled = self.method is not None and self.method.is_scaled
+        return self.feed is None and not is_scaled
 
     @property
     def is_eager(self) -> bool:
@@ -152,7 +157,7 @@ class OptimizerStepper(Stepper):
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Return the state with the current point evaluated."""
         here = _carried(evaluation)
-        if self.method.scale() is not None:
+        if self.method.is_scaled:
             # An overflow is the optimizer's own affair: it takes a smaller scale.
             size = here.grad_max
             known = tf.where(tf.math.is_finite(size), size, size.dtype.max)
@@ -205,12 +210,10 @@ class OptimizerStepper(Stepper):
 
         None if f leaves TensorFlow: eagerly, it runs or raises the user's own error.
         """
-        is_scaled = self.method is not None and self.method.scale() is not None
-        self._is_own = self.feed is None and not is_scaled
         specs = [] if self.feed is None else [self.feed.source.spec]
         try:
             if self._is_own:
-                return self.problem.traced()
+                return traced(self.problem)
             function = tf.function(self._evaluated, autograph=False)
             return function.get_concrete_function(*specs)
         except TfgradError:
@@ -239,11 +242,7 @@ class OptimizerStepper(Stepper):
 
 
 class OptimizerForms(Forms):
-    """The compiled loop that pays for so many steps; it serves one run.
-
-    Args:
-        stepper: What takes steps.
-    """
+    """The compiled loop that pays for so many steps; it serves one run."""
 
     def __init__(self, stepper: OptimizerStepper) -> None:
         self._stepper = stepper
@@ -393,21 +392,16 @@ class OptimizerSolver(Solver):
         if self._feed is not None:
             batch = state.batch
             query = batch.ahead if bool(batch.ahead.has_value()) else batch.last
-        before = [variable.read_value() for variable in self.stepper.written]
-        evaluation = measured(self.stepper.evaluate(query))
-        for variable, value in zip(self.stepper.written, before, strict=True):
-            variable.assign(value)
-        return evaluation
+        with restored(self.stepper.written):
+            return measured(self.stepper.evaluate(query))
 
     def look_back(self, state: State) -> Evaluation:
         """Return the function where the variables were before the last step."""
-        moved, point = self.stepper.moved, self.point(state)
-        for variable, kept in zip(moved, self.stepper.backup.variables, strict=True):
-            variable.assign(kept.read_value())
-        evaluation = self.look(state)
-        for variable, value in zip(moved, point, strict=True):
-            variable.assign(value)
-        return evaluation
+        moved = self.stepper.moved
+        with restored(moved):
+            for v, kept in zip(moved, self.stepper.backup.variables, strict=True):
+                v.assign(kept.read_value())
+            return self.look(state)
 
     def refresh(self, state: State) -> State:
         """Return the same: what the user has changed is evaluated next."""

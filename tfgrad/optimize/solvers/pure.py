@@ -14,6 +14,7 @@ from tfgrad.nested import either, ravel, unravel
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
 from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.evaluator import SMALL, Evaluation, measured
+from tfgrad.optimize.history import split
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.convergence import at_precision
 from tfgrad.optimize.methods.protocol import Method, Move, Point
@@ -89,10 +90,10 @@ class PureStepper(Stepper):
     Args:
         problem: What to minimise.
         method: How.
-        limits: Bounds of x, for a method that has `within(bounds)`; None for none.
+        bounds: Of x, a lower and an upper array, for a method that has
+            `within(bounds)`; None for none.
 
     Attributes:
-        problem: As above.
         given: The method within its bounds.
         method: The same, bound to the problem if it asks for that.
         failure: The code of a run in which the method failed.
@@ -100,14 +101,11 @@ class PureStepper(Stepper):
 
     lookahead = 1
 
-    def __init__(
-        self, problem: Problem, method: Method, limits: Limits | None = None
-    ) -> None:
-        self.problem = problem
-        self.limits = limits if limits is not None and limits.are_any else None
-        if self.limits is not None:
+    def __init__(self, problem: Problem, method: Method, bounds: Any = None) -> None:
+        self.problem, self.bounds = problem, bounds
+        if bounds is not None:
             within: Any = method
-            method = within.within((self.limits.lower, self.limits.upper))
+            method = within.within(bounds)
         self.given = self.method = method
         self.failure = code_of(getattr(method, "failure", "linesearch"))
 
@@ -125,12 +123,7 @@ class PureStepper(Stepper):
     def start(
         self, x: list[tf.Tensor], before: State | None = None
     ) -> tuple[Start, Evaluation]:
-        """Evaluate a point, and let the method see the problem.
-
-        Args:
-            x: The leaves of the point.
-            before: The run until there.
-        """
+        """Evaluate a point, and let the method see the problem."""
         vector = ravel(x)
         evaluation = self.problem.at(vector)
         if hasattr(self.given, "bind"):  # it is `Bindable`
@@ -217,29 +210,23 @@ class PureStepper(Stepper):
 
     def clip(self, x: list[tf.Tensor]) -> list[tf.Tensor]:
         """Return the leaves of a point moved into the bounds."""
-        if self.limits is None:
+        if self.bounds is None:
             return x
         vector = ravel(x)
-        return unravel(self._box(vector).clip(vector), x)
+        bounds: Any = Bounds.of(self.bounds, vector)
+        return unravel(bounds.clip(vector), x)
 
     def _projected(self, x: tf.Tensor, evaluation: Evaluation) -> Evaluation:
         """Return the evaluation with the slope of what no bound holds."""
-        if self.limits is None:
+        bounds = Bounds.of(self.bounds, x)
+        if bounds is None:
             return evaluation
-        free = self._box(x).reduced(_point(x, evaluation))
+        free = bounds.reduced(_point(x, evaluation))
         return evaluation._replace(grad_max=free.grad_max)
-
-    def _box(self, x: tf.Tensor) -> Bounds:
-        assert self.limits is not None
-        return Bounds(*(tf.cast(b, x.dtype) for b in self.limits.sides))
 
 
 class PureForms(Forms):
-    """Calls at first; XLA from the evaluation on at which it pays.
-
-    Args:
-        stepper: What takes steps.
-    """
+    """Calls at first; XLA from the evaluation on at which it pays."""
 
     def __init__(self, stepper: PureStepper) -> None:
         self._stepper, self._problem = stepper, stepper.problem
@@ -307,7 +294,7 @@ class PureSolver(Solver):
                 got=f"leaves of {' and '.join(sorted(dtypes))}",
                 hint="cast them to one dtype, or a Keras optimizer such as 'adam'",
             )
-        self.stepper = PureStepper(problem, method, limits)
+        self.stepper = PureStepper(problem, method, limits and limits.bounds)
         self.forms = PureForms(self.stepper)
         self._others: list[Any] = []
         self._start, self._leaps = tf.zeros([0]), 0
@@ -359,11 +346,7 @@ class PureSolver(Solver):
         """Return the columns with the leaves of the points."""
         if VECTOR not in columns:
             return columns
-        shapes: list[Any] = [tuple(leaf.shape) for leaf in self._like]
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])[:-1]
-        parts = np.split(columns[VECTOR], ends, axis=1)
-        pairs = zip(parts, shapes, strict=True)
-        leaves = [part.reshape(len(part), *shape) for part, shape in pairs]
+        leaves = split(columns[VECTOR], self._like)
         rest = {name: c for name, c in columns.items() if name != VECTOR}
         return {**rest, **self.problem.x.named(leaves)}
 
@@ -397,7 +380,7 @@ class PureSolver(Solver):
 
         Where a search has failed, second derivatives may certify a minimum.
         """
-        if self.stepper.limits is not None:  # beside it, a lower point may be forbidden
+        if self.stepper.bounds is not None:  # beside it, a lower point may be forbidden
             self.settle(state)
             return state, None
         # A rule of the user's, such as gtol, means what it says.

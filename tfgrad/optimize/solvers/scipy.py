@@ -218,9 +218,13 @@ class SciPyLoop:
         """Let SciPy run until it ends, or until a visit ends it."""
         from scipy.optimize import Bounds, minimize
 
+        def moved(state: State, x: Array) -> tuple[State, bool]:
+            state, rows = self._moved(state, x)
+            return state, visit(state, rows)
+
         method, limits = self._method, self._limits
-        bounds = Bounds(*limits.sides) if np.any(np.isfinite(limits.sides)) else None
-        session = _Session(self._function, state, self._moved, visit, method.gradient)
+        bounds = limits.bounds and Bounds(*limits.bounds)
+        session = _Session(self._function, state, moved, method.gradient)
         self.verdict = False, ""  # that of an earlier run is not of this one
         second = {"hessp": session.hessp, "hess": session.hess}
         with warnings.catch_warnings():
@@ -316,14 +320,13 @@ class _Session:
         self,
         function: _Function,
         state: State,
-        moved: Callable[[State, Array], tuple[State, Rows]],
-        visit: Visit,
+        moved: Callable[[State, Array], tuple[State, bool]],
         searches: bool,
     ) -> None:
         self._most_doubts = 2 if searches else 1
         self.state, self.has_met, self.doubts = state, False, 0
         self.error: BaseException | None = None
-        self._function, self._moved, self._visit = function, moved, visit
+        self._function, self._moved = function, moved
         self._x = np.asarray(state.x, np.float64)
         self._lowest = self._highest = float(state.evaluation.value)
 
@@ -371,8 +374,8 @@ class _Session:
 
     def _hand_on(self, x: Array) -> None:
         self._x = x
-        self.state, rows = self._guarded(self._moved, self.state, x)
-        if not self._guarded(self._visit, self.state, rows):
+        self.state, goes_on = self._guarded(self._moved, self.state, x)
+        if not goes_on:
             raise _LeftError
 
     def end(self, x: Array) -> None:
