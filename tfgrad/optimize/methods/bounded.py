@@ -24,7 +24,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import either
 from tfgrad.optimize.methods import expectation
-from tfgrad.optimize.methods.expectation import Progress
+from tfgrad.optimize.methods.expectation import LEVEL, Progress, Size
 from tfgrad.optimize.methods.protocol import Move, Point
 
 SUFFICIENT_DECREASE = 1e-4
@@ -38,9 +38,6 @@ MOST_TRIALS, DULL = 30, 6
 
 EXPANSION = 10.0
 """How many times as long the next step is if f does not curve."""
-
-LEVEL = 100
-"""Rounding errors of f that hide a fall."""
 
 FEW, SHORT = 10, 2000
 """The most pairs, and the most numbers in each, whose products are taken one by one."""
@@ -70,7 +67,7 @@ class Bounds(NamedTuple):
     def reduced(self, point: Point) -> Point:
         """Return the point with the gradient of the free variables, zero elsewhere."""
         zero = tf.zeros_like(point.grad)
-        return point._replace(grad=tf.where(self.free(point), point.grad, zero))
+        return point._replace(grad=either(self.free(point), point.grad, zero))
 
 
 def settings(bounds: Any) -> Any:
@@ -122,21 +119,26 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     before, epsilon = state.progress, EPSILONS[new.fun.dtype]
     s, y = new.x - old.x, new.grad - old.grad
     slope, end_slope = _dot(old.grad, s), _dot(new.grad, s)
+    steepness = tf.abs(end_slope)
     is_finite = tf.math.is_finite(new.fun) & tf.math.is_finite(end_slope)
-    change = tf.where(is_finite, new.fun - old.fun, new.fun.dtype.max / 4)
-    is_level = is_finite & (tf.abs(change) <= LEVEL * epsilon * tf.abs(old.fun))
+    unknown = tf.constant(slope.dtype.max / 4, slope.dtype)
+    change = either(is_finite, new.fun - old.fun, unknown)
+    size_of_change = tf.abs(change)
+    is_level = is_finite & (size_of_change <= LEVEL * epsilon * tf.abs(old.fun))
     decreases = change <= SUFFICIENT_DECREASE * slope
-    flattens = tf.abs(end_slope) <= tf.abs(slope) * (1 - SUFFICIENT_DECREASE)
+    flattens = steepness <= (SUFFICIENT_DECREASE - 1) * slope
     is_taken = is_finite & (slope < 0) & (decreases | (is_level & flattens))
 
     # With the gradients of the free variables, the formulas are those without bounds.
     here = either(is_taken, new, old)
-    is_free, here = bounds.free(here), bounds.reduced(here)
+    is_free = bounds.free(here)
+    here = here._replace(grad=either(is_free, here.grad, tf.zeros_like(here.grad)))
     progress = expectation.after_step(
         here, old, before, expectation.length_of(here.grad), tf.constant(False)
     )
     progress = either(is_taken, progress, before)
-    keeps = is_taken & (_dot(s, y) > epsilon * tf.maximum(-slope, tf.abs(end_slope)))
+    sy = _dot(s, y)
+    keeps = is_taken & (sy > epsilon * tf.maximum(-slope, steepness))
     pairs, kept = _keep(state, s, y, keeps)
     newton, is_known = _direction(pairs, kept, here.grad, is_free)
     path = bounds.clip(here.x + newton) - here.x
@@ -144,64 +146,55 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     leads = is_model & (_dot(here.grad, path) < 0)
     # A path that rounding leaves no length is no reason to expect more.
     is_model &= leads | (tf.reduce_max(tf.abs(path)) == 0)
-    expected = tf.where(is_model, -_dot(here.grad, newton) / 2, before.expected)
-    expected = tf.where(progress.length > 0, expected, tf.zeros_like(expected))
+    expected = either(is_model, _dot(here.grad, newton) / -2, before.expected)
+    expected = either(progress.length > 0, expected, tf.zeros_like(expected))
+    progress = progress._replace(expected=expected)
 
-    sized = expectation.sized(here, before.first_fun)
-    trials = state.trials + tf.where(is_level, DULL, 1)
-    fails = tf.where(
+    size = Size.of(here.fun, before.first_fun)
+    sized = expectation.sized(here, size)
+    trials = state.trials + either(is_level, DULL, 1)
+    fails = either(
         is_taken, progress.idle >= expectation.MOST_IDLE, trials >= MOST_TRIALS
     )
-    is_promising = -sized.slope > LEVEL * epsilon * tf.abs(here.fun)
+    is_promising = sized.slope < -LEVEL * epsilon * size.value
     is_last: Any = state.is_last
     retries = fails & ~is_last & ((kept > 0) | is_promising)
     retries &= progress.idle <= expectation.MOST_IDLE
     failed = fails & ~retries
     is_afresh = retries | (is_taken & ~leads)
-    noise = tf.where(is_level, tf.maximum(tf.abs(change), state.noise), state.noise)
-    told = expectation.told(
-        expected,
-        tf.minimum(before.expected, expected),
-        here.fun,
-        sized,
-        before.first_fun,
-    )
-    hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * noise
-    hidden &= expectation.has_flattened(progress)
-    told = tf.where(failed, tf.where(hidden, 0 * expected, expected), told)
-    is_kink = expectation.is_kink(here, progress, expected)
-    told = tf.where(is_kink, told.dtype.max, told)
-    told = tf.where(progress.length > 0, told, tf.zeros_like(told))
+    noise = either(is_level, tf.maximum(size_of_change, state.noise), state.noise)
+    least = tf.minimum(before.expected, expected)
+    gain = sized.slope / -2
+    told = expectation.told(progress, least, size, gain, noise, failed)
 
     # At the edge of where f has values, half of a step is often inside.
-    of_edge = tf.where(state.trials == 0, MOST + 0 * slope, LEAST + 0 * slope)
-    back = tf.where(is_finite, _part(change, slope, end_slope), of_edge)
+    of_edge = either(
+        tf.equal(state.trials, 0), *(tf.constant(p, slope.dtype) for p in (MOST, LEAST))
+    )
+    back = either(is_finite, _part(change, slope, end_slope), of_edge)
 
     # Without curvature, a step ten times as long comes next.
-    known = tf.math.divide_no_nan(_dot(s, y), _dot(y, y))
+    known = tf.math.divide_no_nan(sy, _dot(y, y))
     grown = EXPANSION * tf.math.divide_no_nan(tf.norm(s), before.length)
-    scale = tf.where(keeps, known, grown)
+    scale = either(keeps, known, grown)
     steepest = either(
         retries & is_promising,
         sized,
         expectation.steepest(here.grad, progress.length, scale),
     )
-    direction = tf.where(is_taken, newton, state.direction)
-    direction = tf.where(is_afresh, steepest.step, direction)
-    turns = is_taken | retries
-    t = tf.where(turns, tf.ones_like(state.t), state.t * back)
-    none = tf.constant(0)
+    direction = either(is_taken, newton, state.direction)
+    turns, none = is_taken | retries, tf.constant(0)
     state = BoundedState(
-        direction,
+        either(is_afresh, steepest.step, direction),
         pairs,
-        tf.where(is_afresh, none, kept),
-        t,
-        tf.where(turns, none, trials),
-        tf.where(turns, tf.zeros_like(noise), noise),
-        progress._replace(expected=expected),
-        tf.where(turns, retries, is_last),
+        either(is_afresh, none, kept),
+        either(turns, tf.ones_like(state.t), state.t * back),
+        either(turns, none, trials),
+        either(turns, tf.zeros_like(noise), noise),
+        progress,
+        either(turns, retries, is_last),
     )
-    x = bounds.clip(here.x + t * direction)
+    x = bounds.clip(here.x + state.t * state.direction)
     return Move(x, state, accepted=is_taken, failed=failed, expected=told)
 
 
@@ -218,7 +211,7 @@ def _part(change: tf.Tensor, slope: tf.Tensor, end_slope: tf.Tensor) -> tf.Tenso
     below = end_slope - slope + 2 * root
     cubic = 1 - tf.math.divide_no_nan(end_slope + root - middle, below)
     is_cubic = (square >= 0) & (below > 0) & tf.math.is_finite(cubic)
-    return tf.clip_by_value(tf.where(is_cubic, cubic, parabola), LEAST, MOST)
+    return tf.clip_by_value(either(is_cubic, cubic, parabola), LEAST, MOST)
 
 
 def _keep(
