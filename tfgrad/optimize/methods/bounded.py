@@ -80,8 +80,9 @@ class BoundedState(NamedTuple):
 
     Attributes:
         direction: Of the search, shape `[n]`: its path is the projection.
-        pairs: The last steps and changes of the gradient, shape `[m, 2, n]`.
-        kept: How many pairs were since the last one was forgotten.
+        pairs: The last steps and changes of the gradient, shape `[2, m, n]`, the newest
+            behind the others.
+        kept: How many of them count.
         t: How far along the direction the trial is.
         trials: How many points were tried along this direction.
         noise: The largest change of f among trials that only rounding tells from the
@@ -106,7 +107,7 @@ def init(start: Point, bounds: Bounds, memory: int) -> Move:
     start = bounds.reduced(start)
     progress, first = expectation.start_of(start)
     zero, one = tf.zeros_like(start.fun), tf.ones_like(start.fun)
-    pairs, none = tf.zeros([memory, 2, n], start.x.dtype), tf.constant(0)
+    pairs, none = tf.zeros([2, memory, n], start.x.dtype), tf.constant(0)
     state = BoundedState(
         first.step, pairs, none, one, none, zero, progress, tf.constant(False)
     )
@@ -175,7 +176,7 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
 
     # Without curvature, a step ten times as long comes next.
     known = tf.math.divide_no_nan(sy, _dot(y, y))
-    grown = EXPANSION * tf.math.divide_no_nan(tf.norm(s), before.length)
+    grown = EXPANSION * tf.math.divide_no_nan(tf.sqrt(_dot(s, s)), before.length)
     scale = either(keeps, known, grown)
     steepest = either(
         retries & is_promising,
@@ -217,12 +218,11 @@ def _part(change: tf.Tensor, slope: tf.Tensor, end_slope: tf.Tensor) -> tf.Tenso
 def _keep(
     state: BoundedState, s: tf.Tensor, y: tf.Tensor, keeps: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the pairs with a new one in place of the oldest."""
-    m: Any = state.pairs.shape[0]
-    slot = state.kept % m
-    row = tf.where(keeps, tf.stack([s, y]), tf.gather(state.pairs, slot))
-    pairs = tf.tensor_scatter_nd_update(state.pairs, [[slot]], row[None])
-    return pairs, state.kept + tf.cast(keeps, tf.int32)
+    """Return the pairs with a new one behind the others, the oldest left out."""
+    m: Any = state.pairs.shape[1]
+    pair = tf.expand_dims(tf.stack([s, y]), 1)
+    pairs = either(keeps, tf.concat([state.pairs[:, 1:], pair], 1), state.pairs)
+    return pairs, tf.minimum(state.kept + tf.cast(keeps, tf.int32), m)
 
 
 def _direction(
@@ -234,44 +234,34 @@ def _direction(
     R the upper triangle of S'Y, D its diagonal and c the scale, it is (equation 3.1)
 
         H g = c g + S a - c Y b,  b = R^-1 S'g,  a = R^-T (D b + c (Y'Y b - Y'g)).
+
+    Vectors of m numbers are columns.
     """
-    m: Any = pairs.shape[0]
-    order = (kept + tf.range(m)) % m  # from the oldest on
+    m: Any = pairs.shape[1]
     mask, rows = tf.cast(is_free, grad.dtype), tf.reshape(pairs, [2 * m, -1])
-    s, y = tf.unstack(pairs, axis=1)
-    both = tf.reshape(_products(rows, y * mask), [m, 2, m])
-    both = tf.gather(tf.gather(both, order), order, axis=2)
-    sy, yy = tf.unstack(both, axis=1)
-    ss = tf.gather(tf.reduce_sum(s * s * mask, 1), order)
-    with_grad = tf.reshape(tf.linalg.matvec(rows, grad), [m, 2])  # zero where not free
+    s, y = tf.unstack(pairs)
+    sy, yy = tf.split(_products(rows, y * mask), 2)
+    sg, yg = tf.split(tf.matmul(rows, tf.expand_dims(grad, 1)), 2)  # of what is free
     curvature, squares = tf.linalg.diag_part(sy), tf.linalg.diag_part(yy)
     # Some pairs see no curvature in the free variables alone.
+    ss, places = tf.reduce_sum(s * s * mask, 1), np.arange(m, dtype=np.int32)
     least = EPSILONS[grad.dtype] * tf.sqrt(ss) * tf.sqrt(squares)
-    is_good = (curvature > least) & (order < kept)
-    are_good = is_good[:, None] & is_good
-    zero = tf.zeros([], grad.dtype)
-    triangle = tf.linalg.band_part(tf.where(are_good, sy, zero), 0, -1)
-    triangle += tf.linalg.diag(tf.where(is_good, zero, zero + 1))
-    yy = tf.where(are_good, yy, zero)
-    last = tf.reduce_max(tf.where(is_good, tf.range(m), 0))
-    scale = tf.math.divide_no_nan(*(tf.gather(a, last) for a in (curvature, squares)))
-    with_grad = tf.where(is_good[:, None], tf.gather(with_grad, order), zero)
-    sg, yg = tf.unstack(with_grad, axis=1)
+    is_good = (curvature > least) & (places >= m - kept)
+    newest = tf.reduce_max(either(is_good, places, np.zeros_like(places)))
+    scale = tf.math.divide_no_nan(*(tf.gather(a, newest) for a in (curvature, squares)))
 
     # TensorFlow solves in no dtype of 16 bits.
     wide = tf.float64 if grad.dtype == tf.float64 else tf.float32
-    inverse = tf.linalg.triangular_solve(
-        tf.cast(triangle, wide), tf.eye(m, dtype=wide), lower=False
-    )
-    inverse = tf.cast(inverse, grad.dtype)
-    b = tf.linalg.matvec(inverse, sg)
-    rest = tf.where(is_good, curvature, zero) * b + scale * (
-        tf.linalg.matvec(yy, b) - yg
-    )
-    a = tf.linalg.matvec(inverse, rest, transpose_a=True)
-    weights = tf.gather(tf.stack([a, -scale * b], 1), (tf.range(m) - kept) % m)
-    step = tf.linalg.matvec(rows, tf.reshape(weights, [-1]), transpose_a=True)
-    return -(scale * grad + step * mask), tf.reduce_any(is_good)
+    unit, column = tf.eye(m, dtype=wide), tf.expand_dims(is_good, 1)
+    is_upper = column & is_good & np.triu(np.ones([m, m], bool))
+    triangle = either(is_upper, tf.cast(sy, wide), unit)
+    inverse = tf.linalg.triangular_solve(triangle, unit, lower=False)
+    inverse, none = tf.cast(inverse, grad.dtype), tf.zeros([m, 1], grad.dtype)
+    b = tf.matmul(inverse, either(column, sg, none))
+    rest = tf.expand_dims(curvature, 1) * b + scale * (tf.matmul(yy, b) - yg)
+    a = tf.matmul(inverse, either(column, rest, none), transpose_a=True)
+    step = tf.matmul(rows, tf.concat([a, -scale * b], 0), transpose_a=True)
+    return -(scale * grad + tf.squeeze(step, 1) * mask), tf.reduce_any(is_good)
 
 
 def _products(rows: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
