@@ -80,9 +80,8 @@ class BoundedState(NamedTuple):
 
     Attributes:
         direction: Of the search, shape `[n]`: its path is the projection.
-        pairs: The last steps and changes of the gradient, shape `[2, m, n]`, the newest
-            behind the others.
-        kept: How many of them count.
+        pairs: The last steps and changes of the gradient, shape `[m, 2, n]`.
+        kept: How many pairs were since the last one was forgotten.
         t: How far along the direction the trial is.
         trials: How many points were tried along this direction.
         noise: The largest change of f among trials that only rounding tells from the
@@ -107,7 +106,7 @@ def init(start: Point, bounds: Bounds, memory: int) -> Move:
     start = bounds.reduced(start)
     progress, first = expectation.start_of(start)
     zero, one = tf.zeros_like(start.fun), tf.ones_like(start.fun)
-    pairs, none = tf.zeros([2, memory, n], start.x.dtype), tf.constant(0)
+    pairs, none = tf.zeros([memory, 2, n], start.x.dtype), tf.constant(0)
     state = BoundedState(
         first.step, pairs, none, one, none, zero, progress, tf.constant(False)
     )
@@ -218,11 +217,13 @@ def _part(change: tf.Tensor, slope: tf.Tensor, end_slope: tf.Tensor) -> tf.Tenso
 def _keep(
     state: BoundedState, s: tf.Tensor, y: tf.Tensor, keeps: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the pairs with a new one behind the others, the oldest left out."""
-    m: Any = state.pairs.shape[1]
-    pair = tf.expand_dims(tf.stack([s, y]), 1)
-    pairs = either(keeps, tf.concat([state.pairs[:, 1:], pair], 1), state.pairs)
-    return pairs, tf.minimum(state.kept + tf.cast(keeps, tf.int32), m)
+    """Return the pairs with a new one in place of the oldest."""
+    m: Any = state.pairs.shape[0]
+    slot = state.kept % m
+    pair = either(keeps, tf.stack([s, y]), tf.gather(state.pairs, slot))
+    places = tf.reshape(slot, [1, 1])
+    pairs = tf.tensor_scatter_nd_update(state.pairs, places, tf.expand_dims(pair, 0))
+    return pairs, state.kept + tf.cast(keeps, tf.int32)
 
 
 def _direction(
@@ -237,16 +238,21 @@ def _direction(
 
     Vectors of m numbers are columns.
     """
-    m: Any = pairs.shape[1]
+    m: Any = pairs.shape[0]
+    places = np.arange(m, dtype=np.int32)
+    order = (kept + places) % m  # from the oldest on
     mask, rows = tf.cast(is_free, grad.dtype), tf.reshape(pairs, [2 * m, -1])
-    s, y = tf.unstack(pairs)
-    sy, yy = tf.split(_products(rows, y * mask), 2)
-    sg, yg = tf.split(tf.matmul(rows, tf.expand_dims(grad, 1)), 2)  # of what is free
+    s, y = tf.unstack(pairs, axis=1)
+    ss = tf.gather(tf.reduce_sum(s * s * mask, 1), order)
+    both = tf.reshape(_products(rows, tf.gather(y, order) * mask), [m, 2 * m])
+    sy, yy = tf.split(tf.gather(both, order), 2, axis=1)
+    with_grad = tf.matmul(rows, tf.expand_dims(grad, 1))  # zero where not free
+    with_grad = tf.gather(tf.reshape(with_grad, [m, 2]), order)
+    sg, yg = tf.split(with_grad, 2, axis=1)
     curvature, squares = tf.linalg.diag_part(sy), tf.linalg.diag_part(yy)
     # Some pairs see no curvature in the free variables alone.
-    ss, places = tf.reduce_sum(s * s * mask, 1), np.arange(m, dtype=np.int32)
     least = EPSILONS[grad.dtype] * tf.sqrt(ss) * tf.sqrt(squares)
-    is_good = (curvature > least) & (places >= m - kept)
+    is_good = (curvature > least) & (order < kept)
     newest = tf.reduce_max(either(is_good, places, np.zeros_like(places)))
     scale = tf.math.divide_no_nan(*(tf.gather(a, newest) for a in (curvature, squares)))
 
@@ -260,7 +266,8 @@ def _direction(
     b = tf.matmul(inverse, either(column, sg, none))
     rest = tf.expand_dims(curvature, 1) * b + scale * (tf.matmul(yy, b) - yg)
     a = tf.matmul(inverse, either(column, rest, none), transpose_a=True)
-    step = tf.matmul(rows, tf.concat([a, -scale * b], 0), transpose_a=True)
+    weights = tf.gather(tf.concat([a, -scale * b], 1), (places - kept) % m)
+    step = tf.matmul(rows, tf.reshape(weights, [2 * m, 1]), transpose_a=True)
     return -(scale * grad + tf.squeeze(step, 1) * mask), tf.reduce_any(is_good)
 
 

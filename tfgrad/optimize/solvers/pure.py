@@ -455,8 +455,8 @@ def seen(evaluation: Evaluation) -> Evaluation:
 
     A method sees no more, so what is compiled for it serves any number of residuals.
     """
-    linear = evaluation.linear
-    return evaluation._replace(linear=getattr(linear, "matrix", linear))
+    matrix = getattr(evaluation.linear, "matrix", None)
+    return evaluation if matrix is None else evaluation._replace(linear=matrix)
 
 
 def _point(x: tf.Tensor, evaluation: Evaluation) -> Point:
