@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfgrad.nested import either
 from tfgrad.optimize.methods.convergence import converged
 
 RUNNING = 0
@@ -202,7 +203,7 @@ def judge(step: Step) -> tf.Tensor:
     for position, rule in reversed(list(enumerate(RULES, start=1))):
         holds = None if rule.holds is None else rule.holds(step)
         if holds is not None:
-            code = tf.where(holds, position, code)
+            code = either(holds, position, code)
     return code
 
 

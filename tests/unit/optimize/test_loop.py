@@ -14,7 +14,8 @@ import tensorflow as tf
 import tfgrad
 from tfgrad.optimize import chunks, compiled, stopping
 from tfgrad.optimize.chunks import GROUP, Packing
-from tfgrad.optimize.methods.protocol import Move
+from tfgrad.optimize.methods.lbfgs import LBFGS
+from tfgrad.optimize.methods.protocol import Move, Point
 from tfgrad.optimize.solvers import pure
 from tfgrad.optimize.stopping import Rule
 
@@ -55,6 +56,18 @@ class SteepestDescent:
 
     def update(self, new, old, state):
         return Move(new.x - self.rate * new.grad)
+
+
+@pytest.mark.parametrize("bounds", [None, (-np.ones(2), np.ones(2))])
+def test_a_turn_chooses_between_numbers_without_broadcasting(bounds):
+    method, x = LBFGS(bounds=bounds), tf.constant([0.5, 1.0], tf.float64)
+    point = Point(x, tf.reduce_sum(x**2), 2 * x)
+    turn = tf.function(method.update, autograph=False)
+
+    graph = turn.get_concrete_function(point, point, method.init(point).state).graph
+
+    choices = [op for op in graph.get_operations() if op.type == "SelectV2"]
+    assert all(op.outputs[0].shape.rank for op in choices)
 
 
 def test_a_rule_and_a_method_of_ones_own_need_no_other_line(monkeypatch):

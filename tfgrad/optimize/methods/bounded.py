@@ -24,7 +24,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import either
 from tfgrad.optimize.methods import expectation
-from tfgrad.optimize.methods.expectation import Progress
+from tfgrad.optimize.methods.expectation import LEVEL, Progress, Size
 from tfgrad.optimize.methods.protocol import Move, Point
 
 SUFFICIENT_DECREASE = 1e-4
@@ -38,9 +38,6 @@ MOST_TRIALS, DULL = 30, 6
 
 EXPANSION = 10.0
 """How many times as long the next step is if f does not curve."""
-
-LEVEL = 100
-"""Rounding errors of f that hide a fall."""
 
 FEW, SHORT = 10, 2000
 """The most pairs, and the most numbers in each, whose products are taken one by one."""
@@ -75,7 +72,7 @@ class Bounds(NamedTuple):
     def reduced(self, point: Point) -> Point:
         """Return the point with the gradient of the free variables, zero elsewhere."""
         zero = tf.zeros_like(point.grad)
-        return point._replace(grad=tf.where(self.free(point), point.grad, zero))
+        return point._replace(grad=either(self.free(point), point.grad, zero))
 
 
 def settings(bounds: Any) -> Any:
@@ -127,21 +124,26 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     before, epsilon = state.progress, EPSILONS[new.fun.dtype]
     s, y = new.x - old.x, new.grad - old.grad
     slope, end_slope = _dot(old.grad, s), _dot(new.grad, s)
+    steepness = tf.abs(end_slope)
     is_finite = tf.math.is_finite(new.fun) & tf.math.is_finite(end_slope)
-    change = tf.where(is_finite, new.fun - old.fun, new.fun.dtype.max / 4)
-    is_level = is_finite & (tf.abs(change) <= LEVEL * epsilon * tf.abs(old.fun))
+    unknown = tf.constant(slope.dtype.max / 4, slope.dtype)
+    change = either(is_finite, new.fun - old.fun, unknown)
+    size_of_change = tf.abs(change)
+    is_level = is_finite & (size_of_change <= LEVEL * epsilon * tf.abs(old.fun))
     decreases = change <= SUFFICIENT_DECREASE * slope
-    flattens = tf.abs(end_slope) <= tf.abs(slope) * (1 - SUFFICIENT_DECREASE)
+    flattens = steepness <= (SUFFICIENT_DECREASE - 1) * slope
     is_taken = is_finite & (slope < 0) & (decreases | (is_level & flattens))
 
     # With the gradients of the free variables, the formulas are those without bounds.
     here = either(is_taken, new, old)
-    is_free, here = bounds.free(here), bounds.reduced(here)
+    is_free = bounds.free(here)
+    here = here._replace(grad=either(is_free, here.grad, tf.zeros_like(here.grad)))
     progress = expectation.after_step(
         here, old, before, expectation.length_of(here.grad), tf.constant(False)
     )
     progress = either(is_taken, progress, before)
-    keeps = is_taken & (_dot(s, y) > epsilon * tf.maximum(-slope, tf.abs(end_slope)))
+    sy = _dot(s, y)
+    keeps = is_taken & (sy > epsilon * tf.maximum(-slope, steepness))
     pairs, kept = _keep(state, s, y, keeps)
     newton, is_known = _direction(pairs, kept, here.grad, is_free)
     path = bounds.clip(here.x + newton) - here.x
@@ -149,64 +151,55 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     leads = is_model & (_dot(here.grad, path) < 0)
     # A path that rounding leaves no length is no reason to expect more.
     is_model &= leads | (tf.reduce_max(tf.abs(path)) == 0)
-    expected = tf.where(is_model, -_dot(here.grad, newton) / 2, before.expected)
-    expected = tf.where(progress.length > 0, expected, tf.zeros_like(expected))
+    expected = either(is_model, _dot(here.grad, newton) / -2, before.expected)
+    expected = either(progress.length > 0, expected, tf.zeros_like(expected))
+    progress = progress._replace(expected=expected)
 
-    sized = expectation.sized(here, before.first_fun)
-    trials = state.trials + tf.where(is_level, DULL, 1)
-    fails = tf.where(
+    size = Size.of(here.fun, before.first_fun)
+    sized = expectation.sized(here, size)
+    trials = state.trials + either(is_level, DULL, 1)
+    fails = either(
         is_taken, progress.idle >= expectation.MOST_IDLE, trials >= MOST_TRIALS
     )
-    is_promising = -sized.slope > LEVEL * epsilon * tf.abs(here.fun)
+    is_promising = sized.slope < -LEVEL * epsilon * size.value
     is_last: Any = state.is_last
     retries = fails & ~is_last & ((kept > 0) | is_promising)
     retries &= progress.idle <= expectation.MOST_IDLE
     failed = fails & ~retries
     is_afresh = retries | (is_taken & ~leads)
-    noise = tf.where(is_level, tf.maximum(tf.abs(change), state.noise), state.noise)
-    told = expectation.told(
-        expected,
-        tf.minimum(before.expected, expected),
-        here.fun,
-        sized,
-        before.first_fun,
-    )
-    hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * noise
-    hidden &= expectation.has_flattened(progress)
-    told = tf.where(failed, tf.where(hidden, 0 * expected, expected), told)
-    is_kink = expectation.is_kink(here, progress, expected)
-    told = tf.where(is_kink, told.dtype.max, told)
-    told = tf.where(progress.length > 0, told, tf.zeros_like(told))
+    noise = either(is_level, tf.maximum(size_of_change, state.noise), state.noise)
+    least = tf.minimum(before.expected, expected)
+    gain = sized.slope / -2
+    told = expectation.told(progress, least, size, gain, noise, failed)
 
     # At the edge of where f has values, half of a step is often inside.
-    of_edge = tf.where(state.trials == 0, MOST + 0 * slope, LEAST + 0 * slope)
-    back = tf.where(is_finite, _part(change, slope, end_slope), of_edge)
+    of_edge = either(
+        tf.equal(state.trials, 0), *(tf.constant(p, slope.dtype) for p in (MOST, LEAST))
+    )
+    back = either(is_finite, _part(change, slope, end_slope), of_edge)
 
     # Without curvature, a step ten times as long comes next.
-    known = tf.math.divide_no_nan(_dot(s, y), _dot(y, y))
-    grown = EXPANSION * tf.math.divide_no_nan(tf.norm(s), before.length)
-    scale = tf.where(keeps, known, grown)
+    known = tf.math.divide_no_nan(sy, _dot(y, y))
+    grown = EXPANSION * tf.math.divide_no_nan(tf.sqrt(_dot(s, s)), before.length)
+    scale = either(keeps, known, grown)
     steepest = either(
         retries & is_promising,
         sized,
         expectation.steepest(here.grad, progress.length, scale),
     )
-    direction = tf.where(is_taken, newton, state.direction)
-    direction = tf.where(is_afresh, steepest.step, direction)
-    turns = is_taken | retries
-    t = tf.where(turns, tf.ones_like(state.t), state.t * back)
-    none = tf.constant(0)
+    direction = either(is_taken, newton, state.direction)
+    turns, none = is_taken | retries, tf.constant(0)
     state = BoundedState(
-        direction,
+        either(is_afresh, steepest.step, direction),
         pairs,
-        tf.where(is_afresh, none, kept),
-        t,
-        tf.where(turns, none, trials),
-        tf.where(turns, tf.zeros_like(noise), noise),
-        progress._replace(expected=expected),
-        tf.where(turns, retries, is_last),
+        either(is_afresh, none, kept),
+        either(turns, tf.ones_like(state.t), state.t * back),
+        either(turns, none, trials),
+        either(turns, tf.zeros_like(noise), noise),
+        progress,
+        either(turns, retries, is_last),
     )
-    x = bounds.clip(here.x + t * direction)
+    x = bounds.clip(here.x + state.t * state.direction)
     return Move(x, state, accepted=is_taken, failed=failed, expected=told)
 
 
@@ -223,7 +216,7 @@ def _part(change: tf.Tensor, slope: tf.Tensor, end_slope: tf.Tensor) -> tf.Tenso
     below = end_slope - slope + 2 * root
     cubic = 1 - tf.math.divide_no_nan(end_slope + root - middle, below)
     is_cubic = (square >= 0) & (below > 0) & tf.math.is_finite(cubic)
-    return tf.clip_by_value(tf.where(is_cubic, cubic, parabola), LEAST, MOST)
+    return tf.clip_by_value(either(is_cubic, cubic, parabola), LEAST, MOST)
 
 
 def _keep(
@@ -232,8 +225,9 @@ def _keep(
     """Return the pairs with a new one in place of the oldest."""
     m: Any = state.pairs.shape[0]
     slot = state.kept % m
-    row = tf.where(keeps, tf.stack([s, y]), tf.gather(state.pairs, slot))
-    pairs = tf.tensor_scatter_nd_update(state.pairs, [[slot]], row[None])
+    pair = either(keeps, tf.stack([s, y]), tf.gather(state.pairs, slot))
+    places = tf.reshape(slot, [1, 1])
+    pairs = tf.tensor_scatter_nd_update(state.pairs, places, tf.expand_dims(pair, 0))
     return pairs, state.kept + tf.cast(keeps, tf.int32)
 
 
@@ -246,44 +240,40 @@ def _direction(
     R the upper triangle of S'Y, D its diagonal and c the scale, it is (equation 3.1)
 
         H g = c g + S a - c Y b,  b = R^-1 S'g,  a = R^-T (D b + c (Y'Y b - Y'g)).
+
+    Vectors of m numbers are columns.
     """
     m: Any = pairs.shape[0]
-    order = (kept + tf.range(m)) % m  # from the oldest on
+    places = np.arange(m, dtype=np.int32)
+    order = (kept + places) % m  # from the oldest on
     mask, rows = tf.cast(is_free, grad.dtype), tf.reshape(pairs, [2 * m, -1])
     s, y = tf.unstack(pairs, axis=1)
-    both = tf.reshape(_products(rows, y * mask), [m, 2, m])
-    both = tf.gather(tf.gather(both, order), order, axis=2)
-    sy, yy = tf.unstack(both, axis=1)
     ss = tf.gather(tf.reduce_sum(s * s * mask, 1), order)
-    with_grad = tf.reshape(tf.linalg.matvec(rows, grad), [m, 2])  # zero where not free
+    both = tf.reshape(_products(rows, tf.gather(y, order) * mask), [m, 2 * m])
+    sy, yy = tf.split(tf.gather(both, order), 2, axis=1)
+    with_grad = tf.matmul(rows, tf.expand_dims(grad, 1))  # zero where not free
+    with_grad = tf.gather(tf.reshape(with_grad, [m, 2]), order)
+    sg, yg = tf.split(with_grad, 2, axis=1)
     curvature, squares = tf.linalg.diag_part(sy), tf.linalg.diag_part(yy)
     # Some pairs see no curvature in the free variables alone.
     least = EPSILONS[grad.dtype] * tf.sqrt(ss) * tf.sqrt(squares)
     is_good = (curvature > least) & (order < kept)
-    are_good = is_good[:, None] & is_good
-    zero = tf.zeros([], grad.dtype)
-    triangle = tf.linalg.band_part(tf.where(are_good, sy, zero), 0, -1)
-    triangle += tf.linalg.diag(tf.where(is_good, zero, zero + 1))
-    yy = tf.where(are_good, yy, zero)
-    last = tf.reduce_max(tf.where(is_good, tf.range(m), 0))
-    scale = tf.math.divide_no_nan(*(tf.gather(a, last) for a in (curvature, squares)))
-    with_grad = tf.where(is_good[:, None], tf.gather(with_grad, order), zero)
-    sg, yg = tf.unstack(with_grad, axis=1)
+    newest = tf.reduce_max(either(is_good, places, np.zeros_like(places)))
+    scale = tf.math.divide_no_nan(*(tf.gather(a, newest) for a in (curvature, squares)))
 
     # TensorFlow solves in no dtype of 16 bits.
     wide = tf.float64 if grad.dtype == tf.float64 else tf.float32
-    inverse = tf.linalg.triangular_solve(
-        tf.cast(triangle, wide), tf.eye(m, dtype=wide), lower=False
-    )
-    inverse = tf.cast(inverse, grad.dtype)
-    b = tf.linalg.matvec(inverse, sg)
-    rest = tf.where(is_good, curvature, zero) * b + scale * (
-        tf.linalg.matvec(yy, b) - yg
-    )
-    a = tf.linalg.matvec(inverse, rest, transpose_a=True)
-    weights = tf.gather(tf.stack([a, -scale * b], 1), (tf.range(m) - kept) % m)
-    step = tf.linalg.matvec(rows, tf.reshape(weights, [-1]), transpose_a=True)
-    return -(scale * grad + step * mask), tf.reduce_any(is_good)
+    unit, column = tf.eye(m, dtype=wide), tf.expand_dims(is_good, 1)
+    is_upper = column & is_good & np.triu(np.ones([m, m], bool))
+    triangle = either(is_upper, tf.cast(sy, wide), unit)
+    inverse = tf.linalg.triangular_solve(triangle, unit, lower=False)
+    inverse, none = tf.cast(inverse, grad.dtype), tf.zeros([m, 1], grad.dtype)
+    b = tf.matmul(inverse, either(column, sg, none))
+    rest = tf.expand_dims(curvature, 1) * b + scale * (tf.matmul(yy, b) - yg)
+    a = tf.matmul(inverse, either(column, rest, none), transpose_a=True)
+    weights = tf.gather(tf.concat([a, -scale * b], 1), (places - kept) % m)
+    step = tf.matmul(rows, tf.reshape(weights, [2 * m, 1]), transpose_a=True)
+    return -(scale * grad + tf.squeeze(step, 1) * mask), tf.reduce_any(is_good)
 
 
 def _products(rows: tf.Tensor, y: tf.Tensor) -> tf.Tensor:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
+from tfgrad.nested import either
 
 VANISHING = 1e-3
 """If the expected fall is at least this part of |f|, the minimum of f is taken to be 0.
@@ -62,8 +63,14 @@ def converged(
     >>> bool(converged(one, none, one, 5 * one))
     False
     """
-    is_little = _is_little(fun, expected, first_fun)
-    was_little = _is_little(fun, previous_expected, first_fun)
+    epsilon, size, fall = EPSILONS[fun.dtype], tf.abs(fun), first_fun - fun
+    digits = tf.minimum(LITTLE * fall, DIGITS * size)
+    digits = tf.maximum(digits, min(ROUNDINGS * epsilon, DIGITS) * size)
+    large, nothing = VANISHING * size, min(epsilon**NOTHING, LEAST) * fall
+    is_little, was_little = (
+        fall <= either(fall >= large, nothing, digits)
+        for fall in (expected, previous_expected)
+    )
     return (is_little & was_little) | (expected == 0)
 
 
@@ -85,18 +92,7 @@ def at_precision(
     """
     epsilon, size, fall = EPSILONS[fun.dtype], tf.abs(fun), first_fun - fun
     part = max(DIGITS, LAST_ROUNDINGS * epsilon)
-    has_vanished = _vanishes(fun, expected) & (expected <= epsilon**0.75 * fall)
+    has_vanished = expected >= VANISHING * size
+    has_vanished &= expected <= epsilon**0.75 * fall
     has_vanished |= tf.maximum(expected, size) <= epsilon**1.5 * fall
     return (expected <= part * size) | has_vanished
-
-
-def _is_little(fun: tf.Tensor, expected: tf.Tensor, first_fun: tf.Tensor) -> tf.Tensor:
-    epsilon, size, fall = EPSILONS[fun.dtype], tf.abs(fun), first_fun - fun
-    digits = tf.minimum(LITTLE * fall, DIGITS * size)
-    digits = tf.maximum(digits, min(ROUNDINGS * epsilon, DIGITS) * size)
-    nothing = min(epsilon**NOTHING, LEAST) * fall
-    return expected <= tf.where(_vanishes(fun, expected), nothing, digits)
-
-
-def _vanishes(fun: tf.Tensor, expected: tf.Tensor) -> tf.Tensor:
-    return expected >= VANISHING * tf.abs(fun)

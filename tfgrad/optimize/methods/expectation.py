@@ -5,11 +5,12 @@ L-BFGS with bounds and without share it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
+from tfgrad.nested import either
 from tfgrad.optimize.methods.convergence import DIGITS, VANISHING
 from tfgrad.optimize.methods.protocol import Point
 
@@ -20,6 +21,9 @@ scale with the units of x. A longer step might end in another valley."""
 MOST_IDLE = 8
 """Idle steps in a row (see `Progress`) with which the method fails. Near a saddle in
 float32, some runs take a few before they find the way down."""
+
+LEVEL = 100
+"""Rounding errors of f that hide a fall, for sums of hundreds of terms."""
 
 FALLEN, KINK = 1e-2, 1e6
 """A point is taken for a kink if its gradient is more than the first number times the
@@ -37,6 +41,26 @@ class Descent(NamedTuple):
 
     step: tf.Tensor
     slope: tf.Tensor
+
+
+class Size(NamedTuple):
+    """How large f is, shape `[]`.
+
+    Attributes:
+        value: |f|.
+        fallen: By how much f has fallen since the start.
+        fall: The same, or |f| if that is more.
+    """
+
+    value: tf.Tensor
+    fallen: tf.Tensor
+    fall: tf.Tensor
+
+    @classmethod
+    def of(cls, fun: tf.Tensor, first_fun: tf.Tensor) -> Size:
+        """Return it, given f at the start."""
+        value, fallen = tf.abs(fun), first_fun - fun
+        return cls(value, fallen, tf.maximum(fallen, value))
 
 
 class Progress(NamedTuple):
@@ -68,35 +92,34 @@ def first_length(start: Point, length: tf.Tensor) -> tf.Tensor:
     """Return how long the first step is: 1 if x and f are zero."""
     of_x = length_of(start.x)
     of_f = tf.math.divide_no_nan(tf.abs(start.fun), length)
-    either_one = tf.maximum(of_x, of_f)
-    either_one = tf.where(either_one > 0, either_one, tf.ones_like(of_x))
+    most = tf.maximum(of_x, of_f)
+    most = either(most > 0, most, tf.ones_like(of_x))
     least = tf.minimum(of_x, of_f)
-    return FIRST * tf.where(least > 0, least, either_one)
+    return FIRST * either(least > 0, least, most)
 
 
-def sized(here: Point, first_fun: tf.Tensor) -> Descent:
+def sized(here: Point, size: Size) -> Descent:
     """Return the Newton step of a diagonal Hessian that is guessed from x and f.
 
     The Hessian is F / x^2 on its diagonal: f curves by F, the fall so far or |f| if
     that is more, over a step of the size of x. With u = x g / F, the step is -x u,
     element by element, and f falls by F |u|^2 / 2. The units of the variables cancel.
     """
-    fall = tf.maximum(first_fun - here.fun, tf.abs(here.fun))
-    part = tf.math.divide_no_nan(here.x * here.grad, fall)
-    return Descent(-here.x * part, -fall * tf.reduce_sum(part * part))
+    part = tf.math.divide_no_nan(here.x * here.grad, size.fall)
+    return Descent(-here.x * part, -size.fall * tf.reduce_sum(part * part))
 
 
 def steepest(grad: tf.Tensor, length: tf.Tensor, scale: tf.Tensor) -> Descent:
     """Return a step down the gradient, scaled by the last pair, or no longer than 1."""
-    scale = tf.where(scale > 0, scale, 1 / tf.maximum(length, 1))
-    return Descent(-scale * grad, -(scale * length) * length)
+    scale = either(scale > 0, -scale, -1 / tf.maximum(length, 1))
+    return Descent(scale * grad, (scale * length) * length)
 
 
 def start_of(start: Point) -> tuple[Progress, Descent]:
     """Return the progress at the start, and the first step."""
     norm, length = start.grad_max, length_of(start.grad)
     unknown = tf.zeros_like(length) + length.dtype.max
-    expected = tf.where(length > 0, unknown, tf.zeros_like(length))
+    expected = either(length > 0, unknown, tf.zeros_like(length))
     none = tf.constant(0)
     progress = Progress(norm, length, norm, norm, none, expected, start.fun)
     step = first_length(start, length)
@@ -104,24 +127,13 @@ def start_of(start: Point) -> tuple[Progress, Descent]:
     return progress, Descent(direction, -step * length)
 
 
-def is_kink(here: Point, progress: Progress, expected: tf.Tensor) -> tf.Tensor:
-    """Return whether the point is taken for a kink: see `KINK`."""
-    kink = min(KINK, float(expected.dtype.max))  # float16 holds no million
-    has_fallen = (progress.first_fun - here.fun) / kink > expected
-    return has_fallen & tf.logical_not(has_flattened(progress))
-
-
-def has_flattened(progress: Progress) -> tf.Tensor:
-    """Return whether the gradient has fallen, as it does not at a kink."""
-    return progress.grad_max <= FALLEN * progress.most_grad
-
-
 def told(
-    expected: tf.Tensor,
+    progress: Progress,
     before: tf.Tensor,
-    fun: tf.Tensor,
-    sized: Descent,
-    first_fun: tf.Tensor,
+    size: Size,
+    gain: tf.Tensor,
+    noise: tf.Tensor,
+    failed: tf.Tensor,
 ) -> tf.Tensor:
     """Return the expected fall to report: in doubt, more than the model's own.
 
@@ -130,15 +142,33 @@ def told(
     nothing of it; `sized` does. But `sized` takes its curvature from the fall so far,
     most of which may have happened where f is steeper. So the geometric mean of its
     falls with F = the fall so far and with F = |f| is used, if that is larger.
+
+    Args:
+        progress: With the fall that the model expects.
+        before: What it expected one step before.
+        size: Of f.
+        gain: By how much f falls with the step `sized`.
+        noise: The largest change of f that rounding may have made.
+        failed: Whether the search has: nothing is then doubted but rounding.
     """
-    grows = expected / 2 > before
-    careful = tf.where(grows, expected.dtype.max, tf.maximum(expected, before))
-    size = tf.abs(fun)
-    fall = tf.maximum(first_fun - fun, size)
-    part = tf.math.divide_no_nan(tf.maximum(size, DIGITS * fall), fall)
-    in_sizes = tf.math.divide_no_nan(-sized.slope / 2, tf.sqrt(part))
-    careful = tf.maximum(careful, in_sizes)
-    return tf.where(expected >= VANISHING * tf.abs(fun), expected, careful)
+    expected, unknown = progress.expected, tf.constant(before.dtype.max, before.dtype)
+    careful = either(expected / 2 > before, unknown, tf.maximum(expected, before))
+    part = tf.maximum(size.value, DIGITS * size.fall)
+    part = tf.math.divide_no_nan(part, size.fall)
+    careful = tf.maximum(careful, tf.math.divide_no_nan(gain, tf.sqrt(part)))
+    careful = either(expected >= VANISHING * size.value, expected, careful)
+
+    has_flattened: Any = progress.grad_max <= FALLEN * progress.most_grad
+    is_hidden = has_flattened & (tf.maximum(expected, gain) <= 4 * noise)
+    last = either(is_hidden, tf.zeros_like(expected), expected)
+    # If the noise in f exceeds its rounding, f may still fall by that noise.
+    is_noisy = noise > LEVEL * EPSILONS[noise.dtype] * size.value
+    last = either(is_noisy, tf.maximum(last, noise), last)
+    # A kink: see `KINK`, of which float16 holds no million.
+    has_fallen = size.fallen / min(KINK, float(expected.dtype.max)) > expected
+    is_kink = has_fallen & ~has_flattened
+    reported: tf.Tensor = either(is_kink, unknown, either(failed, last, careful))
+    return reported
 
 
 def after_step(
@@ -153,7 +183,7 @@ def after_step(
         length=length,
         least_grad=tf.minimum(norm, before.least_grad),
         most_grad=tf.maximum(norm, before.most_grad),
-        idle=tf.where(is_idle, before.idle + 1, 0),
+        idle=either(is_idle, before.idle + 1, 0),
     )
 
 

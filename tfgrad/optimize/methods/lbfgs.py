@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either
 from tfgrad.optimize.methods import bounded, expectation
-from tfgrad.optimize.methods.expectation import Progress
+from tfgrad.optimize.methods.expectation import LEVEL, Progress, Size
 from tfgrad.optimize.methods.protocol import Move, Point
 
 MEMORY, MEMORY_OF_FEW, FEW = 10, 40, 64
@@ -48,9 +49,8 @@ SAFEGUARD = 0.1
 MOST_TRIALS = 30
 """Trials along one direction; a bracket is then some 1e-9 of what it was."""
 
-LEVEL, DULL = 100, 6
-"""Rounding errors of f that hide a fall, for sums of hundreds of terms; and how many
-trials one counts for whose value tells nothing."""
+DULL = 6
+"""How many trials one counts for whose value tells nothing."""
 
 
 class Trial(NamedTuple):
@@ -99,6 +99,8 @@ class Pair(NamedTuple):
         yy: Of y and y.
         sg: Of s and the gradient at the end of the step.
         yg: Inner product of y and that gradient.
+        is_curved: Whether the curvature is positive, and neither it nor the new
+            gradient is lost in rounding.
         slope: Inner product of the direction and that gradient.
         length: The Euclidean norm of that gradient.
     """
@@ -110,6 +112,7 @@ class Pair(NamedTuple):
     yy: tf.Tensor
     sg: tf.Tensor
     yg: tf.Tensor
+    is_curved: tf.Tensor
     slope: tf.Tensor
     length: tf.Tensor
 
@@ -123,7 +126,7 @@ class Memory(NamedTuple):
         pairs: Their s and y, shape `[m + 1, 2, n]`.
         products: Inner products of each s and y with the gradient, shape `[m + 1, 2]`.
         gram: Inner products of the y with each other, shape `[m + 1, m + 1]`.
-        curvature: Inner products of each s with its y, shape `[m + 1]`.
+        curvature: Inner products of each s with its y, shape `[m + 1, 1]`.
         inverse: The inverse of the triangular matrix of the inner products of each s
             with its own and later y, shape `[m + 1, m + 1]`; zero where no pair is.
         scale: The multiple of the identity that the pairs correct, shape `[]`.
@@ -209,10 +212,10 @@ class LBFGS:
         dtype, zero = start.x.dtype, tf.zeros_like(start.fun)
         square = tf.zeros([m, m], dtype)
         # Zeros that depend on an input: constant ones would be stored in the graph.
-        none = tf.where(tf.math.is_finite(start.fun), zero, zero)
+        none = either(tf.math.is_finite(start.fun), zero, zero)
         empty = Memory(
             tf.broadcast_to(none, [m, 2, n]), tf.zeros([m, 2], dtype), square,
-            tf.zeros([m], dtype), square, zero, tf.constant(0),
+            tf.zeros([m, 1], dtype), square, zero, tf.constant(0),
         )  # fmt: skip
         progress, first = expectation.start_of(start)
         search = _search(start.fun, first.slope)
@@ -229,61 +232,54 @@ class LBFGS:
         trial = Trial(search.t, new.fun, pair.slope)
         # A gradient that is not finite makes a slope that is not.
         is_finite = tf.math.is_finite(new.fun) & tf.math.is_finite(pair.slope)
-        is_taken = is_finite & (search.is_last | _is_wolfe(trial, search.start))
-        narrowed, is_over = _narrow(trial, search, is_finite)
+        narrowed, is_wolfe, is_over = _narrow(trial, search, is_finite)
+        is_taken = is_finite & (search.is_last | is_wolfe)
         here: Point = either(is_taken, new, old)
         progress = expectation.after_step(new, old, before, pair.length, search.is_last)
         progress = either(is_taken, progress, before)
 
         memory, newton = _remember(state.memory, pair, new.grad, is_taken)
-        newton_slope = _dot(newton, new.grad)
+        newton_slope, knows = _dot(newton, new.grad), memory.kept > 0
         # In exact arithmetic the direction leads down; if rounding has spoilt that, the
         # pairs are dropped.
-        leads = is_taken & (memory.kept > 0) & (newton_slope < 0)
-        sized = expectation.sized(here, before.first_fun)
+        leads = is_taken & knows & (newton_slope < 0)
+        size = Size.of(here.fun, before.first_fun)
+        sized = expectation.sized(here, size)
         # If no trial is accepted, search once down the gradient before failing: along
         # `sized` if that promises more than rounding. If the last direction promises no
         # more than rounding, two trials along it are enough.
-        noise = 4 * EPSILONS[new.fun.dtype] * tf.abs(here.fun)
-        is_promising = -sized.slope > noise
-        is_hidden: Any = (before.expected <= noise) & (memory.kept > 0)
+        noise = 4 * EPSILONS[new.fun.dtype] * size.value
+        is_promising: Any = sized.slope < -noise
+        is_hidden: Any = (before.expected <= noise) & knows
         is_over |= is_hidden & (search.trials >= 2)
-        idle = tf.where(is_taken, progress.idle, 0)
-        fails = tf.where(is_taken, idle >= expectation.MOST_IDLE, is_over)
-        retries = fails & (memory.kept > 0) & (is_promising | ~is_hidden)
+        idle = either(is_taken, progress.idle, 0)
+        fails = either(is_taken, idle >= expectation.MOST_IDLE, is_over)
+        retries = fails & knows & (is_promising | ~is_hidden)
         retries &= idle <= expectation.MOST_IDLE
         failed = fails & ~retries
         is_afresh = retries | (is_taken & ~leads)
         memory = _write(memory, state.memory.kept, pair, leads)
-        memory = memory._replace(kept=tf.where(is_afresh, 0, memory.kept))
+        memory = memory._replace(kept=either(is_afresh, 0 * memory.kept, memory.kept))
 
         # Along a Newton direction f falls by half of what its slope promises.
         # After a fresh start, the fall expected before is kept.
-        expected = tf.where(leads, -newton_slope / 2, before.expected)
-        expected = tf.where(progress.length > 0, expected, tf.zeros_like(expected))
+        expected = either(leads, newton_slope / -2, before.expected)
+        expected = either(progress.length > 0, expected, tf.zeros_like(expected))
+        progress = progress._replace(expected=expected)
+        gain = sized.slope / -2
         told = expectation.told(
-            expected, before.expected, here.fun, sized, before.first_fun
+            progress, before.expected, size, gain, narrowed.noise, failed
         )
-        hidden = tf.maximum(expected, -sized.slope / 2) <= 4 * narrowed.noise
-        hidden &= expectation.has_flattened(progress)
-        last = tf.where(hidden, tf.zeros_like(expected), expected)
-        # If the noise in f exceeds its rounding, f may still fall by that noise.
-        is_noisy = narrowed.noise > LEVEL * EPSILONS[new.fun.dtype] * tf.abs(here.fun)
-        last = tf.where(is_noisy, tf.maximum(last, narrowed.noise), last)
-        told = tf.where(failed, last, told)
-        is_kink = expectation.is_kink(here, progress, expected)
-        told = tf.where(is_kink, told.dtype.max, told)
 
-        steepest, steepest_slope = either(
+        steepest = either(
             retries & is_promising,
             sized,
             expectation.steepest(here.grad, progress.length, memory.scale),
         )
-        direction = tf.where(is_taken, newton, state.direction)
-        direction = tf.where(is_afresh, steepest, direction)
-        slope = tf.where(is_afresh, steepest_slope, newton_slope)
+        direction = either(is_taken, newton, state.direction)
+        along = expectation.Descent(direction, newton_slope)
+        direction, slope = either(is_afresh, steepest, along)
         search = either(is_taken | retries, _search(here.fun, slope), narrowed)
-        progress = progress._replace(expected=expected)
         return Move(
             here.x + search.t * direction,
             State(direction, search, memory, progress),
@@ -301,79 +297,73 @@ def _search(fun: tf.Tensor, slope: tf.Tensor) -> Search:
     return Search(start, start, none, no, one, tf.constant(0), no, zero)
 
 
-def _is_wolfe(trial: Trial, start: Trial) -> tf.Tensor:
-    """Return whether the trial satisfies the strong Wolfe conditions, or would.
-
-    Within rounding of the start, values cannot tell a decrease; slopes can (Hager and
-    Zhang, equation 27).
-    """
-    decreases = trial.fun <= start.fun + SUFFICIENT_DECREASE * trial.t * start.slope
-    flattens = tf.abs(trial.slope) <= CURVATURE * tf.abs(start.slope)
-    noise = LEVEL * EPSILONS[trial.fun.dtype] * tf.abs(start.fun)
-    is_level = trial.fun <= start.fun + noise
-    approximately = trial.slope <= (2 * SUFFICIENT_DECREASE - 1) * start.slope
-    return flattens & (decreases | (is_level & approximately))
-
-
-def _narrow(trial: Trial, search: Search, is_finite: Any) -> tuple[Search, tf.Tensor]:
+def _narrow(
+    trial: Trial, search: Search, is_finite: Any
+) -> tuple[Search, tf.Tensor, tf.Tensor]:
     """Return the search with the next trial (algorithms 3.5 and 3.6).
 
-    And whether it is over, without a trial that is worth taking.
+    And whether the trial satisfies the strong Wolfe conditions, or would; and whether
+    the search is over, without a trial that is worth taking.
     """
     start, low, high = search.start, search.low, search.high
-    ahead = _beyond(low, trial)
+    change, slope = tf.abs(trial.fun - start.fun), tf.abs(start.slope)
+    rounding = LEVEL * EPSILONS[change.dtype] * tf.abs(start.fun)
     limit = start.fun + SUFFICIENT_DECREASE * trial.t * start.slope
-    is_worse = ~is_finite | (trial.fun > limit) | (trial.fun >= low.fun) & (low.t > 0)
-    change, is_dull = tf.abs(trial.fun - start.fun), _is_dull(trial, start)
-    noise = tf.where(is_dull, tf.maximum(change, search.noise), search.noise)
-    trial = trial._replace(fun=tf.where(is_finite, trial.fun, trial.fun.dtype.max))
+    decreases: Any = trial.fun <= limit
+    # Within rounding of the start, values cannot tell a decrease; slopes can (Hager and
+    # Zhang, equation 27).
+    flattens = tf.abs(trial.slope) <= CURVATURE * slope
+    is_level = trial.fun <= start.fun + rounding
+    approximately = trial.slope <= (2 * SUFFICIENT_DECREASE - 1) * start.slope
+    is_wolfe = flattens & (decreases | (is_level & approximately))
+    # The value is that of the start, but for rounding. Or the rounding is larger than
+    # that: where the slopes at both ends are the same, f changes as they say.
+    is_straight = tf.abs(trial.slope - start.slope) <= slope / 2
+    is_dull = (change <= rounding) | (is_straight & (change > 4 * trial.t * slope))
+    noise = either(is_dull, tf.maximum(change, search.noise), search.noise)
+
+    ahead = _beyond(low, trial)
+    is_worse = ~(is_finite & decreases) | (trial.fun >= low.fun) & (low.t > 0)
+    unknown = tf.constant(change.dtype.max, change.dtype)
+    trial = trial._replace(fun=either(is_finite, trial.fun, unknown))
     turns_back = trial.slope * (high.t - low.t) >= 0
-    rises = tf.where(search.is_bracketed, turns_back, trial.slope >= 0)
+    rises = either(search.is_bracketed, turns_back, trial.slope >= 0)
     # Either end of the bracket may be the one that the trial replaces.
     high = either(is_worse, trial, either(rises, low, high))
     low = either(is_worse, low, trial)
     is_bracketed = search.is_bracketed | is_worse | rises
-    t = tf.where(is_bracketed, _between(low, high), ahead)
-    trials = search.trials + tf.where(is_dull, DULL, 1)
-    width = tf.abs(high.t - low.t)
-    closed = is_bracketed & (width <= 2 * EPSILONS[t.dtype] * tf.abs(low.t))
+    width = high.t - low.t
+    t = either(is_bracketed, _between(low, high, width), ahead)
+    trials = search.trials + either(is_dull, DULL, 1)
+    closed = is_bracketed & (tf.abs(width) <= 2 * EPSILONS[t.dtype] * low.t)
     is_over = (trials >= MOST_TRIALS) | closed
-    is_last = is_over & (low.t > 0)
-    t = tf.where(is_last, low.t, t)
+    has_low = low.t > 0
+    is_last = is_over & has_low
+    t = either(is_last, low.t, t)
     narrowed = Search(start, low, high, is_bracketed, t, trials, is_last, noise)
-    return narrowed, is_over & ~is_last
-
-
-def _is_dull(trial: Trial, start: Trial) -> tf.Tensor:
-    """Return whether the value of a trial is that of the start, but for rounding.
-
-    Or the rounding is larger than that: where the slopes at both ends are the same, f
-    changes as they say.
-    """
-    change, slope = tf.abs(trial.fun - start.fun), tf.abs(start.slope)
-    is_level = change <= LEVEL * EPSILONS[change.dtype] * tf.abs(start.fun)
-    is_straight = tf.abs(trial.slope - start.slope) <= slope / 2
-    return is_level | (is_straight & (change > 4 * trial.t * slope))
+    return narrowed, is_wolfe, is_over & ~has_low
 
 
 def _beyond(low: Trial, trial: Trial) -> tf.Tensor:
     """Return where the slope vanishes beyond both, if it changes as between them."""
     step = trial.t - low.t
+    farthest = EXPANSION * step
     root = tf.math.divide_no_nan(step * trial.slope, low.slope - trial.slope)
     # The slope does not rise from one to the other, or is not finite.
-    root = tf.where(root > 0, root, EXPANSION * step)
-    return trial.t + tf.clip_by_value(root, step, EXPANSION * step)
+    root = either(root > 0, root, farthest)
+    return trial.t + tf.clip_by_value(root, step, farthest)
 
 
-def _between(low: Trial, high: Trial) -> tf.Tensor:
+def _between(low: Trial, high: Trial, width: tf.Tensor) -> tf.Tensor:
     """Return the minimiser of the cubic through both ends (3.59), between them.
 
     If the higher end lies well above the lower one, the parabola through its value is
     nearer the truth farther out: then half-way between the two minimisers.
     """
-    width, divide = high.t - low.t, tf.math.divide_no_nan
+    divide, zero = tf.math.divide_no_nan, tf.zeros_like(width)
     is_known = high.fun < high.fun.dtype.max
-    secant = divide(tf.where(is_known, high.fun - low.fun, low.fun * 0), width)
+    rise = either(is_known, high.fun - low.fun, zero)
+    secant = divide(rise, width)
     d1 = low.slope + high.slope - 3 * secant
     square = d1 * d1 - low.slope * high.slope
     d2 = tf.sign(width) * tf.sqrt(tf.maximum(square, 0))
@@ -382,27 +372,33 @@ def _between(low: Trial, high: Trial) -> tf.Tensor:
     cubic = 1 - divide(high.slope + d2 - d1, below)
     parabola = divide(low.slope, low.slope - secant) / 2
     is_nearer = tf.abs(cubic) < tf.abs(parabola)
-    mixed = tf.where(is_nearer, cubic, (cubic + parabola) / 2)
-    part = tf.where(secant * width > 0, mixed, cubic)
+    mixed = either(is_nearer, cubic, (cubic + parabola) / 2)
+    part = either(rise > 0, mixed, cubic)
     part = tf.clip_by_value(part, SAFEGUARD, 1 - SAFEGUARD)
     is_known &= tf.math.is_finite(part)
-    return low.t + width * tf.where(is_known, part, tf.constant(0.25, part.dtype))
+    return low.t + width * either(is_known, part, zero + 0.25)
 
 
 def _pair(new: Point, old: Point, state: State) -> Pair:
     """Return what the step from `old` to `new` says."""
-    t, norm = state.search.t, state.progress.grad_max
-    unit = 1 / tf.where(norm > 4 / norm.dtype.max, norm, tf.ones_like(norm))
+    t, norm, dtype = state.search.t, state.progress.grad_max, new.grad.dtype
+    unit = 1 / either(norm > 4 / dtype.max, norm, tf.ones_like(norm))
     g, y = unit * new.grad, unit * (new.grad - old.grad)
     # One sum of many is faster than many.
     terms = tf.stack([y * y, y * g, g * g, state.direction * g])
     yy, yg, gg, slope = tf.unstack(tf.reduce_sum(terms, 1))
     slope /= unit
     t *= unit
-    sy = t * (unit * (slope - state.search.start.slope))
-    length = tf.sqrt(gg) / unit
+    bend, root = slope - state.search.start.slope, tf.sqrt(gg)
+    sy = t * (unit * bend)
+    # It is lost in the rounding of the slopes whose difference it is, whatever the
+    # units of f and x; 1 / sy may overflow; rounding leaves nothing of the new gradient
+    # in y.
+    epsilon = EPSILONS[dtype]
+    is_curved = (bend > epsilon * tf.abs(slope)) & (sy > 4 / dtype.max)
+    is_curved &= root > epsilon
     s = t * state.direction
-    return Pair(s, y, unit, sy, yy, t * slope, yg / unit, slope, length)
+    return Pair(s, y, unit, sy, yy, t * slope, yg / unit, is_curved, slope, root / unit)
 
 
 def _remember(
@@ -414,52 +410,53 @@ def _remember(
     triangular matrix, D the diagonal of the curvatures and c the scale, equation 3.1 is
 
         H g = c g + S a - c Y b,  b = R^-1 S'g,  a = R^-T (D b + c (Y'Y b - Y'g)).
+
+    Vectors of m + 1 numbers are columns. Where no pair is, rows and columns of the
+    inverse are zero, and the other numbers do not count.
     """
     m: Any = memory.pairs.shape[0]
-    slot = memory.kept % m
-    is_new, is_oldest = (tf.range(m) == k % m for k in (slot, slot + 1))
+    slot, places = memory.kept % m, np.arange(m, dtype=np.int32)
+    is_row, is_rest = tf.equal(places, slot), tf.not_equal((places - 1) % m, slot)
+    is_new = tf.equal(places[:, None], slot)
     none, ratio = tf.zeros([], gradient.dtype), tf.math.divide_no_nan(pair.sy, pair.yy)
-    # The pair is dropped if its curvature is not positive, or is lost in the rounding
-    # of the slopes whose difference sy is, whatever the units of f and x; if 1 / sy may
-    # overflow; or if rounding leaves nothing of the new gradient in y.
-    epsilon, slope = EPSILONS[gradient.dtype], tf.abs(pair.unit * pair.sg)
-    is_kept = (pair.sy > epsilon * slope) & (pair.sy > 4 / gradient.dtype.max)
-    is_kept &= is_taken & (pair.unit * pair.length > epsilon) & (ratio > 0)
+    is_kept: Any = pair.is_curved & is_taken & (ratio > 0)
+    is_written = is_new & is_kept
 
     rows = tf.reshape(memory.pairs, [2 * m, -1])
-    products = tf.reshape(tf.linalg.matvec(rows, gradient), [m, 2])
+    products = tf.matmul(rows, tf.expand_dims(gradient, 1))
+    products = tf.reshape(products, [m, 2])
     # Products with y are the changes of the products with the gradient.
-    with_y = pair.unit * (products - memory.products)
-    # The oldest pair makes room, or all do if there was a fresh start.
-    is_known = (memory.kept > 0) & ~(is_oldest | is_new)
-    inverse = tf.where(is_known & is_known[:, None], memory.inverse, none)
-    column = tf.where(is_new, none - 1, tf.linalg.matvec(inverse, with_y[:, 0]))
-    column = tf.math.divide_no_nan(column, -pair.sy)
-    inverse = tf.where(is_new, column[:, None], inverse)
-    with_y = tf.where(is_new, pair.yy, with_y[:, 1])
-    gram = tf.where(is_new[:, None], with_y, memory.gram)
-    gram = tf.where(is_new, with_y[:, None], gram)
+    with_pair = pair.unit * (products - memory.products)
+    with_s, with_y = tf.split(with_pair, 2, axis=1)
+    # The oldest pair makes room, or all do if there was a fresh start. Its column has
+    # nothing outside of its row.
+    is_known = (memory.kept > 0) & (is_rest | ~is_kept)
+    inverse = either(is_known, memory.inverse, tf.zeros_like(memory.inverse))
+    column = tf.where(is_new, none - 1, tf.matmul(inverse, with_s))
+    column = tf.math.divide_no_nan(column, -either(is_kept, pair.sy, none))
+    inverse = tf.where(is_row, column, inverse)
+    with_y = tf.where(is_new, pair.yy, with_y)
+    gram = tf.where(is_written, tf.reshape(with_y, [1, m]), memory.gram)
+    gram = tf.where(is_row & is_kept, with_y, gram)
+    own = either(is_kept, tf.stack([pair.sg, pair.yg]), tf.zeros([2], none.dtype))
+    products = tf.where(is_new, own, products)
+    curvature = tf.where(is_written, pair.sy, memory.curvature)
+    scale = either(is_kept, ratio, memory.scale)
 
-    own = tf.where(is_kept, tf.stack([pair.sg, pair.yg]), none)
-    products = tf.where(is_new[:, None], own, products)
-    inverse = tf.where(is_kept, inverse, memory.inverse)
-    gram = tf.where(is_kept, gram, memory.gram)
-    curvature = tf.where(is_new & is_kept, pair.sy, memory.curvature)
-    scale = tf.where(is_kept, ratio, memory.scale)
-
-    on_y = tf.linalg.matvec(inverse, products[:, 0])
-    rest = tf.linalg.matvec(gram, on_y) - products[:, 1]
-    on_s = tf.linalg.matvec(inverse, curvature * on_y + scale * rest, transpose_a=True)
-    weights = tf.stack([on_s, -scale * on_y], 1)
+    on_s, on_y = tf.split(products, 2, axis=1)
+    on_y, rest = tf.matmul(inverse, on_s), on_y
+    rest = scale * (tf.matmul(gram, on_y) - rest) + curvature * on_y
+    on_s, on_y = tf.matmul(inverse, rest, transpose_a=True), -scale * on_y
+    weights = tf.concat([on_s, on_y], 1)
     own_s, own_y = tf.unstack(tf.gather(weights, slot))
-    weights = tf.reshape(tf.where(is_new[:, None], none, weights), [-1])
+    weights = tf.reshape(tf.where(is_new, none, weights), [1, 2 * m])
     direction = -(
         scale * gradient
         + own_s * pair.s
         + own_y * pair.y
-        + tf.linalg.matvec(rows, weights, transpose_a=True)
+        + tf.squeeze(tf.matmul(weights, rows), 0)
     )
-    products = tf.where(is_taken, products, memory.products)
+    products = either(is_taken, products, memory.products)
     kept = memory.kept + tf.cast(is_kept, tf.int32)
     return (
         Memory(memory.pairs, products, gram, curvature, inverse, scale, kept),
@@ -473,9 +470,9 @@ def _write(memory: Memory, kept: tf.Tensor, pair: Pair, leads: tf.Tensor) -> Mem
     The pairs are read only to compute `leads`, so XLA can update the buffer in place.
     """
     m: Any = memory.pairs.shape[0]
-    slot = kept % m
     row = tf.where(leads, tf.stack([pair.s, pair.y]), tf.zeros([], pair.s.dtype))
-    pairs = tf.tensor_scatter_nd_update(memory.pairs, [[slot]], row[None])
+    slot = tf.reshape(kept % m, [1, 1])
+    pairs = tf.tensor_scatter_nd_update(memory.pairs, slot, tf.expand_dims(row, 0))
     return memory._replace(pairs=pairs)
 
 

@@ -202,7 +202,7 @@ class Damped:
         """
         is_over = stands | (state.idle >= MOST_IDLE) | (state.trials >= MOST_TRIALS)
         is_over |= ~is_known
-        verdict = tf.where(is_over, STUCK, RUNS)
+        verdict = either(is_over, STUCK, RUNS)
         if self._is_open:
             return verdict
         box, dtype = Bounds.of(self._bounds, here.x), here.x.dtype
@@ -211,7 +211,7 @@ class Damped:
         # Where rounding does not forbid it, the run goes on to a tenth of what is
         # enough: near a solution that is one more step.
         factors = tf.constant(self.last, dtype), tf.constant(0.1, dtype)
-        enough = tolerance(dtype) * tf.where(is_over, *factors)
+        enough = tolerance(dtype) * either(is_over, *factors)
         is_short = tf.reduce_all(tf.abs(newton) <= enough * tf.abs(here.x))
         rules = {
             STANDS: has_slope & is_short & ((part <= LITTLE) | is_over),
@@ -219,7 +219,7 @@ class Damped:
             ORTHOGONAL: has_slope & (part <= enough),
         }
         for position, holds in rules.items():
-            verdict = tf.where(holds & is_known, position, verdict)
+            verdict = either(holds & is_known, position, verdict)
         return verdict
 
 
@@ -260,7 +260,7 @@ class LevenbergMarquardt(Damped):
         state = State(
             linear=linear,
             step=Step(zero, zero, zero, zero),
-            radius=tf.where(radius > 0, radius, tf.sqrt(2 * start.fun)),
+            radius=either(radius > 0, radius, tf.sqrt(2 * start.fun)),
             trials=none,
             idle=none,
             steps=none,
@@ -275,10 +275,10 @@ class LevenbergMarquardt(Damped):
         is_level, is_flatter = compare(new, old, promised, scale, state.linear.reach)
         ratio = (old.fun - new.fun) / promised
         if self._bounds is not None:  # which may cut a step until it leads upwards
-            ratio = tf.where(promised > 0, ratio, -tf.ones_like(ratio))
+            ratio = either(promised > 0, ratio, -tf.ones_like(ratio))
         # Where rounding hides the change of f, the gradient decides; the radius stays.
-        ratio = tf.where(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
-        ratio = tf.where(new.is_finite, ratio, -tf.ones_like(ratio))
+        ratio = either(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
+        ratio = either(new.is_finite, ratio, -tf.ones_like(ratio))
         is_taken = ratio > ACCEPTABLE
         radius, damping = _trust(ratio, new, old, state)
         linear: Linear = tf.cond(
@@ -290,8 +290,8 @@ class LevenbergMarquardt(Damped):
             linear=linear,
             step=state.step._replace(damping=damping),
             radius=radius,
-            trials=tf.where(is_taken, 0, state.trials + 1),
-            idle=tf.where(is_taken | ~is_level, 0, state.idle + 1),
+            trials=either(is_taken, 0, state.trials + 1),
+            idle=either(is_taken | ~is_level, 0, state.idle + 1),
             steps=state.steps + tf.cast(is_taken, tf.int32),
         )
         here = either(is_taken, new._replace(linear=()), old._replace(linear=()))
@@ -322,14 +322,14 @@ class LevenbergMarquardt(Damped):
             stands=tf.reduce_all(x == here.x),
         )
         is_over = verdict != RUNS
-        x = tf.where(is_over, here.x, x)  # one trial is made, even of a start
+        x = either(is_over, here.x, x)  # one trial is made, even of a start
         state = state._replace(verdict=verdict)
         # If the data do not determine all parameters, the model's fall says nothing.
         known, free = tf.reduce_sum(tf.cast(linear.s > 0, tf.int32)), tf.size(linear.s)
         if box is not None:
             free = tf.reduce_sum(tf.cast(box.free(here), tf.int32))
         is_determined = (known > 0) & (known >= free)  # not gone flat
-        expected = tf.where(is_determined, step.promised, step.promised.dtype.max)
+        expected = either(is_determined, step.promised, step.promised.dtype.max)
         return Move(x, state, failed=is_over, expected=expected)
 
 
@@ -347,7 +347,7 @@ def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
     n: Any = point.x.shape[0]
     both, is_triangle = point.linear, n <= MOST_FOR_QR
     is_known = tf.reduce_all(tf.math.is_finite(both))
-    both = tf.where(is_known, both, tf.zeros_like(both))
+    both = either(is_known, both, tf.zeros_like(both))
     matrix, side = both[:, :n], both[:, n]
     if is_free is not None:
         free = tf.cast(is_free, matrix.dtype)
@@ -358,18 +358,18 @@ def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
     if not is_triangle:
         norms = tf.sqrt(tf.linalg.diag_part(matrix))
     scale = tf.maximum(scale, norms)
-    scale = tf.where(scale > 0, scale, tf.ones_like(scale))
+    scale = either(scale > 0, scale, tf.ones_like(scale))
     if is_triangle:
         s, u, v = tf.linalg.svd(matrix / scale)
         c = tf.linalg.matvec(u, side, transpose_a=True)
     else:  # the eigenvalues know half of the digits
         squares, v = tf.linalg.eigh(matrix / (scale[:, None] * scale))
         is_rounding = squares <= n * EPSILONS[squares.dtype] * tf.reduce_max(squares)
-        s = tf.sqrt(tf.where(is_rounding, tf.zeros_like(squares), squares))
+        s = tf.sqrt(either(is_rounding, tf.zeros_like(squares), squares))
         along = tf.linalg.matvec(v, side / scale, transpose_a=True)
         c = tf.math.divide_no_nan(along, s)
     is_rounding = s <= n * EPSILONS[s.dtype] * tf.reduce_max(s)
-    s, c = (tf.where(is_rounding, tf.zeros_like(part), part) for part in (s, c))
+    s, c = (either(is_rounding, tf.zeros_like(part), part) for part in (s, c))
     return Linear(s, v, c, scale, tf.norm(norms * point.x), is_known)
 
 
@@ -397,20 +397,20 @@ def _minimiser(
     def body(i: Any, damping: Any, low: Any, high: Any, z: Any) -> Any:
         length = tf.norm(z)
         is_long = length > radius
-        low = tf.where(is_long, tf.maximum(low, damping), low)
-        high = tf.where(is_long, high, tf.minimum(high, damping))
+        low = either(is_long, tf.maximum(low, damping), low)
+        high = either(is_long, high, tf.minimum(high, damping))
         slope = -tf.reduce_sum(z**2 / (s**2 + damping)) / length
         damping -= (length / radius) * (length - radius) / slope
         is_within = (low < damping) & (damping < high)
         middle = tf.maximum(1e-3 * high, tf.sqrt(low * high))
-        damping = tf.where(is_within, damping, middle)
+        damping = either(is_within, damping, middle)
         return i + 1, damping, low, high, -sc / (s**2 + damping)
 
     zero, high = tf.zeros_like(radius), tf.norm(sc) / radius
-    guess = tf.where((guess > 0) & (guess < high), guess, 1e-3 * high)
+    guess = either((guess > 0) & (guess < high), guess, 1e-3 * high)
     start = (0, guess, zero, high, -sc / (s**2 + guess))
     _, damping, *_, z = tf.while_loop(is_off, body, start, parallel_iterations=1)
-    z, damping = tf.where(fits, full, z), tf.where(fits, zero, damping)
+    z, damping = either(fits, full, z), either(fits, zero, damping)
     length, bend = tf.norm(z), tf.reduce_sum((s * z) ** 2)
     damped = damping * length**2
     return z, Step(length, -(bend + damped), bend / 2 + damped, damping)
@@ -421,21 +421,21 @@ def _trust(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the new radius, and a guess of the damping for it (Moré, section 4)."""
     step, first = state.step, (state.steps == 0) & (state.trials == 0)
-    radius = tf.where(first, tf.minimum(state.radius, step.length), state.radius)
+    radius = either(first, tf.minimum(state.radius, step.length), state.radius)
     # The minimiser of the parabola through f and its slope here, and f at the trial.
     parabola = step.slope / (2 * (step.slope + old.fun - new.fun))
     hopeless = ~new.is_finite | (new.fun >= 100 * old.fun)
     least, most = (tf.constant(bound, radius.dtype) for bound in (0.1, 0.5))
-    part = tf.where(new.fun <= old.fun, most, parabola)
-    part = tf.clip_by_value(tf.where(hopeless, least, part), least, most)
+    part = either(new.fun <= old.fun, most, parabola)
+    part = tf.clip_by_value(either(hopeless, least, part), least, most)
     shrunk = part * tf.minimum(radius, 10 * step.length)
     grows = (ratio >= GOOD) | (step.damping == 0)
-    grown = tf.where(grows, 2 * step.length, radius)
-    eased = tf.where(grows, step.damping / 2, step.damping)
+    grown = either(grows, 2 * step.length, radius)
+    eased = either(grows, step.damping / 2, step.damping)
     is_bad = ratio <= BAD
     return (
-        tf.where(is_bad, shrunk, grown),
-        tf.where(is_bad, step.damping / part, eased),
+        either(is_bad, shrunk, grown),
+        either(is_bad, step.damping / part, eased),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tfgrad.nested import either
 from tfgrad.optimize import stopping
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
@@ -153,7 +154,7 @@ class Ruled(NamedTuple):
         is_asked = (
             new.accepted & (new.code != code_of("nonfinite")) & (judged != RUNNING)
         )
-        new = new._replace(code=tf.where(is_asked, judged, new.code))
+        new = new._replace(code=either(is_asked, judged, new.code))
         return self.stepper.move(new, evaluation, *inputs)
 
     def code(self, old: State, new: State) -> tf.Tensor:

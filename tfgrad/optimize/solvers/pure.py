@@ -17,7 +17,7 @@ from tfgrad.optimize.evaluator import SMALL, Evaluation, measured
 from tfgrad.optimize.history import split
 from tfgrad.optimize.methods.bounded import Bounds
 from tfgrad.optimize.methods.convergence import at_precision
-from tfgrad.optimize.methods.protocol import Method, Move, Point
+from tfgrad.optimize.methods.protocol import Method, Point
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.saddle import look_around, scale_of
 from tfgrad.optimize.solvers import NO_XLA, Form, Forms, Solver, State, Stepper
@@ -141,10 +141,10 @@ class PureStepper(Stepper):
             _carried(self._projected(x, evaluation)),
             Memory(move.x, tf.nest.map_structure(tf.convert_to_tensor, move.state)),
             tf.constant(True),
-            tf.where(is_bad, code_of("nonfinite"), RUNNING),
+            either(is_bad, code_of("nonfinite"), RUNNING),
             start.step,
             start.evaluations,
-            _expected(move, evaluation),
+            _expected(_told(move.expected, value.dtype), evaluation),
             start.first,
         )
 
@@ -174,22 +174,21 @@ class PureStepper(Stepper):
         accepted = tf.convert_to_tensor(move.accepted)
         taken = accepted & is_finite
         here = either(taken, (trial, _carried(evaluation)), (state.x, state.evaluation))
-        expected = _expected(move, here[1])
         told = _told(move.expected, value.dtype)
         is_hidden = at_precision(here[1].value, told, state.first)
-        failure = tf.where(is_hidden, code_of("converged"), self.failure)
-        code = tf.where(move.failed, failure, RUNNING)
+        code = either(is_hidden, code_of("converged"), self.failure)
+        code = either(move.failed, code, RUNNING)
         is_bad = accepted & ~is_finite
         return State(
             here[0],
             here[1],
             # A point that is not finite is kept, so that the cause can be looked for.
-            Memory(tf.where(is_bad, trial, move.x), move.state),
+            Memory(either(is_bad, trial, move.x), move.state),
             accepted,
-            tf.where(is_bad, code_of("nonfinite"), code),
+            either(is_bad, code_of("nonfinite"), code),
             state.step + tf.cast(taken, tf.int32),
             state.evaluations + 1,
-            tf.where(accepted, expected, state.expected),
+            either(accepted, _expected(told, here[1]), state.expected),
             state.first,
         )
 
@@ -439,8 +438,8 @@ def seen(evaluation: Evaluation) -> Evaluation:
 
     A method sees no more, so what is compiled for it serves any number of residuals.
     """
-    linear = evaluation.linear
-    return evaluation._replace(linear=getattr(linear, "matrix", linear))
+    matrix = getattr(evaluation.linear, "matrix", None)
+    return evaluation if matrix is None else evaluation._replace(linear=matrix)
 
 
 def _point(x: tf.Tensor, evaluation: Evaluation) -> Point:
@@ -449,11 +448,10 @@ def _point(x: tf.Tensor, evaluation: Evaluation) -> Point:
     return Point(x, value, evaluation.gradient, evaluation.linear)
 
 
-def _expected(move: Move, evaluation: Evaluation) -> tf.Tensor:
+def _expected(told: tf.Tensor, evaluation: Evaluation) -> tf.Tensor:
     """Return the expected fall for the rules: 0 where the gradient vanishes."""
-    dtype = evaluation.value.dtype
-    expected = _told(move.expected, dtype)
-    return tf.where(evaluation.grad_max == 0, tf.zeros([], dtype), expected)
+    expected: tf.Tensor = either(evaluation.grad_max == 0, tf.zeros_like(told), told)
+    return expected
 
 
 def _carried(evaluation: Evaluation) -> Evaluation:
