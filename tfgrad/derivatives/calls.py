@@ -120,6 +120,16 @@ class Call:
             args[i] = value
         return replace(self, args=tuple(args))
 
+    def apart(self) -> Call:
+        """Return the same call with arguments that f reads nowhere else.
+
+        A tape must tell apart two arguments that are one tensor, and an argument from a
+        constant. In a trace of its own, every argument is a tensor of its own.
+        """
+        if self.variables is not None:
+            return self
+        return self.at([tf.identity(source) for source in self.sources])
+
     def along(self, direction: Sequence[tf.Tensor]) -> Call:
         """Return the same call with another direction, one tensor for each source."""
         return replace(self, direction=self.pack(direction))
@@ -206,11 +216,12 @@ class Compiled:
         if tf.executing_eagerly():
             return self._traces(*nests)[0]
         # Inside another trace the ops go straight into it: no call, no second trace.
+        nests = self._call(self._f, *nests).apart().nests
         f, before = converted(self._f), len(traced_operations())
         if is_repairing():
             f = repaired(f)
         try:
-            answer, _ = self._run(f, *nests)
+            answer, *_ = self._run(f, *nests)
         except RepairableGradientError:
             # The ops of the failed attempt stay in the graph. That is harmless unless
             # they write to variables; then tfgrad begins a trace of its own anew, and
@@ -218,7 +229,7 @@ class Compiled:
             if any(map(writes, every(traced_operations()[before:]))):
                 raise
             with repairing():
-                answer, _ = self._run(repaired(f), *nests)
+                answer, *_ = self._run(repaired(f), *nests)
         made = traced_operations()[before:]
         if is_compiling() or not needs_marks(made):
             return answer
@@ -252,17 +263,20 @@ class Compiled:
         graph = self.graph(*nests) if tf.executing_eagerly() else None
         return graph is not None and bool(folds_wrongly(graph.get_operations()))
 
-    def _run(self, f: Callable[..., Any], *nests: Any) -> tuple[Any, Ladder]:
+    def _run(self, f: Callable[..., Any], *nests: Any) -> tuple[Any, ...]:
+        """Return the answer, and the outputs of each function of the ladder."""
         answer, ladder = self._body(self._call(f, *nests))
         if not tf.executing_eagerly():
             outputs = list(filter(is_dynamic, tf.nest.flatten(answer)))
             require_right_kernels(outputs, self.name, own=is_compiling())
-        return answer, ladder
+        # The simpler a structure, the less time TensorFlow spends on it.
+        levels = [outputs[0] if len(outputs) == 1 else outputs for outputs in ladder]
+        return answer, *levels
 
     def _call(self, f: Callable[..., Any], *nests: Any) -> Call:
         return Call(f, self.name, self.parameters(len(nests[0])), *nests)
 
-    def _check(self, found: tuple[Any, Ladder], *nests: Any) -> None:
+    def _check(self, found: tuple[Any, ...], *nests: Any) -> None:
         assert self._slopes is not None
         call, concrete = self._call(self._f, *nests), self._traces.concrete(*nests)
         # An eager gradient is verified where it is taken; and a nest may be empty.
@@ -271,8 +285,8 @@ class Compiled:
         if getattr(self._f, _OURS, False):  # f verifies its own answer in this call
             call.output()
         if certified(concrete):
-            lower = None if found[1] else self._traced_lower(*nests)
-            Certificate(call, concrete, *found, self._slopes, lower).require_right()
+            lower = None if found[1:] else self._traced_lower(*nests)
+            Certificate(call, concrete, found, self._slopes, lower).require_right()
 
     def _traced_lower(self, *nests: Any) -> Any:
         """Return the concrete function for the ladder; None if the body returns it."""

@@ -8,7 +8,7 @@ with; two calls are enough if the answer is right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,8 +72,8 @@ class Certificate:
     Args:
         call: The call.
         concrete: The concrete function that answered it.
-        answer: The answer.
-        ladder: See `Ladder`.
+        found: What it returned: the answer, and the outputs of each function of the
+            ladder.
         slopes: See `Slopes`.
         lower: Computes the ladder, where the answer comes without one.
     """
@@ -82,14 +82,13 @@ class Certificate:
         self,
         call: Call,
         concrete: Any,
-        answer: Any,
-        ladder: Ladder,
+        found: Sequence[Any],
         slopes: Slopes,
         lower: Any = None,
     ) -> None:
         self.call = call
-        self.answer = answer
-        self.ladder = ladder
+        self.answer = found[0]
+        self.ladder = _levels(found[1:])
         self._slopes = slopes
         self._operations = list(every(concrete.graph.get_operations()))
         moving = call.sources if call.variables is not None else ()
@@ -97,12 +96,12 @@ class Certificate:
         self._values: Replica | None = None
         if lower is not None:
             self._values = Replica(lower, moving)
-            self.ladder = self._values(_dynamic(call))
+            self.ladder = _levels(self._values(_dynamic(call)))
             if not self._values.is_steady(_dynamic(call)):
                 self.ladder = []  # each evaluation is that of another function
         elif sum(source.shape.num_elements() or 0 for source in call.sources) > LARGE:
             # To compute the answer, too, would cost more than to trace this.
-            self._values = Replica(concrete, moving, lambda found: found[1])
+            self._values = Replica(concrete, moving, lambda found: found[1:])
 
     def along(self, direction: Arrays) -> Any:
         """Return the answer for another direction."""
@@ -114,7 +113,7 @@ class Certificate:
         call = self.call.at([tf.identity(source) for source in self.call.sources])
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(call.sources)
-            outputs = self._run(call)[1][0]
+            outputs = tf.nest.flatten(self._run(call)[1])
         cotangents = _tensors(list(weights), outputs)
         found: list[Any] = tape.gradient(
             outputs,
@@ -162,8 +161,8 @@ class Certificate:
         if self._values is not None:
             ladder = self._values(_dynamic(call), values)
         else:
-            ladder = self._run(call, values)[1]
-        return [_arrays(outputs) for outputs in ladder]
+            ladder = self._run(call, values)[1:]
+        return list(map(_arrays, _levels(ladder)))
 
     def _run(self, call: Call, values: Any = None) -> Any:
         return self._replica(_dynamic(call), values or {})
@@ -197,7 +196,7 @@ def verify(
 
     Args:
         concrete: The function, which reads what is differentiated from variables, or
-            takes it first. Nobody else may call it meanwhile.
+            takes it first.
         tensors: What it was called with.
         answer: What it returned.
         variables: What is differentiated; none if it is the first ones of `tensors`.
@@ -410,6 +409,10 @@ def _moved(call: Call, point: Arrays, evaluate: Callable[[Call], Any]) -> Any:
     finally:
         for variable, value in zip(call.sources, before, strict=True):
             variable.assign(value)
+
+
+def _levels(found: Iterable[Any]) -> Ladder:
+    return list(map(tf.nest.flatten, found))
 
 
 def _dynamic(call: Call) -> list[Any]:

@@ -62,9 +62,8 @@ class Recording:
         has_aux: bool = False,
         persistent: bool = False,
     ) -> None:
-        if call.variables is None:
-            # The tape must tell apart two arguments that are one tensor.
-            call = call.at([tf.identity(source) for source in call.sources])
+        if tf.executing_eagerly():
+            call = call.apart()
         finds = isinstance(call.variables, tuple) and not call.variables
         self._tape = tf.GradientTape(
             persistent=persistent, watch_accessed_variables=finds

@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfgrad.derivatives.formulas import TABLE, Gradient
-from tfgrad.diagnosis.graphs import bodies, inlined
+from tfgrad.diagnosis.graphs import BODIES, bodies, inlined
 from tfgrad.diagnosis.lines import line_of, made_by_gradient
 from tfgrad.errors import WrongDerivativeError
 
@@ -103,11 +103,12 @@ def mark(operations: Iterable[tf.Operation], *, calls: bool = False) -> None:
         calls: Mark the ops in called functions, too; none of those is the user's.
     """
     for op in operations:
-        if (is_repairable(op) or _leads(op)) and not is_marked(op):
-            value = tf.compat.v1.AttrValue(s=f"{_PREFIX}{op.type}".encode())
+        kind = op.type
+        if kind in TABLE and (_leads(op) or is_repairable(op)) and not is_marked(op):
+            value = tf.compat.v1.AttrValue(s=f"{_PREFIX}{kind}".encode())
             # There is no public way to mark an op that is in a branch or a loop.
             op._set_attr(_MARK, value)
-        if calls or op.type not in _CALLS:
+        if kind in BODIES and (calls or kind not in _CALLS):
             for body in bodies(op):
                 mark(body.get_operations(), calls=calls)
 
@@ -119,6 +120,7 @@ def calls_repairable(operations: Iterable[tf.Operation]) -> bool:
         if op.type in _CALLS
         else any(calls_repairable(body.get_operations()) for body in bodies(op))
         for op in operations
+        if op.type in BODIES
     )
 
 

@@ -19,7 +19,7 @@ class Replica:
     """A concrete function on copies of the variables that it writes, and of others.
 
     Args:
-        concrete: The function. Nobody else may call it meanwhile.
+        concrete: The function.
         moving: Variables to give other values, too.
         part: From an answer to the part that is wanted, if all else is not to be
             computed.
@@ -32,9 +32,11 @@ class Replica:
         part: Callable[[Any], Any] | None = None,
     ) -> None:
         self._concrete = concrete
-        self._runs = concrete
+        self._call = self._call_on_copies
         if part is not None:  # the call in it is inlined, and what is left out pruned
-            self._runs = tf.function(lambda *t: part(concrete(*t)), autograph=False)
+            self._call = tf.function(
+                lambda tensors: part(self._call_on_copies(tensors)), autograph=False
+            )
         handles = {id(handle) for handle in concrete.captured_inputs}
         written = any(map(writes, every(concrete.graph.get_operations())))
         self._writes = written
@@ -71,17 +73,11 @@ class Replica:
         pairs = zip(*map(tf.nest.flatten, (first, second)), strict=True)
         return all(bool(tf.reduce_all(tf.equal(a, b))) for a, b in pairs)
 
-    def _call(self, tensors: Sequence[Any]) -> Any:
-        before = self._concrete.captured_inputs
-        self._concrete.set_external_captures(
-            [
-                self._copies[id(handle)].handle
-                if id(handle) in self._copies
-                else handle
-                for handle in before
-            ]
-        )
-        try:
-            return self._runs(*tensors)
-        finally:
-            self._concrete.set_external_captures(before)
+    def _call_on_copies(self, tensors: Sequence[Any]) -> Any:
+        captured = self._concrete.captured_inputs
+        if self._copies:
+            handles = {key: copy.handle for key, copy in self._copies.items()}
+            captured = [handles.get(id(handle), handle) for handle in captured]
+        flat = tf.nest.flatten(list(tensors), expand_composites=True)
+        # There is no public way to choose what is captured, for one call only.
+        return self._concrete._call_flat(flat, captured)

@@ -111,6 +111,8 @@ class OpenTraces:
             key: The signature of what holds them.
             specs: A `TypeSpec` for each.
         """
+        if not self._widest:  # at a first call, which should cost little
+            return None
         wide, traced = self._widest.get(rank_signature(key), (specs, None))
         pairs = zip(wide, specs, strict=True)
         return traced if all(s.is_subtype_of(w) for w, s in pairs) else None

@@ -16,6 +16,7 @@ import tensorflow as tf
 from tfgrad.derivatives.formulas import POOLING, is_in_moments
 from tfgrad.diagnosis.causes import cause_of_cut
 from tfgrad.diagnosis.graphs import (
+    BODIES,
     bodies,
     carries,
     connected,
@@ -168,8 +169,9 @@ def every(operations: Iterable[tf.Operation]) -> Iterator[tf.Operation]:
     """Yield the ops, and those in the functions that they call or loop over."""
     for op in operations:
         yield op
-        for body in bodies(op):
-            yield from every(body.get_operations())
+        if op.type in BODIES:
+            for body in bodies(op):
+                yield from every(body.get_operations())
 
 
 _UNRUNNABLE = {"SymbolicGradient"}

@@ -332,7 +332,9 @@ class Traces:
         """Return `body` compiled, twice; or as it is, None, and the reason."""
 
         def compiled(f: Callable[..., Any], jit: bool = self._jit) -> Any:
-            whole = functools.partial(body, f)
+            def whole(*tensors: Any) -> Any:
+                return body(f, *tensors)
+
             options = {"autograph": False, "jit_compile": jit or None}
             concrete = tf.function(whole, **options).get_concrete_function(*specs)
             if jit and wrong_under_xla(concrete.graph.get_operations()):

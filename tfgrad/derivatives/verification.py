@@ -127,8 +127,8 @@ def random_like(tensors: Iterable[Any], seed: int = 0) -> list[tf.Tensor]:
 
 def random_weights(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
     """Return random weights of both signs, none of which is close to zero."""
-    signs = generator.choice([-1.0, 1.0], size=shape)
-    return np.asarray(signs * generator.uniform(0.5, 1.5, size=shape))
+    weights = generator.uniform(-1.0, 1.0, size=shape)
+    return np.asarray(weights + np.copysign(0.5, weights))
 
 
 class _RefusedError(Exception):

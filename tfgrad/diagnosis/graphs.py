@@ -34,7 +34,7 @@ _STATEFUL: dict[str, bool] = {}
 
 _NEEDS_AUTOGRAPH = tf.errors.OperatorNotAllowedInGraphError
 
-_BODIES = {
+BODIES = {
     "PartitionedCall": ("f",),
     "StatefulPartitionedCall": ("f",),
     "If": ("then_branch", "else_branch"),
@@ -146,12 +146,12 @@ def make_opaque(op: tf.Operation) -> None:
 def bodies(op: tf.Operation, *, opaque: bool = False) -> list[Any]:
     """Return the graphs that a call, branch or loop runs; with `opaque`, hidden too."""
     kind = op.type  # which TensorFlow is asked for
-    if kind not in _BODIES:
+    if kind not in BODIES:
         return []
     if not opaque and "Call" in kind and op.node_def.attr[_OPAQUE].b:
         return []
     found = []
-    for attribute in _BODIES[kind]:
+    for attribute in BODIES[kind]:
         value = op.get_attr(attribute)
         names = value if isinstance(value, list) else [value]
         found += [_body(op.graph, name.name) for name in names]
