@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.formulas.table import is_complex, repairs
-from tfgrad.diagnosis.lines import made_by_gradient
+from tfgrad.diagnosis.lines import frames_of, made_by_gradient
 
 
 def is_in_moments(op: tf.Operation) -> bool:
@@ -200,7 +200,7 @@ def _softsign_grad(op: Any, grad: tf.Tensor) -> Any:
 
 
 def _is_made_by(op: tf.Operation, file: str, function: str) -> bool:
-    frames = (frame for frame in op.traceback if frame.filename.endswith(file))
+    frames = (frame for frame in frames_of(op) if frame.filename.endswith(file))
     return any(frame.name.startswith(function) for frame in frames)
 
 
