@@ -109,11 +109,15 @@ def _pow(op: Any, grad: tf.Tensor) -> Any:
     "Rsqrt",
     "Reciprocal",
     "Inv",
-    reason="XLA forgets the conjugate",
-    applies=is_complex,
+    reason="XLA forgets the conjugate; of a capped 1 / 0, the second derivative is NaN",
+    applies=lambda op: is_complex(op) or _is_capped_root(op),
 )
-def _complex_root(op: Any, grad: tf.Tensor) -> Any:
+def _root(op: Any, grad: tf.Tensor) -> Any:
     y = tf.math.conj(op.outputs[0])
+    if not y.dtype.is_complex:
+        for _ in range(3):
+            grad = tf.math.multiply_no_nan(y, grad)
+        return -0.5 * grad
     if op.type == "Sqrt":
         return grad * (0.5 / y)
     return grad * (-0.5 * y * y * y if op.type == "Rsqrt" else -y * y)
@@ -210,6 +214,12 @@ def _is_in_smooth_function(op: tf.Operation) -> bool:
         or _is_made_by(op, "np_math_ops.py", "logaddexp")
         or _is_made_by(op, "numpy.py", "logaddexp")
     )
+
+
+def _is_capped_root(op: tf.Operation) -> bool:
+    """Return whether `op` is the root in Keras's normalisation of a vector."""
+    users = op.outputs[0].consumers()
+    return op.type == "Rsqrt" and any(user.type == "Minimum" for user in users)
 
 
 def _is_squared(op: tf.Operation) -> bool:
