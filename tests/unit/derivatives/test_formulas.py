@@ -225,14 +225,18 @@ def test_a_scaled_bessel_function_has_finite_derivatives_at_zero():
     assert np.isfinite(taped(bessel, tf.constant(0.0), 1.0))
 
 
-def test_the_curvature_of_a_row_of_zeros_that_keras_normalises():
+def divided_by_norms(labels, x):
+    return -tf.reduce_sum(labels * x / tf.maximum(tf.norm(x, axis=1), 0.1)[:, None], 1)
+
+
+@pytest.mark.parametrize(
+    "loss", [keras.losses.cosine_similarity, divided_by_norms], ids=["keras", "maximum"]
+)
+def test_the_curvature_of_a_row_of_zeros_that_is_normalised(loss):
     x = tf.constant([[0.0, 0.0], [3.0, 4.0]])
     labels = tf.constant([[0.0, 0.0], [1.0, 0.0]])
-    f = lambda x: tf.reduce_sum(  # noqa: E731  one line
-        keras.losses.cosine_similarity(labels, x)
-    )
 
-    curvature = taped(f, x, tf.ones_like(x))
+    curvature = taped(lambda x: tf.reduce_sum(loss(labels, x)), x, tf.ones_like(x))
 
     # The Hessian of -x / sqrt(x**2 + y**2) at (3, 4) times (1, 1).
     expected = [[0.0, 0.0], [136 / 3125, -77 / 3125]]

@@ -109,11 +109,13 @@ def _pow(op: Any, grad: tf.Tensor) -> Any:
     "Rsqrt",
     "Reciprocal",
     "Inv",
-    reason="XLA forgets the conjugate; of a capped 1 / 0, the second derivative is NaN",
+    reason="XLA forgets the conjugate; at 0, the slope of a capped root's slope is NaN",
     applies=lambda op: is_complex(op) or _is_capped_root(op),
 )
 def _root(op: Any, grad: tf.Tensor) -> Any:
     y = tf.math.conj(op.outputs[0])
+    if not y.dtype.is_complex and op.type == "Sqrt":
+        return 0.5 * tf.math.xdivy(grad, y)
     if not y.dtype.is_complex:
         for _ in range(3):
             grad = tf.math.multiply_no_nan(y, grad)
@@ -217,9 +219,15 @@ def _is_in_smooth_function(op: tf.Operation) -> bool:
 
 
 def _is_capped_root(op: tf.Operation) -> bool:
-    """Return whether `op` is the root in Keras's normalisation of a vector."""
+    """Return whether a limit takes the place of the root where that of 0 is asked for.
+
+    As where a vector is divided by its norm.
+    """
+    cap = {"Sqrt": "Maximum", "Rsqrt": "Minimum"}.get(op.type)
     users = op.outputs[0].consumers()
-    return op.type == "Rsqrt" and any(user.type == "Minimum" for user in users)
+    squeezed = [user.outputs[0] for user in users if user.type == "Squeeze"]
+    further = (user for tensor in squeezed for user in tensor.consumers())
+    return any(user.type == cap for user in (*users, *further))
 
 
 def _is_squared(op: tf.Operation) -> bool:
