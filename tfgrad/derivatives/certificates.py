@@ -30,7 +30,7 @@ from tfgrad.derivatives.verification import (
     moving_part,
 )
 from tfgrad.diagnosis.graphs import unrepeatable
-from tfgrad.diagnosis.lines import line_of, made_by_gradient
+from tfgrad.diagnosis.lines import frames_of, line_of, made_by_gradient
 from tfgrad.differences import Slope
 from tfgrad.errors import WrongDerivativeError
 
@@ -367,7 +367,7 @@ def _is_in(op: tf.Operation, *functions: str) -> bool:
     """Return whether one of TensorFlow's own functions made `op`."""
     return any(
         frame.name.startswith(functions) and "tensorflow" in frame.filename
-        for frame in op.traceback
+        for frame in frames_of(op)
     )
 
 

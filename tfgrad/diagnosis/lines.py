@@ -10,7 +10,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -56,9 +56,16 @@ class Line(NamedTuple):
 _NOWHERE = Line("", 0, "")
 
 
+def frames_of(op: Any) -> Any:
+    """Return the calls that made `op`, or what `tf.vectorized_map` made it from."""
+    frames, origin = op.traceback, op._original_op
+    is_copy = any(frame.filename.endswith("pfor.py") for frame in frames)
+    return frames_of(origin) if origin is not None and is_copy else frames
+
+
 def line_of(op: tf.Operation) -> Line:
     """Return the innermost line of the user's own code that made `op`."""
-    return _innermost((frame.filename, frame.lineno) for frame in op.traceback)
+    return _innermost((frame.filename, frame.lineno) for frame in frames_of(op))
 
 
 def line_of_error(error: BaseException) -> Line:
@@ -93,7 +100,7 @@ def reason_of(error: BaseException) -> str:
 
 def made_by_gradient(op: tf.Operation) -> bool:
     """Return whether TensorFlow made `op` while it differentiated something."""
-    files = [frame.filename for frame in op.traceback]
+    files = [frame.filename for frame in frames_of(op)]
     own = [file for file in files if file.startswith(_TENSORFLOW)]
     return any(file.endswith(_GRADIENT_FILES) for file in own)
 

@@ -225,6 +225,24 @@ def test_a_scaled_bessel_function_has_finite_derivatives_at_zero():
     assert np.isfinite(taped(bessel, tf.constant(0.0), 1.0))
 
 
+def divided_by_norms(labels, x):
+    return -tf.reduce_sum(labels * x / tf.maximum(tf.norm(x, axis=1), 0.1)[:, None], 1)
+
+
+@pytest.mark.parametrize(
+    "loss", [keras.losses.cosine_similarity, divided_by_norms], ids=["keras", "maximum"]
+)
+def test_the_curvature_of_a_row_of_zeros_that_is_normalised(loss):
+    x = tf.constant([[0.0, 0.0], [3.0, 4.0]])
+    labels = tf.constant([[0.0, 0.0], [1.0, 0.0]])
+
+    curvature = taped(lambda x: tf.reduce_sum(loss(labels, x)), x, tf.ones_like(x))
+
+    # The Hessian of -x / sqrt(x**2 + y**2) at (3, 4) times (1, 1).
+    expected = [[0.0, 0.0], [136 / 3125, -77 / 3125]]
+    np.testing.assert_allclose(curvature, expected, rtol=1e-4)
+
+
 def test_hues_of_negative_colors():
     colors = np.random.default_rng(0).normal(size=(4, 3))
     f = lambda x: tf.reduce_sum(tf.sin(tf.image.rgb_to_hsv(x)))  # noqa: E731  one line

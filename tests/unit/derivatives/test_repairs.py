@@ -41,6 +41,12 @@ CASES = {
     "nearest": (resized("nearest"), IMAGE),
     "cross entropy": (cross_entropy, IMAGE[0, 0]),
     "moments": (lambda x: tf.reduce_sum(tf.nn.moments(x**2, [0])[1] ** 2), IMAGE[0, 0]),
+    "moments of each row": (
+        lambda x: tf.reduce_sum(
+            tf.vectorized_map(lambda row: tf.nn.moments(row**2, [0])[1] ** 2, x)
+        ),
+        IMAGE[0, 0],
+    ),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.formulas.table import is_complex, repairs
-from tfgrad.diagnosis.lines import made_by_gradient
+from tfgrad.diagnosis.lines import frames_of, made_by_gradient
 
 
 def is_in_moments(op: tf.Operation) -> bool:
@@ -109,11 +109,17 @@ def _pow(op: Any, grad: tf.Tensor) -> Any:
     "Rsqrt",
     "Reciprocal",
     "Inv",
-    reason="XLA forgets the conjugate",
-    applies=is_complex,
+    reason="XLA forgets the conjugate; at 0, the slope of a capped root's slope is NaN",
+    applies=lambda op: is_complex(op) or _is_capped_root(op),
 )
-def _complex_root(op: Any, grad: tf.Tensor) -> Any:
+def _root(op: Any, grad: tf.Tensor) -> Any:
     y = tf.math.conj(op.outputs[0])
+    if not y.dtype.is_complex and op.type == "Sqrt":
+        return 0.5 * tf.math.xdivy(grad, y)
+    if not y.dtype.is_complex:
+        for _ in range(3):
+            grad = tf.math.multiply_no_nan(y, grad)
+        return -0.5 * grad
     if op.type == "Sqrt":
         return grad * (0.5 / y)
     return grad * (-0.5 * y * y * y if op.type == "Rsqrt" else -y * y)
@@ -200,7 +206,7 @@ def _softsign_grad(op: Any, grad: tf.Tensor) -> Any:
 
 
 def _is_made_by(op: tf.Operation, file: str, function: str) -> bool:
-    frames = (frame for frame in op.traceback if frame.filename.endswith(file))
+    frames = (frame for frame in frames_of(op) if frame.filename.endswith(file))
     return any(frame.name.startswith(function) for frame in frames)
 
 
@@ -210,6 +216,18 @@ def _is_in_smooth_function(op: tf.Operation) -> bool:
         or _is_made_by(op, "np_math_ops.py", "logaddexp")
         or _is_made_by(op, "numpy.py", "logaddexp")
     )
+
+
+def _is_capped_root(op: tf.Operation) -> bool:
+    """Return whether a limit takes the place of the root where that of 0 is asked for.
+
+    As where a vector is divided by its norm.
+    """
+    cap = {"Sqrt": "Maximum", "Rsqrt": "Minimum"}.get(op.type)
+    users = op.outputs[0].consumers()
+    squeezed = [user.outputs[0] for user in users if user.type == "Squeeze"]
+    further = (user for tensor in squeezed for user in tensor.consumers())
+    return any(user.type == cap for user in (*users, *further))
 
 
 def _is_squared(op: tf.Operation) -> bool:
