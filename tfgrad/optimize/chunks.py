@@ -47,10 +47,20 @@ class Packing:
     A scalar costs a loop as much as a small vector: a buffer to carry, and a kernel to
     compute it. So the scalars of a nest travel together.
 
+    Args:
+        like: A nest of the structure, shapes and dtypes.
+        group: How many scalars are in one vector at most.
+
+    Attributes:
+        specs: Of these tensors.
+
     >>> packing = Packing({"a": tf.constant(1.0), "b": [tf.constant(2.0), tf.ones(3)]})
     >>> packed = packing.pack({"a": 1.0, "b": [2.0, tf.ones(3)]})
     >>> [tensor.numpy().tolist() for tensor in packed]
     [[1.0, 2.0], [1.0, 1.0, 1.0]]
+    >>> rows = [tf.stack([tensor, 2 * tensor]) for tensor in packed]
+    >>> packing.unpack(rows, axis=1)["a"].numpy().tolist()
+    [1.0, 2.0]
     """
 
     def __init__(self, like: Nest, group: int = GROUP) -> None:
@@ -67,6 +77,10 @@ class Packing:
         ]
         grouped = {i for group in self._groups for i in group}
         self._others = [i for i in range(len(leaves)) if i not in grouped]
+        self.specs = [
+            tf.TensorSpec([len(group)], leaves[group[0]].dtype)
+            for group in self._groups
+        ] + [leaves[i] for i in self._others]
 
     def pack(self, nest: Nest) -> list[Any]:
         """Return the tensors that hold the leaves of a nest."""
@@ -74,11 +88,16 @@ class Packing:
         vectors = [tf.stack([leaves[i] for i in group]) for group in self._groups]
         return vectors + [leaves[i] for i in self._others]
 
-    def unpack(self, tensors: Sequence[Any]) -> Any:
-        """Return the nest whose leaves they hold: the inverse of `pack`."""
+    def unpack(self, tensors: Sequence[Any], axis: int = 0) -> Any:
+        """Return the nest whose leaves they hold: the inverse of `pack`.
+
+        Args:
+            tensors: What `pack` returned, or stacks of it, with more axes in front.
+            axis: How many.
+        """
         leaves = dict(zip(self._others, tensors[len(self._groups) :], strict=True))
         for group, vector in zip(self._groups, tensors, strict=False):
-            leaves |= dict(zip(group, tf.unstack(vector), strict=True))
+            leaves |= dict(zip(group, tf.unstack(vector, axis=axis), strict=True))
         ordered = [leaf for _, leaf in sorted(leaves.items())]
         return tf.nest.pack_sequence_as(self._structure, ordered)
 
@@ -90,8 +109,7 @@ class Chunk:
     Attributes:
         capacity: How many steps it can take at most.
         run: Takes the limit, the state, and what `Stepper.inputs` returns; returns how
-            many rows there are, the leaves of the state but for its variables, and the
-            columns.
+            many rows there are, the state with None for its variables, and the columns.
         evaluate: Takes what `Stepper.query` returns; returns the evaluation there.
         seconds: What a step took when last timed, in this run or in one before.
     """
@@ -220,12 +238,12 @@ class Chunks:
             self._pace.recall(chunk.seconds)
         length = min(limit, self._pace.length, chunk.capacity)
         inputs = self._stepper.inputs(state, length)
-        counts, others, columns = chunk.run(tf.constant(length), state, *inputs)
+        counts, after, columns = chunk.run(tf.constant(length), state, *inputs)
         taken, elapsed = int(counts), time.perf_counter() - began
         self._pace.took(taken, elapsed)
         chunk.seconds = elapsed / max(taken, 1)
         rows = {name: column.numpy()[:taken] for name, column in columns.items()}
-        return filled(state, others), rows
+        return _filled(state, after), rows
 
     def _compiled(self, form: Form, state: State) -> Any:
         """Return a new chunk; None if f is in no form that XLA compiles once."""
@@ -271,20 +289,22 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     query = tf.nest.map_structure(_spec, stepper.query(state))
     looked = tf.function(look, autograph=False).get_concrete_function(query)
     rows: dict[str, tf.TensorSpec] = looked.structured_outputs
+    packing = Packing(rows)
     width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
     capacity = ROW_BYTES // max(1, min(width, ROW_BYTES))
 
     def run(limit: tf.Tensor, state: State, *inputs: Any) -> Any:
         size = capacity if is_xla else limit  # XLA needs to know it
-        arrays = {
-            name: tf.TensorArray(spec.dtype, size, element_shape=spec.shape)
-            for name, spec in rows.items()
-        }
+        arrays = [
+            tf.TensorArray(spec.dtype, size, element_shape=spec.shape)
+            for spec in packing.specs
+        ]
 
         def goes_on(tensors: list[tf.Tensor], _: Any) -> tf.Tensor:
             taken, turns, here = carried.unpack(tensors)
-            # A chunk of steps that are never accepted must end, too.
-            is_within = (taken < limit) & (turns < TURNS * limit)
+            is_within = taken < limit
+            if stepper.lookahead:  # steps that are never accepted must end, too
+                is_within &= turns < TURNS * limit
             on: tf.Tensor = is_within & (here.code == RUNNING)
             return on & stepper.has_next(here)
 
@@ -297,7 +317,8 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             if stepper.lookahead:
                 row["expected"] = after.expected
             # A row of a point that was not accepted is written over by the next.
-            written = {n: array.write(taken, row[n]) for n, array in arrays.items()}
+            parts = zip(arrays, packing.pack(row), strict=True)
+            written = [array.write(taken, part) for array, part in parts]
             taken += tf.cast(after.accepted, tf.int32)
             return carried.pack((taken, turns + 1, after)), written
 
@@ -307,17 +328,14 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
         )
         taken, _, last = carried.unpack(tensors)
         # Of many more places than there are steps, stacking all would take long.
-        columns = {
-            name: array.stack() if is_xla else array.gather(tf.range(taken))
-            for name, array in arrays.items()
-        }
-        others, given = [], tf.nest.flatten(state)
-        for there, tensor in zip(given, tf.nest.flatten(last), strict=True):
-            if isinstance(there, tf.Variable):
-                there.assign(tensor)  # which XLA does where it is
-            else:
-                others.append(tensor)
-        return taken, others, columns
+        columns = packing.unpack(
+            [
+                array.stack() if is_xla else array.gather(tf.range(taken))
+                for array in arrays
+            ],
+            axis=1,
+        )
+        return taken, tf.nest.map_structure(_assigned, state, last), columns
 
     # Functions of their own: TensorFlow counts the traces of each name.
     own = functools.partial
@@ -338,8 +356,8 @@ def in_trace(ruled: Ruled, state: State, limit: Any) -> State:
     code = ruled.first(here.value, here.grad_max, state.expected, state.first)
     state = state._replace(code=tf.where(state.code == RUNNING, code, state.code))
     chunk = compile_chunk(ruled, state, is_xla=False)
-    _, leaves, _ = chunk.run(tf.convert_to_tensor(limit), state)
-    return filled(state, leaves)
+    after: State = chunk.run(tf.convert_to_tensor(limit), state)[1]
+    return after
 
 
 def held(state: State) -> State:
@@ -374,13 +392,21 @@ def _value(leaf: Any) -> Any:
     return leaf.read_value() if isinstance(leaf, tf.Variable) else leaf
 
 
-def filled(state: State, others: list[Any]) -> State:
-    """Return a state with other leaves, but for its variables."""
-    left = iter(others)
-    after: State = tf.nest.map_structure(
-        lambda leaf: leaf if isinstance(leaf, tf.Variable) else next(left), state
+def _assigned(leaf: Any, tensor: Any) -> Any:
+    if not isinstance(leaf, tf.Variable):
+        return tensor
+    leaf.assign(tensor)  # which XLA does where it is
+    return None
+
+
+def _filled(state: State, after: State) -> State:
+    """Return a state after another one, with the variables of that for None."""
+    if not any(isinstance(leaf, tf.Variable) for leaf in tf.nest.flatten(state)):
+        return after  # at once: TensorFlow takes its time to map a nest
+    whole: State = tf.nest.map_structure(
+        lambda old, new: old if isinstance(old, tf.Variable) else new, state, after
     )
-    return after
+    return whole
 
 
 def array(values: list[Any]) -> np.ndarray[Any, Any]:

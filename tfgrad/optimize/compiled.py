@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,10 @@ def _packer(structure: Any) -> Callable[[Iterator[Any]], Any] | None:
         return None if structure.dtype in (tf.variant, tf.resource) else next
     if structure is None:
         return lambda tensors: None
+    if isinstance(structure, tf.experimental.Optional):
+        spec = tf.type_spec_from_value(structure)
+        whole = functools.partial(tf.nest.pack_sequence_as, spec)
+        return lambda tensors: whole([next(tensors)], expand_composites=True)
     kind, is_dict = type(structure), isinstance(structure, dict)
     if not isinstance(structure, list | tuple) and kind is not dict:
         return None

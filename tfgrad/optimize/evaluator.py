@@ -255,26 +255,33 @@ def measured(evaluation: Evaluation, scale: Any = None) -> Evaluation:
         each = [np.max(np.abs(leaf.numpy()), initial=0) for leaf in filled]
         whole = tf.constant(np.max(np.array(each, dtype.as_numpy_dtype)), dtype)
     else:
-        each = [tf.cast(_most(tf.abs(leaf), axis), dtype) for leaf in filled]
-        whole = _most(tf.stack(each)) if len(each) > 1 else each[0]
+        whole = _most(filled, dtype, axis)
     if scale is not None:
         whole /= tf.cast(scale, dtype)
     return evaluation._replace(grad_max=whole)
 
 
-def _most(numbers: tf.Tensor, axis: int | None = None) -> tf.Tensor:
-    """Return the largest of numbers that are not negative; NaN if one of them is.
+def _most(
+    leaves: Sequence[tf.Tensor], dtype: tf.DType, axis: int | None = None
+) -> tf.Tensor:
+    """Return the largest |element| of all leaves in `dtype`; NaN if one of them is.
 
     Of a vector or of each row of a matrix, `axis` is -1; of all numbers, None.
 
-    The bits of such floats, taken for whole numbers, are in the order of the floats,
-    NaN last (IEEE 754). The maximum that XLA computes of floats skips NaN (TensorFlow
-    2.21), and is slower.
+    The bits of floats that are not negative, taken for whole numbers, are in the order
+    of the floats, NaN last (IEEE 754). The maximum that XLA computes of floats skips
+    NaN (TensorFlow 2.21), and is slower.
     """
-    if numbers.shape.rank == 0:
-        return numbers
-    dtype = numbers.dtype
-    return tf.bitcast(tf.reduce_max(tf.bitcast(numbers, BITS[dtype.size]), axis), dtype)
+    most = []
+    for leaf in leaves:
+        bits = tf.bitcast(tf.abs(leaf), BITS[leaf.dtype.size])
+        bits = tf.reduce_max(bits, axis) if leaf.shape.rank != 0 else bits
+        if leaf.dtype != dtype:
+            whole = tf.cast(tf.bitcast(bits, leaf.dtype), dtype)
+            bits = tf.bitcast(whole, BITS[dtype.size])
+        most.append(bits)
+    bits = tf.reduce_max(tf.stack(most), 0) if len(most) > 1 else most[0]
+    return tf.bitcast(bits, dtype)
 
 
 def flat(evaluation: Evaluation) -> Evaluation:

@@ -281,8 +281,10 @@ class Minimisation:
         rows = Rows(self.record.rows.columns()).part(slice(-count, None))
         epoch = int(self.state.batch.epoch) + 1
         row = {"epoch": epoch, "step": self.step, **trained.means(rows)}
-        point = self.problem.x.pack(solver.point(self.state))
-        row |= trained.validated((point,) if self.problem.x.takes_values else ())
+        given: tuple[Any, ...] = ()
+        if trained.validation is not None and self.problem.x.takes_values:
+            given = (self.problem.x.pack(solver.point(self.state)),)
+        row |= trained.validated(given)
         self.record.epochs.append(Rows({n: np.array([row[n]]) for n in row}))
         self.status = trained.status(row, self.options.target) or self.status
         return row

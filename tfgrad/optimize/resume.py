@@ -315,13 +315,19 @@ def _end_at_once(run: Minimisation, saved: Saved) -> None:
     """Take the result of a run that has ended, if its function is this one."""
     assert saved.outcome is not None
     problem, outcome = run.problem, saved.outcome
-    problem.find()
-    with put_back_on_error(problem):
+    problem.find() if run.training is None else None
+    with put_back_on_error(problem), run.compiling():
+        run.make_loop()  # which knows the variables that f writes, as its averages
         problem.x.restart(outcome.x)
         if run.training is None:
             value = problem.evaluate(problem.x.start()).value
             if repeats(problem):
                 check_value(value, outcome.fun, saved.history)
+        variables = run.loop.solver.variables()
+        check_shapes(saved.variables, variables)
+        for variable, value in zip(variables, saved.variables, strict=True):
+            variable.assign(value)
+        problem.x.restart(outcome.x)
     run.status = saved.status
 
 

@@ -147,6 +147,31 @@ def test_variables_are_put_to_the_end_of_a_finished_run(tmp_path):
     assert again.nfev == first.nfev
 
 
+@pytest.mark.parametrize("method", ["adam", "lbfgs"])
+@pytest.mark.parametrize("has_data", [True, False])
+def test_what_f_wrote_is_there_again_with_the_end_of_a_finished_run(
+    has_data, method, tmp_path
+):
+    def ended():
+        w, seen = tf.Variable(3.0), tf.Variable(0.0, trainable=False)
+        batch = np.arange(1.0, 9.0, dtype=np.float32)
+
+        def loss(x=batch):
+            seen.assign_add(tf.reduce_sum(w * x))  # as an average is kept
+            return tf.reduce_mean((w * x - 1) ** 2)
+
+        data = {"data": batch, "batch_size": 2} if has_data else {"steps": 20}
+        result = tfgrad.minimize(loss, method=method, checkpoint=tmp_path, **data)
+        return result, w.numpy(), seen.numpy()
+
+    first, *values = ended()
+    again, *others = ended()
+
+    assert_same(again, first)
+    assert others == values
+    assert values[1] != 0
+
+
 def test_more_steps_go_on_from_the_end(tmp_path):
     minimized(tmp_path, steps=100)
     result = minimized(tmp_path, steps=150)

@@ -82,46 +82,41 @@ class Feed:
 
     def next_epoch(self, batches: Batches, *, opens: bool) -> Batches:
         """Return the batches of the next epoch: its first one if it opens."""
-        epoch, ahead = batches.epoch + 1, batches.ahead
+        epoch, ahead = int(batches.epoch) + 1, batches.ahead
         if opens:
-            self._iterator = self.source.open(int(epoch))
+            self._iterator = self.source.open(epoch)
             ahead = self._draw()
             replicas = self._problem.replicas
             is_same = replicas.is_clustered and not self.source.is_own
             if is_same and bool(ahead.has_value()):
                 replicas.require_same(self.source.batch(ahead.get_value()))
-        return Batches(ahead, batches.last, 0 * epoch, epoch)
+        return Batches(ahead, batches.last, tf.constant(0), tf.constant(epoch))
 
     def inputs(self, last_step: int) -> tuple[Any, ...]:
-        """Return what `advance` takes besides, up to a step."""
+        """Return what `drawn` takes besides, up to a step."""
         return self._iterator, tf.constant(last_step)
 
-    def advance(
+    def drawn(
         self,
-        batches: Batches,
-        goes_on: tf.Tensor,
         step: tf.Tensor,
         moved: list[tf.Variable],
         iterator: Any,
         last_step: tf.Tensor,
-    ) -> Batches:
-        """Return the batches after a step, which has `moved` variables.
+    ) -> Any:
+        """Return the batch that comes after a step, which has `moved` variables.
 
         No batch is drawn from the user's code after `last_step`.
         """
-        draws, other = goes_on, batches.ahead
-        if self.source.is_python:  # it may read the variables: after the update
-            optional: Any = tf.experimental.Optional
-            with tf.control_dependencies([v.read_value() for v in moved]):
-                draws &= tf.identity(step) < last_step
-            other = tf.cond(
-                goes_on,
-                lambda: optional.empty(self.source.spec),
-                lambda: batches.ahead,
-            )
-        ahead = tf.cond(draws, lambda: iterator.get_next_as_optional(), lambda: other)
-        count = batches.count + tf.cast(goes_on, tf.int32)
-        return Batches(ahead, batches.ahead, count, batches.epoch)
+        if not self.source.is_python:
+            return iterator.get_next_as_optional()
+        optional: Any = tf.experimental.Optional  # it may read the variables, so:
+        with tf.control_dependencies([v.read_value() for v in moved]):
+            draws = tf.identity(step) < last_step
+        return tf.cond(
+            draws,
+            lambda: iterator.get_next_as_optional(),
+            lambda: optional.empty(self.source.spec),
+        )
 
     def arguments_at_hand(self, batches: Batches) -> tuple[Nest, ...]:
         """Return what the function takes of the batch that comes next."""

@@ -183,27 +183,27 @@ class OptimizerStepper(Stepper):
 
     def move(self, new: State, evaluation: Evaluation, *inputs: Any) -> State:
         """Let the optimizer move the variables, unless the run has ended."""
+        feed, batches = self.feed, new.batch
 
-        def go() -> tf.Tensor:
+        def go() -> Any:
             self.backup.keep(evaluation.gradient)
             optimizer, gradient = self.method.optimizer, evaluation.gradient
             with self._copies.beside(optimizer, gradient) as gradient:
                 self.method.update(gradient)
-            return tf.constant(1)
+            if feed is None:
+                return tf.constant(1), ()
+            return tf.constant(1), feed.drawn(new.step + 1, self.moved, *inputs)
 
-        def stay() -> tf.Tensor:
+        def stay() -> Any:
             for kept, variable in zip(self.before, self.written, strict=True):
                 variable.assign(kept.read_value())
-            return tf.constant(0)
+            return tf.constant(0), () if feed is None else batches.ahead
 
-        taken = tf.cond(new.code == RUNNING, go, stay)
-        new = new._replace(step=new.step + taken)
-        if self.feed is None:
-            return new
-        batch = self.feed.advance(
-            new.batch, new.code == RUNNING, new.step, self.moved, *inputs
-        )
-        return new._replace(batch=batch)
+        taken, ahead = tf.cond(new.code == RUNNING, go, stay)
+        if feed is not None:
+            count = batches.count + taken
+            batches = batches._replace(ahead=ahead, last=batches.ahead, count=count)
+        return new._replace(step=new.step + taken, batch=batches)
 
     def _compile(self) -> Any:
         """Return the compiled evaluation, for batches of all sizes at once.
