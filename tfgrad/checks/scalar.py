@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.derivatives.recording import dense
 from tfgrad.diagnosis.sources import Sources
 from tfgrad.differences import Array
 
@@ -83,7 +84,7 @@ def value_and_gradient(scalar: Scalar, point: Point) -> Callable[..., Any]:
             tape.watch(sources)
             value = scalar(*arguments)
         found = tape.gradient(value, sources)
-        return value, list(map(_dense, found, sources))
+        return value, list(map(dense, found, sources))
 
     return both
 
@@ -111,13 +112,3 @@ def inner(a: Array, b: Array) -> float:
     # Not np.vdot: on a busy machine the threads of BLAS wait for each other for longer
     # than everything else takes.
     return float(np.einsum("i,i", a.ravel(), b.ravel()))
-
-
-def _dense(gradient: Any, source: Any) -> Any:
-    """Return a gradient as a tensor; None means zero, and is checked as such."""
-    if gradient is None:
-        return tf.zeros_like(source)
-    if isinstance(gradient, tf.IndexedSlices):
-        rows = tf.shape(source)[0]
-        return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, rows)
-    return gradient
