@@ -79,10 +79,10 @@ class Setting:
         return self.epsilon * max(_SAME * sizes[index], max(sizes))
 
     def rounding(self, gap: Gap) -> Array:
-        """Return how far a gap moves as the numbers of the point are rounded anew.
+        """Return how much a gap varies if the point is moved by some machine epsilons.
 
-        Where large terms cancel, as at a minimum, the gap between two ways to compute
-        what is left is nothing but rounding: it moves, and what a bug makes stays.
+        Where large terms cancel, as at a minimum, two right computations differ by
+        rounding, and that gap varies. The gap that a bug makes does not.
         """
         generator = np.random.default_rng(0)
         gaps = [gap(self.point.arrays)]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
-from rich.console import Console
 
 import tfgrad
 from tfgrad.errors import TfgradError
@@ -29,17 +28,13 @@ Finding = dict[str, Any]
 def run(options: argparse.Namespace) -> int:
     """Print each finding, and what to do if it is wrong; 0 if none is."""
     findings = []
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     for finding in examine(Path(options.directory)):
         findings.append(finding)
         if not options.json:
-            style = "green" if finding["ok"] else "bold red"
-            console.print(
-                f"{'ok' if finding['ok'] else 'wrong':<5}", style=style, end=" "
-            )
-            console.print(f"{finding['what']:<22} {finding['found']}")
+            verdict = "ok" if finding["ok"] else "wrong"
+            print(f"{verdict:<5} {finding['what']:<22} {finding['found']}", flush=True)
             if not finding["ok"]:
-                console.print(f"      try: {finding['hint']}")
+                print(f"      try: {finding['hint']}", flush=True)
     if options.json:
         print(json.dumps(findings))
     return 0 if all(finding["ok"] for finding in findings) else 1

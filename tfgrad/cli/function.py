@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,11 +56,17 @@ def values(point: Nest, name: str, *, float64: bool) -> Nest:
 
 
 def require_points(f: Callable[..., Any], given: Any, option: str) -> None:
-    """Refuse a function that takes an argument where no point was given.
+    """Refuse a function that takes an argument for which no point was given.
 
     Raises:
         InvalidArgumentError: If it does, and none was.
     """
+    if given and option == "--at" and not can_take(f, len(given)):
+        raise InvalidArgumentError(
+            "Each argument of the function needs a point of its own.",
+            got=f"`{name_of(f)}{inspect.signature(f)}`, with {len(given)} of --at",
+            hint="--at 1 --at 2,3 for f(x, y)",
+        )
     if given in (None, []) and not can_take(f, 0):
         raise InvalidArgumentError(
             f"A function of values needs {option}.",

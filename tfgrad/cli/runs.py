@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tfgrad.errors import RunError
 from tfgrad.runs.directory import event_files, is_claimed, local_path
 
 _COLUMNS = ["run", "method", "status", "steps", "loss", "seconds", "started"]
+_NUMBERS = ("steps", "loss", "seconds")
 _LOSSES = ("loss", "epoch/loss")
 
 
@@ -79,15 +77,14 @@ def _last_loss(directory: Path) -> float | None:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in _COLUMNS:
-        is_number = name in ("steps", "loss", "seconds")
-        table.add_column(name, justify="right" if is_number else "left")
-    for row in rows:
-        table.add_row(*(_text(name, row[name]) for name in _COLUMNS))
-    # In a pipe, rich takes a width of 80, and would fold or cut the lines.
-    width = None if sys.stdout.isatty() else 10_000
-    Console(width=width, highlight=False, markup=False).print(table)
+    cells = [[_text(name, row[name]) for name in _COLUMNS] for row in rows]
+    columns = []
+    for name, *texts in zip(_COLUMNS, *cells, strict=True):
+        width = max(map(len, [name, *texts]))
+        justify = str.rjust if name in _NUMBERS else str.ljust
+        columns.append([justify(text, width) for text in (name, *texts)])
+    for line in zip(*columns, strict=True):
+        print("  ".join(line).rstrip())
 
 
 def _text(name: str, value: Any) -> str:
@@ -95,4 +92,6 @@ def _text(name: str, value: Any) -> str:
         return "-"
     if name == "started":
         return str(value)[:16].replace("T", " ")
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    # The name of a directory may hold a line break, or a command to the terminal.
+    return text if text.isprintable() else ascii(text)

@@ -35,7 +35,7 @@ def positions_of(argnums: Any, count: int, name: str) -> int | tuple[int, ...]:
         raise InvalidArgumentError(
             "`argnums` must name different positional arguments of the call.",
             got=f"argnums={argnums!r}, and `{name}` was called with {count} of them",
-            hint="the differentiated arguments by position, all else by keyword",
+            hint="grad(f)(x), hvp(f)(x, v), with x by position; wrt= for variables",
         )
     return positions if isinstance(argnums, list | tuple) else positions[0]
 

@@ -72,7 +72,7 @@ _VALUES = {
         "a variable", "it already holds a NaN or an infinity", "its last finite value"
     ),
     "Placeholder": Cause(
-        "an argument", "it already holds a NaN or an infinity", "a finite argument"
+        "an argument", "it already holds a NaN or an infinity", "finite numbers"
     ),
 }
 

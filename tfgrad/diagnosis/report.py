@@ -19,7 +19,7 @@ _REASONS = {
     "zero": "every element of its gradient is exactly zero",
     "unused": "nothing leads from it to the output",
     "integer": "whole numbers have no derivative",
-    "stopped": "only tf.stop_gradient or its shape leads on to the output",
+    "stopped": "it reaches the output through tf.stop_gradient or its shape only",
     "connected": "its gradient arrives",
 }
 """What is said of each status, the worst first."""
@@ -29,7 +29,7 @@ _HINTS = {
     "unused": "reading it; changing a variable by x.assign(...), never by x = ...",
     "integer": "tf.cast(..., tf.float32) of it before the call",
     "zero": "another starting point",
-    "non-finite": "what is said of the value, or another point",
+    "non-finite": "what the finding about the value says, or another point",
 }
 
 _MOST_NAMES = 3
@@ -76,7 +76,8 @@ class Explanation:
     Attributes:
         function: What the user calls the function.
         findings: One for each input, and one for the value if that is not finite.
-        note: Why derivatives of the function are not verified; empty if they are.
+        note: Why derivatives of the function are not verified, and how often a
+            `tf.function` was traced; empty if there is nothing to say.
     """
 
     function: str

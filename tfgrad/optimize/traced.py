@@ -133,7 +133,8 @@ def blame(problem: Problem, x: Sequence[tf.Tensor], *batch: Nest) -> str:
         spoiled = (each for each in findings if each.status == "non-finite")
         found = next((each.culprit for each in spoiled if each.culprit), None)
         if found is not None:
-            return f"{found.label} at {found.where}: {found.reason}; {found.hint}"
+            place = f" at {found.where}" if found.where else ""
+            return f"{found.label}{place}: {found.reason}; try {found.hint}"
     return ""
 
 

@@ -80,7 +80,8 @@ def last_scalars(path: Path) -> dict[str, float]:
             file.seek(start)
             block = file.read()
             # A record begins where 8 bytes are followed by their checksum.
-            places = np.arange(max(0, min(_TAIL_BLOCKS[0], len(block) - _HEAD)))
+            most = _TAIL_BLOCKS[0] if start else 1
+            places = np.arange(max(0, min(most, len(block) - _HEAD)))
             heads = np.flatnonzero(_agree(block, places, _LENGTH.size))
             at = int(heads[0]) if len(heads) else len(block)
             for begin, end in _frames(block[at:]).tolist():

@@ -10,6 +10,7 @@ from tfgrad.errors import (
     GradientMismatchError,
     InvalidArgumentError,
     NoGradientError,
+    WrongDerivativeError,
 )
 
 X = tf.constant([0.5, -1.2, 2.0], tf.float64)
@@ -333,6 +334,13 @@ def test_an_op_without_gradient_raises_with_its_line():
 
     with pytest.raises(NoGradientError, match=r"tf.linalg.lu at test_gradcheck.py"):
         check_grads(factors, tf.constant([[2.0, 1.0], [1.0, 3.0]]))
+
+
+def test_a_gradient_of_another_shape_is_refused_as_grad_refuses_it():
+    f = with_gradient(tf.reduce_sum, lambda x: tf.ones([3, 1], x.dtype))
+
+    with pytest.raises(WrongDerivativeError, match=r"shape \(3, 1\), float64"):
+        check_grads(f, X)
 
 
 def test_the_same_seed_gives_the_same_report():

@@ -18,6 +18,13 @@ def test_a_wrong_gradient_exits_with_1_and_names_the_element(tfgrad):
     assert "worst at []: autodiff 3, numerical 6" in err
 
 
+def test_an_argument_without_a_point_is_named(tfgrad):
+    code, _, err = tfgrad("check", "model.py:product", "--at", "3")
+
+    assert code == 2
+    assert "got: `product(x, y)`, with 1 of --at\n  try: --at 1 --at 2,3" in err
+
+
 def test_json_has_every_check(tfgrad):
     code, out, err = tfgrad("check", "model.py:wrong", "--at", "3", "--json")
 

@@ -55,6 +55,19 @@ def test_a_damaged_record_is_named_and_hides_no_other(tfgrad, logs, record):
     assert err.startswith(said)
 
 
+def test_a_name_cannot_break_the_table(tfgrad, logs):
+    (logs / "dead").rename(logs / "two\nlines\x1b[31m")
+
+    _, out, err = tfgrad("runs")
+
+    assert [line.split()[0] for line in out.splitlines()[1:]] == [
+        "bowl/lbfgs",
+        "loop",
+        r"'two\nlines\x1b[31m'",
+    ]
+    assert err == ""
+
+
 def test_a_pipe_is_no_record(tfgrad, logs):
     (logs / "loop" / "run.json").unlink()
     os.mkfifo(logs / "loop" / "run.json")
