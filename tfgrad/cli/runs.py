@@ -92,8 +92,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def _text(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if name == "started":
-        return str(value)[:16].replace("T", " ")
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    if name == "started":
+        text = text[:16].replace("T", " ")
     # The name of a directory may hold a line break, or a command to the terminal.
     return text if text.isprintable() else ascii(text)
