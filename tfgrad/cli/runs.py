@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -68,11 +69,12 @@ def _last_loss(directory: Path) -> float | None:
     """Return the last loss in the event files, for a loop that recorded no result."""
     from tfgrad.runs.tfrecord import last_scalars  # it imports NumPy and TensorBoard
 
-    for path in reversed(event_files(directory)):
-        scalars = last_scalars(path)
-        losses = [scalars[tag] for tag in _LOSSES if tag in scalars]
-        if losses:
-            return losses[0]
+    with contextlib.suppress(OSError):  # what may not be read has no loss to show
+        for path in reversed(event_files(directory)):
+            scalars = last_scalars(path)
+            losses = [scalars[tag] for tag in _LOSSES if tag in scalars]
+            if losses:
+                return losses[0]
     return None
 
 
@@ -90,8 +92,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def _text(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if name == "started":
-        return str(value)[:16].replace("T", " ")
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    if name == "started":
+        text = text[:16].replace("T", " ")
     # The name of a directory may hold a line break, or a command to the terminal.
     return text if text.isprintable() else ascii(text)

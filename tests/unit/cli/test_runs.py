@@ -68,6 +68,19 @@ def test_a_name_cannot_break_the_table(tfgrad, logs):
     assert err == ""
 
 
+def test_a_run_whose_events_may_not_be_read_is_listed_without_a_loss(
+    tfgrad, logs, monkeypatch
+):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("tfgrad.runs.tfrecord.last_scalars", refused)
+
+    code, out, _ = tfgrad("runs")
+    assert code == 0
+    assert out.splitlines()[-1].split()[:5] == ["loop", "-", "success", "-", "-"]
+
+
 def test_a_pipe_is_no_record(tfgrad, logs):
     (logs / "loop" / "run.json").unlink()
     os.mkfifo(logs / "loop" / "run.json")
