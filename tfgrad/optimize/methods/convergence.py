@@ -68,8 +68,8 @@ def converged(
     digits = tf.maximum(digits, min(ROUNDINGS * epsilon, DIGITS) * size)
     large, nothing = VANISHING * size, min(epsilon**NOTHING, LEAST) * fall
     is_little, was_little = (
-        fall <= either(fall >= large, nothing, digits)
-        for fall in (expected, previous_expected)
+        each <= either(each >= large, nothing, digits)
+        for each in (expected, previous_expected)
     )
     return (is_little & was_little) | (expected == 0)
 

@@ -99,8 +99,7 @@ class Pair(NamedTuple):
         yy: Of y and y.
         sg: Of s and the gradient at the end of the step.
         yg: Inner product of y and that gradient.
-        is_curved: Whether the curvature is positive, and neither it nor the new
-            gradient is lost in rounding.
+        is_curved: Whether the pair may be kept.
         slope: Inner product of the direction and that gradient.
         length: The Euclidean norm of that gradient.
     """
@@ -391,9 +390,9 @@ def _pair(new: Point, old: Point, state: State) -> Pair:
     t *= unit
     bend, root = slope - state.search.start.slope, tf.sqrt(gg)
     sy = t * (unit * bend)
-    # It is lost in the rounding of the slopes whose difference it is, whatever the
-    # units of f and x; 1 / sy may overflow; rounding leaves nothing of the new gradient
-    # in y.
+    # The pair is dropped if its curvature is not positive, or is lost in the rounding
+    # of the slopes whose difference it is, whatever the units of f and x; if 1 / sy may
+    # overflow; or if rounding leaves nothing of the new gradient in y.
     epsilon = EPSILONS[dtype]
     is_curved = (bend > epsilon * tf.abs(slope)) & (sy > 4 / dtype.max)
     is_curved &= root > epsilon
@@ -443,11 +442,11 @@ def _remember(
     curvature = tf.where(is_written, pair.sy, memory.curvature)
     scale = either(is_kept, ratio, memory.scale)
 
-    on_s, on_y = tf.split(products, 2, axis=1)
-    on_y, rest = tf.matmul(inverse, on_s), on_y
-    rest = scale * (tf.matmul(gram, on_y) - rest) + curvature * on_y
-    on_s, on_y = tf.matmul(inverse, rest, transpose_a=True), -scale * on_y
-    weights = tf.concat([on_s, on_y], 1)
+    sg, yg = tf.split(products, 2, axis=1)
+    on_y = tf.matmul(inverse, sg)
+    rest = curvature * on_y + scale * (tf.matmul(gram, on_y) - yg)
+    on_s = tf.matmul(inverse, rest, transpose_a=True)
+    weights = tf.concat([on_s, -scale * on_y], 1)
     own_s, own_y = tf.unstack(tf.gather(weights, slot))
     weights = tf.reshape(tf.where(is_new, none, weights), [1, 2 * m])
     direction = -(
