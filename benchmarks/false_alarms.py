@@ -1,10 +1,14 @@
 """How often is a right gradient withheld? Keras models and losses at initialisation.
 
 Two hundred models, drawn from layers, losses, dtypes and inputs that are everyday: zero
-inputs, rows that are masked out, zero biases, dropout, one row. For each, the gradient
-by the weights and by the input, and a Hessian times a direction. Run it by hand:
+inputs, rows that are masked out, zero biases, dropout, one row. And one model of each
+kind in `WHOLE`, `BLOCKS` and `OTHER_LOSSES`, in four dtypes or in those that are named.
+For each, the gradient by the weights and by the input, and a Hessian times a direction.
+Spectral normalisation is refused by its weights, since it assigns to them, and so is
+the second derivative of CTC; these are no alarms of the check. Run it by hand:
 
     python benchmarks/false_alarms.py 200
+    python benchmarks/false_alarms.py whole float32 float16
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ import collections
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -75,6 +81,100 @@ BODIES = {
     "prelu": lambda a: [L.Dense(8), L.PReLU(), L.Dense(4), L.LeakyReLU()],
 }
 
+BLOCKS = {
+    "three dimensions": lambda: [
+        L.Reshape((4, 2, 2, 1)),
+        L.Conv3D(2, 2, activation="relu"),
+        L.MaxPooling3D(1),
+        L.Flatten(),
+    ],
+    "transposed in one": lambda: [
+        L.Reshape((8, 2)),
+        L.Conv1DTranspose(3, 3, strides=2, activation="gelu"),
+        L.GlobalMaxPooling1D(),
+    ],
+    "depthwise": lambda: [
+        L.Reshape((4, 4, 1)),
+        L.DepthwiseConv2D(3, padding="same", activation="relu6"),
+        L.MaxPooling2D(3, strides=1, padding="same"),
+        L.Flatten(),
+    ],
+    "dilated": lambda: [
+        L.Reshape((8, 2)),
+        L.Conv1D(3, 2, dilation_rate=2, padding="causal", activation="relu"),
+        L.GlobalAveragePooling1D(),
+    ],
+    "spectral": lambda: [L.SpectralNormalization(L.Dense(6)), L.ReLU()],
+    "constrained": lambda: [
+        L.Dense(6, kernel_constraint="non_neg", bias_constraint="max_norm"),
+        L.Dense(6, kernel_constraint="unit_norm", activation="relu"),
+    ],
+    "lasso at zero": lambda: [
+        L.Dense(
+            6,
+            kernel_initializer="zeros",
+            kernel_regularizer=keras.regularizers.L1L2(0.01, 0.01),
+        ),
+        L.Dense(6, kernel_regularizer="l1", activity_regularizer="l2"),
+    ],
+    "orthogonal": lambda: [
+        L.Dense(6, kernel_regularizer="orthogonal_regularizer", activation="tanh")
+    ],
+    "stacked recurrence": lambda: [
+        L.Reshape((4, 4)),
+        L.Bidirectional(L.GRU(3, return_sequences=True)),
+        L.LSTM(3),
+    ],
+    "convolutional recurrence": lambda: [
+        L.Reshape((2, 4, 2)),
+        L.ConvLSTM1D(2, 2),
+        L.Flatten(),
+    ],
+    "distributed": lambda: [
+        L.Reshape((4, 4)),
+        L.TimeDistributed(L.Dense(3, activation="elu")),
+        L.Flatten(),
+    ],
+    "nested models": lambda: [
+        keras.Sequential([L.Dense(6, activation="relu"), L.LayerNormalization()]),
+        keras.Sequential([L.Dense(4), keras.Sequential([L.Dense(4), L.ELU()])]),
+    ],
+    "cut and padded": lambda: [
+        L.Reshape((4, 4, 1)),
+        L.ZeroPadding2D(1),
+        L.Cropping2D(((0, 1), (1, 0))),
+        L.AveragePooling2D(2),
+        L.Flatten(),
+    ],
+    "rms": lambda: [L.Dense(6), L.RMSNormalization(), L.Activation("silu")],
+    "spatial dropout": lambda: [
+        L.Reshape((8, 2)),
+        L.Conv1D(3, 3),
+        L.SpatialDropout1D(0.5),
+        L.AlphaDropout(0.2),
+        L.Flatten(),
+    ],
+    "one large array": lambda: [L.Dense(70_000, activation="relu")],
+    "large arrays": lambda: [
+        L.Dense(1100, activation="relu"),
+        L.Dense(1000, activation="tanh"),
+        L.Dense(1200, activation="gelu"),
+    ],
+    "softmax": lambda: [L.Dense(5), L.Softmax(), L.Dense(6, activation="threshold")],
+    "hard": lambda: [
+        L.Dense(6, activation="hard_shrink"),
+        L.Dense(6, activation="soft_shrink"),
+        L.Dense(6, activation="sparse_plus"),
+        L.Dense(6, activation="hard_tanh"),
+    ],
+    "celu": lambda: [
+        L.Dense(6, activation="celu"),
+        L.Dense(6, activation="squareplus"),
+        L.Dense(6, activation="tanh_shrink"),
+        L.Dense(6, activation="log_softmax"),
+    ],
+}
+
 ACTIVATIONS = (
     *("relu", "elu", "selu", "gelu", "tanh", "sigmoid", "softplus", "swish", "relu6"),
     *("leaky_relu", "mish", "hard_sigmoid", "hard_swish", "softsign", "linear"),
@@ -104,6 +204,36 @@ LOSSES = {
     ),
     "poisson": lambda y, p: keras.losses.poisson(y, tf.nn.softplus(p)),
     "cosine": lambda y, p: keras.losses.cosine_similarity(y, p + 0.1),
+}
+
+OTHER_LOSSES = {
+    "smoothed": lambda y, p: keras.losses.categorical_crossentropy(
+        y, p, from_logits=True, label_smoothing=0.1
+    ),
+    "smoothed signs": lambda y, p: keras.losses.binary_crossentropy(
+        y, tf.sigmoid(p), label_smoothing=0.2
+    ),
+    "focal categories": lambda y, p: keras.losses.categorical_focal_crossentropy(
+        y, tf.nn.softmax(p)
+    ),
+    "squared hinge": lambda y, p: keras.losses.squared_hinge(2 * y - 1, p),
+    "categorical hinge": lambda y, p: keras.losses.categorical_hinge(y, p),
+    "dice": lambda y, p: keras.losses.dice(y, tf.sigmoid(p)),
+    "tversky": lambda y, p: keras.losses.tversky(y, tf.sigmoid(p)),
+    "cosine of zero": lambda y, p: keras.losses.cosine_similarity(y, p),
+    "huber at its kink": lambda y, p: keras.losses.huber(y, p, delta=1.0),
+    "percent": lambda y, p: keras.losses.mean_absolute_percentage_error(y, p),
+    "logarithmic": lambda y, p: keras.losses.mean_squared_logarithmic_error(y, p),
+    "circle": lambda y, p: keras.losses.Circle()(tf.argmax(y, -1), p + 0.1),
+    "weights of zero": lambda y, p: keras.losses.MeanSquaredError()(
+        y, p, sample_weight=tf.zeros(len(y))
+    ),
+    "probabilities as labels": lambda y, p: (
+        keras.losses.sparse_categorical_crossentropy(tf.argmax(y, -1), tf.nn.softmax(p))
+    ),
+    "ctc": lambda y, p: keras.losses.ctc(
+        tf.ones([len(y), 1]), tf.stack([p, p + 0.1, p], axis=1)
+    ),
 }
 
 INPUTS = ("normal", "zeros", "padded rows", "one row", "one row of zeros", "ones")
@@ -142,32 +272,210 @@ def case(number: int) -> tuple[str, list[tuple[str, str]]]:
         output = tf.cast(model(x, training=True), tf.float32)
         return tf.reduce_mean(tf.cast(LOSSES[loss](y, output), tf.float32))
 
-    roads = {
-        "weights": lambda: tfgrad.value_and_grad(value, wrt=model)(x),
-        "input": lambda: tfgrad.grad(value)(x),
-        "hvp": lambda: tfgrad.hvp(value)(x, np.ones_like(x)),
-    }
-    withheld = []
+    return f"{body}, {activation}, {loss}, {kind}, {policy}", withheld(value, model, x)
+
+
+class Encoder(L.Layer):
+    """A block of a transformer over masked words."""
+
+    def __init__(self, words: int = 30) -> None:
+        super().__init__()
+        self.words = L.Embedding(words, 8, mask_zero=True)
+        self.attention = L.MultiHeadAttention(2, 4, dropout=0.1)
+        self.norms = [L.LayerNormalization(), L.LayerNormalization()]
+        self.dense = [L.Dense(16, activation="gelu"), L.Dense(8)]
+
+    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Return one vector for each row of words."""
+        words = self.words(x)
+        attended = self.attention(words, words, use_causal_mask=True, training=training)
+        words = self.norms[0](words + attended)
+        words = self.norms[1](words + self.dense[1](self.dense[0](words)))
+        return tf.reduce_mean(words, axis=1)
+
+
+def embedded(words: int, *layers: Any) -> keras.Model:
+    """Return a model of words, masked where they are zero."""
+    return keras.Sequential([L.Embedding(words, 6, mask_zero=True), *layers])
+
+
+def of_words(model: Any) -> tuple[Any, Any, Any]:
+    """Return a loss, a model, and rows of words that end in padding."""
+    x = np.array([[3, 5, 0, 0], [7, 2, 9, 1], [0, 0, 0, 0]])
+
+    def value() -> tf.Tensor:
+        return tf.reduce_mean(tf.cast(model(x, training=True), tf.float32) ** 2)
+
+    value()
+    return value, model, None
+
+
+def two_heads() -> tuple[Any, Any, Any]:
+    """Return a model with two outputs and a skip."""
+    inputs = keras.Input([6])
+    hidden = L.Dense(6, activation="relu")(inputs)
+    hidden = L.Add()([hidden, inputs])
+    heads = [L.Dense(2)(hidden), L.Dense(3, activation="softmax")(hidden)]
+    model = keras.Model(inputs, heads)
+
+    def value(x: tf.Tensor) -> tf.Tensor:
+        first, second = (tf.cast(head, tf.float32) for head in model(x))
+        return tf.reduce_mean(first**2) - tf.reduce_mean(tf.math.log(second + 1e-3))
+
+    return value, model, np.zeros((4, 6), "float32")
+
+
+def critic() -> tuple[Any, Any, Any]:
+    """Return the loss of a critic with a penalty of its gradient."""
+    model = keras.Sequential([L.Dense(8), L.LeakyReLU(), L.Dense(1)])
+
+    def value(x: tf.Tensor) -> tf.Tensor:
+        slope = tfgrad.grad(lambda x: tf.reduce_sum(tf.cast(model(x), tf.float32)))(x)
+        size = tf.sqrt(tf.reduce_sum(slope**2, axis=1) + 1e-12)
+        score = tf.reduce_mean(tf.cast(model(x), tf.float32))
+        return score + 10 * tf.reduce_mean((size - 1) ** 2)
+
+    model.build((None, 5))
+    return value, model, np.ones((3, 5), "float32")
+
+
+def autoencoder() -> tuple[Any, Any, Any]:
+    """Return the loss of a variational autoencoder, its noise from a seed."""
+    encode = keras.Sequential([L.Dense(8, activation="relu"), L.Dense(4)])
+    decode = keras.Sequential([L.Dense(8, activation="relu"), L.Dense(6)])
+    encode.build((None, 6))
+    decode.build((None, 2))
+
+    def value(x: tf.Tensor) -> tf.Tensor:
+        code = tf.cast(encode(x), tf.float32)
+        mean, log = code[:, :2], code[:, 2:]
+        noise = tf.random.stateless_normal(tf.shape(mean), [1, 2])
+        logits = tf.cast(decode(mean + tf.exp(log / 2) * noise), tf.float32)
+        loss = tf.nn.sigmoid_cross_entropy_with_logits(tf.sigmoid(x), logits)
+        divergence = tf.reduce_sum(tf.exp(log) + mean**2 - 1 - log, axis=1) / 2
+        return tf.reduce_mean(tf.reduce_sum(loss, axis=1) + divergence)
+
+    return value, [encode, decode], np.zeros((2, 6), "float32")
+
+
+def ragged() -> tuple[Any, Any, Any]:
+    """Return a loss over rows of different lengths."""
+    model = keras.Sequential([L.Dense(4, activation="relu")])
+    model.build((None, 3))
+
+    def value(x: tf.Tensor) -> tf.Tensor:
+        rows = tf.RaggedTensor.from_row_lengths(
+            tf.cast(model(x), tf.float32), [2, 0, 3]
+        )
+        return tf.reduce_sum(tf.reduce_sum(rows, axis=1) ** 2)
+
+    return value, model, np.ones((5, 3), "float32")
+
+
+def contrastive() -> tuple[Any, Any, Any]:
+    """Return a loss of normalised vectors, one of them zero."""
+    model = keras.Sequential([L.Dense(4, use_bias=False)])
+    model.build((None, 3))
+
+    def value(x: tf.Tensor) -> tf.Tensor:
+        vectors = tf.math.l2_normalize(tf.cast(model(x), tf.float32), axis=1)
+        logits = vectors @ tf.transpose(vectors) / 0.1
+        labels = tf.range(4)
+        return tf.reduce_mean(
+            tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        )
+
+    return value, model, np.eye(4, 3, dtype="float32")
+
+
+def built(layers: list[Any], loss: Any, kind: str) -> tuple[Any, Any, Any]:
+    """Return a loss of a stack of layers, its regularisers added."""
+    generator = np.random.default_rng(len(kind))
+    x = inputs_of(kind, generator).astype("float32")
+    model = keras.Sequential([*layers, L.Dense(3)])
+    model.build((None, 16))
+    y = np.eye(3, dtype="float32")[generator.integers(3, size=len(x))]
+
+    def value(x: tf.Tensor) -> tf.Tensor:
+        output = tf.cast(model(x, training=True), tf.float32)
+        loss_of_output = tf.reduce_mean(tf.cast(loss(y, output), tf.float32))
+        return tf.add_n(
+            [loss_of_output, *(tf.cast(z, tf.float32) for z in model.losses)]
+        )
+
+    return value, model, x
+
+
+POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "float16")
+
+WHOLE: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
+    "transformer": lambda: of_words(Encoder()),
+    "words, lstm": lambda: of_words(embedded(30, L.LSTM(4))),
+    "words, gru both ways": lambda: of_words(embedded(30, L.Bidirectional(L.GRU(3)))),
+    "words, pooled": lambda: of_words(embedded(30, L.GlobalAveragePooling1D())),
+    "200,000 words": lambda: of_words(embedded(200_000, L.GlobalAveragePooling1D())),
+    "200,000 words, lstm": lambda: of_words(embedded(200_000, L.LSTM(3), L.Dense(2))),
+    "two heads": two_heads,
+    "critic": critic,
+    "autoencoder": autoencoder,
+    "ragged": ragged,
+    "contrastive": contrastive,
+}
+
+
+def whole() -> Iterator[tuple[str, Callable[[], tuple[Any, Any, Any]]]]:
+    """Yield what each is, and what makes its loss, its weights and its input."""
+    yield from WHOLE.items()
+    squares, kinds = LOSSES["squares"], ("zeros", "padded rows", "one row")
+    for i, (name, layers) in enumerate(BLOCKS.items()):
+        kind = kinds[i % 3]
+        yield f"{name}, {kind}", lambda ls=layers, k=kind: built(ls(), squares, k)
+    for i, (name, loss) in enumerate(OTHER_LOSSES.items()):
+        kind = kinds[i % 3]
+        make = lambda f=loss, k=kind: built([L.Dense(6, activation="relu")], f, k)  # noqa: E731
+        yield f"{name}, {kind}", make
+
+
+def whole_cases(policies: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield what each model of `whole` is, and what was withheld."""
+    for policy in policies or POLICIES:
+        for name, make in whole():
+            keras.utils.set_random_seed(len(name))
+            keras.config.set_dtype_policy(policy)
+            yield f"{name}, {policy}", withheld(*make())
+
+
+def withheld(value: Any, model: Any, x: Any) -> list[tuple[str, str]]:
+    """Return which answers a loss does not get, and why."""
+    given = () if x is None else (x,)
+    roads = {"weights": lambda: tfgrad.value_and_grad(value, wrt=model)(*given)}
+    if x is not None:
+        roads["input"] = lambda: tfgrad.grad(value)(x)
+        roads["hvp"] = lambda: tfgrad.hvp(value)(x, np.ones_like(x))
+    found = []
     for name, road in roads.items():
         try:
             road()
         except tfgrad.errors.TfgradError as error:
-            withheld.append((name, f"{type(error).__name__}: {error}"))
+            found.append((name, f"{type(error).__name__}: {error}"))
         except Exception as error:  # what TensorFlow cannot do is another matter
-            withheld.append((name, f"foreign {type(error).__name__}: {error}"[:300]))
-    return f"{body}, {activation}, {loss}, {kind}, {policy}", withheld
+            found.append((name, f"foreign {type(error).__name__}: {error}"[:300]))
+    return found
 
 
-def main(count: int, first: int = 0) -> None:
+def main(*arguments: str) -> None:
     """Print what was withheld, and how often."""
     warnings.simplefilter("ignore")
     totals: collections.Counter[str] = collections.Counter()
     start = time.perf_counter()
-    for number in range(first, first + count):
-        name, withheld = case(number)
+    if arguments[:1] == ("whole",):
+        cases = whole_cases(arguments[1:])
+    else:
+        count, first = map(int, (*arguments, 0)[:2]) if arguments else (200, 0)
+        cases = map(case, range(first, first + count))
+    for number, (name, found) in enumerate(cases):
         totals["models"] += 1
-        totals["answers"] += 3
-        for road, text in withheld:
+        for road, text in found:
             totals[text.split(":")[0]] += 1
             print(f"{number}: {name}: {road}\n    {text}", flush=True)
         keras.backend.clear_session()
@@ -175,4 +483,4 @@ def main(count: int, first: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:] or ["200"]))
+    main(*sys.argv[1:])

@@ -14,8 +14,8 @@ import logging
 import re
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -360,6 +360,13 @@ class Traces:
             run = _explained(concrete, name_of(self._f))
             if folds_wrongly(concrete.graph.get_operations()) and not self._jit:
                 run = as_written()(run)
+            made = concrete.structured_outputs
+            if _holds_defaults(made):  # TensorFlow makes a plain dict of it
+
+                def packed(*given: Any, run: Callable[..., Any] = run) -> Any:
+                    return tf.nest.pack_sequence_as(made, tf.nest.flatten(run(*given)))
+
+                return packed, concrete, ""
             return run, concrete, ""
         # If f fails in eager mode, too, tracing is not the cause: the eager error,
         # which is clearer, is raised.
@@ -391,6 +398,15 @@ def _body(run: Callable[..., Any], nests: tuple[Any, ...]) -> Callable[..., Any]
 
 def _specs(tensors: Iterable[Any]) -> list[Any]:
     return [tf.type_spec_from_value(tensor) for tensor in tensors]
+
+
+def _holds_defaults(nest: Any) -> bool:
+    """Return whether there is a defaultdict in a nest."""
+    if isinstance(nest, defaultdict):
+        return True
+    is_list = isinstance(nest, list | tuple)
+    children = nest.values() if isinstance(nest, Mapping) else nest if is_list else ()
+    return any(map(_holds_defaults, children))
 
 
 def _explained(concrete: Any, name: str) -> Callable[..., Any]:

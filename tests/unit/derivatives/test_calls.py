@@ -53,6 +53,16 @@ def test_the_answer_has_the_structure_of_the_argument():
     assert float(answer["pair"][1][1]) == 8.0
 
 
+@pytest.mark.parametrize("transform", [grad, hessian])
+def test_a_defaultdict_comes_back_as_one(transform):
+    point = collections.defaultdict(float, b=1.0, a=2.0)
+
+    answer = transform(lambda p: p["a"] ** 2 + p["b"])(point)
+
+    assert type(answer) is collections.defaultdict
+    assert {*answer} == {"a", "b"}
+
+
 def test_an_ordered_dict_comes_back_as_one():
     point = collections.OrderedDict(b=1.0, a=2.0)
 

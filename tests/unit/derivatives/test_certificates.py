@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfgrad.derivatives.certificates import inner, verify
 from tfgrad.derivatives.forward import jvp
 from tfgrad.derivatives.matrices import hessian, hvp, jacobian
+from tfgrad.derivatives.replicas import Replica
 from tfgrad.derivatives.reverse import grad, value_and_grad, vjp
 from tfgrad.errors import WrongDerivativeError
 
@@ -50,6 +51,20 @@ def test_a_wrong_derivative_is_withheld_on_every_road(road):
 
 def by_bits(x):
     return tf.bitcast(tf.bitcast(x, tf.int32), tf.float32)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_check_of_what_is_right_evaluates_at_most_eight_times(monkeypatch, road):
+    evaluations, run = [], Replica.__call__
+
+    def counted(self, *arguments):
+        evaluations.append(self)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Replica, "__call__", counted)
+    ROADS[road](lambda x: tf.reduce_sum(tf.exp(x) * ROWS), SINGLE)
+
+    assert 1 <= len(evaluations) <= 8
 
 
 def test_a_road_that_is_lost_in_bits_is_withheld():
