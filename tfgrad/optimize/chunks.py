@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
 from tfgrad.optimize.compiled import compiled_once
-from tfgrad.optimize.evaluator import Evaluation, measured
+from tfgrad.optimize.evaluator import LARGE, Evaluation, measured
 from tfgrad.optimize.solvers import NO_XLA, Form, Ruled, Solver, State
 from tfgrad.optimize.stopping import RUNNING
 
@@ -28,9 +28,6 @@ GROWTH = 64
 
 ROW_BYTES = 2**20
 """Memory for the rows of one chunk; XLA sets it aside whatever the chunk's length."""
-
-LARGE = 2**18
-"""Numbers from which on a vector is held in a variable, so that it is not copied."""
 
 TURNS = 8
 """Evaluations that a compiled chunk may take per step; a line search takes one to

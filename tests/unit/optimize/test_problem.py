@@ -9,7 +9,7 @@ import tfgrad
 from tfgrad.derivatives.matrices import hvp
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import ravel
-from tfgrad.optimize.evaluator import Evaluation, measured
+from tfgrad.optimize.evaluator import LARGE, Evaluation, measured
 from tfgrad.optimize.methods.keras_optimizer import optimizer_factory
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.solvers.optimizer import OptimizerSolver
@@ -180,19 +180,23 @@ def test_the_largest_element_of_a_gradient_is_the_same_traced_or_not(name, scale
             np.testing.assert_array_equal(call(*given), largest / (scale or 1.0))
 
 
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("size", [4, LARGE])
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
-def test_the_largest_element_of_a_gradient_is_found_by_its_bits(dtype):
-    @tf.function(jit_compile=True)
+def test_the_largest_element_of_a_gradient_is_found_by_its_bits(dtype, size, jit):
+    @tf.function(jit_compile=jit)
     def largest(gradient):
         value = tf.zeros([], dtype)
         return measured(Evaluation(value, [gradient], (), {})).grad_max
 
-    usual = tf.constant([1e-3, -2.0, -0.0, 1.0], dtype)
-    none = tf.constant([0.0, -0.0, -0.0, 0.0], dtype)
-    bad = tf.constant([1.0, -float("nan"), float("inf"), -1.0], dtype)
+    def found(*numbers):
+        return float(largest(tf.constant(np.resize(numbers, size), dtype)))
 
-    assert (float(largest(usual)), float(largest(none))) == (2.0, 0.0)
-    assert np.isnan(float(largest(bad)))
+    assert found(1e-3, -2.0, -0.0, 1.0) == found(2.0, 0.0, -1.0) == 2.0
+    assert (found(-2.0, -3.0), found(0.0, -0.0), found(-0.0)) == (3.0, 0.0, 0.0)
+    assert found(1.0, -float("inf")) == found(float("inf"), -1.0) == float("inf")
+    for nan in (float("nan"), -float("nan")):
+        assert np.isnan([found(1.0, nan, float("inf")), found(nan, -2.0)]).all()
 
 
 def test_an_optimizer_without_data_calls_the_trace_of_f_itself():
