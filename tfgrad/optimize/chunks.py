@@ -47,6 +47,10 @@ class Packing:
     A scalar costs a loop as much as a small vector: a buffer to carry, and a kernel to
     compute it. So the scalars of a nest travel together.
 
+    Args:
+        like: A nest of the structure, shapes and dtypes.
+        group: How many scalars are in one vector at most.
+
     >>> packing = Packing({"a": tf.constant(1.0), "b": [tf.constant(2.0), tf.ones(3)]})
     >>> packed = packing.pack({"a": 1.0, "b": [2.0, tf.ones(3)]})
     >>> [tensor.numpy().tolist() for tensor in packed]
