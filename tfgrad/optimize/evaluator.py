@@ -276,12 +276,8 @@ def _most(
 
     The bits of floats that are not negative, taken for whole numbers, are in the order
     of the floats, NaN last (IEEE 754). The maximum that XLA computes of floats skips
-    NaN (TensorFlow 2.21), and is slower.
-
-    Args:
-        leaves: Of floats.
-        dtype: As above.
-        by_xla: Whether large leaves are met under XLA, which needs no copy for |x|.
+    NaN (TensorFlow 2.21), and is slower. A large leaf gets no |x|, a copy of its size; a
+    vector is met by XLA, which makes none.
     """
     most = []
     for leaf in leaves:
