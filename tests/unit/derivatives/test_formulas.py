@@ -186,6 +186,19 @@ def test_slices_of_sparse_tensors_are_differentiated_twice():
     )
 
 
+def test_sums_of_sparse_tensors_are_differentiated_twice():
+    def f(values):
+        one = tf.SparseTensor([[0, 0], [0, 2]], values, [1, 4])
+        other = tf.SparseTensor([[0, 1], [0, 2]], values**2, [1, 4])
+        return tf.reduce_sum(tf.sparse.add(one, other).values ** 2)
+
+    x, v = tf.constant([1.0, 3.0], tf.float64), tf.constant([1.0, 1.0], tf.float64)
+
+    # That is x[0]**2 + x[0]**4 + (x[1] + x[1]**2)**2.
+    np.testing.assert_allclose(tfgrad.hvp(f)(x, v), [14, 146])
+    np.testing.assert_allclose(taped(f, x, v), [14, 146])
+
+
 def test_a_tape_around_the_gradient_of_a_determinant_is_right_where_it_is_singular():
     v = tf.constant([[1.0, 2.0], [3.0, 5.0]], tf.float64)
 

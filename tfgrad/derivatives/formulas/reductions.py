@@ -152,6 +152,35 @@ def _sparse_slice(op: Any, *grads: tf.Tensor) -> Any:
 
 
 @repairs(
+    "SparseAdd",
+    reason="right by itself; TensorFlow takes the op that it is made of to be constant",
+    first=False,
+)
+def _sparse_add(op: Any, *grads: tf.Tensor) -> Any:
+    slopes = tf.pad(grads[1], [[1, 0]])  # 0 for what is left out of the sum
+    places = _places(tf.size(grads[1]), op.inputs[0], op.inputs[3], op.outputs[0])
+    by_a, by_b = (tf.gather(slopes, place) for place in places)
+    return None, by_a, None, None, by_b, None, None
+
+
+@repairs("SparseAddGrad", reason="TensorFlow takes it to be constant")
+def _sparse_add_grad(op: Any, *grads: tf.Tensor) -> Any:
+    count = tf.size(op.inputs[0])
+    pairs = zip(grads, _places(count, *op.inputs[1:]), strict=True)
+    parts = [tf.math.unsorted_segment_sum(g, place - 1, count) for g, place in pairs]
+    return tf.add_n(parts), None, None, None
+
+
+def _places(count: tf.Tensor, *indices: tf.Tensor) -> list[tf.Tensor]:
+    """Return where the elements of two sparse tensors are in their sum, from 1 on."""
+    names = ("a_indices", "b_indices", "sum_indices")
+    numbers = tf.cast(tf.range(count) + 1, tf.float64)
+    options = dict(zip(names, indices, strict=True))
+    places = tf.raw_ops.SparseAddGrad(backprop_val_grad=numbers, **options)
+    return [tf.cast(place, tf.int32) for place in places]
+
+
+@repairs(
     "EuclideanNorm",
     reason="TensorFlow divides by the cotangent, which may be zero",
 )
