@@ -22,10 +22,10 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.signatures import signature
-from tfgrad.derivatives.tracing import as_written, level_of_caller, quiet
+from tfgrad.derivatives.tracing import as_written, holding, level_of_caller, quiet
 from tfgrad.derivatives.vectorized import is_straight
 from tfgrad.diagnosis.graphs import inlined
-from tfgrad.nested import Nest, either, unravel
+from tfgrad.nested import Nest, either, is_mapped, unravel
 from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
 from tfgrad.optimize.history import Array
 from tfgrad.optimize.hooks import Interrupts, bar_of
@@ -355,7 +355,10 @@ def mapped(function: Any, rows: Any, spec: Any, *, vectorises: bool) -> Any:
     if not vectorises:
         one_by_one: Any = tf.map_fn  # the stubs know no nests of specs
         return one_by_one(function, rows, fn_output_signature=spec)
-    return tf.vectorized_map(function, rows, fallback_to_while_loop=False, warn=False)
+    with holding(is_mapped, True):
+        return tf.vectorized_map(
+            function, rows, fallback_to_while_loop=False, warn=False
+        )
 
 
 def by_rows(make: Callable[..., Any], *, may_vectorise: bool) -> Any:

@@ -276,8 +276,8 @@ def _most(
 
     The bits of floats that are not negative, taken for whole numbers, are in the order
     of the floats, NaN last (IEEE 754). The maximum that XLA computes of floats skips
-    NaN (TensorFlow 2.21), and is slower. A large leaf gets no |x|, a copy of its size; a
-    vector is met by XLA, which makes none.
+    NaN (TensorFlow 2.21), and is slower. Of a large leaf no |x| is made, a copy of its
+    size; a vector is met by XLA, which makes none.
     """
     most = []
     for leaf in leaves:
