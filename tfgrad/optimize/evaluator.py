@@ -132,6 +132,10 @@ class Evaluator:
                 hint="compute what depends on it inside of the function",
             )
 
+    def check(self, arguments: tuple[Nest, ...]) -> None:
+        """Refuse a gradient, traced without numbers, that differences disagree with."""
+        self._check(self.evaluate(arguments, None), arguments, None)
+
     def _check(
         self, answer: Evaluation, arguments: tuple[Nest, ...], scale: Any
     ) -> None:

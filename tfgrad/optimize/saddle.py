@@ -107,9 +107,17 @@ def scale_of(x: Array, start: Array) -> Array:
 
 
 def look_around(
-    problem: Problem, state: Any, scale: float, *, products: bool, leaps: bool
+    problem: Problem,
+    state: Any,
+    scale: float,
+    *,
+    products: bool,
+    leaps: bool,
+    bounds: tuple[Array, Array] | None = None,
 ) -> Look:
-    """Return what lies around the current point.
+    """Return what lies around the current point, within bounds if there are some.
+
+    A variable is looked at if it may move by a step of the differences in both ways.
 
     Args:
         problem: What is minimised.
@@ -119,58 +127,80 @@ def look_around(
             differences of gradients replace them, at a cost of at most a quarter of the
             run's; but not where a search has failed and a few products tell all.
         leaps: Whether Newton's step counts, too.
+        bounds: A lower and an upper array; None for none.
     """
     types = operations(problem)
     if not types or any("Random" in operation for operation in types):
         return Look()
     x, dtype = np.asarray(state.x, np.float64), state.x.dtype
+    epsilon, grad = EPSILONS[dtype], np.asarray(state.evaluation.gradient, np.float64)
+    lower, upper = (-np.inf, np.inf) if bounds is None else bounds
+    room = np.minimum(x - lower, upper - x)
+    is_free = room > epsilon ** (1 / 3) * scale
     has_failed = leaps and int(state.code) != code_of("converged")
     is_exact = problem.has_hessian and (
         products or not int(state.step) or (has_failed and len(x) <= PRODUCTS)
     )
     count = min(max(int(state.evaluations) // 4, LEAST_LOOK), MOST_LOOK)
 
+    def whole(part: Array) -> Array:
+        moved = x.copy()
+        moved[is_free] = part
+        return np.clip(moved, lower, upper)
+
     def at(x: Array) -> Evaluation:
         return problem.at(tf.constant(x, dtype))
 
     def value(points: Array) -> Array:
-        return np.array([float(at(points[0]).value)])
+        return np.array([float(at(whole(points[0])).value)])
 
     def gradient(points: Array) -> Array:
-        return np.asarray(at(points[0]).gradient, np.float64)[None]
+        of_all = np.asarray(at(whole(points[0])).gradient, np.float64)
+        return of_all[None, is_free]
 
     def exact(directions: Array) -> Array:
-        v = tf.constant(directions[0], dtype)
-        return np.asarray(problem.hvp(state.x, v), np.float64)[None]
+        v = np.zeros_like(x)
+        v[is_free] = directions[0]
+        of_all = np.asarray(problem.hvp(state.x, tf.constant(v, dtype)), np.float64)
+        return of_all[None, is_free]
 
-    epsilon, grad = EPSILONS[dtype], np.asarray(state.evaluation.gradient, np.float64)
     fun, most = float(state.evaluation.value), PRODUCTS if is_exact else count // 2
     fallen, scales = float(state.first) - fun, np.array([scale])
-    row = x[None], np.array([fun]), grad[None], scales
-    estimated = by_differences(gradient, x[None], scales, epsilon)
+    free, slopes = x[is_free], grad[is_free]
+    row = free[None], np.array([fun]), slopes[None], scales
+    estimated = by_differences(gradient, free[None], scales, epsilon)
     product = exact if is_exact else estimated
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as that a second derivative runs eagerly
         try:
-            found = curvatures(product, (1, len(x)), epsilon, most)
+            # At a bound, without a slope, nothing but values says that f falls inwards.
+            inward = np.where(room > 0, 0.0, np.sign((lower - x) - (x - upper)))
+            for power in FARTHER if np.any(inward[grad == 0]) else ():
+                step = epsilon**power * scale * np.where(grad == 0, inward, 0.0)
+                beside = np.clip(x + step, lower, upper)
+                if float(at(beside).value) < fun - NOISE * epsilon * abs(fun):
+                    return Look(tf.constant(beside, dtype))
+            found = curvatures(product, (1, len(free)), epsilon, most)
             points, is_lower = lower_points(*row, found, value, epsilon)
             if is_lower[0]:
-                return Look(tf.constant(points[0], dtype))
+                return Look(tf.constant(whole(points[0]), dtype))
             if not leaps or not np.isfinite(found.values[0, 0]):
                 return Look()
             part = NEGLIGIBLE if has_failed else MISSED
             least = max(max(part, NOISE * epsilon) * abs(fun), epsilon**1.5 * fallen)
             for power in FLOORS:
-                step, fall = _newton(grad, found, epsilon**power)
-                beside = (x + step)[None]
-                if fall > least and (truly := fun - value(beside)[0]) > fall / 2:
+                step, fall = _newton(slopes, found, epsilon**power)
+                ahead = (free + step)[None]
+                if fall > least and (truly := fun - value(ahead)[0]) > fall / 2:
                     is_near = abs(truly - fall) <= NEAR * fall
-                    return Look(tf.constant(beside[0], dtype), is_near=is_near)
+                    return Look(tf.constant(whole(ahead[0]), dtype), is_near=is_near)
         except Exception:  # a user's gradient may raise anything: nothing is known
             return Look()
-    _, fall = _newton(grad, found, epsilon)
-    is_whole = is_exact and found.values.shape[1] == len(x)
+    _, fall = _newton(slopes, found, epsilon)
+    is_held = ((x <= lower) & (grad > 0)) | ((x >= upper) & (grad < 0))
+    is_whole = is_exact and found.values.shape[1] == len(free)
+    is_whole = is_whole and np.all(is_free | is_held)
     is_definite = found.values[0, 0] > NOISE * epsilon * found.largest[0]
     is_negligible = fall <= max(NEGLIGIBLE, NOISE * epsilon) * abs(fun)
     return Look(None, bool(has_failed and is_whole and is_definite and is_negligible))

@@ -17,6 +17,7 @@ from tfgrad.errors import (
     NoGradientError,
     RunError,
     ScalarObjectiveError,
+    WrongDerivativeError,
 )
 from tfgrad.optimize.solvers import NO_XLA, Form
 from tfgrad.optimize.solvers.optimizer import OptimizerForms
@@ -669,3 +670,36 @@ def test_bounds_hold_some_of_many_numbers_of_16_bits(dtype):
     result = tfgrad.minimize(f, tf.constant([3, 1, 4], dtype), bounds=(0.5, None))
 
     np.testing.assert_array_equal(tf.cast(result.x, tf.float32), [2, 3, 0.5])
+
+
+def quotient(x):
+    return tf.reduce_sum(tf.math.divide_no_nan(x * x, x))  # x, but for TensorFlow at 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "newton"},
+        {"method": "scipy:bfgs"},
+        {"method": "sgd"},
+        {"method": "adam", "jit": True},
+        {"method": "scaled"},
+    ],
+    ids=["lbfgs", "newton", "scipy", "optimizer", "under XLA", "scaled"],
+)
+def test_a_first_gradient_that_is_wrong_is_refused_by_every_method(options):
+    def minimize(*given, **more):
+        if options.get("method") == "scaled":
+            of_keras = keras.optimizers
+            more["method"] = of_keras.LossScaleOptimizer(of_keras.SGD())
+        return tfgrad.minimize(*given, steps=3, **{**options, **more})
+
+    with pytest.raises(WrongDerivativeError, match="of `quotient` is wrong"):
+        minimize(quotient, np.zeros(2))
+
+    w = tf.Variable([0.0, 0.0])
+    with pytest.raises(WrongDerivativeError):
+        minimize(lambda: quotient(w), wrt=w)
+    assert w.numpy().tolist() == [0, 0]
+    assert minimize(quotient, np.zeros(2), verify=False).fun <= 0

@@ -39,6 +39,33 @@ def test_a_start_is_left_that_is(name, method):
     assert list(result.history["step"]) == list(range(result.nit + 1))
 
 
+WITHIN = {
+    "a maximum": (lambda x: -tf.reduce_sum(x**2), [0, 0], (-1, 1), -2),
+    "a saddle": (lambda x: x[0] ** 2 - x[1] ** 2, [0.5, 0], (-1, 1), -1),
+    "a corner": (lambda x: -tf.reduce_sum(x**2), [0, 0], (0, 1), -2),
+    "one of two bounds": (lambda x: x[0] - x[1] ** 2, [1, 0], (0, 1), -1),
+    "held": (lambda x: x[0] ** 2 - x[1] ** 2, [1, 0], ([-1, 0], [1, 0]), 0),
+    "a minimum": (lambda x: tf.reduce_sum(x**2), [0, 0], (0, 1), 0),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_what_is_stationary_within_bounds_is_left_and_no_bound_passed(name, dtype):
+    f, start, bounds, least = WITHIN[name]
+    lower, upper = (np.broadcast_to(b, 2).astype(dtype) for b in bounds)
+
+    def watched(x):
+        inside = tf.reduce_all((x >= lower) & (x <= upper))
+        return tf.where(inside, f(x), np.nan)
+
+    result = tfgrad.minimize(watched, np.array(start, dtype), bounds=(lower, upper))
+
+    assert result.success
+    assert result.fun == pytest.approx(least, abs=1e-6)
+    assert np.all(np.isfinite(result.history["fun"]))
+
+
 @pytest.mark.parametrize("method", ["newton", "lbfgs"])
 def test_a_maximum_without_end_is_unbounded(method):
     result = tfgrad.minimize(lambda x: -(x**2), np.float64(0), method=method)

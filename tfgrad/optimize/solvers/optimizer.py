@@ -92,6 +92,10 @@ class OptimizerStepper(Stepper):
         if self.compiled is not None:
             self.written = not_moved(problem, written_variables(self.compiled))
         self.method = KerasMethod(factory, owners)
+        is_whole = feed is None and self.compiled is not None and not self.written
+        if is_whole and problem.options["verify"]:
+            start = problem.x.start() if problem.x.takes_values else None
+            problem.evaluator.check(problem.x.arguments(start))
         is_shared = feed is not None and problem.replicas.count > 1
         self._copies = Copies(self.moved if is_shared else ())
         if feed is not None and is_shared:
@@ -101,8 +105,7 @@ class OptimizerStepper(Stepper):
             problem.distribute(self.written, self._copies, are_own=feed.source.is_own)
         if is_shared or self.method.is_scaled:
             self.compiled = self._compile()
-        is_closed = feed is None and self.compiled is not None and not self.written
-        self._direct = direct(self.compiled) if is_closed else None
+        self._direct = direct(self.compiled) if is_whole and self.compiled else None
         self.backup = Backup(self.moved, owners, self.method.optimizer)
         self.before = [tf.Variable(v, trainable=False) for v in self.written]
 

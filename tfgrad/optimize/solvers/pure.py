@@ -379,15 +379,17 @@ class PureSolver(Solver):
 
         Where a search has failed, second derivatives may certify a minimum.
         """
-        if self.stepper.bounds is not None:  # beside it, a lower point may be forbidden
-            self.settle(state)
-            return state, None
         # A rule of the user's, such as gtol, means what it says.
         is_own = int(state.code) in (self.stepper.failure, code_of("converged"))
         leaps = is_own and not self.stepper.knows_solutions and self._leaps < MOST_LEAPS
         products = self.stepper.is_bound
         look = look_around(
-            self.problem, state, self.scale(state), products=products, leaps=leaps
+            self.problem,
+            state,
+            self.scale(state),
+            products=products,
+            leaps=leaps,
+            bounds=self.stepper.bounds,
         )
         self.settle(state)
         if look.is_minimum:
