@@ -94,8 +94,9 @@ class OptimizerStepper(Stepper):
         self.method = KerasMethod(factory, owners)
         is_whole = feed is None and self.compiled is not None and not self.written
         if is_whole and problem.options["verify"]:
-            start = problem.x.start() if problem.x.takes_values else None
-            problem.evaluator.check(problem.x.arguments(start))
+            evaluator: Any = problem.evaluator  # of f itself: there is no data
+            at = problem.x.start() if problem.x.takes_values else None
+            evaluator.check(problem.x.arguments(at))
         is_shared = feed is not None and problem.replicas.count > 1
         self._copies = Copies(self.moved if is_shared else ())
         if feed is not None and is_shared:
