@@ -212,8 +212,8 @@ def either(condition: tf.Tensor, a: Nest, b: Nest) -> Nest:
     """Return `a` where the condition holds, else `b`: leaf by leaf, of equal shapes.
 
     The condition is of the shape of a leaf, or of `[]`, or has one element for each row
-    of a matrix. So nothing is broadcast, which takes `tf.where` four times as long for a
-    number, and eight times for a short vector. Of the op that does not broadcast,
+    of a matrix. So nothing is broadcast, with which `tf.where` takes four times as long
+    for a number, and eight times for a short vector. Of the op that does not broadcast,
     `tf.vectorized_map` makes half as much again for XLA to compile.
     """
     where = _by_rows if is_mapped.get() else tf.compat.v1.where
