@@ -181,7 +181,8 @@ def check_shapes(saved: Sequence[Any], fresh: Sequence[Any]) -> None:
             else "a tensor of {} there, of {} here".format(*pairs[0]),
             hint="the call as it was"
             + " (a learning rate that was a number stays one, a variable or a schedule "
-            "one of these)" * is_fewer + ", or minimize(f, result.x) to start anew",
+            "one of these)" * is_fewer + ", or to start anew minimize(f, result.x), or "
+            "another directory for `checkpoint`",
         )
 
 
@@ -289,8 +290,9 @@ def _restored(run: Minimisation, saved: Saved) -> State:
     run.make_loop(saved.position)
     solver = run.loop.solver
     fresh, evaluation = solver.init()
-    leaves = tf.nest.flatten(there)
-    check_shapes(leaves, tf.nest.flatten(fresh._replace(batch=())))
+    own = tf.nest.flatten(fresh._replace(batch=()))
+    leaves = [*map(_as_column, tf.nest.flatten(there), own)]
+    check_shapes(leaves, own)
     check_shapes(saved.variables, solver.variables())
     state: State = tf.nest.pack_sequence_as(fresh._replace(batch=()), leaves)
     is_known = run.training is None and repeats(run.problem)
@@ -309,6 +311,12 @@ def _restored(run: Minimisation, saved: Saved) -> State:
         run.optimizer.learning_rate = rate
     code = there.code if _is_ended(run, saved) else tf.constant(RUNNING)
     return state._replace(code=code, batch=fresh.batch)
+
+
+def _as_column(leaf: Any, like: Any) -> Any:
+    """Return a vector as a column if that is meant: older runs of L-BFGS saved one."""
+    is_meant = leaf.shape.rank == 1 and [*like.shape] == [*leaf.shape, 1]
+    return tf.expand_dims(leaf, 1) if is_meant else leaf
 
 
 def _end_at_once(run: Minimisation, saved: Saved) -> None:

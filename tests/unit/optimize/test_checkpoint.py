@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -177,6 +178,19 @@ def test_more_steps_go_on_from_the_end(tmp_path):
     result = minimized(tmp_path, steps=150)
 
     assert_same(result, minimized(tmp_path / "other", steps=150))
+
+
+def test_what_an_older_version_saved_of_lbfgs_goes_on(tmp_path):
+    def vector(leaf):
+        return tf.squeeze(leaf, 1) if leaf.shape[1:] == [1] else leaf
+
+    half = tfgrad.minimize(rosenbrock, START, steps=10)
+    memory = tf.nest.map_structure(vector, half.state.state.memory)
+    older = replace(half.state, state=half.state.state._replace(memory=memory))
+    result = tfgrad.minimize(rosenbrock, replace(half, state=older), steps=40)
+
+    assert memory.method.memory.curvature.shape.rank == 1
+    assert_same(result, tfgrad.minimize(rosenbrock, START, steps=50))
 
 
 @pytest.mark.parametrize(
