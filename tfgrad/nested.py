@@ -209,9 +209,10 @@ is_mapped: ContextVar[bool] = ContextVar("is_mapped", default=False)
 
 
 def either(condition: tf.Tensor, a: Nest, b: Nest) -> Nest:
-    """Return `a` where the condition holds, of shape `[]`, else `b`: leaf by leaf.
+    """Return `a` where the condition holds, else `b`: leaf by leaf.
 
-    The leaves of both have the same shapes. So they need no broadcasting, which takes
+    The leaves of both have the same shapes, and the condition has shape `[]` or theirs:
+    of other shapes, the two ops here make different things. Broadcasting takes
     `tf.where` four times as long for a number, and eight times for a short vector. Of
     the op without it, `tf.vectorized_map` makes half as much again for XLA to compile.
     """
