@@ -13,6 +13,7 @@ import tfgrad
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.optimize import blocks, many_saddles
 from tfgrad.optimize.evaluator import operations_of
+from tfgrad.optimize.methods.lbfgs import LBFGS
 
 T = np.linspace(0.0, 5.0, 50)
 
@@ -72,6 +73,17 @@ def test_the_graph_takes_the_very_steps_of_minimize():
     alone = [tfgrad.minimize(rosenbrock, x0) for x0 in x0s]
     np.testing.assert_array_equal(result.nit, [one.nit for one in alone])
     np.testing.assert_array_equal(result.nfev, [one.nfev for one in alone])
+
+
+@pytest.mark.parametrize("bounds", [None, (-2, 2)])
+def test_a_row_forgets_its_oldest_pair_as_it_does_alone(bounds):
+    options = {"method": LBFGS(memory=3), "steps": 15, "bounds": bounds}
+    x0s = np.stack([np.full(6, -1.2), np.linspace(-1, 1, 6)])
+    many = tfgrad.minimize_many(rosenbrock, x0s, **options)
+    alone = [tfgrad.minimize(rosenbrock, x0, **options) for x0 in x0s]
+
+    np.testing.assert_array_equal(many.nfev, [one.nfev for one in alone])
+    np.testing.assert_allclose(many.x, [one.x for one in alone], rtol=1e-6)
 
 
 @pytest.mark.parametrize("jit", [False, True])
