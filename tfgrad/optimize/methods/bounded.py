@@ -74,7 +74,8 @@ class Bounds(NamedTuple):
 
         As that of a root at zero.
         """
-        holds: Any = tf.math.is_inf(point.grad) & ~self.free(point)
+        is_free: Any = self.free(point)
+        holds = tf.math.is_inf(point.grad) & ~is_free
         zero = tf.zeros_like(point.grad)
         return point._replace(grad=either(holds, zero, point.grad))
 
