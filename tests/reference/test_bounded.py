@@ -93,6 +93,26 @@ def test_fewer_evaluations_than_scipy_takes_to_the_same_accuracy():
     assert np.median(ours) <= np.median(counts)
 
 
+INFINITE_SLOPES = {
+    "a corner": (lambda x: tf.reduce_sum(tf.sqrt(x)) + (x[0] - 0.2) ** 2, (0, 0)),
+    "two sides": (lambda x: tf.reduce_sum(tf.sqrt(x) + tf.sqrt(2 - x)), (0, 2)),
+    "beside others": (lambda x: tf.sqrt(x[0]) + (x[0] + x[1] - 0.5) ** 2, (0, 0.5)),
+    "an angle": (lambda x: tf.acos(x[0] - 1) + (x[1] - 0.25) ** 2, (2, 0.25)),
+}
+
+
+@pytest.mark.parametrize("name", INFINITE_SLOPES)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_a_bound_where_f_rises_infinitely_steeply_holds(name, dtype):
+    f, at = INFINITE_SLOPES[name]
+
+    result = tfgrad.minimize(f, np.array([0.8, 1.1], dtype), bounds=(0, 2))
+
+    assert result.success
+    np.testing.assert_allclose(result.x, at, atol=1e-3 if dtype == "float32" else 1e-7)
+    assert result.nfev < 50
+
+
 @pytest.mark.parametrize("name", ["HS2", "HS5", "EXPLIN", "MCCORMCK", "HATFLDB"])
 def test_float32_stays_within_the_bounds_and_gets_there(name):
     problem = PROBLEMS[name]

@@ -110,6 +110,18 @@ def test_fits_within_bounds_end_where_scipys_do(name, loss):
     np.testing.assert_array_equal(np.isnan(end.stderr), held)
 
 
+def test_a_step_that_bounds_cut_short_is_no_sign_of_a_solution():
+    lower, upper = [-2, 1.5], [0.5, 3]
+    fit = Fit(rosenbrock, "cauchy", 0.1)
+
+    end = fit.ours([-1.0, 2.0], (np.array(lower), np.array(upper)))
+
+    scipys = fit.scipys([-1.0, 2.0], (lower, upper))
+    assert end.success
+    np.testing.assert_allclose(end.x, scipys.x, rtol=1e-6)
+    assert end.x[1] == 1.5
+
+
 @pytest.mark.parametrize("name", ["MGH09", "Misra1a", "Kirby2"])
 def test_bounds_that_never_matter_change_nothing(name):
     truth = cutest_like.nist["read"](name)

@@ -27,6 +27,9 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 NUMBERS = (numbers.Real, type(None), tf.bfloat16.as_numpy_dtype)
 """The types of a bound; NumPy's truth values, texts and dates are none of them."""
 
+LEAST = 2.0**-126
+"""The least positive number of float32 and bfloat16 that XLA does not take for zero."""
+
 KINDS = {"eq": (0.0, 0.0), "ineq": (0.0, np.inf)}
 """SciPy's dicts: what the value of the function has to lie between."""
 
@@ -288,7 +291,33 @@ def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
             got=f"element {i}: lower {lower[i]:g}, upper {upper[i]:g}",
             hint="bounds=(lower, upper), in this order, None where there is none",
         )
+    sizes = [leaf.shape.num_elements() for leaf in problem.x.leaves]
+    names = [leaf.dtype.as_numpy_dtype for leaf in problem.x.leaves]
+    ends = np.cumsum([0, *sizes])
+    for dtype, i, j in zip(names, ends[:-1], ends[1:], strict=True):
+        lower[i:j], upper[i:j] = _rounded(lower[i:j], upper[i:j], dtype)
     return lower, upper
+
+
+def _rounded(lower: Array, upper: Array, dtype: Any) -> tuple[Array, Array]:
+    """Return bounds as numbers of a dtype: the first ones within them, if there are.
+
+    Between bounds without a number in between, it is the nearest one of each.
+    """
+
+    def up(side: Array, near: Array) -> Array:
+        if not np.any(near < side):
+            return near
+        after = np.nextafter(near, dtype(np.inf))
+        after = np.where(near == 0, dtype(LEAST), after)
+        return np.where(near < side, after, near)
+
+    with np.errstate(over="ignore"):
+        near = lower.astype(dtype), upper.astype(dtype)
+    inner = up(lower, near[0]), -up(-upper, -near[1])
+    is_there = inner[0] <= inner[1]
+    first, last = (np.where(is_there, *p) for p in zip(inner, near, strict=True))
+    return first.astype(np.float64), last.astype(np.float64)
 
 
 def _is_pair(value: Any) -> bool:

@@ -179,8 +179,11 @@ def look_around(
             for power in FARTHER if np.any(inward[grad == 0]) else ():
                 step = epsilon**power * scale * np.where(grad == 0, inward, 0.0)
                 beside = np.clip(x + step, lower, upper)
-                if float(at(beside).value) < fun - NOISE * epsilon * abs(fun):
+                change = float(at(beside).value) - fun
+                if change < -NOISE * epsilon * abs(fun):
                     return Look(tf.constant(beside, dtype))
+                if change > NOISE * epsilon * abs(fun):
+                    break  # a minimum, whatever is farther off
             found = curvatures(product, (1, len(free)), epsilon, most)
             points, is_lower = lower_points(*row, found, value, epsilon)
             if is_lower[0]:

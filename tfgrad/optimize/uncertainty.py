@@ -342,9 +342,7 @@ def held(problem: Problem, bounds: Any, x: Nest) -> Array:
     """Return which parameters are at a bound, shape `[n]`."""
     limits = Limits(problem, bounds, ())
     point = np.concatenate([np.ravel(as_array(leaf)) for leaf in tf.nest.flatten(x)])
-    # As the method saw them: a bound of 0.1 is another number in float32.
-    lower, upper = (b.astype(point.dtype) for b in (limits.lower, limits.upper))
-    is_held: Array = (point <= lower) | (point >= upper)
+    is_held: Array = (point <= limits.lower) | (point >= limits.upper)
     return is_held
 
 

@@ -41,6 +41,22 @@ def test_one_number_bounds_everything():
     assert not Limits(problem(), None, []).are_any
 
 
+def test_bounds_that_the_dtype_does_not_have_are_rounded_inwards():
+    point = {"x": np.zeros(5, np.float32), "y": np.float64(0)}
+    lower, upper = [-0.1, 1e-300, 1e-9, 0.1, -1e99], [2 / 3, 1.0, 1.0, 0.1, -0.0]
+    limits = Limits(problem(point), ([*lower, -0.1], [*upper, 2 / 3]), ())
+
+    inner = np.array(limits.bounds, np.float32)
+    np.testing.assert_array_equal(inner[:, :5], np.array(limits.bounds)[:, :5])
+    np.testing.assert_allclose(inner[0, :4], lower[:4], rtol=1e-7, atol=2e-38)
+    np.testing.assert_allclose(inner[1, :5], upper, rtol=1e-7)
+    assert np.all(limits.lower[:3] > lower[:3])
+    assert limits.lower[4] == np.finfo(np.float32).min
+    assert limits.upper[0] < upper[0]
+    assert limits.lower[3] == limits.upper[3] == np.float32(0.1)  # none in between
+    assert (limits.lower[5], limits.upper[5]) == (-0.1, 2 / 3)
+
+
 CIRCLE = {"type": "ineq", "fun": lambda p: 25 - tf.reduce_sum(p["a"] ** 2)}
 
 

@@ -46,7 +46,12 @@ WITHIN = {
     "one of two bounds": (lambda x: x[0] - x[1] ** 2, [1, 0], (0, 1), -1),
     "held": (lambda x: x[0] ** 2 - x[1] ** 2, [1, 0], ([-1, 0], [1, 0]), 0),
     "a minimum": (lambda x: tf.reduce_sum(x**2), [0, 0], (0, 1), 0),
+    "a lower one far off": (lambda x: valley(x[0]) + valley(x[1]), [0, 0], (0, 3), 0),
 }
+
+
+def valley(x):
+    return (x - x**2) ** 2 - x**3 / 100
 
 
 @pytest.mark.parametrize("name", WITHIN)

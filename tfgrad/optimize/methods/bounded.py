@@ -69,6 +69,16 @@ class Bounds(NamedTuple):
         has_slope: Any = point.grad != 0
         return tf.reduce_all(has_slope) & ~tf.reduce_any(self.free(point))
 
+    def settled(self, point: Point) -> Point:
+        """Return the point without slopes that are infinite where they hold it.
+
+        As that of a root at zero.
+        """
+        is_free: Any = self.free(point)
+        holds = tf.math.is_inf(point.grad) & ~is_free
+        zero = tf.zeros_like(point.grad)
+        return point._replace(grad=either(holds, zero, point.grad))
+
     def reduced(self, point: Point) -> Point:
         """Return the point with the gradient of the free variables, zero elsewhere."""
         zero = tf.zeros_like(point.grad)
@@ -122,6 +132,7 @@ def init(start: Point, bounds: Bounds, memory: int) -> Move:
 def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     """Take the trial and search along a new direction, or go back along the old one."""
     before, epsilon = state.progress, EPSILONS[new.fun.dtype]
+    new, old = bounds.settled(new), bounds.settled(old)
     s, y = new.x - old.x, new.grad - old.grad
     slope, end_slope = _dot(old.grad, s), _dot(new.grad, s)
     steepness = tf.abs(end_slope)

@@ -307,6 +307,8 @@ class LevenbergMarquardt(Damped):
     def _search(self, here: Point, state: State) -> Move:
         linear, box = state.linear, Bounds.of(self._bounds, here.x)
         z, step = _minimiser(linear, state.radius, state.step.damping)
+        # What a bound cuts short may promise little, or less than nothing.
+        expected = step.promised
         x = here.x + tf.linalg.matvec(linear.v, z) / linear.scale
         if box is not None:
             x = box.clip(x)
@@ -329,7 +331,7 @@ class LevenbergMarquardt(Damped):
         if box is not None:
             free = tf.reduce_sum(tf.cast(box.free(here), tf.int32))
         is_determined = (known > 0) & (known >= free)  # not gone flat
-        expected = either(is_determined, step.promised, step.promised.dtype.max)
+        expected = either(is_determined, expected, expected.dtype.max)
         return Move(x, state, failed=is_over, expected=expected)
 
 
