@@ -354,7 +354,7 @@ class Traces:
             if self._jit or is_made_twice(error):
                 refused = refusal_by_gradient(error, name_of(self._f))
                 raise refused or error from None
-            what = str(error).strip().splitlines()[-1].strip()
+            what = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
             reason = f"it leaves TensorFlow at {line_of_error(error)} ({what})"
         else:
             run = _explained(concrete, name_of(self._f))

@@ -310,7 +310,8 @@ def _slope(
 
     The error of that is of rounding, and how far both sides and two steps are apart.
     """
-    secants = np.maximum(np.abs(right), np.abs(left))[2:]
+    steepest = np.maximum(np.abs(right), np.abs(left))
+    secants, vanishes = steepest[2:], 2 * steepest[2:] <= steepest[1:-1]
     # Richardson's extrapolation removes what curvature adds to one-sided slopes.
     right, left = ((4 * side[1:] - side[:-1]) / 3 for side in (right, left))
     slopes = (right + left) / 2
@@ -322,7 +323,7 @@ def _slope(
         usable = abs(claimed) <= STEEPER * np.abs(slopes) + floor
     else:
         usable = errors <= SAME * np.maximum(secants, value)
-        usable &= apart <= SAME * secants + errors
+        usable &= vanishes | (apart <= SAME * secants + errors)
     bars = np.max([4 * errors, apart / SAME, np.full_like(errors, floor)], axis=0) / 3
     bars = np.where(usable & np.isfinite(bars), bars, np.inf)
     best = np.argmin(bars)

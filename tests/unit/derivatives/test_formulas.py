@@ -394,3 +394,17 @@ def test_an_error_stays_what_it_is_on_its_way_through_a_users_function():
 
     with pytest.raises(NoGradientError, match=r"tf\.round"):
         slope(tf.constant([1.2]))
+
+
+@pytest.mark.parametrize("power", [2, 3])
+def test_the_curvature_of_complex_powers_at_zero_by_a_tape_of_ones_own(power):
+    x = tf.constant([0.0, 2.0], tf.float64)
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        slope = grad(
+            lambda x: tf.reduce_sum(tf.math.real(tf.cast(x, tf.complex128) ** power))
+        )(x)
+
+    right = {2: [2, 2], 3: [0, 12]}[power]
+    np.testing.assert_allclose(tape.gradient(slope, x), right)

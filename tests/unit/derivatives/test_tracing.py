@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfgrad.derivatives.matrices import hessian, hvp, jacobian
 from tfgrad.derivatives.reverse import grad
 from tfgrad.derivatives.tracing import MOST_TRACES, Traces, as_written, quiet
 from tfgrad.errors import InvalidArgumentError, NoGradientError
@@ -141,6 +142,36 @@ def test_numpy_beside_the_path_gives_the_right_answer():
         answer = grad(f)(3.0)
 
     assert float(answer) == 6.0
+
+
+@pytest.mark.parametrize("transform", [hvp, hessian, jacobian])
+def test_an_error_without_a_message_in_a_trace_has_its_name_in_the_warning(transform):
+    def f(x):
+        if not tf.executing_eagerly():
+            raise AssertionError
+        return tf.reduce_sum(x**3)
+
+    given = ([1.0, 2.0], [1.0, 0.0]) if transform is hvp else ([1.0, 2.0],)
+
+    with pytest.warns(RuntimeWarning, match=r"\(AssertionError\)"):
+        answer = transform(f)(*given)
+
+    right = {hvp: [6, 0], hessian: [[6, 0], [0, 12]], jacobian: [3, 12]}[transform]
+    np.testing.assert_allclose(answer, right, rtol=1e-5)
+
+
+def test_a_custom_gradient_in_a_branch_is_differentiated_twice():
+    @tf.custom_gradient
+    def cube(x):
+        return x**3, lambda dy: 3 * x**2 * dy
+
+    def f(x):  # TensorFlow fails with an assertion of its own while it is traced
+        return tf.reduce_sum(tf.cond(x[0] > 0, lambda: cube(x), lambda: x))
+
+    with pytest.warns(RuntimeWarning, match="AssertionError"):
+        product = hvp(f)([1.0, 2.0], [1.0, 1.0])
+
+    np.testing.assert_allclose(product, [6, 12], rtol=1e-5)
 
 
 def test_jit_gives_the_answer_of_the_graph():

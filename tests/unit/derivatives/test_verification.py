@@ -100,6 +100,7 @@ def test_nan_is_wrong_where_both_sides_agree():
     flat, nan = np.zeros_like, np.full(2, np.nan)
 
     assert disagreement(functions(flat, nan, np.zeros(2))) is not None
+    assert disagreement(functions(lambda x: x**4, nan, np.zeros(2))) is not None
     assert disagreement(functions(np.sqrt, nan, np.zeros(2))) is None  # one side only
     assert disagreement(functions(np.abs, nan, np.zeros(2))) is None  # a kink
     assert disagreement(functions(np.cbrt, nan, np.zeros(2))) is None  # no slope

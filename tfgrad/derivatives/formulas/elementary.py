@@ -94,11 +94,14 @@ def _pow(op: Any, grad: tf.Tensor) -> Any:
     x, y = op.inputs
     constant = tf.equal(y, 0)
     conjugate = tf.math.conj(tf.where(constant, tf.ones_like(y), y))
-    by_x = grad * conjugate * tf.pow(tf.math.conj(x), conjugate - 1)
+    base, lower = tf.math.conj(x), conjugate - 1
+    whole = base
+    if x.dtype.is_complex:  # 0 to the power of 0 is NaN there
+        whole = tf.where(tf.equal(lower, 0), tf.ones_like(base), base)
+    by_x = grad * conjugate * tf.pow(whole, lower)
     by_x = tf.where(constant, tf.zeros_like(by_x), by_x)
     if _static_value(y) is not None:
         return _summed_to(by_x, x), None
-    base = tf.math.conj(x)
     usable = tf.not_equal(base, 0) if x.dtype.is_complex else base > 0
     log = tf.where(usable, tf.math.log(tf.where(usable, base, 1)), 0)
     return _both(op, by_x, grad * tf.math.conj(op.outputs[0]) * log)
