@@ -415,8 +415,8 @@ def _remember(
     """
     m: Any = memory.pairs.shape[0]
     slot, places = memory.kept % m, np.arange(m, dtype=np.int32)
-    is_row, is_new = (tf.equal(each, slot) for each in (places, places[:, None]))
-    is_rest = tf.not_equal((places[:, None] - 1) % m, slot)
+    is_row, is_rest = tf.equal(places, slot), tf.not_equal((places - 1) % m, slot)
+    is_new = tf.equal(places[:, None], slot)
     none, ratio = tf.zeros([], gradient.dtype), tf.math.divide_no_nan(pair.sy, pair.yy)
     is_kept: Any = pair.is_curved & is_taken & (ratio > 0)
     is_written = is_new & is_kept
@@ -430,7 +430,7 @@ def _remember(
     # The oldest pair makes room, or all do if there was a fresh start. Its column has
     # nothing outside of its row.
     is_known = (memory.kept > 0) & (is_rest | ~is_kept)
-    inverse = tf.where(is_known, memory.inverse, none)
+    inverse = either(is_known, memory.inverse, tf.zeros_like(memory.inverse))
     column = tf.where(is_new, none - 1, tf.matmul(inverse, with_s))
     column = tf.math.divide_no_nan(column, -either(is_kept, pair.sy, none))
     inverse = tf.where(is_row, column, inverse)
