@@ -386,49 +386,46 @@ def blank_state(method: Any, x: tf.Tensor) -> State:
     )
 
 
-def _compile(
-    plan: Plan, task: Task, *, jit: bool, vectorises: bool
-) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
-    """Return the blank state of one problem; the steps of many; their values."""
-    problem, method = plan.problem, plan.method
-    leaves, splits = problem.x.leaves, 1 + len(task.sides)
-    tolerances = plan.options.tolerances
-    evaluated_by = problem
-    if not CALLS.isdisjoint(operations_of(plan.graph)):
-        # The derivative of a call of another `tf.function` is many calls of it.
-        evaluated_by = without_calls(problem, plan.data) or problem
-    arguments = problem.x.template, *plan.data
-    function = evaluated_by.evaluator.evaluate.function(arguments, None)
-    is_blank = hasattr(method, "blank")
-    steps_vectorise = vectorises or not isinstance(method, Bindable)
+class _Steps(NamedTuple):
+    """The steps of one problem; a row is what is its own, without its point."""
 
-    def evaluate(row: list[tf.Tensor]) -> Evaluation:
-        x, *rest = row
-        return seen(flat(function(*unravel(x, leaves), *rest)))._replace(aux={})
+    plan: Plan
+    task: Task
 
-    def stepper_of(row: list[tf.Tensor]) -> PureStepper:
-        data = tf.nest.pack_sequence_as(plan.data, row[splits - 1 :])
+    @property
+    def is_blank(self) -> bool:
+        """Whether the method begins with a blank state, without an evaluation."""
+        return hasattr(self.plan.method, "blank")
+
+    def stepper(self, row: list[tf.Tensor]) -> PureStepper:
+        """Return what takes the steps."""
+        problem, method = self.plan.problem, self.plan.method
+        count = len(self.task.sides)
+        data = tf.nest.pack_sequence_as(self.plan.data, row[count:])
         bound = isinstance(method, Bindable) and method.bind(Row(problem, data))
-        bounds = row[:2] if task.sides else None
-        return PureStepper(problem, bound or method, bounds)
+        return PureStepper(problem, bound or method, row[:2] if count else None)
 
-    def begun(x: tf.Tensor, rest: list[tf.Tensor], evaluation: Evaluation) -> State:
-        stepper = stepper_of(rest)
+    def begun(
+        self, x: tf.Tensor, row: list[tf.Tensor], evaluation: Evaluation
+    ) -> State:
+        """Return the state after the first evaluation, at x."""
+        stepper = self.stepper(row)
         state = stepper.begun(Start.at(x, evaluation))
-        here, rules = state.evaluation, Ruled(stepper, tolerances)
+        here, rules = state.evaluation, Ruled(stepper, self.plan.options.tolerances)
         code = rules.first(here.value, here.grad_max, state.expected, state.first)
         return state._replace(code=tf.where(state.code > 0, state.code, code))
 
-    def turn(row: tuple[State, list[tf.Tensor], Evaluation]) -> State:
-        state, rest, evaluation = row
-        stepper, is_new = stepper_of(rest), state.step < 0
-        ruled = Ruled(stepper, tolerances)
-        if is_blank:
+    def turn(self, given: tuple[State, list[tf.Tensor], Evaluation]) -> State:
+        """Return the state after an evaluation of its trial."""
+        state, row, evaluation = given
+        stepper, is_new = self.stepper(row), state.step < 0
+        ruled = Ruled(stepper, self.plan.options.tolerances)
+        if self.is_blank:
             first = tf.where(is_new, evaluation.value, state.first)
             new = ruled.step(state._replace(first=first), evaluation)
             new = new._replace(step=tf.maximum(new.step, 0))
         else:
-            start = begun(state.memory.trial, rest, evaluation)
+            start = self.begun(state.memory.trial, row, evaluation)
             new = either(is_new, start, ruled.step(state, evaluation))
         code = new.code
         if stepper.knows_solutions:
@@ -437,9 +434,35 @@ def _compile(
             for position, status in STATUSES.items():
                 holds = is_own & (verdict == position)
                 code = tf.where(holds, code_of(status), code)
-        is_used_up = (code == RUNNING) & (new.step >= plan.steps)
+        is_used_up = (code == RUNNING) & (new.step >= self.plan.steps)
         new = new._replace(code=tf.where(is_used_up, code_of("steps"), code))
         return either(state.code == RUNNING, new, state)
+
+
+def _evaluation_of(plan: Plan) -> Callable[[list[tf.Tensor]], Evaluation]:
+    """Return f of one problem as a function of its point and its data."""
+    problem = evaluated_by = plan.problem
+    if not CALLS.isdisjoint(operations_of(plan.graph)):
+        # The derivative of a call of another `tf.function` is many calls of it.
+        evaluated_by = without_calls(problem, plan.data) or problem
+    arguments = problem.x.template, *plan.data
+    function = evaluated_by.evaluator.evaluate.function(arguments, None)
+
+    def evaluate(row: list[tf.Tensor]) -> Evaluation:
+        x, *rest = row
+        given = *unravel(x, problem.x.leaves), *rest
+        return seen(flat(function(*given)))._replace(aux={})
+
+    return evaluate
+
+
+def _compile(
+    plan: Plan, task: Task, *, jit: bool, vectorises: bool
+) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """Return the blank state of one problem; the steps of many; their values."""
+    method, steps, splits = plan.method, _Steps(plan, task), 1 + len(task.sides)
+    evaluate = _evaluation_of(plan)
+    steps_vectorise = vectorises or not isinstance(method, Bindable)
 
     def evaluate_all(rows: list[tf.Tensor]) -> Evaluation:
         with inlined():  # the vectoriser makes a function of its own of each call
@@ -468,7 +491,7 @@ def _compile(
         def body(i: Any, state: State) -> Any:
             evaluation = evaluate_all([state.memory.trial, *held[splits:]])
             rows = state, rest, evaluation
-            return i + 1, mapped(turn, rows, like, vectorises=steps_vectorise)
+            return i + 1, mapped(steps.turn, rows, like, vectorises=steps_vectorise)
 
         start = tf.constant(0), tf.nest.map_structure(renewed, blank, state)
         return tf.while_loop(goes_on, body, start, parallel_iterations=1)[1]
@@ -479,18 +502,18 @@ def _compile(
 
     def one(x: tf.Tensor, *rest: tf.Tensor) -> tuple[Evaluation, State]:
         evaluation = evaluate([x, *rest[splits - 1 :]])
-        return evaluation, begun(x, list(rest), evaluation)
+        return evaluation, steps.begun(x, list(rest), evaluation)
 
     evaluated, like = None, None
-    if is_blank:
+    if steps.is_blank:
         blank = blank_state(method, tf.constant(task.x[0]))
-    if not is_blank or not vectorises:  # else, a trace less
+    if not steps.is_blank or not vectorises:  # else, a trace less
         rows = [tf.TensorSpec(a.shape[1:], a.dtype) for a in task.given]
         traced = tf.function(one, autograph=False).get_concrete_function(*rows)
         evaluated, like = tf.nest.map_structure(
             tf.TensorSpec.from_tensor, traced.structured_outputs
         )
-    if not is_blank:
+    if not steps.is_blank:
         blank = tf.nest.map_structure(lambda s: tf.zeros(s.shape, s.dtype), like)
         blank = blank._replace(code=tf.constant(RUNNING), step=tf.constant(-1))
     # Functions of their own: TensorFlow counts the traces of each name.
