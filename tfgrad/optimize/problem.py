@@ -295,16 +295,23 @@ def _keras_owners(variables: Sequence[tf.Variable]) -> dict[int, Any]:
     return {id(h.value): h for h in holders if isinstance(h, keras.Variable)}
 
 
-def refuse_draws(traced: Any, name: str) -> None:
-    """Refuse a function that draws random numbers where it has to have one value."""
+def drawing(traced: Any) -> tf.Operation | None:
+    """Return an op of a trace that draws random numbers, if there is one."""
     for op in every(traced.graph.get_operations()):
         if any(part in op.type for part in ("Random", "Multinomial", "Rng")):
-            raise InvalidArgumentError(
-                "A method that takes f for one function needs the same value at the "
-                "same point.",
-                got=f"`{name}` draws random numbers: {op.type} at {line_of(op)}",
-                hint='training=False in the loss, or method="adam"',
-            )
+            return op
+    return None
+
+
+def refuse_draws(traced: Any, name: str) -> None:
+    """Refuse a function that draws random numbers where it has to have one value."""
+    if (op := drawing(traced)) is not None:
+        raise InvalidArgumentError(
+            "A method that takes f for one function needs the same value at the same "
+            "point.",
+            got=f"`{name}` draws random numbers: {op.type} at {line_of(op)}",
+            hint='training=False in the loss, or method="adam"',
+        )
 
 
 def require_compiled(name: str, count: int) -> None:

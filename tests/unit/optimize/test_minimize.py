@@ -703,3 +703,18 @@ def test_a_first_gradient_that_is_wrong_is_refused_by_every_method(options):
         minimize(lambda: quotient(w), wrt=w)
     assert w.numpy().tolist() == [0, 0]
     assert minimize(quotient, np.zeros(2), verify=False).fun <= 0
+
+
+def test_what_a_function_draws_does_not_depend_on_whether_its_gradient_is_compared():
+    def ends(verify):
+        tf.random.set_seed(3)
+        result = tfgrad.minimize(
+            lambda x: (x - tf.random.normal([])) ** 2,
+            1.0,
+            method="sgd",
+            steps=4,
+            verify=verify,
+        )
+        return result.history["fun"]
+
+    np.testing.assert_array_equal(ends(True), ends(False))

@@ -29,7 +29,7 @@ from tfgrad.optimize.methods.keras_optimizer import (
     plain,
     rates_of,
 )
-from tfgrad.optimize.problem import Problem, require_compiled
+from tfgrad.optimize.problem import Problem, drawing, require_compiled
 from tfgrad.optimize.solvers import NO_XLA, Form, Forms, Solver, State, Stepper
 from tfgrad.optimize.solvers.backup import Backup
 from tfgrad.optimize.solvers.feed import Feed
@@ -93,7 +93,7 @@ class OptimizerStepper(Stepper):
             self.written = not_moved(problem, written_variables(self.compiled))
         self.method = KerasMethod(factory, owners)
         is_whole = feed is None and self.compiled is not None and not self.written
-        if is_whole and problem.options["verify"]:
+        if is_whole and problem.options["verify"] and drawing(self.compiled) is None:
             evaluator: Any = problem.evaluator  # of f itself: there is no data
             at = problem.x.start() if problem.x.takes_values else None
             evaluator.check(problem.x.arguments(at))
