@@ -388,6 +388,11 @@ def contrastive() -> tuple[Any, Any, Any]:
     return value, model, np.eye(4, 3, dtype="float32")
 
 
+def one_layer() -> list[Any]:
+    """Return a dense layer, alone."""
+    return [L.Dense(6, activation="relu")]
+
+
 def built(layers: list[Any], loss: Any, kind: str) -> tuple[Any, Any, Any]:
     """Return a loss of a stack of layers, its regularisers added."""
     generator = np.random.default_rng(len(kind))
@@ -432,8 +437,7 @@ def whole() -> Iterator[tuple[str, Callable[[], tuple[Any, Any, Any]]]]:
         yield f"{name}, {kind}", lambda ls=layers, k=kind: built(ls(), squares, k)
     for i, (name, loss) in enumerate(OTHER_LOSSES.items()):
         kind = kinds[i % 3]
-        make = lambda f=loss, k=kind: built([L.Dense(6, activation="relu")], f, k)  # noqa: E731
-        yield f"{name}, {kind}", make
+        yield f"{name}, {kind}", lambda f=loss, k=kind: built(one_layer(), f, k)
 
 
 def whole_cases(policies: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -31,6 +31,7 @@ from tfgrad.derivatives.verification import (
 )
 from tfgrad.diagnosis.graphs import unrepeatable
 from tfgrad.diagnosis.lines import frames_of, line_of, made_by_gradient
+from tfgrad.diagnosis.sources import restored
 from tfgrad.differences import Slope
 from tfgrad.errors import WrongDerivativeError
 
@@ -110,7 +111,7 @@ class Certificate:
 
     def pulled(self, weights: Sequence[Any]) -> list[Any]:
         """Return the gradient of the first function's outputs, weighted and summed."""
-        call = self.call.at([tf.identity(source) for source in self.call.sources])
+        call = self.call.apart()
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(call.sources)
             outputs = tf.nest.flatten(self._run(call)[1])
@@ -400,15 +401,11 @@ def _moved(call: Call, point: Arrays, evaluate: Callable[[Call], Any]) -> Any:
     values = _tensors(point, call.sources)
     if call.variables is None:
         return evaluate(call.at(values))
-    before = [tf.identity(variable) for variable in call.sources]
-    try:
+    with restored(call.sources):
         # A function that leaves TensorFlow reads the variables themselves.
         for variable, value in zip(call.sources, values, strict=True):
             variable.assign(value)
         return evaluate(call)
-    finally:
-        for variable, value in zip(call.sources, before, strict=True):
-            variable.assign(value)
 
 
 def _levels(found: Iterable[Any]) -> Ladder:

@@ -243,7 +243,8 @@ def go_on(run: Minimisation, saved: Saved) -> tuple[State, Rows]:
 
     If its function is another one, that is refused, and nothing was changed.
     """
-    run.problem.find() if run.training is None else None
+    if run.training is None:
+        run.problem.find()
     with put_back_on_error(run.problem):
         alike = is_alike(run)
         if alike and not run.chain.stage.is_scipy:
@@ -323,7 +324,8 @@ def _end_at_once(run: Minimisation, saved: Saved) -> None:
     """Take the result of a run that has ended, if its function is this one."""
     assert saved.outcome is not None
     problem, outcome = run.problem, saved.outcome
-    problem.find() if run.training is None else None
+    if run.training is None:
+        problem.find()
     with put_back_on_error(problem), run.compiling():
         run.make_loop()  # which knows the variables that f writes, as its averages
         problem.x.restart(outcome.x)
