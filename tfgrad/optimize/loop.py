@@ -190,8 +190,8 @@ class Loop:
         if self._in_step:
             limit = min(limit, self.pace.length)
         rows: list[dict[str, Any]] = []
-        query, evaluations = stepper.query(state), int(state.evaluations)
         state = released(state)
+        query, evaluations = stepper.query(state), int(state.evaluations)
         turn: Any = None
         while True:
             evaluation = stepper.evaluate(query)

@@ -380,14 +380,17 @@ def test_rows_of_an_embedding_stay_sparse_and_are_those_of_the_dense_gradient():
     np.testing.assert_allclose(sparse, dense, rtol=1e-5)
 
 
-def test_large_states_are_written_in_place_and_what_was_read_of_them_stays(monkeypatch):
+@pytest.mark.parametrize("jit", [True, False])
+def test_large_states_are_written_in_place_and_what_was_read_of_them_stays(
+    monkeypatch, jit
+):
     start = np.tile([-1.2, 1.0], 2)
-    plain = tfgrad.minimize(rosenbrock, start, jit=True)
+    plain = tfgrad.minimize(rosenbrock, start, jit=jit)
     monkeypatch.setattr(chunks, "LARGE", 1)
 
-    states = list(tfgrad.descend(rosenbrock, start, jit=True))
-    result = tfgrad.minimize(rosenbrock, start, jit=True)
-    more = tfgrad.minimize(rosenbrock, result, steps=5, jit=True)
+    states = list(tfgrad.descend(rosenbrock, start, jit=jit))
+    result = tfgrad.minimize(rosenbrock, start, jit=jit)
+    more = tfgrad.minimize(rosenbrock, result, steps=5, jit=jit)
 
     np.testing.assert_array_equal(result.history["fun"], plain.history["fun"])
     np.testing.assert_array_equal(
