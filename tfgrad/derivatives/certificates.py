@@ -18,6 +18,7 @@ from tfgrad.derivatives.formulas import is_in_moments
 from tfgrad.derivatives.replicas import Replica
 from tfgrad.derivatives.signatures import is_dynamic
 from tfgrad.derivatives.soundness import every
+from tfgrad.derivatives.tracing import suited
 from tfgrad.derivatives.verification import (
     LARGE,
     MOST_MOVING,
@@ -234,7 +235,8 @@ def verify(
         dtype=coarsest([*sources, *values], operations),
         symmetric=_reads_one_triangle(operations),
     )
-    wrong = disagreement(functions)
+    with suited(concrete.graph):
+        wrong = disagreement(functions)
     if wrong is None or any(map(redefines_slope, operations)):
         return
     raise _withheld(*wrong, name, names[_source(functions)], operations)

@@ -363,10 +363,10 @@ def held(state: State) -> State:
     A tensor that is handed from call to call is copied by each call. While a value read
     from a variable is in use, the next write to the variable copies it.
     """
-    if not any(map(_is_large, tf.nest.flatten(state))):
+    if not any(map(is_large, tf.nest.flatten(state))):
         return state
     return tf.nest.map_structure(
-        lambda leaf: tf.Variable(leaf, trainable=False) if _is_large(leaf) else leaf,
+        lambda leaf: tf.Variable(leaf, trainable=False) if is_large(leaf) else leaf,
         state,
     )
 
@@ -379,7 +379,32 @@ def released(state: State) -> State:
     return tensors
 
 
-def _is_large(leaf: Any) -> bool:
+def in_place(tensors: Sequence[Any], outputs: Any) -> Any:
+    """Return what a trace returns, with rows of large arguments written in place.
+
+    `tf.tensor_scatter_nd_update` copies the other rows. All other outputs are computed
+    before, so that nothing reads the argument whose buffer is written to.
+    """
+    own = {id(tensor) for tensor in tensors if is_large(tensor)}
+    leaves = tf.nest.flatten(outputs)
+
+    def is_row(leaf: Any) -> bool:
+        if not is_large(leaf) or leaf.op.type != "TensorScatterUpdate":
+            return False
+        return id(leaf.op.inputs[0]) in own and leaf.op.inputs[1].shape[1:] == [1]
+
+    def written(leaf: tf.Tensor) -> tf.Tensor:
+        x, places, rows = leaf.op.inputs
+        return tf.raw_ops.InplaceUpdate(x=x, i=tf.reshape(places, [-1]), v=rows)
+
+    others = [leaf for leaf in leaves if not is_row(leaf)]
+    with tf.control_dependencies([x for x in others if isinstance(x, tf.Tensor)]):
+        leaves = [written(leaf) if is_row(leaf) else leaf for leaf in leaves]
+    return tf.nest.pack_sequence_as(outputs, leaves)
+
+
+def is_large(leaf: Any) -> bool:
+    """Return whether a leaf of a state is a tensor that is better not copied."""
     if not isinstance(leaf, tf.Tensor) or leaf.shape.rank == 0:
         return False
     return (leaf.shape.num_elements() or 0) >= LARGE

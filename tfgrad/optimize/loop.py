@@ -26,6 +26,8 @@ from tfgrad.optimize.chunks import (
     Packing,
     array,
     held,
+    in_place,
+    is_large,
     released,
 )
 from tfgrad.optimize.compiled import (
@@ -191,6 +193,8 @@ class Loop:
             limit = min(limit, self.pace.length)
         rows: list[dict[str, Any]] = []
         state = released(state)
+        if any(map(is_large, tf.nest.flatten(state))):
+            limit = 1  # if f raises, what a step wrote in place does no harm
         query, evaluations = stepper.query(state), int(state.evaluations)
         turn: Any = None
         while True:
@@ -245,7 +249,8 @@ class Loop:
                 after = self._ruled.step(here, known)
                 told = {"expected": after.expected} if stepper.lookahead else {}
                 flags = tf.stack([after.code, tf.cast(after.accepted, tf.int32)])
-                return flags, stepper.query(after), row, told, packing.pack(after)
+                query, carried = stepper.query(after), packing.pack(after)
+                return in_place(packed, (flags, query, row, told, carried))
 
             return packing, OfVariables.traced(
                 run,

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tfgrad.derivatives.signatures import signature
 from tfgrad.derivatives.soundness import every
-from tfgrad.derivatives.tracing import Traces, is_optimized
+from tfgrad.derivatives.tracing import Traces, is_optimized, suited
 from tfgrad.diagnosis.graphs import written_variables
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.errors import InvalidArgumentError
@@ -230,7 +230,8 @@ class Problem:
         if self.x.takes_values and len(leaves) <= FEW:
             concrete = self.evaluator.evaluate.concrete(self.given, None)
             how = "direct", signature(self.x.template), is_optimized()
-            call = kept(self.evaluator.kept, how, lambda: direct(concrete))
+            with suited(concrete.graph):
+                call = kept(self.evaluator.kept, how, lambda: direct(concrete))
             is_vector = [leaf.shape.rank for leaf in leaves] == [1]
 
             def at(x: tf.Tensor) -> Evaluation:

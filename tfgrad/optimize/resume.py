@@ -19,7 +19,7 @@ from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, named_leaves, unravel
 from tfgrad.optimize.chain import Chain, check_tells
-from tfgrad.optimize.chunks import released
+from tfgrad.optimize.chunks import is_large, released
 from tfgrad.optimize.data import SIZE
 from tfgrad.optimize.evaluator import is_open
 from tfgrad.optimize.history import History, Rows
@@ -292,7 +292,7 @@ def _restored(run: Minimisation, saved: Saved) -> State:
     solver = run.loop.solver
     fresh, evaluation = solver.init()
     own = tf.nest.flatten(fresh._replace(batch=()))
-    leaves = [*map(_as_column, tf.nest.flatten(there), own)]
+    leaves = [*map(_restorable, tf.nest.flatten(there), own)]
     check_shapes(leaves, own)
     check_shapes(saved.variables, solver.variables())
     state: State = tf.nest.pack_sequence_as(fresh._replace(batch=()), leaves)
@@ -314,8 +314,13 @@ def _restored(run: Minimisation, saved: Saved) -> State:
     return state._replace(code=code, batch=fresh.batch)
 
 
-def _as_column(leaf: Any, like: Any) -> Any:
-    """Return a vector as a column if that is meant: older runs of L-BFGS saved one."""
+def _restorable(leaf: Any, like: Any) -> Any:
+    """Return what is restored for a saved leaf: a column if like is one, as saved once.
+
+    A run may write to what is large where it is, and a result goes on more than once.
+    """
+    if is_large(leaf):
+        return tf.raw_ops.DeepCopy(x=leaf)
     is_meant = leaf.shape.rank == 1 and [*like.shape] == [*leaf.shape, 1]
     return tf.expand_dims(leaf, 1) if is_meant else leaf
 
