@@ -222,7 +222,12 @@ def either(condition: tf.Tensor, a: Nest, b: Nest) -> Nest:
 
 def ravel(leaves: Iterable[tf.Tensor]) -> tf.Tensor:
     """Return the elements of all `leaves`, of one dtype, as a vector of shape `[n]`."""
-    flat = [tf.reshape(leaf, [-1]) for leaf in leaves]
+    flat = [
+        leaf
+        if isinstance(leaf, tf.Tensor) and leaf.shape.rank == 1
+        else tf.reshape(leaf, [-1])
+        for leaf in leaves
+    ]
     return flat[0] if len(flat) == 1 else tf.concat(flat, axis=0)
 
 

@@ -191,6 +191,7 @@ class Compiled:
         opens: From the second shape on, trace for any size of the dimensions that vary.
         lower: From a call to the ladder, where the body returns an empty one, since
             the ladder would make every call slower.
+        acts: See `Traces`.
     """
 
     def __init__(
@@ -202,6 +203,7 @@ class Compiled:
         slopes: Slopes | None = None,
         opens: bool = False,
         lower: Callable[[Call], Ladder] | None = None,
+        acts: bool = False,
     ) -> None:
         self._lower = lower
         self._jit = jit
@@ -209,7 +211,9 @@ class Compiled:
         self.name = name_of(f)
         self.parameters = parameter_names(f)
         check = self._check if slopes is not None else None
-        self._traces = Traces(self._run, f, jit=jit, check=check, opens=opens)
+        self._traces = Traces(
+            self._run, f, jit=jit, check=check, opens=opens, acts=acts
+        )
 
     def __call__(self, *nests: Any) -> Any:
         """Return the answer to the call with these `Call.nests`."""
@@ -327,7 +331,8 @@ def transform(
     """
     argnums = _checked_argnums(f, argnums, wrt)
     require_bool(jit=jit)
-    compiled = Compiled(f, body, jit=jit, slopes=slopes, opens=opens, lower=lower)
+    options: dict[str, Any] = {"slopes": slopes, "opens": opens, "lower": lower}
+    compiled = Compiled(f, body, jit=jit, acts=wrt is not None, **options)
     name, parameters = compiled.name, compiled.parameters
 
     @functools.cache

@@ -15,7 +15,7 @@ import re
 import threading
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -47,6 +47,7 @@ from tfgrad.derivatives.soundness import (
     folds_wrongly,
     wrong_under_xla,
 )
+from tfgrad.diagnosis.graphs import acts
 from tfgrad.diagnosis.lines import line_of, line_of_error
 from tfgrad.errors import InvalidArgumentError, TfgradError
 from tfgrad.nested import name_of
@@ -237,6 +238,8 @@ class Traces:
         check: `check(answer, *nests)`: called with the first answer of each trace; it
             raises if that is wrong.
         opens: Leave open a dimension that varies, after the second shape.
+        acts: Whether f is likely to write to variables, or to do anything else in turn:
+            if not, it is traced twice where it does.
     """
 
     def __init__(
@@ -247,7 +250,9 @@ class Traces:
         jit: bool,
         check: Callable[..., None] | None = None,
         opens: bool = False,
+        acts: bool = False,
     ) -> None:
+        self._acts = acts
         self._run = run
         self._f = f
         self._jit = jit
@@ -379,8 +384,7 @@ class Traces:
             def whole(*tensors: Any) -> Any:
                 return body(f, *tensors)
 
-            options = {"autograph": False, "jit_compile": jit or None}
-            concrete = tf.function(whole, **options).get_concrete_function(*specs)
+            concrete = concrete_of(whole, specs, jit=jit, in_turn=self._acts)
             if jit and wrong_under_xla(concrete.graph.get_operations()):
                 return compiled(f, jit=False)
             return concrete
@@ -428,6 +432,34 @@ class Traces:
             RuntimeWarning,
             stacklevel=level_of_caller(),
         )
+
+
+def concrete_of(
+    function: Callable[..., Any],
+    specs: Sequence[Any],
+    *,
+    jit: bool = False,
+    in_turn: bool = False,
+) -> Any:
+    """Return the concrete function; ops that act, as `graphs.acts` says, run in turn.
+
+    TensorFlow looks for them for an eighth of the time of a trace, so that is left to a
+    second trace where the first one has some.
+
+    Args:
+        function: What to trace; AutoGraph was applied.
+        specs: What it takes.
+        jit: Compile with XLA.
+        in_turn: Let TensorFlow look at once.
+    """
+    options = {"autograph": False, "jit_compile": jit or None}
+    if not in_turn:
+        anyhow = {"_disable_acd": True}  # automatic control dependencies
+        traced = tf.function(function, experimental_attributes=anyhow, **options)
+        concrete = traced.get_concrete_function(*specs)
+        if not acts(concrete.graph):
+            return concrete
+    return tf.function(function, **options).get_concrete_function(*specs)
 
 
 def _body(run: Callable[..., Any], nests: tuple[Any, ...]) -> Callable[..., Any]:

@@ -169,7 +169,7 @@ def _in_shape(tensor: tf.Tensor, *like: tf.Tensor) -> tf.Tensor:
     for other in like:
         shape = shape.concatenate(other.shape)
     if shape.is_fully_defined():
-        return tf.reshape(tensor, shape)
+        return tensor if tensor.shape == shape else tf.reshape(tensor, shape)
     found = tf.reshape(tensor, tf.concat([tf.shape(other) for other in like], axis=0))
     found.set_shape(shape)
     return found

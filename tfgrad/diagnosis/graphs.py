@@ -20,13 +20,25 @@ _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
            "StatefulStandardNormal", "StatefulUniform")  # fmt: skip
 """How the ops that write to a variable, their first input, are called."""
 
-_HARMLESS = (
+_READS = (
     *("VarHandleOp", "ReadVariableOp", "VarIsInitializedOp", "ResourceGather"),
+    *("VariableShape", "DisableCopyOnRead", "LookupTableFind", "LookupTableSize"),
+    *("Placeholder", "NoOp", "Identity", "Empty"),
+)
+"""What stateful ops that change nothing begin with."""
+
+_DRAWS = (
+    *("RandomUniform", "RandomStandardNormal", "RandomShuffle", "RandomGamma"),
+    *("RandomPoisson", "TruncatedNormal", "ParameterizedTruncatedNormal"),
+    "Multinomial",
+)
+"""What ops begin with that draw from a state of their own, in no order."""
+
+_HARMLESS = (
+    *_READS,
     *("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply"),
-    *("ResourceStridedSliceAssign", "VariableShape", "DisableCopyOnRead"),
+    *("ResourceStridedSliceAssign", "Assert", "CheckNumerics", "XlaLaunch"),
     *("PartitionedCall", "StatefulPartitionedCall", "If", "Case", "While"),
-    *("Assert", "CheckNumerics", "LookupTableFind", "LookupTableSize"),
-    *("Placeholder", "NoOp", "Identity", "XlaLaunch", "Empty"),
 )
 """What stateful ops that may run once more, on copies, begin with."""
 
@@ -112,6 +124,21 @@ def unrepeatable(graph: Any) -> tf.Operation | None:
         if found is not None:
             return found
     return None
+
+
+def acts(graph: Any) -> bool:
+    """Return whether an op, at any depth, has to run, and in its turn.
+
+    It writes, prints, asserts, runs Python code, or takes the next of something.
+    """
+    for op in graph.get_operations():
+        if not _is_stateful(op) or op.type.startswith((*_READS, *_DRAWS)):
+            continue
+        inside = bodies(op, opaque=True)
+        inside += [condition(op)] if op.type == "While" else []
+        if not inside or any(body is None or acts(body) for body in inside):
+            return True
+    return False
 
 
 def _is_stateful(op: tf.Operation) -> bool:

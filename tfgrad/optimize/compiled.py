@@ -13,6 +13,7 @@ import tensorflow as tf
 # Nothing public calls a function with an executor of its own; and no stubs know this.
 from tensorflow.python.eager import execute  # type: ignore[attr-defined]
 
+from tfgrad.derivatives.tracing import concrete_of
 from tfgrad.diagnosis.graphs import bodies
 
 MOST_KEPT = 128
@@ -83,10 +84,12 @@ def _packer(structure: Any) -> Callable[[Iterator[Any]], Any] | None:
     return lambda tensors: kind([pack(tensors) for pack in packers])
 
 
-def concrete_for(function: Callable[..., Any], *nests: Any) -> Any:
+def concrete_for(
+    function: Callable[..., Any], *nests: Any, in_turn: bool = False
+) -> Any:
     """Return a function of nests like these, traced: of their leaves in a row."""
     specs = tf.nest.map_structure(tf.type_spec_from_value, nests)
-    return tf.function(function, autograph=False).get_concrete_function(*specs)
+    return concrete_of(function, specs, in_turn=in_turn)
 
 
 def compiled(
@@ -128,7 +131,7 @@ class OfVariables(NamedTuple):
             variables: The variables that it reads and writes.
             in_sequence: Whether its ops are short: no user's function is among them.
         """
-        concrete = concrete_for(function, *nests)
+        concrete = concrete_for(function, *nests, in_turn=bool(variables))
         operations = concrete.graph.get_operations()
         in_sequence = in_sequence and all(map(_is_plain, operations))
         executor = IN_SEQUENCE if in_sequence else ""

@@ -233,8 +233,9 @@ class EvaluatorOfParts:
         self.of_part, self.variables = of_part, of_part.variables
         self.kept: dict[Any, Any] = {}
         self._parts, self._like, self._copies, self._jit = parts, like, copies, jit
-        self.evaluate = Traces(self._evaluate, python_of(of_part.f), jit=False)
-        self.products = Traces(self._multiply, python_of(of_part.f), jit=False)
+        f = python_of(of_part.f)
+        self.evaluate = Traces(self._evaluate, f, jit=False, acts=True)
+        self.products = Traces(self._multiply, f, jit=False, acts=True)
 
     def _evaluate(
         self, f: Callable[..., Any], arguments: tuple[Nest, ...], scale: Any

@@ -82,7 +82,12 @@ class ResidualEvaluator(Evaluator):
         """Return half the sum of squares, its gradient, and the linear model."""
         check_dtypes(recording)
         residuals = ravel(recording.outputs)
-        value = losses.cost(residuals, *self.loss)
+        is_linear = self.loss[0] == "linear"
+        value = (
+            tf.nn.l2_loss(residuals)  # the same in one op
+            if is_linear
+            else losses.cost(residuals, *self.loss)
+        )
         n, m = (static_size(x) or 0 for x in (recording.sources, recording.outputs))
         self.fits_in_memory = n <= MOST_PARAMETERS and m * n <= MOST_ELEMENTS
         if not self.fits_in_memory:
@@ -91,16 +96,17 @@ class ResidualEvaluator(Evaluator):
             return value, recording.pull(slopes), Linear((), recording.output)
         blocks = jacobian_blocks(recording)
         jacobian = _matrix(blocks, recording.sources)
-        if self.loss[0] != "linear":
+        if not is_linear:
             residuals, weights = losses.weighted(residuals, *self.loss)
             jacobian *= weights[:, None]
-        vector = tf.linalg.matvec(jacobian, residuals, transpose_a=True)
-        gradient = unravel(vector, recording.sources)
+        column = tf.expand_dims(residuals, 1)
+        side = tf.matmul(jacobian, column, transpose_a=True)
+        gradient = unravel(tf.squeeze(side, 1), recording.sources)
         if n > MOST_FOR_QR:
             square = tf.matmul(jacobian, jacobian, transpose_a=True)
-            matrix = tf.concat([square, vector[:, None]], axis=1)
+            matrix = tf.concat([square, side], axis=1)
         else:
-            matrix = _triangle(tf.concat([jacobian, residuals[:, None]], axis=1))
+            matrix = _triangle(tf.concat([jacobian, column], axis=1))
         return value, gradient, Linear(matrix, recording.output)
 
     def multiply(
@@ -249,8 +255,13 @@ def _matrix(blocks: Any, sources: list[Any]) -> tf.Tensor:
     """Return the Jacobian `[m, n]` of its blocks, one for each output and source."""
     sizes = [source.shape.num_elements() for source in sources]
     pairs = [zip(row, sizes, strict=True) for row in blocks]
-    flat = [[tf.reshape(block, [-1, n]) for block, n in row] for row in pairs]
+    flat = [[_rows(block, n) for block, n in row] for row in pairs]
     return _concat([_concat(row, axis=1) for row in flat], axis=0)
+
+
+def _rows(block: tf.Tensor, n: int) -> tf.Tensor:
+    is_matrix = block.shape.rank == 2 and block.shape[1] == n
+    return block if is_matrix else tf.reshape(block, [-1, n])
 
 
 def _concat(parts: list[tf.Tensor], axis: int) -> tf.Tensor:
@@ -270,4 +281,5 @@ def _triangle(both: tf.Tensor) -> tf.Tensor:
         both = tf.pad(both, [[0, missing], [0, 0]])
     triangle = tf.linalg.qr(both).r[:n]
     triangle = tf.where(is_known, triangle, tf.constant(float("nan"), triangle.dtype))
-    return tf.ensure_shape(triangle, [n, n + 1])
+    has_shape = triangle.shape.is_fully_defined()
+    return triangle if has_shape else tf.ensure_shape(triangle, [n, n + 1])

@@ -281,3 +281,53 @@ def test_a_trace_whose_first_call_has_failed_is_checked_by_the_next():
     traces(tf.constant(1.0))
 
     assert checked == [2.0]
+
+
+def in_a_branch(act):
+    return lambda x: tf.cond(x > 0, lambda: act(x), lambda: x)
+
+
+def in_a_loop(act):
+    return lambda x: tf.while_loop(
+        lambda i: i < 2, lambda i: [act(x) * 0 + i + 1], [0.0]
+    )
+
+
+def in_a_call(act):
+    return lambda x: tf.function(act)(x)
+
+
+@pytest.mark.parametrize("place", [lambda act: act, in_a_branch, in_a_loop, in_a_call])
+def test_what_a_function_does_besides_is_done_in_turn(place):
+    total = tf.Variable(1.0)
+
+    def act(x):
+        total.assign_add(1.0)
+        total.assign(total * 3)
+        tf.debugging.assert_less(x, 9.0)
+        return x + 0 * total
+
+    def f(x):
+        place(act)(x)
+        return x**2
+
+    f(2.0)
+    eager = total.numpy()
+    for _ in range(2):
+        total.assign(1.0)
+        assert float(grad(f)(2.0)) == 4.0
+        assert total.numpy() == eager
+    with pytest.raises(tf.errors.InvalidArgumentError, match="did not hold"):
+        grad(f)(10.0)
+
+
+def test_a_function_that_reads_and_draws_is_traced_once():
+    scale = tf.Variable(3.0)
+
+    def f(x):
+        return tf.reduce_sum(scale * x**2) + 0 * tf.random.normal([])
+
+    f, runs = counted(f)
+    grad(f)(tf.constant([1.0, 2.0]))
+
+    assert len(runs) == 1

@@ -57,9 +57,9 @@ def founding_loop(f, optimizer, steps):
 def test_an_update_of_an_optimizer_is_traced_for_the_first_run_alone(kind, monkeypatch):
     traced = []
 
-    def concrete_for(function, *nests):
+    def concrete_for(function, *nests, **options):
         traced.append(function)
-        return real(function, *nests)
+        return real(function, *nests, **options)
 
     real = compiled.concrete_for
     monkeypatch.setattr(compiled, "concrete_for", concrete_for)
