@@ -308,7 +308,7 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
         def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
             taken, turns, here = carried.unpack(tensors)
             query = stepper.query(here)
-            evaluation = measured(stepper.evaluate(query))
+            evaluation = measured(stepper.evaluate(query), is_xla=is_xla)
             row = stepper.row(query if stepper.lookahead else None, evaluation)
             after = ruled.step(here, evaluation, *inputs)
             if stepper.lookahead:

@@ -32,6 +32,9 @@ UNSIGNED = {2: tf.uint16, 4: tf.uint32, 8: tf.uint64}
 LARGE = 2**18
 """Numbers from which on an array is not copied where that can be helped."""
 
+JOINED = 2**12
+"""Numbers in a leaf up to which copying it takes less than three ops of its own do."""
+
 
 class Evaluation(NamedTuple):
     """The function at one point.
@@ -252,10 +255,13 @@ def _rows(slices: tf.IndexedSlices) -> Any:
     return shape[0]
 
 
-def measured(evaluation: Evaluation, scale: Any = None) -> Evaluation:
+def measured(
+    evaluation: Evaluation, scale: Any = None, *, is_xla: bool = False
+) -> Evaluation:
     """Return an evaluation with `grad_max`; an empty leaf of the gradient counts as 0.
 
-    Where the gradient is a tensor, its last axis is that of the parameters.
+    Where the gradient is a tensor, its last axis is that of the parameters. XLA wants
+    the leaves as they are; all else has less to do where small ones are joined.
     """
     if tf.is_tensor(evaluation.grad_max):
         return evaluation
@@ -268,7 +274,8 @@ def measured(evaluation: Evaluation, scale: Any = None) -> Evaluation:
         each = [np.max(np.abs(leaf.numpy()), initial=0) for leaf in filled]
         whole = tf.constant(np.max(np.array(each, dtype.as_numpy_dtype)), dtype)
     else:
-        whole = _most(filled, dtype, axis)
+        is_joined = axis is None and not is_xla
+        whole = _most(_joined(filled) if is_joined else filled, dtype, axis)
     if scale is not None:
         whole /= tf.cast(scale, dtype)
     return evaluation._replace(grad_max=whole)
@@ -304,6 +311,20 @@ def _most(
         most.append(bits)
     bits = tf.reduce_max(tf.stack(most), 0) if len(most) > 1 else most[0]
     return tf.bitcast(bits, dtype)
+
+
+def _joined(leaves: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Return the leaves with small ones of the same dtype in one vector."""
+    groups: dict[Any, list[tf.Tensor]] = {}
+    for i, leaf in enumerate(leaves):
+        is_small = (leaf.shape.num_elements() or JOINED + 1) <= JOINED
+        groups.setdefault(leaf.dtype if is_small else i, []).append(leaf)
+    return [
+        tf.concat([tf.reshape(leaf, [-1]) for leaf in group], 0)
+        if len(group) > 1
+        else group[0]
+        for group in groups.values()
+    ]
 
 
 def flat(evaluation: Evaluation) -> Evaluation:

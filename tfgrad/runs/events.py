@@ -1,8 +1,7 @@
 """One event file in TensorBoard's format, complete after every flush.
 
-A record costs about a microsecond, because one protocol buffer is filled again and
-again and `tf.io.TFRecordWriter` frames it; `tf.summary.scalar` builds an op for each
-point.
+A record costs little: many are framed at once (`scalars`); `tf.summary.scalar` builds
+an op for each point.
 """
 
 from __future__ import annotations
@@ -12,18 +11,25 @@ import itertools
 import os
 import socket
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tfgrad.errors import RunError
+from tfgrad.runs.scalars import Records, widths
+from tfgrad.runs.tfrecord import framed
 
 _COUNTER = itertools.count()
 
 _CHECK_SECONDS = 0.5
 """How often to look whether the file is still there: a look costs as much as a row."""
+
+_MOST_FORMS = 256
+"""Forms of records that are kept: to make one takes the time of a hundred rows."""
 
 
 def _run_error(failure: BaseException) -> RunError:
@@ -59,12 +65,10 @@ class EventFile:
         self.path = directory / _file_name()
         self._failure: BaseException | None = None
         self._next_check = time.monotonic() + _CHECK_SECONDS
-        self._event = tf.compat.v1.Event()
-        self._tags: tuple[str, ...] = ()
-        self._values: list[Any] = []
+        self._records: dict[Any, Records] = {}
         with self._writing():
-            path: Any = os.fsencode(self.path)  # a name need not be UTF-8
-            self._writer = tf.io.TFRecordWriter(path)
+            self._file = self.path.open("xb", buffering=0)
+            weakref.finalize(self, self._file.close)
             self._write(file_version="brain.Event:2")
             start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
             self._write(step=first_step, session_log=start)
@@ -78,31 +82,29 @@ class EventFile:
                 self._write(step=first_step, summary=summary)
 
     def scalars(
-        self,
-        tags: Sequence[str],
-        steps: Sequence[int],
-        wall_times: Sequence[float],
-        columns: Sequence[Sequence[float]],
+        self, tags: Sequence[str], steps: Any, wall_times: Any, columns: Sequence[Any]
     ) -> None:
-        """Write one event per step, and flush once; a column is the numbers of a tag.
+        """Write one event per step, which grow; a column is the numbers of a tag.
 
         They are kept as float32; one out of its range becomes an infinity.
         """
-        if tuple(tags) != self._tags:
-            self._tags = ()
-            self._event.Clear()
-            self._values = [self._event.summary.value.add(tag=tag) for tag in tags]
-            self._tags = tuple(tags)  # last: Ctrl-C may come between these lines
-        event, values = self._event, self._values
         with self._writing():
-            serialize, write = event.SerializeToString, self._writer.write
-            rows = zip(steps, wall_times, zip(*columns, strict=True), strict=True)
-            for step, wall_time, numbers in rows:
-                event.step = step
-                event.wall_time = wall_time
-                for value, number in zip(values, numbers):  # noqa: B905 - strict: +20 %
-                    value.simple_value = number
-                write(serialize())
+            steps = np.asarray(steps, np.int64)
+            for part, width in widths(steps):
+                given = steps[part], wall_times[part], [c[part] for c in columns]
+                self._put(self._of(tags, width).rows(*given))
+
+    def row(
+        self,
+        tags: Sequence[str],
+        step: int,
+        wall_time: float,
+        numbers: Sequence[float],
+    ) -> None:
+        """Write the event of one step, with a number for each tag."""
+        with self._writing():
+            width = max(1, -(-step.bit_length() // 7))
+            self._put(self._of(tags, width).row(step, wall_time, numbers))
 
     def tensor(
         self, tag: str, value: Any, step: int, plugin: str, content: bytes = b""
@@ -140,16 +142,29 @@ class EventFile:
 
     def close(self) -> None:
         """Close the file. What was written before a failure stays readable."""
-        with contextlib.suppress(tf.errors.OpError):  # a failed write has raised before
-            self._writer.close()
+        self._file.close()
+
+    def _of(self, tags: Sequence[str], width: int) -> Records:
+        """Return the form of the records of these tags, with steps of so many bytes."""
+        key = (*tags, width)
+        if key not in self._records:
+            if len(self._records) >= _MOST_FORMS:
+                self._records.clear()
+            self._records[key] = Records(tags, width)
+        return self._records[key]
 
     def _write(self, **content: Any) -> None:
         event = tf.compat.v1.Event(wall_time=time.time(), **content)
-        self._writer.write(event.SerializeToString())
+        self._put(framed(event.SerializeToString()))
+
+    def _put(self, records: bytes) -> None:
+        count = self._file.write(records)
+        if count < len(records):  # the disk is full, which the next call says
+            self._put(records[count:])
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Write what the block writes, then flush; a failure becomes a RunError.
+        """Write what the block writes; a failure becomes a RunError.
 
         A failed write may have left half a record, at which every reader stops. So
         nothing more is written to this file: the first failure is raised again.
@@ -158,12 +173,11 @@ class EventFile:
             raise _run_error(self._failure) from self._failure
         try:
             yield
-            self._writer.flush()
             now = time.monotonic()
             if now > self._next_check:
                 self._next_check = now + _CHECK_SECONDS
                 self.path.stat()  # if the file was deleted, a write does not fail
-        except (tf.errors.OpError, OSError) as error:
+        except OSError as error:
             self._failure = error
             raise _run_error(error) from error
 

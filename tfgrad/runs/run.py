@@ -44,7 +44,7 @@ from tfgrad.runs.values import (
 )
 
 _ROWS_AT_ONCE = 10_000
-"""Rows of a history that are converted to Python numbers at a time, to save memory."""
+"""Rows of a history that are made records of at a time, to save memory."""
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
@@ -144,8 +144,7 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._tags.admit(named, "scalar", step, step)
             self._last_write = time.time()
             if named:
-                columns = [[number] for number in numbers]
-                self._events.scalars(tuple(named), [step], [self._last_write], columns)
+                self._events.row(tuple(named), step, self._last_write, numbers)
 
     def log_history(
         self,
@@ -189,12 +188,8 @@ class Run(contextlib.AbstractContextManager["Run"]):
             self._tags.admit(history, "scalar", int(steps[0]), int(steps[-1]))
             for start in range(0, count, _ROWS_AT_ONCE):
                 part = slice(start, start + _ROWS_AT_ONCE)
-                self._events.scalars(
-                    tuple(history),
-                    steps[part].tolist(),
-                    times[part].tolist(),
-                    [column[part].tolist() for column in columns],
-                )
+                some = [column[part] for column in columns]
+                self._events.scalars(tuple(history), steps[part], times[part], some)
             self._last_write = now
 
     def text(self, tag: str, markdown: str, step: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Event files read without TensorFlow, whose import takes five seconds.
+"""Records of event files, without TensorFlow, whose import takes five seconds.
 
 An event file is a sequence of TFRecords: the length of the content (8 bytes), the
 checksum of the length (4), the content, the checksum of the content (4). A checksum is
@@ -25,11 +25,11 @@ LARGEST_RECORD = 2**28
 """Bytes. A longer one is damage: TensorBoard's pictures take a thousandth of it."""
 
 _LENGTH = struct.Struct("<Q")
-_HEAD, _TAIL = 12, 4  # bytes around the content
+HEAD, _TAIL = 12, 4  # bytes around the content
 _BLOCK = 2**20  # bytes that are read at a time
 _TAIL_BLOCKS = (2**13, 2**15, 2**17, 2**19, 2**21)  # bytes of the end of a file
 _FEW = 16  # records
-_LANE = 1024  # bytes of a record whose checksum is computed at once
+LANE = 1024  # bytes of a record whose checksum is computed at once
 
 Frames = np.ndarray[Any, Any]
 """Where the contents of records begin and end in a block, shape `[records, 2]`."""
@@ -57,7 +57,7 @@ def read_events(path: Path) -> Iterator[Any]:
                     continue
                 yield event
                 kept += 1
-                whole += _HEAD + stop - start + _TAIL
+                whole += HEAD + stop - start + _TAIL
     if whole < size:
         what = f"a damaged record and {lost - 1} after it" if lost else "a torn end"
         _warn(
@@ -81,7 +81,7 @@ def last_scalars(path: Path) -> dict[str, float]:
             block = file.read()
             # A record begins where 8 bytes are followed by their checksum.
             most = _TAIL_BLOCKS[0] if start else 1
-            places = np.arange(max(0, min(most, len(block) - _HEAD)))
+            places = np.arange(max(0, min(most, len(block) - HEAD)))
             heads = np.flatnonzero(_agree(block, places, _LENGTH.size))
             at = int(heads[0]) if len(heads) else len(block)
             for begin, end in _frames(block[at:]).tolist():
@@ -112,11 +112,11 @@ def unread(path: Path) -> tuple[int, bool]:
         size = os.fstat(file.fileno()).st_size
         end = sum(int(frames[-1, 1]) + _TAIL for _, frames in _blocks(file))
         file.seek(end)
-        head = file.read(_HEAD)
+        head = file.read(HEAD)
     is_hostile = (
-        len(head) == _HEAD
+        len(head) == HEAD
         and _LENGTH.unpack_from(head)[0] > LARGEST_RECORD
-        and bool(_heads_agree(head, np.array([[_HEAD, _HEAD]]))[0])
+        and bool(_heads_agree(head, np.array([[HEAD, HEAD]]))[0])
     )
     return max(0, size - end), is_hostile
 
@@ -127,12 +127,12 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, Frames]]:
     while True:
         file.seek(at)
         block = file.read(_BLOCK)
-        if len(block) < _HEAD + _TAIL:
+        if len(block) < HEAD + _TAIL:
             return
         (length,) = _LENGTH.unpack_from(block)
         if length > LARGEST_RECORD:
             return
-        block += file.read(max(0, _HEAD + length + _TAIL - len(block)))
+        block += file.read(max(0, HEAD + length + _TAIL - len(block)))
         frames = _frames(block)
         count = len(frames)
         frames = frames[np.logical_and.accumulate(_heads_agree(block, frames))]
@@ -146,8 +146,8 @@ def _blocks(file: BinaryIO) -> Iterator[tuple[bytes, Frames]]:
 
 def _frames(block: bytes) -> Frames:
     frames, at = [], 0
-    while at + _HEAD + _TAIL <= len(block):
-        start = at + _HEAD
+    while at + HEAD + _TAIL <= len(block):
+        start = at + HEAD
         stop = start + _LENGTH.unpack_from(block, at)[0]
         if stop + _TAIL > len(block):
             break
@@ -173,7 +173,7 @@ def _event_type() -> Any:
 
 def _heads_agree(block: bytes, frames: Frames) -> np.ndarray[Any, Any]:
     """Return whether the checksum of each length is right, shape `[records]`."""
-    return _agree(block, frames[:, 0] - _HEAD, _LENGTH.size)
+    return _agree(block, frames[:, 0] - HEAD, _LENGTH.size)
 
 
 def _sums_agree(block: bytes, frames: Frames) -> np.ndarray[Any, Any]:
@@ -194,12 +194,25 @@ def _agree(block: bytes, starts: Any, length: int) -> np.ndarray[Any, Any]:
     else:
         rows = data[starts[:, None] + np.arange(length + _TAIL)]
     stored = np.ascontiguousarray(rows[:, length:]).view("<u4")[:, 0]
-    crc = _crc32c(rows[:, :length])
-    masked = (crc >> np.uint32(15) | crc << np.uint32(17)) + np.uint32(0xA282EAD8)
-    return np.asarray(masked == stored)
+    return np.asarray(masked(crc32c(rows[:, :length])) == stored)
 
 
-def _crc32c(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def framed(content: bytes) -> bytes:
+    """Return the record of a content of at least 4 bytes."""
+    length = _LENGTH.pack(len(content))
+    parts = []
+    for part in (length, content):
+        row = np.frombuffer(part, np.uint8)[None]
+        parts += [part, masked(crc32c(row)).tobytes()]
+    return b"".join(parts)
+
+
+def masked(crc: Any) -> Any:
+    """Return checksums as they are stored; of an int, the last 32 bits are."""
+    return (crc >> 15 | crc << 17) + 0xA282EAD8
+
+
+def crc32c(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the CRC-32C (RFC 3720, appendix B.4) of each row, at least 4 bytes long.
 
     The sum is linear over GF(2): it is the XOR of what each byte adds by its distance
@@ -207,27 +220,27 @@ def _crc32c(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     counts as four more bytes, XORed into the first four of the next.
     """
     count, length = rows.shape
-    width = min(length, _LANE)
+    width = min(length, LANE)
     lanes = np.zeros([count, -(-length // width) * width], np.uint8)
     lanes[:, -length:] = rows  # zeros in front add nothing
     first = lanes.shape[1] - length
     lanes[:, first : first + 4] ^= 0xFF
-    table, distances = _table(), np.arange(width)[::-1]
+    bits, distances = table(), np.arange(width)[::-1]
     state = np.zeros(count, "<u4")
     for start in range(0, lanes.shape[1], width):
         lane = lanes[:, start : start + width]
         lane[:, :4] ^= state.view(np.uint8).reshape(count, 4)
-        state = np.bitwise_xor.reduce(table[distances, lane], axis=1)
+        state = np.bitwise_xor.reduce(bits[distances, lane], axis=1)
     return ~state
 
 
 @functools.cache
-def _table() -> np.ndarray[Any, Any]:
+def table() -> np.ndarray[Any, Any]:
     """Return what a byte adds to a CRC-32C, by its distance from the end and value."""
     row: np.ndarray[Any, Any] = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         row = row >> 1 ^ np.where(row & 1, np.uint32(0x82F63B78), np.uint32(0))
     rows = [row]
-    while len(rows) < _LANE:
+    while len(rows) < LANE:
         rows.append(rows[-1] >> 8 ^ row[rows[-1] & 0xFF])
     return np.stack(rows).astype("<u4")

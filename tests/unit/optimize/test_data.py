@@ -1,6 +1,8 @@
 """`minimize` over data, as a user calls it."""
 
 import itertools
+import threading
+import weakref
 
 import keras
 import numpy as np
@@ -9,7 +11,7 @@ import tensorflow as tf
 
 import tfgrad
 from tfgrad.errors import InvalidArgumentError
-from tfgrad.optimize.data import source_of
+from tfgrad.optimize.data import Dataset, source_of
 
 RNG = np.random.default_rng(7)
 X = RNG.normal(size=(50, 4)).astype(np.float32)
@@ -709,3 +711,18 @@ def test_what_data_raises_where_it_is_opened_again_is_the_users_own_error():
 
     with pytest.raises(OSError, match=r"^the file is gone$"):
         tfgrad.minimize(distance, 0.0, data=batches, method="lbfgs")
+
+
+def test_the_loop_does_not_wait_for_the_threads_of_an_epoch_that_is_over(monkeypatch):
+    ended, opened = [], Dataset.open
+
+    def watched(self, *args):
+        iterator = opened(self, *args)
+        weakref.finalize(iterator, lambda: ended.append(threading.current_thread()))
+        return iterator
+
+    monkeypatch.setattr(Dataset, "open", watched)
+    Line().fit(dataset(), epochs=4)
+
+    assert len(ended) == 4
+    assert ended.count(threading.main_thread()) == 1  # the last, with the run

@@ -9,7 +9,7 @@ import tfgrad
 from tfgrad.derivatives.matrices import hvp
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import ravel
-from tfgrad.optimize.evaluator import LARGE, Evaluation, measured
+from tfgrad.optimize.evaluator import JOINED, LARGE, Evaluation, measured
 from tfgrad.optimize.methods.keras_optimizer import optimizer_factory
 from tfgrad.optimize.problem import Problem
 from tfgrad.optimize.solvers.optimizer import OptimizerSolver
@@ -159,6 +159,7 @@ def test_a_function_that_reads_nothing_of_what_is_minimised_is_refused(method):
 GRADIENTS = {
     "leaves": ([[1.0, -3.0], 2.0], 3.0),
     "an empty leaf": ([[], [-0.5]], 0.5),
+    "one that is not copied": ([[1.0] * JOINED + [-3.0], 2.0], 3.0),
     "NaN": ([[1.0, float("nan")], 2.0], float("nan")),
     "infinite": ([[-float("inf")], 2.0], float("inf")),
 }
@@ -171,11 +172,12 @@ def test_the_largest_element_of_a_gradient_is_the_same_traced_or_not(name, scale
     leaves = [tf.constant(leaf) for leaf in leaves]
     slices = tf.IndexedSlices(leaves[0], tf.range(len(leaves[0])), tf.constant([9]))
 
-    def found(*leaves):
+    def found(*leaves, is_xla=False):
         evaluation = Evaluation(tf.constant(1.0), list(leaves), (), {})
-        return measured(evaluation, scale).grad_max
+        return measured(evaluation, scale, is_xla=is_xla).grad_max
 
-    for call in (found, tf.function(found), tf.function(found, jit_compile=True)):
+    by_xla = tf.function(lambda *leaves: found(*leaves, is_xla=True), jit_compile=True)
+    for call in (found, tf.function(found), by_xla):
         for given in (leaves, [slices, leaves[1]]):
             np.testing.assert_array_equal(call(*given), largest / (scale or 1.0))
 

@@ -50,7 +50,7 @@ def test_what_was_written_is_in_the_file_before_it_is_closed(tmp_path):
 def test_tags_may_change_from_call_to_call(tmp_path):
     file = EventFile(tmp_path, 0)
     file.scalars(("a", "b"), [0], [0.0], [[1.0], [2.0]])
-    file.scalars(("c",), [1], [0.0], [[3.0]])
+    file.row(("c",), 1, 0.0, [3.0])
     file.scalars(("a", "b"), [2], [0.0], [[4.0], [5.0]])
 
     assert points(file)[2:] == [(1, "c", 3.0), (2, "a", 4.0), (2, "b", 5.0)]
@@ -87,7 +87,7 @@ def test_a_full_disk_is_an_error_and_what_fitted_stays_readable(tmp_path):
 
     def fill():
         for step in range(1000):
-            file.scalars(("loss",), [step], [0.0], [[float(step)]])
+            file.row(("loss",), step, 0.0, [float(step)])
 
     with pytest.raises(RunError, match=r"(?s)is safe.*try: make room"):
         fill()
@@ -98,3 +98,40 @@ def test_a_full_disk_is_an_error_and_what_fitted_stays_readable(tmp_path):
     steps = [step for step, _, _ in points(file)]
     assert steps == list(range(len(steps)))
     assert len(steps) > 50
+
+
+TAGS = {
+    "one": ("loss",),
+    "two": ("loss", "gradient/max_norm"),
+    "many, which take more than a lane of a checksum": [f"é {i}" for i in range(80)],
+    "long ones": ["x" * 3000, "y" * 130],
+}
+EDGES = [2**bits + k for bits in range(7, 63, 7) for k in (-1, 0, 1)]
+STEPS = np.array([0, 1, *EDGES, 2**63 - 1])
+"""Where a step takes another byte, and the first and the last one."""
+
+
+@pytest.mark.parametrize("tags", TAGS.values(), ids=TAGS)
+def test_records_hold_what_was_given_one_by_one_or_all_at_once(tmp_path, tags):
+    generator = np.random.default_rng(0)
+    times = generator.uniform(1e9, 2e9, len(STEPS))
+    times[1] = 0.0
+    values = generator.normal(size=(len(tags), len(STEPS)))
+    values *= 10.0 ** generator.integers(-45, 45, values.shape)
+    values[0, :4] = [np.nan, np.inf, -np.inf, 0.0]
+
+    rows, single = EventFile(tmp_path, 0), EventFile(tmp_path, 0)
+    rows.scalars(tags, STEPS, times, values)
+    for step, time, numbers in zip(STEPS, times, values.T, strict=True):
+        single.row(tags, int(step), float(time), numbers.tolist())
+
+    with np.errstate(over="ignore"):
+        kept = values.astype(np.float32)
+    for file in (rows, single):
+        events = read(file)[2:]
+        assert [event.step for event in events] == STEPS.tolist()
+        assert [event.wall_time for event in events] == times.tolist()
+        for event, numbers in zip(events, kept.T, strict=True):
+            assert [value.tag for value in event.summary.value] == list(tags)
+            written = [value.simple_value for value in event.summary.value]
+            np.testing.assert_array_equal(written, numbers)

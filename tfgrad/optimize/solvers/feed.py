@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,8 @@ class Feed:
         self, problem: Problem, source: Source, position: tuple[int, int]
     ) -> None:
         self._problem, self.source, self._position = problem, source, position
+        # The threads of a data set may take ten milliseconds to end.
+        self._old = ThreadPoolExecutor(1, thread_name_prefix="tfgrad-data")
         self._next: Any = lambda iterator: iterator.get_next_as_optional()
         if source.is_own:  # eagerly, its spec would be that of one batch alone
             self._next = tf.function(self._next, autograph=False)
@@ -84,7 +87,8 @@ class Feed:
         """Return the batches of the next epoch: its first one if it opens."""
         epoch, ahead = int(batches.epoch) + 1, batches.ahead
         if opens:
-            self._iterator = self.source.open(epoch)
+            old, self._iterator = [self._iterator], self.source.open(epoch)
+            self._old.submit(old.clear)
             ahead = self._draw()
             replicas = self._problem.replicas
             is_same = replicas.is_clustered and not self.source.is_own
