@@ -6,7 +6,7 @@ import contextlib
 import re
 import threading
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +19,9 @@ _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
            "ResourceStridedSliceAssign", "RngReadAndSkip", "RngSkip",
            "StatefulStandardNormal", "StatefulUniform")  # fmt: skip
 """How the ops that write to a variable, their first input, are called."""
+
+DRAWS = "Random", "Multinomial", "Rng"
+"""Parts of the names of ops that draw random numbers."""
 
 _HARMLESS = (
     *("VarHandleOp", "ReadVariableOp", "VarIsInitializedOp", "ResourceGather"),
@@ -45,6 +48,25 @@ BODIES = {
     "StatelessWhile": ("body",),
 }
 """The attributes in which calls, conditionals and loops name the functions they run."""
+
+
+def operations_of(graph: Any) -> list[str]:
+    """Return the types of the ops of a graph and of all that it calls; none of None."""
+    if graph is None:
+        return []
+    definition = graph.as_graph_def()
+    bodies = [body.node_def for body in definition.library.function]
+    return [node.op for nodes in [definition.node, *bodies] for node in nodes]
+
+
+def has(types: Iterable[str], parts: Sequence[str]) -> bool:
+    """Return whether the name of a type of ops has one of these parts."""
+    return any(part in name for name in types for part in parts)
+
+
+def draws(types: Iterable[str]) -> bool:
+    """Return whether ops of these types draw random numbers."""
+    return has(types, DRAWS)
 
 
 def trace(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> Any:
