@@ -44,7 +44,7 @@ FEW, SHORT = 10, 2000
 
 
 class Bounds(NamedTuple):
-    """The box, of shape `[n]` each; the largest number where there is no bound."""
+    """The box, of shape `[n]` each; infinite, or the largest, where there is none."""
 
     lower: tf.Tensor
     upper: tf.Tensor
@@ -54,9 +54,9 @@ class Bounds(NamedTuple):
         """Return a pair of arrays as bounds of the dtype of x; None of None."""
         if pair is None:
             return None
-        # tf.debugging.enable_check_numerics refuses infinities.
-        most = like.dtype.max
-        return cls(*(tf.cast(np.clip(b, -most, most), like.dtype) for b in pair))
+        if not tf.is_tensor(pair[0]):  # tf.debugging.enable_check_numerics sees it
+            pair = np.clip(pair, -like.dtype.max, like.dtype.max)
+        return cls(*(tf.cast(b, like.dtype) for b in pair))
 
     def clip(self, x: tf.Tensor) -> tf.Tensor:
         """Return the nearest point in the box."""
