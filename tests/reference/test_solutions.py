@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfgrad
 from tests.reference import cutest_like, more_garbow_hillstrom
 from tests.reference.harness import Objective, run
 from tfgrad.optimize.methods.lbfgs import LBFGS
@@ -197,12 +198,28 @@ def test_a_first_step_that_leaves_the_domain_is_shortened():
     np.testing.assert_allclose(end.x, [1, 1], rtol=1e-7)
 
 
-def test_every_number_of_the_method_is_finite():
-    problem = more_garbow_hillstrom.PROBLEMS["1 Rosenbrock"]
+def _rosenbrock(x):
+    return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
 
+
+def _residuals(x):
+    return tf.stack([10 * (x[1] - x[0] ** 2), 1 - x[0]])
+
+
+@pytest.mark.parametrize(
+    ("call", "f", "options"),
+    [
+        (tfgrad.minimize, _rosenbrock, {}),
+        (tfgrad.minimize, _rosenbrock, {"bounds": (0.0, None)}),
+        (tfgrad.minimize, _rosenbrock, {"method": "newton"}),
+        (tfgrad.least_squares, _residuals, {}),
+        (tfgrad.least_squares, _residuals, {"bounds": (-2.0, 0.9)}),
+    ],
+)
+def test_every_number_of_a_method_is_finite(call, f, options):
     tf.debugging.enable_check_numerics()
     try:
-        end = run(LBFGS(memory=7), Objective(problem.objective, 2), problem.start)
+        end = call(f, np.array([-1.2, 1.0]), **options)
     finally:
         tf.debugging.disable_check_numerics()
 

@@ -52,6 +52,7 @@ class Recording:
         output: The nest that the function returned; `outputs` are its leaves.
         aux: With `has_aux`, the rest of what the function returned; else None.
         sources: What is differentiated, flat.
+        is_stopped: Whether there was no path to any of them for `gradients`.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Recording:
         self.aux: Any
         self.output, self.aux = returned if has_aux else (returned, None)
         self.outputs: list[tf.Tensor] = tf.nest.flatten(self.output)
-        self._is_marked = False
+        self._is_marked = self.is_stopped = False
         try:
             self.require_right(twice=around is not None)
         except RepairableGradientError:
@@ -144,6 +145,7 @@ class Recording:
         is_one = not isinstance(cotangents, list | tuple | None)
         weights: Any = [cotangents] if is_one else cotangents
         found = self._require_sound(self.outputs, weights and list(weights))
+        self.is_stopped = all(gradient is None for gradient in found)
         slices = tf.IndexedSlices
         if sparse:
             pairs = zip(found, self.sources, strict=True)

@@ -6,7 +6,7 @@ import contextlib
 import re
 import threading
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +20,9 @@ _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
            "StatefulStandardNormal", "StatefulUniform")  # fmt: skip
 """How the ops that write to a variable, their first input, are called."""
 
+DRAWS = "Random", "Multinomial", "Rng"
+"""Parts of the names of ops that draw random numbers."""
+
 _READS = (
     *("VarHandleOp", "ReadVariableOp", "VarIsInitializedOp", "ResourceGather"),
     *("VariableShape", "DisableCopyOnRead", "LookupTableFind", "LookupTableSize"),
@@ -27,7 +30,7 @@ _READS = (
 )
 """What stateful ops that change nothing begin with."""
 
-_DRAWS = (
+_DRAWS_ALONE = (
     *("RandomUniform", "RandomStandardNormal", "RandomShuffle", "RandomGamma"),
     *("RandomPoisson", "TruncatedNormal", "ParameterizedTruncatedNormal"),
     "Multinomial",
@@ -57,6 +60,25 @@ BODIES = {
     "StatelessWhile": ("body",),
 }
 """The attributes in which calls, conditionals and loops name the functions they run."""
+
+
+def operations_of(graph: Any) -> list[str]:
+    """Return the types of the ops of a graph and of all that it calls; none of None."""
+    if graph is None:
+        return []
+    definition = graph.as_graph_def()
+    bodies = [body.node_def for body in definition.library.function]
+    return [node.op for nodes in [definition.node, *bodies] for node in nodes]
+
+
+def has(types: Iterable[str], parts: Sequence[str]) -> bool:
+    """Return whether the name of a type of ops has one of these parts."""
+    return any(part in name for name in types for part in parts)
+
+
+def draws(types: Iterable[str]) -> bool:
+    """Return whether ops of these types draw random numbers."""
+    return has(types, DRAWS)
 
 
 def trace(function: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> Any:
@@ -132,7 +154,7 @@ def acts(graph: Any) -> bool:
     It writes, prints, asserts, runs Python code, or takes the next of something.
     """
     for op in graph.get_operations():
-        if not _is_stateful(op) or op.type.startswith((*_READS, *_DRAWS)):
+        if not _is_stateful(op) or op.type.startswith((*_READS, *_DRAWS_ALONE)):
             continue
         inside = bodies(op, opaque=True)
         inside += [condition(op)] if op.type == "While" else []

@@ -24,9 +24,9 @@ import tensorflow as tf
 from tfgrad.derivatives.signatures import signature
 from tfgrad.derivatives.tracing import as_written, holding, level_of_caller, quiet
 from tfgrad.derivatives.vectorized import is_straight
-from tfgrad.diagnosis.graphs import inlined
+from tfgrad.diagnosis.graphs import has, inlined, operations_of
 from tfgrad.nested import Nest, either, is_mapped, unravel
-from tfgrad.optimize.evaluator import Evaluation, flat, measured, operations_of
+from tfgrad.optimize.evaluator import Evaluation, flat, measured
 from tfgrad.optimize.history import Array
 from tfgrad.optimize.hooks import Interrupts, bar_of
 from tfgrad.optimize.methods.levenberg_marquardt import STATUSES
@@ -307,11 +307,7 @@ def _program(plan: Plan, task: Task, key: Any, *, vectorises: bool) -> Program:
     kept = plan.problem.evaluator.kept
     is_bound = isinstance(plan.method, Bindable)  # its loops differ in length
     operations = operations_of(plan.graph)
-    is_for_xla = (
-        vectorises
-        and not is_bound
-        and not any(part in op for op in operations for part in NOT_FOR_XLA)
-    )
+    is_for_xla = vectorises and not is_bound and not has(operations, NOT_FOR_XLA)
     pays = is_for_xla and kept[key] >= plan.pays
     jit = pays if plan.options.jit == "auto" else bool(plan.options.jit)
     is_new = (key, jit) not in kept

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.arguments import parameter_names
+from tfgrad.diagnosis.graphs import has, operations_of
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
     Nest,
@@ -49,7 +50,7 @@ class Source:
         batches: How many there are in an epoch; None if nobody knows.
         is_endless: Whether an epoch is known to have no end.
         is_repeatable: Whether there is a second epoch.
-        is_python: Whether a batch is made by Python code of the user's, which may read
+        is_python: Whether a batch is made by what may change, such as a user's code or
             the variables.
         is_own: Whether each worker draws rows of its own.
         error: What the user's code raised instead of yielding a batch.
@@ -184,8 +185,9 @@ class Dataset(Source):
     """A `tf.data.Dataset`: one iterator for each epoch, as a Python loop makes them."""
 
     def __init__(self, dataset: tf.data.Dataset[Any]) -> None:
-        self._dataset, self._opened = dataset, 0
-        self.spec = dataset.element_spec
+        self.is_python = _may_change(dataset)
+        self._dataset = _plain(dataset, is_ours=False) if self.is_python else dataset
+        self.spec, self._opened = dataset.element_spec, 0
         count = int(dataset.cardinality())
         self.batches = count if count >= 0 else None
         self.is_endless = count == tf.data.INFINITE_CARDINALITY
@@ -487,14 +489,27 @@ def _as_array(leaf: Any, name: str, dtype: tf.DType | None) -> Any:
     return array.astype(dtype.as_numpy_dtype)
 
 
-def _plain(dataset: tf.data.Dataset[Any]) -> tf.data.Dataset[Any]:
-    """Return a data set that draws no element before it is asked for, nor tunes.
+def _may_change(dataset: Any) -> bool:
+    """Return whether Python code, or a trainable variable, takes part in a data set."""
+    graphs = [function.function.graph for function in dataset._functions()]
+    return any(
+        any(variable.trainable for variable in graph.variables)
+        or has(operations_of(graph), ["PyFunc"])
+        for graph in graphs
+    ) or any(map(_may_change, dataset._inputs()))
 
-    Threads for that cost more than what they could speed up here.
+
+def _plain(
+    dataset: tf.data.Dataset[Any], *, is_ours: bool = True
+) -> tf.data.Dataset[Any]:
+    """Return a data set that draws no element before it is asked for.
+
+    One of ours is not tuned either: threads cost more than they could save here.
     """
     options = tf.data.Options()
-    options.autotune.enabled = False
     options.experimental_optimization.inject_prefetch = False
+    if is_ours:
+        options.autotune.enabled = False
     return dataset.with_options(options)
 
 

@@ -118,6 +118,8 @@ class Evaluator:
         else:
             self._require_reads(recording)
         value, gradient, linear = self.value(recording, scale)
+        if recording.is_stopped and recording.sources:
+            raise self._unread("reads {} only through tf.stop_gradient or a shape")
         return Evaluation(value, gradient, (), small(recording.aux), linear)
 
     def _require_reads(self, recording: Recording) -> None:
@@ -131,12 +133,15 @@ class Evaluator:
             read = {id(tensor) for tensor in graph.external_captures}
             reads = any(id(variable.handle) in read for variable in recording.sources)
         if not reads:
-            what = "of its argument" if self.variables is None else "of `wrt`"
-            raise InvalidArgumentError(
-                "The function must depend on what it is minimised over.",
-                got=f"`{self.name}` reads nothing {what}",
-                hint="compute what depends on it inside of the function",
-            )
+            raise self._unread("reads nothing of {}")
+
+    def _unread(self, how: str) -> InvalidArgumentError:
+        how = how.format("its argument" if self.variables is None else "`wrt`")
+        return InvalidArgumentError(
+            "The function must depend on what it is minimised over.",
+            got=f"`{self.name}` {how}",
+            hint="compute what depends on it inside of the function",
+        )
 
     def check(self, arguments: tuple[Nest, ...]) -> None:
         """Refuse a gradient, traced without numbers, that differences disagree with."""
@@ -216,15 +221,6 @@ def evaluator_of(
 def is_open(variables: Nest) -> bool:
     """Return whether the variables of a function are still to be found."""
     return isinstance(variables, tuple) and not variables
-
-
-def operations_of(graph: Any) -> list[str]:
-    """Return the types of the ops of a graph and of all that it calls; none of None."""
-    if graph is None:
-        return []
-    definition = graph.as_graph_def()
-    bodies = [body.node_def for body in definition.library.function]
-    return [node.op for nodes in [definition.node, *bodies] for node in nodes]
 
 
 def small(aux: Any) -> dict[str, tf.Tensor]:

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.diagnosis.graphs import draws, operations_of
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.blocks import Outcome, Plan, Program, Task, program_of, solve
-from tfgrad.optimize.evaluator import operations_of
 from tfgrad.optimize.history import Array
 from tfgrad.optimize.hooks import Interrupts
 from tfgrad.optimize.saddle import (
@@ -60,8 +60,8 @@ def solve_all(
             second = program._replace(blank=program.blank._replace(memory=memory))
             retried = solve(second, task.of(failed), left(), interrupts)
             _merge_better(outcome, failed, retried)
-        rows, types = np.arange(len(task.x)), operations_of(plan.graph)
-        if task.sides or any("Random" in operation for operation in types):
+        rows = np.arange(len(task.x))
+        if task.sides or draws(operations_of(plan.graph)):
             rows = rows[:0]  # beside a bound, a point may be forbidden
         while len(rows) and goes_on():
             codes = np.unique(outcome.code[rows])

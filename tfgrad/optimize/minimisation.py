@@ -301,22 +301,27 @@ def _about_nonfinite(run: Minimisation) -> str:
     what, value = "f", bad["fun"]
     if np.isfinite(bad["fun"]):
         what, value = "an element of the gradient", bad["grad_max"]
-    why = f" ({loop.blame})" if loop.blame else ""
+    # Of a run that diverges, the op that overflows is not the cause.
+    rate = _about_rate(run, bad)
+    why = rate or (f" ({loop.blame})" if loop.blame else "")
     if bad["step"] == 0:
         return f"At the start, {what} is {value}{why}: no step was taken."
     return (
-        f"In step {step + 1}, {what} became {value}{_about_rate(run, bad)}{why}; "
+        f"In step {step + 1}, {what} became {value}{why}; "
         f"x is the last finite point, after step {step}."
     )
 
 
 def _about_rate(run: Minimisation, bad: dict[str, Any]) -> str:
-    """Return that the learning rate is too large, where f grew before it overflowed."""
+    """Return that the learning rate is too large, where f overflowed, or grew before.
+
+    But for the start, where there is no step yet.
+    """
     fun = run.record.rows.columns().get("fun", np.zeros(0)).astype(np.float64)
-    is_growing = len(fun) > 1 and fun[-1] > GROWTH * abs(fun[0]) and fun[-1] > fun[-2]
-    if "learning_rate" not in bad or not is_growing:
+    if "learning_rate" not in bad or not len(fun) or bad["step"] == 0:
         return ""
-    return (
-        f": f grew from {fun[0]:.3g} to {fun[-1]:.3g} in the steps before, so the "
-        f"learning rate, {bad['learning_rate']:.3g}, is likely too large"
-    )
+    rate = f"the learning rate, {bad['learning_rate']:.3g}, is likely too large"
+    if len(fun) > 1 and fun[-1] > max(GROWTH * abs(fun[0]), fun[-2]):
+        grown = f"f grew from {fun[0]:.3g} to {fun[-1]:.3g} in the steps before"
+        return f": {grown}, so {rate}"
+    return f": {rate}" if bad["fun"] == np.inf else ""

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tfgrad.derivatives.signatures import signature
 from tfgrad.derivatives.soundness import every
 from tfgrad.derivatives.tracing import Traces, is_optimized, suited
-from tfgrad.diagnosis.graphs import written_variables
+from tfgrad.diagnosis.graphs import draws, written_variables
 from tfgrad.diagnosis.lines import line_of
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import (
@@ -299,7 +299,7 @@ def _keras_owners(variables: Sequence[tf.Variable]) -> dict[int, Any]:
 def drawing(traced: Any) -> tf.Operation | None:
     """Return an op of a trace that draws random numbers, if there is one."""
     for op in every(traced.graph.get_operations()):
-        if any(part in op.type for part in ("Random", "Multinomial", "Rng")):
+        if draws([op.type]):
             return op
     return None
 

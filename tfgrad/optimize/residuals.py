@@ -274,12 +274,12 @@ def _triangle(both: tf.Tensor) -> tf.Tensor:
     n = columns - 1
     # QR of what is not finite may not end.
     is_known = tf.reduce_all(tf.math.is_finite(both))
-    both = tf.where(is_known, both, tf.zeros_like(both))
+    given, both = both, tf.where(is_known, both, tf.zeros_like(both))
     m = both.shape[0]
     if m is None or m < n:
         missing = tf.maximum(n - tf.shape(both)[0], 0)
         both = tf.pad(both, [[0, missing], [0, 0]])
     triangle = tf.linalg.qr(both).r[:n]
-    triangle = tf.where(is_known, triangle, tf.constant(float("nan"), triangle.dtype))
+    triangle = tf.where(is_known, triangle, tf.reduce_sum(given))
     has_shape = triangle.shape.is_fully_defined()
     return triangle if has_shape else tf.ensure_shape(triangle, [n, n + 1])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.diagnosis.graphs import draws
 from tfgrad.differences import EPSILONS
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, named_leaves, unravel
@@ -66,7 +67,7 @@ class Saved:
         status: Why it ended; None while it goes on.
         directory: The name of the directory in which it was logged.
         outcome: What came out; None while the run goes on.
-        options: How it was called; None if that was in another process.
+        options: How to call it again; None if that does not go on with it.
     """
 
     identity: Identity
@@ -343,7 +344,7 @@ def _end_at_once(run: Minimisation, saved: Saved) -> None:
         for variable, value in zip(variables, saved.variables, strict=True):
             variable.assign(value)
         problem.x.restart(outcome.x)
-    run.status = saved.status
+    run.status, run.saved = saved.status, replace(saved, options=_call_of(run))
 
 
 @contextlib.contextmanager
@@ -360,8 +361,7 @@ def put_back_on_error(problem: Problem) -> Iterator[None]:
 def repeats(problem: Problem) -> bool:
     """Return whether f is known to have one value at one point."""
     types = operations(problem)
-    is_drawn = any("Random" in operation for operation in types)
-    return bool(types) and not is_drawn and not written(problem)
+    return bool(types) and not draws(types) and not written(problem)
 
 
 # --- putting away ---
@@ -392,7 +392,6 @@ def with_outcome(run: Minimisation, saved: Saved) -> Saved:
     """Return the same with what came out, and with how the run was called."""
     solver, evaluation = run.loop.solver, run.state.evaluation
     x, grad = solver.point(run.state), solver.gradient(evaluation)
-    has_state = solver.stepper.lookahead or not solver.stepper.is_eager
     return replace(
         saved,
         status=run.status,
@@ -404,7 +403,7 @@ def with_outcome(run: Minimisation, saved: Saved) -> Saved:
         nfev=int(run.state.evaluations),
         seconds=run.clock.seconds(),
         directory=run.record.name,
-        options=_call_of(run) if has_state else None,
+        options=_call_of(run),
     )
 
 
@@ -441,8 +440,13 @@ def limits_of(run: Minimisation) -> list[Any]:
     return [*budgets, list(options.tolerances)]
 
 
-def _call_of(run: Minimisation) -> Options:
-    """Return how to call the run again, with the variables that were found."""
+def _call_of(run: Minimisation) -> Options | None:
+    """Return how to call the run again, with the variables that were found.
+
+    None if its method keeps what it remembers to itself.
+    """
+    if run.loop.solver.stepper.is_eager:
+        return None
     wrt = run.options.wrt
     if wrt is None and not run.problem.x.takes_values:
         wrt = run.problem.x.template

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from tfgrad.diagnosis.graphs import draws
 from tfgrad.differences import EPSILONS
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.problem import Problem
@@ -130,7 +131,7 @@ def look_around(
         bounds: A lower and an upper array; None for none.
     """
     types = operations(problem)
-    if not types or any("Random" in operation for operation in types):
+    if not types or draws(types):
         return Look()
     x, dtype = np.asarray(state.x, np.float64), state.x.dtype
     epsilon, grad = EPSILONS[dtype], np.asarray(state.evaluation.gradient, np.float64)

@@ -10,13 +10,12 @@ import tensorflow as tf
 
 from tfgrad.derivatives.signatures import signature
 from tfgrad.diagnosis.explain import explain
-from tfgrad.diagnosis.graphs import inlined, written_variables
+from tfgrad.diagnosis.graphs import inlined, operations_of, written_variables
 from tfgrad.diagnosis.report import Explanation
 from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest
 from tfgrad.optimize.distribute import whole
-from tfgrad.optimize.evaluator import operations_of
 from tfgrad.optimize.problem import Problem
 
 CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})

@@ -100,6 +100,16 @@ def test_a_finished_run_returns_its_result_after_one_look(tmp_path):
     assert len(CALLS) == calls + 2
 
 
+@pytest.mark.parametrize("method", ["lbfgs", "adam"])
+def test_the_result_of_a_finished_run_goes_on_as_in_its_own_process(tmp_path, method):
+    first = minimized(tmp_path, method=method)
+    again = minimized(tmp_path, method=method)
+
+    result = tfgrad.minimize(rosenbrock, again, steps=20)
+
+    assert_same(result, tfgrad.minimize(rosenbrock, first, steps=20))
+
+
 def bowl(scale, power=2):
     return lambda x: tf.reduce_sum(scale * (x - 3) ** power) + tf.reduce_sum(scale * x)
 

@@ -570,6 +570,41 @@ def test_a_data_set_may_leave_dimensions_open():
     assert len(traces) == 1
 
 
+def _ahead(w):
+    return tf.fill([4], w + 1.0)
+
+
+FROM_W = {
+    "a generator": lambda w: lambda: (_ahead(w) for _ in range(20)),
+    "a data set of a generator": lambda w: tf.data.Dataset.from_generator(
+        lambda: (_ahead(w) for _ in range(20)),
+        output_signature=tf.TensorSpec([4], tf.float32),
+    ),
+    "a data set of a variable": lambda w: tf.data.Dataset.range(20).map(
+        lambda _: _ahead(w)
+    ),
+    "one within another": lambda w: tf.data.Dataset.range(20).flat_map(
+        lambda _: tf.data.Dataset.range(1).map(lambda _: _ahead(w))
+    ),
+    "one of Python": lambda w: tf.data.Dataset.range(20).map(
+        lambda _: tf.ensure_shape(tf.py_function(_ahead, [w], tf.float32), [4])
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FROM_W)
+def test_batches_made_of_the_variables_are_made_after_the_step_before(kind):
+    w = tf.Variable(0.0)
+    options = {"method": "sgd", "learning_rate": 0.125, "epochs": 2}
+
+    def loss(x):
+        return tf.reduce_mean((w - x) ** 2)
+
+    result = tfgrad.minimize(loss, wrt=w, data=FROM_W[kind](w), **options)
+
+    assert (result.nit, float(w)) == (40, 10.0)  # each step is a quarter
+
+
 def test_a_validation_must_return_numbers():
     line = Line()
 

@@ -269,6 +269,18 @@ def test_a_result_of_another_problem_is_refused_by_name():
         tfgrad.minimize(lambda x: (rosenbrock(x), {"twice": 2.0}), begun, has_aux=True)
 
 
+@pytest.mark.parametrize("method", ["sgd", "lbfgs"])
+def test_a_function_that_draws_goes_on_though_it_has_another_value(method):
+    def f(x):  # no op of it has "Random" in its name
+        index = tf.random.categorical(tf.zeros([1, 10**6]), 1)[0, 0]
+        return (x - tf.cast(index, tf.float32)) ** 2
+
+    begun = tfgrad.minimize(f, 3.0, method=method, steps=4)
+    result = tfgrad.minimize(f, begun, method=method, steps=5)
+
+    assert result.nit >= begun.nit
+
+
 def test_a_refused_result_leaves_the_variables_alone():
     x = tf.Variable(START)
     begun = tfgrad.minimize(lambda: rosenbrock(x), wrt=x, steps=3)

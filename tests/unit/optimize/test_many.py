@@ -10,9 +10,9 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
+from tfgrad.diagnosis.graphs import operations_of
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.optimize import blocks, many_saddles
-from tfgrad.optimize.evaluator import operations_of
 from tfgrad.optimize.methods.lbfgs import LBFGS
 
 T = np.linspace(0.0, 5.0, 50)

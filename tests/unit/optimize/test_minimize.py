@@ -586,6 +586,9 @@ def test_a_run_that_diverges_names_the_rate_first():
     assert result.status == "nonfinite"
     assert re.search(r"became \S+: f grew from 9 to .* so the learning rate, 10, is",
                      result.message)  # fmt: skip
+    assert "try" not in result.message  # another op is no help
+    at_once = sgd(lambda x: x**2, 3.0, learning_rate=1e25, steps=100).message
+    assert "In step 1, f became inf: the learning rate, 1e+25, is" in at_once
 
 
 def test_a_function_of_values_without_a_start_is_told_what_to_give():

@@ -152,6 +152,11 @@ def test_a_function_that_reads_nothing_of_what_is_minimised_is_refused(method):
         tfgrad.minimize(lambda: v * v, wrt=w, method=method)
     with pytest.raises(InvalidArgumentError, match="reads nothing of its argument"):
         tfgrad.minimize(lambda x: v * v, [1.0, 2.0], method=method)
+    stopped = r"reads (its argument|`wrt`) only through tf.stop_gradient"
+    with pytest.raises(InvalidArgumentError, match=stopped):
+        tfgrad.minimize(lambda x: tf.stop_gradient(x) ** 2, 3.0, method=method)
+    with pytest.raises(InvalidArgumentError, match=stopped):
+        tfgrad.minimize(lambda: tf.stop_gradient(w) ** 2 + v, wrt=w, method=method)
 
     assert (float(v), float(w)) == (3.0, 1.0)
 

@@ -44,7 +44,7 @@ FEW, SHORT = 10, 2000
 
 
 class Bounds(NamedTuple):
-    """The box, of shape `[n]` each; infinite where there is no bound."""
+    """The box, of shape `[n]` each; infinite, or the largest, where there is none."""
 
     lower: tf.Tensor
     upper: tf.Tensor
@@ -52,7 +52,11 @@ class Bounds(NamedTuple):
     @classmethod
     def of(cls, pair: Any, like: tf.Tensor) -> Bounds | None:
         """Return a pair of arrays as bounds of the dtype of x; None of None."""
-        return None if pair is None else cls(*(tf.cast(b, like.dtype) for b in pair))
+        if pair is None:
+            return None
+        if not tf.is_tensor(pair[0]):  # tf.debugging.enable_check_numerics sees it
+            pair = np.clip(pair, -like.dtype.max, like.dtype.max)
+        return cls(*(tf.cast(b, like.dtype) for b in pair))
 
     def clip(self, x: tf.Tensor) -> tf.Tensor:
         """Return the nearest point in the box."""

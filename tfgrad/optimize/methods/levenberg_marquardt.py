@@ -410,7 +410,7 @@ def _minimiser(
 
     zero, high = tf.zeros_like(radius), tf.norm(sc) / radius
     guess = either((guess > 0) & (guess < high), guess, 1e-3 * high)
-    start = (0, guess, zero, high, -sc / (s**2 + guess))
+    start = (0, guess, zero, high, -tf.math.divide_no_nan(sc, s**2 + guess))
     _, damping, *_, z = tf.while_loop(is_off, body, start, parallel_iterations=1)
     z, damping = either(fits, full, z), either(fits, zero, damping)
     length, bend = tf.norm(z), tf.reduce_sum((s * z) ** 2)

@@ -184,8 +184,10 @@ class Newton:
         assert self._objective is not None
         hvp, largest = self._objective.hvp, here.fun.dtype.max
         # A power of 2 rounds nothing.
-        unit = 2.0 ** tf.floor(tf.math.log(here.grad_max) / math.log(2))
-        unit = tf.where(unit > 0, unit, tf.ones_like(unit))
+        one = tf.ones_like(here.grad_max)
+        unit = tf.where(here.grad_max > 0, here.grad_max, one)
+        unit = 2.0 ** tf.floor(tf.math.log(unit) / math.log(2))
+        unit = tf.where(unit > 0, unit, one)
         grad = here.grad / unit
         radius = tf.minimum(state.radius / unit, largest**MOST_POWER)
         size = tf.norm(grad)

@@ -15,14 +15,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfgrad.diagnosis.graphs import written_variables
+from tfgrad.diagnosis.graphs import has, operations_of, written_variables
 from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import TfgradError
 from tfgrad.nested import Nest
 from tfgrad.optimize.compiled import direct
 from tfgrad.optimize.data import SIZE, Source, size_of
 from tfgrad.optimize.distribute import Copies
-from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, measured, operations_of
+from tfgrad.optimize.evaluator import SMALL, Evaluation, dense, measured
 from tfgrad.optimize.methods.keras_optimizer import (
     Factory,
     KerasMethod,
@@ -278,7 +278,7 @@ class OptimizerForms(Forms):
         if planned < LOOP_STEPS:
             return Form("calls")
         operations = operations_of(self._stepper.compiled.graph)
-        is_fit = not any(part in op for op in operations for part in NOT_FOR_XLA)
+        is_fit = not has(operations, NOT_FOR_XLA)
         is_long = planned >= max(XLA_STEPS, XLA_STEPS_PER_OP * len(operations))
         is_fit &= jit == "auto" and not self._kept.get(NO_XLA)
         return Form("xla" if is_fit and is_long else "graph")

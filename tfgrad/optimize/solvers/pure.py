@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgrad.derivatives.signatures import signature
+from tfgrad.diagnosis.graphs import DRAWS, has
 from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import either, ravel, unravel
 from tfgrad.optimize.compiled import compiled, kept, shapes_of
@@ -25,8 +26,7 @@ from tfgrad.optimize.stopping import RUNNING, code_of
 from tfgrad.optimize.traced import blame, for_xla, operations, others, written
 
 NOT_FOR_XLA = (
-    "Random", "Multinomial", "PyFunc", "Conv", "Pool", "Assert", "CheckNumerics",
-    "Unique",
+    *DRAWS, "PyFunc", "Conv", "Pool", "Assert", "CheckNumerics", "Unique",
 )  # fmt: skip
 """Parts of the names of ops that XLA computes with other random numbers, drops, cannot
 compile, or runs slower on a CPU."""
@@ -241,7 +241,7 @@ class PureForms(Forms):
             return Form("calls")
         if jit is True:
             return Form("xla")
-        if any(part in op for op in types for part in NOT_FOR_XLA):
+        if has(types, NOT_FOR_XLA):
             return Form("calls")
         size = sum(leaf.shape.num_elements() for leaf in problem.x.leaves)
         once = COMPILATION[0] + COMPILATION[1] * len(types)
