@@ -134,11 +134,12 @@ class PureStepper(Stepper):
         """Return where a run begins: the method's first move is part of it."""
         x, evaluation = start.x, measured(start.evaluation)
         move = self.method.init(_point(x, evaluation))
+        evaluation = self._projected(x, evaluation)
         value = evaluation.value
         is_bad = ~(tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max))
         return State(
             x,
-            _carried(self._projected(x, evaluation)),
+            _carried(evaluation),
             Memory(move.x, tf.nest.map_structure(tf.convert_to_tensor, move.state)),
             tf.constant(True),
             either(is_bad, code_of("nonfinite"), RUNNING),
