@@ -58,7 +58,7 @@ MOST_TRIALS = 40
 """Trials in a row that are not taken; a radius is then 1e-12 of what it was or less."""
 
 MOST_CUTS = 20
-"""How often one step is cut at bounds; each time the others move without what is cut."""
+"""How often one step is cut at bounds, each time with a step of the others anew."""
 
 MOST_IDLE = 3
 """Of these, how many may be at the level of rounding."""
@@ -345,7 +345,7 @@ class LevenbergMarquardt(Damped):
 def _trial(
     x: tf.Tensor, linear: Linear, radius: tf.Tensor, damping: tf.Tensor
 ) -> tuple[tf.Tensor, Step]:
-    """Return where the model is least within the radius, given a guess of the damping."""
+    """Return where the model is least within the radius; `damping` is a guess."""
     z, step = _minimiser(linear, radius, damping)
     return x + tf.linalg.matvec(linear.v, z) / linear.scale, step
 
@@ -363,7 +363,8 @@ def _within(
     What would leave the box stops at its bound, and the model is minimised again in the
     rest, until nothing else would leave it (`MOST_CUTS`).
     """
-    matrix, is_held = linear.s[:, None] * tf.transpose(linear.v), ~box.free(here)
+    matrix = linear.s[:, None] * tf.transpose(linear.v)
+    is_held = tf.logical_not(box.free(here))
 
     def leaves(i: Any, x: tf.Tensor, is_cut: Any) -> tf.Tensor:
         return (i < MOST_CUTS) & tf.reduce_any(box.clip(x) != x)
@@ -418,13 +419,15 @@ def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
     s = tf.sqrt(either(is_rounding, tf.zeros_like(squares), squares))
     along = tf.linalg.matvec(v, side / scale, transpose_a=True)
     c = tf.math.divide_no_nan(along, s)
-    return Linear(*_clean(s, v, c), scale, reach, is_known)
+    s, v, c = _clean(s, v, c)
+    return Linear(s, v, c, scale, reach, is_known)
 
 
 def _decomposed(matrix: tf.Tensor, side: tf.Tensor, *rest: Any) -> Linear:
     """Return the model of a scaled matrix and a right side, with the other fields."""
     s, u, v = tf.linalg.svd(matrix)
-    return Linear(*_clean(s, v, tf.linalg.matvec(u, side, transpose_a=True)), *rest)
+    s, v, c = _clean(s, v, tf.linalg.matvec(u, side, transpose_a=True))
+    return Linear(s, v, c, *rest)
 
 
 def _clean(s: tf.Tensor, v: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, ...]:
