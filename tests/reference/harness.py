@@ -73,7 +73,7 @@ class Compiled:
                 lambda a, b: tf.where(move.accepted, a, b), new, old
             )
             expected = tf.cast(move.expected, dtype)
-            is_solution = converged(here.fun, expected, before, first)
+            is_solution = converged(here.fun, expected, before, first, old.fun)
             is_precise = at_precision(here.fun, expected, first)
             flags = [move.accepted, move.failed, is_solution, is_precise]
             row = [here.fun, expected, here.grad_max]

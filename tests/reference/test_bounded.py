@@ -10,6 +10,7 @@ import tensorflow as tf
 import tfgrad
 from tests.reference.bounded import PROBLEMS
 from tests.reference.harness import Objective, run
+from tfgrad.optimize.compiled import KEPT
 from tfgrad.optimize.methods import bounded
 from tfgrad.optimize.methods.lbfgs import LBFGS
 from tfgrad.optimize.methods.protocol import Point
@@ -111,6 +112,29 @@ def test_a_bound_where_f_rises_infinitely_steeply_holds(name, dtype):
     assert result.success
     np.testing.assert_allclose(result.x, at, atol=1e-3 if dtype == "float32" else 1e-7)
     assert result.nfev < 50
+
+
+def test_a_start_that_an_infinite_slope_holds_is_one_and_one_that_it_drives_is_not():
+    held = tfgrad.minimize(
+        lambda x: tf.sqrt(x[0]) + (x[1] - 1) ** 2, [0.0, 0.0], bounds=(0, None)
+    )
+    driven = tfgrad.minimize(lambda x: (tf.sqrt(x) - 1) ** 2, 0.0, bounds=(0, None))
+
+    assert held.success
+    np.testing.assert_allclose(held.x, [0, 1])
+    assert (driven.status, driven.nit) == ("nonfinite", 0)
+
+
+def test_one_compiled_update_serves_all_bounds():
+    def f(x):
+        return tf.reduce_sum((x - 3) ** 4)
+
+    tfgrad.minimize(f, np.zeros(3), bounds=(-1, 1))
+    before = set(KEPT)
+    result = tfgrad.minimize(f, np.zeros(3), bounds=(-1, [1, 2, 5]))
+
+    assert set(KEPT) == before
+    np.testing.assert_allclose(result.x[:2], [1, 2])
 
 
 @pytest.mark.parametrize("name", ["HS2", "HS5", "EXPLIN", "MCCORMCK", "HATFLDB"])

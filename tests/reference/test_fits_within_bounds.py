@@ -122,6 +122,34 @@ def test_a_step_that_bounds_cut_short_is_no_sign_of_a_solution():
     assert end.x[1] == 1.5
 
 
+@pytest.mark.parametrize("seed", [101, 102, 103, 104, 105])
+@pytest.mark.parametrize("loss", ["soft_l1", "cauchy"])
+def test_columns_of_other_sizes_leave_nobody_short_of_the_solution(loss, seed):
+    generator = np.random.default_rng(seed)
+    columns = generator.normal(size=(12, 5)) * 10 ** generator.uniform(-2, 2, 5)
+    y = 3 * generator.normal(size=12)
+    upper = 10 ** generator.uniform(-1, 1, 5)
+    fit = Fit(lambda x: tf.linalg.matvec(columns, x) - y, loss)
+
+    end = fit.ours(upper / 2, (np.zeros(5), upper))
+
+    inside = np.clip(end.x, 1e-12 * upper, (1 - 1e-12) * upper)
+    scipys = fit.scipys(inside, (np.zeros(5), upper))
+    assert end.success
+    assert end.fun <= scipys.cost * (1 + 1e-8)
+    assert end.nfev < 100
+
+
+def test_residuals_that_are_infinitely_steep_at_a_bound_are_not_claimed():
+    def residuals(x):  # least at (0, 2), where there is no Jacobian
+        return tf.stack([tf.sqrt(x[0]) + 1, x[1] - 2 + x[0]])
+
+    for start in ([1.0, 1.0], [0.0, 1.0]):
+        end = Fit(residuals).ours(start, (0.0, None))
+
+        assert not end.success or end.fun == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("name", ["MGH09", "Misra1a", "Kirby2"])
 def test_bounds_that_never_matter_change_nothing(name):
     truth = cutest_like.nist["read"](name)

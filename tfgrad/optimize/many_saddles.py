@@ -24,6 +24,7 @@ from tfgrad.optimize.saddle import (
     PRODUCTS,
     by_differences,
     curvatures,
+    lower_inwards,
     lower_points,
     scale_of,
 )
@@ -61,8 +62,8 @@ def solve_all(
             retried = solve(second, task.of(failed), left(), interrupts)
             _merge_better(outcome, failed, retried)
         rows = np.arange(len(task.x))
-        if task.sides or draws(operations_of(plan.graph)):
-            rows = rows[:0]  # beside a bound, a point may be forbidden
+        if draws(operations_of(plan.graph)):
+            rows = rows[:0]
         while len(rows) and goes_on():
             codes = np.unique(outcome.code[rows])
             stationary = [code for code in codes if is_stationary(int(code))]
@@ -103,18 +104,27 @@ def _left_of_block(
         value, gradient = (tensor.numpy().astype(np.float64) for tensor in pair)
         return value, gradient
 
-    product = by_differences(lambda points: at(points)[1], x, scale, epsilon)
-    lower, is_lower = lower_points(
-        x,
-        outcome.fun[block].astype(np.float64),
-        outcome.grad[block],
-        scale,
-        curvatures(product, x.shape, epsilon, PRODUCTS),
-        value=lambda points: at(points)[0],
-        epsilon=epsilon,
-    )
-    found = np.flatnonzero(is_lower[: len(rows)])
-    return rows[found], lower[found].astype(dtype)
+    sides = [side[block].astype(np.float64) for side in task.sides]
+    low, high = sides or (-np.inf, np.inf)
+    room = np.minimum(x - low, high - x)
+    # What cannot move by a step of the differences in both ways is not looked at.
+    free = (room > epsilon ** (1 / 3) * scale[:, None]).astype(np.float64)
+    fun, grad = outcome.fun[block].astype(np.float64), outcome.grad[block]
+
+    def value(points: Array) -> Array:
+        return at(np.clip(points, low, high))[0]
+
+    product = by_differences(lambda points: at(points)[1] * free, x, scale, epsilon)
+    found = curvatures(product, x.shape, epsilon, PRODUCTS, free)
+    lower, is_lower = lower_points(x, fun, grad * free, scale, found, value, epsilon)
+    if sides:
+        inside, is_inside = lower_inwards(
+            x, fun, grad, scale, (low, high), value, epsilon
+        )
+        lower = np.where(is_lower[:, None], np.clip(lower, low, high), inside)
+        is_lower = is_lower | is_inside
+    left = np.flatnonzero(is_lower[: len(rows)])
+    return rows[left], lower[left].astype(dtype)
 
 
 def _merge_better(outcome: Outcome, rows: Array, again: Outcome) -> None:

@@ -175,16 +175,12 @@ def look_around(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as that a second derivative runs eagerly
         try:
-            # At a bound, without a slope, nothing but values says that f falls inwards.
-            inward = np.where(room > 0, 0.0, np.sign((lower - x) - (x - upper)))
-            for power in FARTHER if np.any(inward[grad == 0]) else ():
-                step = epsilon**power * scale * np.where(grad == 0, inward, 0.0)
-                beside = np.clip(x + step, lower, upper)
-                change = float(at(beside).value) - fun
-                if change < -NOISE * epsilon * abs(fun):
-                    return Look(tf.constant(beside, dtype))
-                if change > NOISE * epsilon * abs(fun):
-                    break  # a minimum, whatever is farther off
+            beside, is_lower = lower_inwards(
+                x[None], np.array([fun]), grad[None], scales, (lower, upper),
+                lambda points: np.array([float(at(points[0]).value)]), epsilon,
+            )  # fmt: skip
+            if is_lower[0]:
+                return Look(tf.constant(beside[0], dtype))
             found = curvatures(product, (1, len(free)), epsilon, most)
             points, is_lower = lower_points(*row, found, value, epsilon)
             if is_lower[0]:
@@ -208,6 +204,40 @@ def look_around(
     is_definite = found.values[0, 0] > NOISE * epsilon * found.largest[0]
     is_negligible = fall <= max(NEGLIGIBLE, NOISE * epsilon) * abs(fun)
     return Look(None, bool(has_failed and is_whole and is_definite and is_negligible))
+
+
+def lower_inwards(
+    x: Array,
+    fun: Array,
+    grad: Array,
+    scale: Array,
+    bounds: tuple[Any, Any],
+    value: Callable[[Array], Array],
+    epsilon: float,
+) -> tuple[Array, Any]:
+    """Return points inwards from bounds without a slope, and where f is lower there.
+
+    Nothing but values says that. Arguments are as for `lower_points`; bounds are a
+    lower and an upper array.
+    """
+    lower, upper = bounds
+    is_inside = np.minimum(x - lower, upper - x) > 0
+    with np.errstate(invalid="ignore"):  # where neither bound is finite
+        inward = np.sign((lower - x) - (x - upper))
+    inward = np.where(is_inside | (grad != 0), 0.0, inward)
+    points, is_lower, noise = x, np.zeros(len(x), bool), NOISE * epsilon * np.abs(fun)
+    is_open: Any = np.any(inward, axis=1)
+    for power in FARTHER:
+        if not np.any(is_open):
+            break
+        step = epsilon**power * scale[:, None] * inward
+        beside = np.clip(x + step, lower, upper)
+        change = value(beside) - fun
+        finds = is_open & (change < -noise)
+        points = np.where(finds[:, None], beside, points)
+        is_lower = is_lower | finds
+        is_open = is_open & (np.abs(change) <= noise)  # else a minimum, near by
+    return points, is_lower
 
 
 def by_differences(
@@ -302,19 +332,21 @@ def curvatures(
     shape: tuple[int, ...],
     epsilon: float,
     most: int,
+    free: Any = 1.0,
 ) -> Curvatures:
     """Return curvatures by Lanczos's method, orthogonalised in full, in each row.
 
+    Products stay among the variables where the mask `free`, `[rows, n]`, is 1.
     None is known if a product is not finite, or if only one product is allowed in two
     or more dimensions.
     """
     rows, n = shape
     most = min(n, most, MOST_NUMBERS // (rows * n))
-    if most < min(n, 2):
+    q = free * np.broadcast_to(np.random.default_rng(0).normal(size=n), shape)
+    if most < min(n, 2) or not np.any(q):
         return Curvatures(np.full((rows, 1), np.inf), np.zeros((rows, n, 1)))
-    q = np.broadcast_to(np.random.default_rng(0).normal(size=n), shape)
     basis, images = np.zeros((2, rows, most, n))
-    goes_on, count = np.ones(rows, bool), 0
+    goes_on, count = np.any(q, axis=1), 0
     while count < most and np.any(goes_on):
         q = q / np.where(goes_on, np.linalg.norm(q, axis=1), 1.0)[:, None]
         basis[:, count] = q

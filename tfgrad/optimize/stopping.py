@@ -120,7 +120,8 @@ def _hardly_moves(step: Step) -> Any:
 def _is_converged(step: Step) -> Any:
     if step.expected is None or step.tolerances[:3] != (None, None, None):
         return None
-    return converged(step.fun, step.expected, step.before_expected, step.first)
+    before = step.before_expected, step.first, step.before_fun
+    return converged(step.fun, step.expected, *before)
 
 
 NO_SOLUTION = "no rule says this is a solution"

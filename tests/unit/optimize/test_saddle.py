@@ -56,7 +56,10 @@ def valley(x):
 
 @pytest.mark.parametrize("name", WITHIN)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_what_is_stationary_within_bounds_is_left_and_no_bound_passed(name, dtype):
+@pytest.mark.parametrize("method", ["lbfgs", "scipy:l-bfgs-b", "many"])
+def test_what_is_stationary_within_bounds_is_left_and_no_bound_passed(
+    name, dtype, method
+):
     f, start, bounds, least = WITHIN[name]
     lower, upper = (np.broadcast_to(b, 2).astype(dtype) for b in bounds)
 
@@ -64,7 +67,15 @@ def test_what_is_stationary_within_bounds_is_left_and_no_bound_passed(name, dtyp
         inside = tf.reduce_all((x >= lower) & (x <= upper))
         return tf.where(inside, f(x), np.nan)
 
-    result = tfgrad.minimize(watched, np.array(start, dtype), bounds=(lower, upper))
+    if method == "many":
+        starts = np.array([start, [0.9, 0.3]], dtype)
+        result = tfgrad.minimize_many(watched, starts, bounds=(lower, upper))
+        assert result.success[0]
+        assert result.fun[0] == pytest.approx(least, abs=1e-6)
+        return
+    result = tfgrad.minimize(
+        watched, np.array(start, dtype), bounds=(lower, upper), method=method
+    )
 
     assert result.success
     assert result.fun == pytest.approx(least, abs=1e-6)

@@ -142,7 +142,7 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     steepness = tf.abs(end_slope)
     is_finite = tf.math.is_finite(new.fun) & tf.math.is_finite(end_slope)
     unknown = tf.constant(slope.dtype.max / 4, slope.dtype)
-    change = either(is_finite, new.fun - old.fun, unknown)
+    change, one = either(is_finite, new.fun - old.fun, unknown), tf.ones_like(slope)
     size_of_change = tf.abs(change)
     is_level = is_finite & (size_of_change <= LEVEL * epsilon * tf.abs(old.fun))
     decreases = change <= SUFFICIENT_DECREASE * slope
@@ -160,13 +160,14 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     sy = _dot(s, y)
     keeps = is_taken & (sy > epsilon * tf.maximum(-slope, steepness))
     pairs, kept = _keep(state, s, y, keeps)
-    newton, is_known = _direction(pairs, kept, here.grad, is_free)
+    whole, is_known = _direction(pairs, kept, here.grad, is_free)
+    newton = _leading(here, whole, bounds)
     path = bounds.clip(here.x + newton) - here.x
     is_model = is_taken & is_known
     leads = is_model & (_dot(here.grad, path) < 0)
     # A path that rounding leaves no length is no reason to expect more.
     is_model &= leads | (tf.reduce_max(tf.abs(path)) == 0)
-    expected = either(is_model, _dot(here.grad, newton) / -2, before.expected)
+    expected = either(is_model, _dot(here.grad, whole) / -2, before.expected)
     expected = either(progress.length > 0, expected, tf.zeros_like(expected))
     progress = progress._replace(expected=expected)
 
@@ -193,9 +194,10 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     )
     back = either(is_finite, _part(change, slope, end_slope), of_edge)
 
-    # Without curvature, a step ten times as long comes next.
+    # Without curvature, a longer step comes next, unless this one had to go back.
     known = tf.math.divide_no_nan(sy, _dot(y, y))
-    grown = EXPANSION * tf.math.divide_no_nan(tf.sqrt(_dot(s, s)), before.length)
+    longer = either(tf.equal(state.trials, 0), EXPANSION * one, one)
+    grown = longer * tf.math.divide_no_nan(tf.sqrt(_dot(s, s)), before.length)
     scale = either(keeps, known, grown)
     steepest = either(
         retries & is_promising,
@@ -208,7 +210,7 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
         either(is_afresh, steepest.step, direction),
         pairs,
         either(is_afresh, none, kept),
-        either(turns, tf.ones_like(state.t), state.t * back),
+        either(turns, one, state.t * back),
         either(turns, none, trials),
         either(turns, tf.zeros_like(noise), noise),
         progress,
@@ -216,6 +218,18 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     )
     x = bounds.clip(here.x + state.t * state.direction)
     return Move(x, state, accepted=is_taken, failed=failed, expected=told)
+
+
+def _leading(here: Point, newton: tf.Tensor, bounds: Bounds) -> tf.Tensor:
+    """Return the direction, cut at the first bound if its projection leads uphill.
+
+    Where many variables are cut at once, the others move as suits none of that.
+    """
+    is_uphill: Any = _dot(here.grad, bounds.clip(here.x + newton) - here.x) >= 0
+    room = either(newton > 0, bounds.upper - here.x, here.x - bounds.lower)
+    room = either(newton == 0, tf.ones_like(room), room / tf.abs(newton))
+    part = tf.minimum(tf.reduce_min(room), 1)
+    return either(is_uphill & (part > LEAST), part, tf.ones_like(part)) * newton
 
 
 def _part(change: tf.Tensor, slope: tf.Tensor, end_slope: tf.Tensor) -> tf.Tensor:

@@ -34,6 +34,10 @@ LITTLE, DIGITS = 1e-16, 1e-10
 the fall so far, and the second times |f|. The model of L-BFGS may be wrong by the
 condition number, so both leave 1e5 times more digits than are needed."""
 
+RIGHT = 1.5
+"""How many times the expected fall f may have fallen by, or the other way round, where
+the model is taken to have been right."""
+
 ROUNDINGS, LAST_ROUNDINGS = 4, 8
 """Rounding errors of f that hide a fall: in a step; in a search that failed."""
 
@@ -43,11 +47,13 @@ def converged(
     expected: tf.Tensor,
     previous_expected: tf.Tensor,
     first_fun: tf.Tensor,
+    previous_fun: tf.Tensor,
 ) -> tf.Tensor:
     """Return whether the falls expected here and one step before are negligible.
 
-    Called at every accepted step, and at the start, where `expected` comes from
-    `Method.init` and is passed twice.
+    The one before may be more if f then fell as expected. Called at every accepted
+    step, and at the start, where `expected` comes from `Method.init` and is passed
+    twice.
 
     Args:
         fun: The value of f at the current point, shape `[]` or of any one shape, as all
@@ -56,12 +62,15 @@ def converged(
         previous_expected: What it expected at the accepted point before, the largest
             number of the dtype, or infinity, at the first step.
         first_fun: The value of f at the first point of the run.
+        previous_fun: At the accepted point before.
 
     >>> one, none = tf.constant(1.0, tf.float64), tf.constant(1e-20, tf.float64)
-    >>> bool(converged(one, none, none, 5 * one))
+    >>> bool(converged(one, none, none, 5 * one, one))
     True
-    >>> bool(converged(one, none, one, 5 * one))
+    >>> bool(converged(one, none, 1e-6 * one, 5 * one, one))
     False
+    >>> bool(converged(one, none, 1e-6 * one, 5 * one, one + 1e-6))
+    True
     """
     epsilon, size, fall = EPSILONS[fun.dtype], tf.abs(fun), first_fun - fun
     digits = tf.minimum(LITTLE * fall, DIGITS * size)
@@ -71,7 +80,11 @@ def converged(
         each <= either(each >= large, nothing, digits)
         for each in (expected, previous_expected)
     )
-    return (is_little & was_little) | (expected == 0)
+    fell, was_right = previous_fun - fun, previous_expected < large
+    was_right &= (fell <= RIGHT * previous_expected) & (
+        previous_expected <= RIGHT * fell
+    )
+    return (is_little & (was_little | was_right)) | (expected == 0)
 
 
 def at_precision(

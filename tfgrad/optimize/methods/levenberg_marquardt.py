@@ -57,6 +57,9 @@ MOST_ROOTS = 20
 MOST_TRIALS = 40
 """Trials in a row that are not taken; a radius is then 1e-12 of what it was or less."""
 
+MOST_CUTS = 20
+"""How often one step is cut at bounds, each time with a step of the others anew."""
+
 MOST_IDLE = 3
 """Of these, how many may be at the level of rounding."""
 
@@ -113,12 +116,14 @@ class Step(NamedTuple):
         slope: Of f along it, at its start.
         promised: How much f falls by the model.
         damping: What was added to the squares of the singular values.
+        whole: Its length before bounds cut it.
     """
 
     length: tf.Tensor
     slope: tf.Tensor
     promised: tf.Tensor
     damping: tf.Tensor
+    whole: tf.Tensor
 
 
 class State(NamedTuple):
@@ -259,7 +264,7 @@ class LevenbergMarquardt(Damped):
         radius = tf.norm(linear.scale * start.x)
         state = State(
             linear=linear,
-            step=Step(zero, zero, zero, zero),
+            step=Step(zero, zero, zero, zero, zero),
             radius=either(radius > 0, radius, tf.sqrt(2 * start.fun)),
             trials=none,
             idle=none,
@@ -272,9 +277,12 @@ class LevenbergMarquardt(Damped):
     def update(self, new: Point, old: Point, state: State) -> Move:
         """Take the trial if f fell as promised; trust the model more, or less."""
         promised, scale = state.step.promised, state.linear.scale
-        is_level, is_flatter = compare(new, old, promised, scale, state.linear.reach)
+        ends, box = (new, old), Bounds.of(self._bounds, new.x)
+        if box is not None:  # what a bound holds is not to become flat
+            ends = box.reduced(new), box.reduced(old)
+        is_level, is_flatter = compare(*ends, promised, scale, state.linear.reach)
         ratio = (old.fun - new.fun) / promised
-        if self._bounds is not None:  # which may cut a step until it leads upwards
+        if box is not None:  # which may cut a step until it leads upwards
             ratio = either(promised > 0, ratio, -tf.ones_like(ratio))
         # Where rounding hides the change of f, the gradient decides; the radius stays.
         ratio = either(is_level, tf.cast(is_flatter, ratio.dtype) / 2, ratio)
@@ -306,13 +314,10 @@ class LevenbergMarquardt(Damped):
 
     def _search(self, here: Point, state: State) -> Move:
         linear, box = state.linear, Bounds.of(self._bounds, here.x)
-        z, step = _minimiser(linear, state.radius, state.step.damping)
-        # What a bound cuts short may promise little, or less than nothing.
-        expected = step.promised
-        x = here.x + tf.linalg.matvec(linear.v, z) / linear.scale
+        x, step = _trial(here.x, linear, state.radius, state.step.damping)
         if box is not None:
-            x = box.clip(x)
-            step = _along(linear, x - here.x, step.damping)
+            x = _within(box, here, x, linear, state.radius, step.damping)
+            step = _along(linear, x - here.x, step)
         state = state._replace(step=step)
         verdict = self._verdict(
             here,
@@ -331,17 +336,61 @@ class LevenbergMarquardt(Damped):
         if box is not None:
             free = tf.reduce_sum(tf.cast(box.free(here), tf.int32))
         is_determined = (known > 0) & (known >= free)  # not gone flat
+        # Nor does it within a radius that a bad model has made small.
+        expected = tf.reduce_sum(linear.c**2) / 2
         expected = either(is_determined, expected, expected.dtype.max)
         return Move(x, state, failed=is_over, expected=expected)
 
 
-def _along(linear: Linear, step: tf.Tensor, damping: tf.Tensor) -> Step:
-    """Return what the model says of a step that bounds have cut short."""
+def _trial(
+    x: tf.Tensor, linear: Linear, radius: tf.Tensor, damping: tf.Tensor
+) -> tuple[tf.Tensor, Step]:
+    """Return where the model is least within the radius; `damping` is a guess."""
+    z, step = _minimiser(linear, radius, damping)
+    return x + tf.linalg.matvec(linear.v, z) / linear.scale, step
+
+
+def _within(
+    box: Bounds,
+    here: Point,
+    x: tf.Tensor,
+    linear: Linear,
+    radius: tf.Tensor,
+    damping: tf.Tensor,
+) -> tf.Tensor:
+    """Return the trial x cut at the bounds, the others moved as suits what is cut.
+
+    What would leave the box stops at its bound, and the model is minimised again in the
+    rest, until nothing else would leave it (`MOST_CUTS`).
+    """
+    matrix = linear.s[:, None] * tf.transpose(linear.v)
+    is_held = tf.logical_not(box.free(here))
+
+    def leaves(i: Any, x: tf.Tensor, is_cut: Any) -> tf.Tensor:
+        return (i < MOST_CUTS) & tf.reduce_any(box.clip(x) != x)
+
+    def body(i: Any, x: tf.Tensor, is_cut: Any) -> Any:
+        clipped = box.clip(x)
+        is_cut |= clipped != x
+        start = either(is_cut, clipped, here.x)
+        side = linear.c + tf.linalg.matvec(matrix, linear.scale * (start - here.x))
+        rest = _decomposed(matrix * tf.cast(~is_cut, x.dtype), side, *linear[3:])
+        ahead, _ = _trial(start, rest, radius, damping)
+        return i + 1, either(is_cut, clipped, ahead), is_cut
+
+    x = either(is_held, here.x, x)  # which rounding may have moved
+    _, x, _ = tf.while_loop(leaves, body, (0, x, is_held), parallel_iterations=1)
+    return box.clip(x)
+
+
+def _along(linear: Linear, step: tf.Tensor, whole: Step) -> Step:
+    """Return what the model says of a step, all of which bounds may have cut short."""
     scaled = linear.scale * step
     change = linear.s * tf.linalg.matvec(linear.v, scaled, transpose_a=True)
     slope = tf.reduce_sum(linear.c * change)
     promised = -slope - tf.reduce_sum(change * change) / 2
-    return Step(tf.norm(scaled), slope, promised, damping)
+    length = tf.norm(scaled)
+    return Step(length, slope, promised, whole.damping, whole.length)
 
 
 def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
@@ -361,18 +410,32 @@ def _factorise(point: Point, scale: tf.Tensor, is_free: Any) -> Linear:
         norms = tf.sqrt(tf.linalg.diag_part(matrix))
     scale = tf.maximum(scale, norms)
     scale = either(scale > 0, scale, tf.ones_like(scale))
+    reach = tf.norm(norms * point.x)
     if is_triangle:
-        s, u, v = tf.linalg.svd(matrix / scale)
-        c = tf.linalg.matvec(u, side, transpose_a=True)
-    else:  # the eigenvalues know half of the digits
-        squares, v = tf.linalg.eigh(matrix / (scale[:, None] * scale))
-        is_rounding = squares <= n * EPSILONS[squares.dtype] * tf.reduce_max(squares)
-        s = tf.sqrt(either(is_rounding, tf.zeros_like(squares), squares))
-        along = tf.linalg.matvec(v, side / scale, transpose_a=True)
-        c = tf.math.divide_no_nan(along, s)
+        return _decomposed(matrix / scale, side, scale, reach, is_known)
+    # The eigenvalues know half of the digits.
+    squares, v = tf.linalg.eigh(matrix / (scale[:, None] * scale))
+    is_rounding = squares <= n * EPSILONS[squares.dtype] * tf.reduce_max(squares)
+    s = tf.sqrt(either(is_rounding, tf.zeros_like(squares), squares))
+    along = tf.linalg.matvec(v, side / scale, transpose_a=True)
+    c = tf.math.divide_no_nan(along, s)
+    s, v, c = _clean(s, v, c)
+    return Linear(s, v, c, scale, reach, is_known)
+
+
+def _decomposed(matrix: tf.Tensor, side: tf.Tensor, *rest: Any) -> Linear:
+    """Return the model of a scaled matrix and a right side, with the other fields."""
+    s, u, v = tf.linalg.svd(matrix)
+    s, v, c = _clean(s, v, tf.linalg.matvec(u, side, transpose_a=True))
+    return Linear(s, v, c, *rest)
+
+
+def _clean(s: tf.Tensor, v: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Return them with zeros in place of singular values that are rounding."""
+    n: Any = s.shape[0]
     is_rounding = s <= n * EPSILONS[s.dtype] * tf.reduce_max(s)
-    s, c = (either(is_rounding, tf.zeros_like(part), part) for part in (s, c))
-    return Linear(s, v, c, scale, tf.norm(norms * point.x), is_known)
+    zero = tf.zeros_like(s)
+    return either(is_rounding, zero, s), v, either(is_rounding, zero, c)
 
 
 def _newton(linear: Linear) -> tf.Tensor:
@@ -415,7 +478,7 @@ def _minimiser(
     z, damping = either(fits, full, z), either(fits, zero, damping)
     length, bend = tf.norm(z), tf.reduce_sum((s * z) ** 2)
     damped = damping * length**2
-    return z, Step(length, -(bend + damped), bend / 2 + damped, damping)
+    return z, Step(length, -(bend + damped), bend / 2 + damped, damping, length)
 
 
 def _trust(
@@ -423,7 +486,7 @@ def _trust(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the new radius, and a guess of the damping for it (Moré, section 4)."""
     step, first = state.step, (state.steps == 0) & (state.trials == 0)
-    radius = either(first, tf.minimum(state.radius, step.length), state.radius)
+    radius = either(first, tf.minimum(state.radius, step.whole), state.radius)
     # The minimiser of the parabola through f and its slope here, and f at the trial.
     parabola = step.slope / (2 * (step.slope + old.fun - new.fun))
     hopeless = ~new.is_finite | (new.fun >= 100 * old.fun)
@@ -432,7 +495,7 @@ def _trust(
     part = tf.clip_by_value(either(hopeless, least, part), least, most)
     shrunk = part * tf.minimum(radius, 10 * step.length)
     grows = (ratio >= GOOD) | (step.damping == 0)
-    grown = either(grows, 2 * step.length, radius)
+    grown = either(grows, 2 * step.whole, radius)
     eased = either(grows, step.damping / 2, step.damping)
     is_bad = ratio <= BAD
     return (

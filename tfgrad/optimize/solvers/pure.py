@@ -55,10 +55,13 @@ class Memory(NamedTuple):
     Attributes:
         trial: Where to evaluate next, shape `[n]`.
         method: What the method has to remember.
+        bounds: Of x, a lower and an upper tensor: here, and not constants of what is
+            compiled, so that it serves other bounds, too. Empty if there are none.
     """
 
     trial: tf.Tensor
     method: Any
+    bounds: Any = ()
 
 
 class Start(NamedTuple):
@@ -69,10 +72,15 @@ class Start(NamedTuple):
     first: tf.Tensor
     step: tf.Tensor
     evaluations: tf.Tensor
+    bounds: Any = ()
 
     @classmethod
     def at(
-        cls, x: tf.Tensor, evaluation: Evaluation, before: State | None = None
+        cls,
+        x: tf.Tensor,
+        evaluation: Evaluation,
+        before: State | None = None,
+        bounds: Any = (),
     ) -> Start:
         """Return the start at a point, after the run until there, if there was one."""
         return cls(
@@ -81,6 +89,7 @@ class Start(NamedTuple):
             evaluation.value if before is None else before.first,
             tf.constant(0) if before is None else before.step + 1,
             tf.constant(1) if before is None else before.evaluations + 1,
+            bounds,
         )
 
 
@@ -94,6 +103,7 @@ class PureStepper(Stepper):
             `within(bounds)`; None for none.
 
     Attributes:
+        kind: The method without bounds: those are with the state, for what is compiled.
         given: The method within its bounds.
         method: The same, bound to the problem if it asks for that.
         failure: The code of a run in which the method failed.
@@ -102,7 +112,7 @@ class PureStepper(Stepper):
     lookahead = 1
 
     def __init__(self, problem: Problem, method: Method, bounds: Any = None) -> None:
-        self.problem, self.bounds = problem, bounds
+        self.problem, self.bounds, self.kind = problem, bounds, method
         if bounds is not None:
             within: Any = method
             method = within.within(bounds)
@@ -128,18 +138,24 @@ class PureStepper(Stepper):
         evaluation = self.problem.at(vector)
         if hasattr(self.given, "bind"):  # it is `Bindable`
             self.method = self.given.bind(self.problem)
-        return Start.at(vector, evaluation, before), evaluation
+        bounds = Bounds.of(self.bounds, vector) or ()
+        return Start.at(vector, evaluation, before, bounds), evaluation
 
     def begun(self, start: Start) -> State:
         """Return where a run begins: the method's first move is part of it."""
-        x, evaluation = start.x, measured(start.evaluation)
-        move = self.method.init(_point(x, evaluation))
+        x, evaluation, bounds = start.x, measured(start.evaluation), start.bounds
+        move = self._within(bounds).init(_point(x, evaluation))
+        evaluation = self._projected(x, evaluation, bounds)
         value = evaluation.value
         is_bad = ~(tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max))
         return State(
             x,
-            _carried(self._projected(x, evaluation)),
-            Memory(move.x, tf.nest.map_structure(tf.convert_to_tensor, move.state)),
+            _carried(evaluation),
+            Memory(
+                move.x,
+                tf.nest.map_structure(tf.convert_to_tensor, move.state),
+                bounds,
+            ),
             tf.constant(True),
             either(is_bad, code_of("nonfinite"), RUNNING),
             start.step,
@@ -165,10 +181,10 @@ class PureStepper(Stepper):
 
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Let the method decide on the trial."""
-        trial, remembered = state.memory
+        trial, remembered, bounds = state.memory
         old = _point(state.x, state.evaluation)
-        move = self.method.update(_point(trial, evaluation), old, remembered)
-        evaluation = self._projected(trial, evaluation)
+        move = self._within(bounds).update(_point(trial, evaluation), old, remembered)
+        evaluation = self._projected(trial, evaluation, bounds)
         value = evaluation.value
         is_finite = tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max)
         accepted = tf.convert_to_tensor(move.accepted)
@@ -183,7 +199,7 @@ class PureStepper(Stepper):
             here[0],
             here[1],
             # A point that is not finite is kept, so that the cause can be looked for.
-            Memory(either(is_bad, trial, move.x), move.state),
+            Memory(either(is_bad, trial, move.x), move.state, bounds),
             accepted,
             either(is_bad, code_of("nonfinite"), code),
             state.step + tf.cast(taken, tf.int32),
@@ -215,12 +231,19 @@ class PureStepper(Stepper):
         bounds: Any = Bounds.of(self.bounds, vector)
         return unravel(bounds.clip(vector), x)
 
-    def _projected(self, x: tf.Tensor, evaluation: Evaluation) -> Evaluation:
+    def _within(self, bounds: Any) -> Any:
+        """Return the method within bounds that a state brings, or its own ones."""
+        method: Any = self.method
+        return method.within(bounds) if bounds else method
+
+    def _projected(
+        self, x: tf.Tensor, evaluation: Evaluation, bounds: Any
+    ) -> Evaluation:
         """Return the evaluation with the slope of what no bound holds."""
-        bounds = Bounds.of(self.bounds, x)
-        if bounds is None:
+        box = Bounds.of(bounds or self.bounds, x)
+        if box is None:
             return evaluation
-        free = bounds.reduced(_point(x, evaluation))
+        free = box.reduced(_point(x, evaluation))
         return evaluation._replace(grad_max=free.grad_max)
 
 
@@ -251,9 +274,9 @@ class PureForms(Forms):
 
     def kept(self) -> tuple[Any, Any]:
         """Return where updates are kept: with the function if they depend on it."""
-        given = self._stepper.given
-        settings = getattr(given, "settings", None)
-        key = given if settings is None else (type(given), settings)
+        kind = self._stepper.kind
+        settings = getattr(kind, "settings", None)
+        key = kind if settings is None else (type(kind), settings)
         place = self._problem.evaluator.kept if self._stepper.is_bound else None
         return place, key
 

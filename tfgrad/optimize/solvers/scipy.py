@@ -174,12 +174,15 @@ class SciPyLoop:
         return self._hand.next()
 
     def escape(self, state: State) -> tuple[State, Rows]:
-        """Leave a maximum or a saddle where no limit may be what holds the point."""
-        if self._limits.are_any:
+        """Leave a maximum or a saddle, unless a constraint may hold the point."""
+        if self._limits.functions:
             return state, Rows({})
         # Its tolerances are SciPy's own: Newton's step may go beyond them.
         solver, scale = self.solver, self.solver.scale(state)
-        look = look_around(solver.problem, state, scale, products=False, leaps=False)
+        look = look_around(
+            solver.problem, state, scale,
+            products=False, leaps=False, bounds=self._limits.bounds,
+        )  # fmt: skip
         if look.lower is None:
             solver.settle(state)
             return state, Rows({})
