@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
-from tfgrad.optimize.compiled import compiled_once
+from tfgrad.optimize.compiled import compiled_once, in_one_kernel
 from tfgrad.optimize.evaluator import LARGE, Evaluation, measured
 from tfgrad.optimize.solvers import NO_XLA, Form, Ruled, Solver, State
 from tfgrad.optimize.stopping import RUNNING
@@ -277,6 +277,8 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     """Return the compiled loop of steps from a state like this."""
     stepper = ruled.stepper
     carried, jit = Packing((0, 0, state)), is_xla or None
+    is_held = any(isinstance(leaf, tf.Variable) for leaf in tf.nest.flatten(state))
+    is_one = is_xla and stepper.is_one_kernel and not is_held
 
     def look(query: Any) -> Any:
         evaluation = measured(stepper.evaluate(query))
@@ -305,19 +307,29 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             on: tf.Tensor = is_within & (here.code == RUNNING)
             return on & stepper.has_next(here)
 
-        def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
-            taken, turns, here = carried.unpack(tensors)
-            query = stepper.query(here)
-            evaluation = measured(stepper.evaluate(query), is_xla=is_xla)
+        def turn(place: Any, found: Evaluation) -> list[Any]:
+            taken, turns, here = place
+            evaluation, query = measured(found, is_xla=is_xla), stepper.query(here)
             row = stepper.row(query if stepper.lookahead else None, evaluation)
             after = ruled.step(here, evaluation, *inputs)
             if stepper.lookahead:
                 row["expected"] = after.expected
-            # A row of a point that was not accepted is written over by the next.
-            parts = zip(arrays, packing.pack(row), strict=True)
-            written = [array.write(taken, part) for array, part in parts]
             taken += tf.cast(after.accepted, tf.int32)
-            return carried.pack((taken, turns + 1, after)), written
+            return [*packing.pack(row), *carried.pack((taken, turns + 1, after))]
+
+        def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
+            place, count = carried.unpack(tensors), len(arrays)
+            found = stepper.evaluate(stepper.query(place[2]))
+            if is_one:
+                nest = tensors, found
+                results = in_one_kernel(
+                    lambda given: turn(carried.unpack(given[0]), given[1]), nest
+                )
+            else:
+                results = turn(place, found)
+            # A row of a point that was not accepted is written over by the next.
+            parts = zip(arrays, results[:count], strict=True)
+            return results[count:], [a.write(place[0], part) for a, part in parts]
 
         start = carried.pack((0, 0, tf.nest.map_structure(_value, state)))
         tensors, arrays = tf.while_loop(

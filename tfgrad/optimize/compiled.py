@@ -10,7 +10,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# Nothing public calls a function with an executor of its own; and no stubs know this.
+# No stubs know these. Nothing public calls a graph as a module of XLA's,
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops  # type: ignore[import-not-found]
+from tensorflow.core.framework import attr_value_pb2
+
+# nor a function with an executor of its own.
 from tensorflow.python.eager import execute  # type: ignore[attr-defined]
 
 from tfgrad.derivatives.tracing import concrete_of
@@ -195,3 +199,84 @@ def shapes_of(nest: Any) -> tuple[Any, ...]:
     """Return a key of the shapes and dtypes of the tensors in a nest."""
     leaves = tf.nest.flatten(nest, expand_composites=True)
     return tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+ONE_KERNEL = {b"inlineable": b"false", b"xla_cpu_small_call": b"true"}
+"""What XLA has to be told of a call that it is to make one kernel of."""
+
+KNOWN = "2.21."
+"""The TensorFlow whose XLA was seen to do it: another might stop the process."""
+
+ELEMENTS = {
+    "bool": "i1", "int32": "i32", "int64": "i64", "float16": "f16",
+    "bfloat16": "bf16", "float32": "f32", "float64": "f64",
+}  # fmt: skip
+"""What a module of XLA's calls the dtypes."""
+
+
+def in_one_kernel(function: Callable[[Any], list[Any]], nest: Any) -> list[Any]:
+    """Return a function of a nest, computed by one kernel if XLA can do that.
+
+    Where every vector is short, the time of a compiled loop goes into starting one
+    kernel after the other. XLA makes a single one of a call that it is told to take for
+    small, and not to inline. A function in a graph cannot be told so; a module can that
+    calls it.
+
+    Args:
+        function: Takes the nest, returns a list of tensors. It has to use all that it
+            takes, and must not sort, scatter, transform by FFT, or call what is not
+            XLA's: there, XLA stops the process.
+        nest: Tensors of known shapes.
+    """
+    tensors = tf.nest.flatten(nest)
+    concrete = concrete_for(function, nest)
+    takes, gives = concrete.inputs, concrete.outputs
+    is_known = tf.__version__.startswith(KNOWN) and not concrete.captured_inputs
+    is_known &= all(tensor.consumers() for tensor in takes)
+    is_known &= all(tensor.dtype.name in ELEMENTS for tensor in [*takes, *gives])
+    devices = {device.device_type for device in tf.config.list_logical_devices()}
+    if not is_known or devices != {"CPU"}:
+        return function(nest)
+    concrete.add_to_graph(tf.compat.v1.get_default_graph())
+    results: list[Any] = gen_xla_ops.xla_call_module(
+        tensors,
+        version=5,
+        module=_module(takes, gives),
+        Sout=[tensor.shape for tensor in gives],
+        Tout=[tensor.dtype for tensor in gives],
+        dim_args_spec=[],
+        platforms=["CPU"],
+        function_list=[concrete],
+    )
+    # A message of XLA's: one field of pairs of texts.
+    pairs = (_field(1, name) + _field(2, text) for name, text in ONE_KERNEL.items())
+    told = b"".join(_field(1, pair) for pair in pairs)
+    value = attr_value_pb2.AttrValue(s=told)
+    results[0].op._set_attr("_XlaFrontendAttributes", value)
+    return results
+
+
+def _field(number: int, value: bytes) -> bytes:
+    return bytes([8 * number + 2, len(value)]) + value
+
+
+def _module(tensors: Sequence[Any], results: Sequence[Any]) -> str:
+    """Return the module that calls a function from these tensors to those."""
+    takes, gives = ([_type(tensor) for tensor in row] for row in (tensors, results))
+    names = [f"%a{i}" for i in range(len(takes))]
+    given = (f"{name}: {kind}" for name, kind in zip(names, takes, strict=True))
+    returned = (f"%r#{i}" for i in range(len(gives)))
+    call = "{called_index = 0 : i64, has_token_input_output = false}"
+    return f"""
+        func.func public @main({", ".join(given)}) -> ({", ".join(gives)}) {{
+          %r:{len(gives)} = "stablehlo.custom_call"({", ".join(names)}) {{
+            call_target_name = "tf.call_tf_function", api_version = 2 : i32,
+            tf.backend_config = {call}
+          }} : ({", ".join(takes)}) -> ({", ".join(gives)})
+          return {", ".join(returned)} : {", ".join(gives)}
+        }}"""
+
+
+def _type(tensor: Any) -> str:
+    sizes = "".join(f"{size}x" for size in tensor.shape)
+    return f"tensor<{sizes}{ELEMENTS[tensor.dtype.name]}>"

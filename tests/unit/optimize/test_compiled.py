@@ -6,8 +6,13 @@ import pytest
 import tensorflow as tf
 
 import tfgrad
-from tfgrad.optimize import compiled
-from tfgrad.optimize.compiled import IN_SEQUENCE, OfVariables, direct
+from tfgrad.optimize import chunks, compiled
+from tfgrad.optimize.compiled import (
+    IN_SEQUENCE,
+    OfVariables,
+    direct,
+    in_one_kernel,
+)
 
 
 class Pair(NamedTuple):
@@ -138,3 +143,76 @@ def test_an_executor_in_sequence_is_for_short_ops_alone(name):
     np.testing.assert_array_equal(made.own(x), f(x))
     default = OfVariables.traced(f, [x], [], in_sequence=False)
     np.testing.assert_array_equal(default.own(x), f(x))
+
+
+@pytest.mark.parametrize("dtype", [tf.float64, tf.float32, tf.bfloat16])
+def test_what_is_in_one_kernel_is_one_for_xla_and_answers_as_before(dtype):
+    def several(nest):
+        (x, count), flag = nest
+        for _ in range(3):  # sums in a row, which XLA puts in a kernel each
+            x /= tf.reduce_sum(tf.abs(x))
+            x -= tf.reduce_max(x)
+        return [x, count + 1, ~flag]
+
+    def whole(*nest):
+        return in_one_kernel(several, nest)
+
+    nest = (tf.cast([1.0, -2.0, 5.0], dtype), tf.constant(2)), tf.constant(True)
+    call = tf.function(whole, jit_compile=True)
+
+    text = call.experimental_get_compiler_ir(*nest)(stage="optimized_hlo")
+
+    entry = text[text.index("ENTRY") :]
+    assert entry.count(" call(") == 1
+    assert 'xla_cpu_small_call="true"' in entry
+    assert " fusion(" not in entry
+    for found, expected in zip(call(*nest), several(nest), strict=True):
+        assert found.dtype == expected.dtype
+        close = 1e-12 if dtype == tf.float64 else 1e-6 if dtype == tf.float32 else 1e-2
+        np.testing.assert_allclose(
+            tf.cast(found, tf.float64), tf.cast(expected, tf.float64), rtol=close
+        )
+
+
+@pytest.mark.parametrize("what", ["unused", "complex", "captured"])
+def test_what_xla_could_not_put_in_one_kernel_is_left_to_it(what):
+    x, z, kept = tf.constant([1.0, 2.0]), tf.constant([1j]), tf.Variable(3.0)
+
+    def function(nest):
+        y = nest[0] * (kept if what == "captured" else 3.0)
+        return [y, nest[1] if what == "complex" else y[:1]]
+
+    def whole(x, z):
+        nest = [x, z] if what != "captured" else [x]
+        return in_one_kernel(function, nest)
+
+    text = tf.function(whole, jit_compile=True).experimental_get_compiler_ir(x, z)(
+        stage="optimized_hlo"
+    )
+
+    assert "xla_cpu_small_call" not in text
+    assert tf.function(whole, jit_compile=True)(x, z)[0].numpy().tolist() == [3, 6]
+
+
+@pytest.mark.parametrize("bounds", [None, (-2.0, 0.5)])
+def test_a_turn_of_lbfgs_is_one_kernel_beside_those_of_f(bounds, monkeypatch):
+    calls = []
+
+    def counted(function, nest):
+        results = in_one_kernel(function, nest)
+        calls.append(results[0].op.type)
+        return results
+
+    monkeypatch.setattr(chunks, "in_one_kernel", counted)
+    start = np.linspace(-1, 0.4, 12)
+
+    def f(x):
+        return tf.reduce_sum((x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+    result = tfgrad.minimize(f, start, bounds=bounds, jit=True)
+    plain = tfgrad.minimize(f, start, bounds=bounds, jit=False)
+
+    assert calls == ["XlaCallModule"]
+    assert result.success
+    assert plain.success
+    np.testing.assert_allclose(result.x, plain.x, rtol=1e-6)

@@ -177,6 +177,7 @@ class LBFGS:
     """
 
     name = "lbfgs"
+    is_one_kernel = True
 
     def __init__(self, memory: int | None = None, bounds: Any = None) -> None:
         if memory is not None and (not isinstance(memory, int) or memory < 1):

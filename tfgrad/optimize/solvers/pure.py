@@ -126,6 +126,11 @@ class PureStepper(Stepper):
         return is_told and getattr(self.method, "knows_solutions", True)
 
     @property
+    def is_one_kernel(self) -> bool:
+        """Whether the method says that XLA may make one kernel of it."""
+        return getattr(self.given, "is_one_kernel", False) and not self.is_bound
+
+    @property
     def is_bound(self) -> bool:
         """Whether the method depends on the problem."""
         return self.method is not self.given
