@@ -349,7 +349,8 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     # Functions of their own: TensorFlow counts the traces of each name.
     own = functools.partial
     evaluated = tf.function(own(stepper.evaluate), autograph=False, jit_compile=jit)
-    return Chunk(capacity, compiled_once(own(run), jit=jit), evaluated)
+    whole = compiled_once(own(run), jit=jit, suits=not (is_xla or state.batch))
+    return Chunk(capacity, whole, evaluated)
 
 
 def in_trace(ruled: Ruled, state: State, limit: Any) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from tensorflow.core.framework import attr_value_pb2
 # nor a function with an executor of its own.
 from tensorflow.python.eager import execute  # type: ignore[attr-defined]
 
-from tfgrad.derivatives.tracing import concrete_of
+from tfgrad.derivatives.tracing import concrete_of, suited
 from tfgrad.diagnosis.graphs import bodies
 
 MOST_KEPT = 128
@@ -159,11 +160,18 @@ def _is_plain(op: tf.Operation) -> bool:
     return not bodies(op) and all(tensor.dtype != tf.resource for tensor in op.inputs)
 
 
-def compiled_once(function: Callable[..., Any], jit: Any) -> Callable[..., Any]:
+def compiled_once(
+    function: Callable[..., Any], jit: Any, *, suits: bool
+) -> Callable[..., Any]:
     """Return a function of nests, compiled for the first that it is called with.
 
     They may hold variables, iterators and other composites. Within another trace, it is
     part of that.
+
+    Args:
+        function: The function.
+        jit: Compile with XLA.
+        suits: Let TensorFlow optimise it if it is large, see `tracing.suited`.
     """
     traced = tf.function(function, autograph=False, jit_compile=jit)
     call: Callable[..., Any] | None = None
@@ -174,7 +182,9 @@ def compiled_once(function: Callable[..., Any], jit: Any) -> Callable[..., Any]:
             return traced(*nests)
         if call is None:
             specs = tf.nest.map_structure(tf.type_spec_from_value, nests)
-            call = direct(traced.get_concrete_function(*specs))
+            concrete = traced.get_concrete_function(*specs)
+            with suited(concrete.graph) if suits else contextlib.nullcontext():
+                call = direct(concrete)
         leaves = tf.nest.flatten(nests, expand_composites=True)
         return call(*[x.handle if isinstance(x, tf.Variable) else x for x in leaves])
 

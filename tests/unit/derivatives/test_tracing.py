@@ -11,7 +11,14 @@ import tensorflow as tf
 
 from tfgrad.derivatives.matrices import hessian, hvp, jacobian
 from tfgrad.derivatives.reverse import grad
-from tfgrad.derivatives.tracing import MOST_TRACES, Traces, as_written, quiet
+from tfgrad.derivatives.tracing import (
+    MANY,
+    MOST_TRACES,
+    Traces,
+    as_written,
+    quiet,
+    suited,
+)
 from tfgrad.errors import InvalidArgumentError, NoGradientError
 
 
@@ -247,6 +254,37 @@ def test_as_written_restores_the_options_it_found():
 
     assert within["constant_folding"] is False
     assert options.get_experimental_options() == before
+
+
+@pytest.mark.parametrize(
+    ("f", "size", "is_usual"),
+    [
+        (tf.square, MANY, True),
+        (tf.square, MANY - 1, False),
+        (lambda x: tf.function(tf.square)(x)[0], MANY, True),
+        # Constant folding gets it wrong.
+        (lambda x: tf.dynamic_partition(x, [0, 1] * (MANY // 2), 2)[1], MANY, False),
+    ],
+)
+def test_large_graphs_are_optimised_within_as_written_unless_that_is_wrong(
+    f, size, is_usual
+):
+    options = tf.config.optimizer.get_experimental_options
+    spec = tf.TensorSpec([size])
+    graph = tf.function(f, autograph=False).get_concrete_function(spec).graph
+    before = options()
+
+    with as_written(optimized=False):
+        written = options()
+        with suited(graph):
+            within = options()
+        after = options()
+
+    assert within == (before if is_usual else written)
+    assert after == written != before
+    assert options() == before
+    with suited(graph):  # there is nothing to be undone
+        assert options() == before
 
 
 def test_quiet_silences_tensorflow_and_only_within():

@@ -400,6 +400,128 @@ def test_large_states_are_written_in_place_and_what_was_read_of_them_stays(
     assert more.nit >= result.nit
 
 
+def test_a_step_by_single_calls_writes_one_pair_of_a_large_state_in_place(monkeypatch):
+    monkeypatch.setattr(compiled, "KEPT", OrderedDict())
+    monkeypatch.setattr(chunks, "LARGE", 8)
+
+    tfgrad.minimize(rosenbrock, np.zeros(8), steps=2, jit=False)
+
+    turns = [made for key, (_, made) in _turns()]
+    (operations,) = [turn.concrete.graph.get_operations() for turn in turns]
+    (written,) = [op for op in operations if op.type == "InplaceUpdate"]
+    copied = [op for op in operations if op.type == "TensorScatterUpdate"]
+    assert written.inputs[0].op.type == "Placeholder"
+    assert [op for op in copied if op.outputs[0].consumers()] == []
+
+
+def _turns():
+    return [(key, made) for key, made in compiled.KEPT.items() if key[0] == "turn"]
+
+
+def _by_numpy(x):
+    """Rosenbrock's function in NumPy: XLA compiles no such thing."""
+
+    def value(x):
+        return np.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+    def gradient(x):
+        rest, grad = x[1:] - x[:-1] ** 2, np.zeros_like(x)
+        grad[:-1] = -400 * x[:-1] * rest - 2 * (1 - x[:-1])
+        grad[1:] += 200 * rest
+        return grad
+
+    @tf.custom_gradient
+    def f(x):
+        fun = tf.ensure_shape(tf.numpy_function(value, [x], x.dtype), [])
+        slopes = tf.numpy_function(gradient, [x], x.dtype)
+        return fun, lambda weight: weight * tf.ensure_shape(slopes, x.shape)
+
+    return f(x)
+
+
+@pytest.mark.parametrize("bounds", [None, (-2.0, 0.5)])
+@pytest.mark.parametrize(
+    ("f", "jit"),
+    [(rosenbrock, True), (rosenbrock, False), (rosenbrock, "auto"), (_by_numpy, False)],
+)
+def test_a_result_with_a_large_state_goes_on_twice_as_the_whole_run(
+    monkeypatch, f, jit, bounds
+):
+    monkeypatch.setattr(compiled, "KEPT", OrderedDict())
+    monkeypatch.setattr(chunks, "LARGE", 1)
+    options = {"jit": jit, "gtol": 0.0}
+    start = np.tile([-1.2, 1.0], 4)
+
+    whole = tfgrad.minimize(f, start, steps=30, bounds=bounds, **options)
+    half = tfgrad.minimize(f, start, steps=13, bounds=bounds, **options)
+    again = [tfgrad.minimize(f, half, steps=17, **options) for _ in range(2)]
+
+    for result in again:
+        np.testing.assert_array_equal(result.x, whole.x)
+        np.testing.assert_array_equal(result.history["fun"], whole.history["fun"])
+
+
+def test_after_an_error_in_a_large_step_the_run_goes_on_from_the_step_before(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setattr(compiled, "KEPT", OrderedDict())
+    monkeypatch.setattr(chunks, "LARGE", 1)
+    calls = {"count": 0, "failing": 25}
+
+    def fail():
+        calls["count"] += 1
+        if calls["count"] == calls["failing"]:
+            raise ValueError("the disk is full")
+        return np.int32(0)
+
+    def f(x):
+        with tf.control_dependencies([tf.numpy_function(fail, [], tf.int32)]):
+            return rosenbrock(tf.identity(x))
+
+    start, options = np.tile([-1.2, 1.0], 4), {"steps": 40, "gtol": 0.0}
+    with pytest.raises(Exception, match="the disk is full"):
+        tfgrad.minimize(f, start, checkpoint=tmp_path, **options)
+    resumed = tfgrad.minimize(f, start, checkpoint=tmp_path, **options)
+    whole = tfgrad.minimize(f, start, **options)
+
+    np.testing.assert_array_equal(resumed.x, whole.x)
+    np.testing.assert_array_equal(resumed.history["fun"], whole.history["fun"])
+
+
+@pytest.mark.parametrize("jit", [True, False, "auto"])
+def test_a_run_of_really_many_numbers_gives_what_scipy_gives(jit):
+    optimize = pytest.importorskip("scipy.optimize")
+    n = chunks.LARGE
+    scales = np.linspace(1.0, 10.0, n)
+
+    result = tfgrad.minimize(
+        lambda x: tf.reduce_sum(scales * (x - 1) ** 2 + (x - 1) ** 4),
+        np.zeros(n),
+        jit=jit,
+        steps=25,
+    )
+
+    theirs = optimize.minimize(
+        lambda x: (
+            np.sum(scales * (x - 1) ** 2 + (x - 1) ** 4),
+            2 * scales * (x - 1) + 4 * (x - 1) ** 3,
+        ),
+        np.zeros(n),
+        jac=True,
+        method="L-BFGS-B",
+        options={"ftol": 0, "gtol": 1e-9},
+    )
+    np.testing.assert_allclose(result.x, theirs.x, atol=1e-4)
+    assert result.success
+    more = tfgrad.minimize(
+        lambda x: tf.reduce_sum(scales * (x - 1) ** 2 + (x - 1) ** 4),
+        result,
+        jit=jit,
+        steps=1,
+    )
+    assert more.fun <= result.fun
+
+
 @pytest.mark.parametrize("large", [1, chunks.LARGE])
 def test_where_xla_disagrees_the_run_goes_on_without_it(monkeypatch, large):
     start = np.tile([-1.2, 1.0], 2)

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfgrad.derivatives.tracing import suited
 from tfgrad.diagnosis.graphs import has, operations_of, written_variables
 from tfgrad.diagnosis.sources import restored
 from tfgrad.errors import TfgradError
@@ -106,7 +107,10 @@ class OptimizerStepper(Stepper):
             problem.distribute(self.written, self._copies, are_own=feed.source.is_own)
         if is_shared or self.method.is_scaled:
             self.compiled = self._compile()
-        self._direct = direct(self.compiled) if is_whole and self.compiled else None
+        self._direct: Any = None
+        if is_whole and self.compiled is not None:
+            with suited(self.compiled.graph):
+                self._direct = direct(self.compiled)
         self.backup = Backup(self.moved, owners, self.method.optimizer)
         self.before = [tf.Variable(v, trainable=False) for v in self.written]
 
