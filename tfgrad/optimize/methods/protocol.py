@@ -93,7 +93,9 @@ class Method(Protocol):
     """A method of minimisation; both functions are pure and run inside a trace.
 
     It may have an attribute `failure`: the status of a run in which it `failed` where
-    rounding is no excuse, "linesearch" (if there is none) or "trustregion".
+    rounding is no excuse, "linesearch" (if there is none) or "trustregion". With a
+    function `of_any_size`, from the specs of a state of some parameters to those of any
+    number of them, `update` is compiled once for all.
     """
 
     name: str
