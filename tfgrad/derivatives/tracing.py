@@ -324,7 +324,11 @@ class Traces:
     def _first_call(self, key: Any, nests: tuple[Any, ...]) -> Any:
         given = list(filter(is_dynamic, tf.nest.flatten(nests)))
         body = _body(self._run, nests)
-        compiled, concrete, reason = self._compile_open(key, body, _specs(given))
+        if self._open is None:
+            compiled, concrete, reason = self._compile(body, _specs(given))
+        else:
+            traces, specs = self._open, _specs(given)
+            compiled, concrete, reason = self._compile_open(traces, key, body, specs)
         graph = None if concrete is None else concrete.graph
         try:
             answer = compiled(*given)
@@ -358,11 +362,9 @@ class Traces:
             self._open.drop(key)
 
     def _compile_open(
-        self, key: Any, body: Callable[..., Any], specs: list[Any]
+        self, traces: OpenTraces, key: Any, body: Callable[..., Any], specs: list[Any]
     ) -> tuple[Callable[..., Any], Any, str]:
         """Compile, from the second shape on with the dimensions open that vary."""
-        if self._open is None:
-            return self._compile(body, specs)
 
         def compiled(wide: list[Any]) -> Any:
             found = self._compile(body, wide)
@@ -370,9 +372,7 @@ class Traces:
                 raise NotImplementedError
             return found
 
-        found: tuple[Callable[..., Any], Any, str] = self._open.add(
-            key, specs, compiled
-        )
+        found: tuple[Callable[..., Any], Any, str] = traces.add(key, specs, compiled)
         return found
 
     def _compile(

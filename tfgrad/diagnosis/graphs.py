@@ -151,16 +151,30 @@ def unrepeatable(graph: Any) -> tf.Operation | None:
 def acts(graph: Any) -> bool:
     """Return whether an op, at any depth, has to run, and in its turn.
 
-    It writes, prints, asserts, runs Python code, or takes the next of something.
+    It writes, prints, runs Python code, or takes the next of something; or it asserts,
+    and nothing that leads to the outputs waits for that.
     """
     for op in graph.get_operations():
         if not _is_stateful(op) or op.type.startswith((*_READS, *_DRAWS_ALONE)):
+            continue
+        if op.type.startswith(("Assert", "CheckNumerics")) and _leads(graph, op):
             continue
         inside = bodies(op, opaque=True)
         inside += [condition(op)] if op.type == "While" else []
         if not inside or any(body is None or acts(body) for body in inside):
             return True
     return False
+
+
+def _leads(graph: Any, wanted: tf.Operation) -> bool:
+    """Return whether the outputs of a graph depend on an op, or wait for it."""
+    found, left = set(), [tensor.op for tensor in graph.outputs]
+    while left:
+        op = left.pop()
+        if op.name not in found:
+            found.add(op.name)
+            left += [*(tensor.op for tensor in op.inputs), *op.control_inputs]
+    return wanted.name in found
 
 
 def _is_stateful(op: tf.Operation) -> bool:

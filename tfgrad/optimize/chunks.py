@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tfgrad.differences import EPSILONS
 from tfgrad.nested import Nest
-from tfgrad.optimize.compiled import compiled_once, in_one_kernel
+from tfgrad.optimize.compiled import compiled_once, in_one_kernel, spec_of
 from tfgrad.optimize.evaluator import LARGE, Evaluation, measured
 from tfgrad.optimize.solvers import NO_XLA, Form, Ruled, Solver, State
 from tfgrad.optimize.stopping import RUNNING
@@ -61,7 +61,7 @@ class Packing:
     """
 
     def __init__(self, like: Nest, group: int = GROUP) -> None:
-        leaves = [_spec(leaf) for leaf in tf.nest.flatten(like)]
+        leaves = [spec_of(leaf) for leaf in tf.nest.flatten(like)]
         self._structure = tf.nest.pack_sequence_as(like, leaves)
         scalars: dict[tf.DType, list[int]] = {}
         for i, leaf in enumerate(leaves):
@@ -285,7 +285,7 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
         row = stepper.row(query if stepper.lookahead else None, evaluation)
         return {**row, "expected": state.expected} if stepper.lookahead else row
 
-    query = tf.nest.map_structure(_spec, stepper.query(state))
+    query = tf.nest.map_structure(spec_of, stepper.query(state))
     looked = tf.function(look, autograph=False).get_concrete_function(query)
     rows: dict[str, tf.TensorSpec] = looked.structured_outputs
     packing = Packing(rows)
@@ -449,11 +449,6 @@ def array(values: list[Any]) -> np.ndarray[Any, Any]:
     # NumPy does not know the dtype of a single bfloat16 by itself.
     dtype = values[0].dtype.as_numpy_dtype
     return np.array([value.numpy() for value in values], dtype)
-
-
-def _spec(leaf: Any) -> Any:
-    is_plain = isinstance(leaf, bool | int | float)
-    return tf.type_spec_from_value(tf.convert_to_tensor(leaf) if is_plain else leaf)
 
 
 def _key(leaf: Any) -> Any:

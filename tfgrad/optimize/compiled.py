@@ -92,9 +92,20 @@ def _packer(structure: Any) -> Callable[[Iterator[Any]], Any] | None:
 def concrete_for(
     function: Callable[..., Any], *nests: Any, in_turn: bool = False
 ) -> Any:
-    """Return a function of nests like these, traced: of their leaves in a row."""
-    specs = tf.nest.map_structure(tf.type_spec_from_value, nests)
+    """Return a function of nests like these, traced: of their leaves in a row.
+
+    Instead of tensors, there may be specs.
+    """
+    specs = tf.nest.map_structure(spec_of, nests)
     return concrete_of(function, specs, in_turn=in_turn)
+
+
+def spec_of(leaf: Any) -> Any:
+    """Return the spec of a tensor, a composite or a number; a spec as it is."""
+    if isinstance(leaf, tf.TypeSpec):
+        return leaf
+    is_plain = isinstance(leaf, bool | int | float)
+    return tf.type_spec_from_value(tf.convert_to_tensor(leaf) if is_plain else leaf)
 
 
 def compiled(

@@ -204,12 +204,13 @@ class Loop:
                 packed = packing.pack(state)
             known = evaluation._replace(aux={})
             known = tf.nest.flatten(known, expand_composites=True)
+            place = stepper.place(query)
             flags, query, row, told, packed = turn(*packed, *known)
             code, accepted = flags.numpy()
             evaluations += 1
             if accepted:
                 taken += 1
-                rows.append({**row, **evaluation.aux, **told})
+                rows.append({**row, **place, **evaluation.aux, **told})
             elapsed = time.perf_counter() - began
             is_late = elapsed > CHUNK_SECONDS and not self._in_step
             if code or taken >= limit or evaluations >= form.evaluations or is_late:
@@ -235,17 +236,15 @@ class Loop:
 
         And how the state is packed for it.
         """
-        known = evaluation._replace(aux={})
         stepper = self.solver.stepper
+        like, known = stepper.specs(state, evaluation._replace(aux={}))
 
         def make() -> tuple[Packing, OfVariables]:
-            packing = Packing(state, group=len(tf.nest.flatten(state)))
+            packing = Packing(like, group=len(tf.nest.flatten(like)))
 
             def run(packed: list[Any], known: Evaluation) -> Any:
                 known, here = measured(known), packing.unpack(packed)
-                row = stepper.row(
-                    stepper.query(here) if stepper.lookahead else None, known
-                )
+                row = stepper.row(None, known)  # before an optimizer moves variables
                 after = self._ruled.step(here, known)
                 told = {"expected": after.expected} if stepper.lookahead else {}
                 flags = tf.stack([after.code, tf.cast(after.accepted, tf.int32)])
@@ -253,15 +252,12 @@ class Loop:
                 return in_place(packed, (flags, query, row, told, carried))
 
             return packing, OfVariables.traced(
-                run,
-                (packing.pack(state), known),
-                variables,
-                in_sequence=place is None,
+                run, (packing.specs, known), variables, in_sequence=place is None
             )
 
         place, key = self.solver.forms.kept()
         variables = self.solver.forms.variables()
-        shapes = (*((v.shape, v.dtype) for v in variables), *shapes_of((state, known)))
+        shapes = (*((v.shape, v.dtype) for v in variables), *shapes_of((like, known)))
         packing, made = kept(place, ("turn", key, self._ruled.key, shapes), make)
         turn = made.of(variables)
         if turn is None:

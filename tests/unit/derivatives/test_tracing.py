@@ -359,13 +359,17 @@ def test_what_a_function_does_besides_is_done_in_turn(place):
         grad(f)(10.0)
 
 
-def test_a_function_that_reads_and_draws_is_traced_once():
+def test_a_function_that_reads_draws_and_waits_is_traced_once():
     scale = tf.Variable(3.0)
 
     def f(x):
-        return tf.reduce_sum(scale * x**2) + 0 * tf.random.normal([])
+        with tf.control_dependencies([tf.debugging.Assert(x[0] < 9.0, [x])]):
+            return tf.reduce_sum(scale * x**2) + 0 * tf.random.normal([])
 
     f, runs = counted(f)
-    grad(f)(tf.constant([1.0, 2.0]))
+    slope = grad(f)
+    slope(tf.constant([1.0, 2.0]))
 
     assert len(runs) == 1
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        slope(tf.constant([9.0, 2.0]))

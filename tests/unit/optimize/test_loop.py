@@ -115,6 +115,19 @@ def test_the_update_of_a_method_is_compiled_once_for_all_functions(monkeypatch):
     np.testing.assert_array_equal(first.history["fun"], second.history["fun"])
 
 
+def test_the_update_of_lbfgs_is_compiled_once_for_any_number_of_parameters(monkeypatch):
+    monkeypatch.setattr(compiled, "KEPT", OrderedDict())
+
+    for n in (2, 3, 12, 41, 64):
+        result = tfgrad.minimize(rosenbrock, np.full(n, 0.5), jit=False)
+
+        np.testing.assert_allclose(result.x, np.ones(n), rtol=1e-5)
+        points = result.history.get("x")  # up to ten numbers are kept
+        assert points.shape == (result.nit + 1, n) if n <= 10 else points is None
+
+    assert len([key for key in compiled.KEPT if key[0] == "turn"]) == 1
+
+
 def test_the_update_of_a_fit_is_compiled_once_for_any_number_of_residuals(monkeypatch):
     monkeypatch.setattr(compiled, "KEPT", OrderedDict())
 

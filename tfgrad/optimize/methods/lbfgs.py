@@ -198,6 +198,16 @@ class LBFGS:
         """Return the method within bounds."""
         return LBFGS(self._memory, bounds)
 
+    def of_any_size(self, like: Any) -> Any:
+        """Return the specs of a state for any number of parameters, but as many pairs.
+
+        The ops of `update` do not depend on that number.
+        """
+        pairs, vector = like.memory.pairs, tf.TensorSpec([None], like.direction.dtype)
+        pairs = tf.TensorSpec([*pairs.shape[:2], None], pairs.dtype)
+        memory = like.memory._replace(pairs=pairs)
+        return like._replace(direction=vector, memory=memory)
+
     def init(self, start: Point) -> Move:
         """Return a step down the gradient, a tenth of x or of |f| / |g|."""
         n: Any = start.x.shape[0]

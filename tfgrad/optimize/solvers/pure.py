@@ -180,9 +180,24 @@ class PureStepper(Stepper):
     def row(self, x: Any, evaluation: Evaluation) -> dict[str, Any]:
         """Return value, gradient and aux values, and the point while it is small."""
         row = {"fun": evaluation.value, "grad_max": evaluation.grad_max}
-        if x is not None and x.shape[0] <= SMALL:
-            row[VECTOR] = x
-        return {**row, **evaluation.aux}
+        place = {} if x is None else self.place(x)
+        return {**row, **place, **evaluation.aux}
+
+    def place(self, query: Any) -> dict[str, Any]:
+        """Return the point while it is small."""
+        return {VECTOR: query} if query.shape[0] <= SMALL else {}
+
+    def specs(self, state: State, evaluation: Evaluation) -> tuple[Any, Any]:
+        """Return the same, for any number of parameters if the method says how."""
+        like, known = super().specs(state, evaluation)
+        of_any_size = getattr(self.given, "of_any_size", None)
+        if of_any_size is None or self.bounds is not None or self.is_bound:
+            return like, known
+        vector: Any = tf.TensorSpec([None], state.x.dtype)
+        carried = like.evaluation._replace(gradient=vector)
+        memory = Memory(vector, of_any_size(like.memory.method))
+        like = like._replace(x=vector, evaluation=carried, memory=memory)
+        return like, known._replace(gradient=vector)
 
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Let the method decide on the trial."""
