@@ -138,7 +138,7 @@ def test_the_function_is_traced_twice_whatever_is_drawn(tmp_path):
     assert len(calls) <= 2
 
 
-def test_many_parameters_are_histograms_some_fifty_times(tmp_path):
+def test_many_parameters_are_histograms_ten_to_twenty_times(tmp_path):
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(4, name="dense")])
     x = tf.ones([2, 3])
     result = minimized(
@@ -150,7 +150,7 @@ def test_many_parameters_are_histograms_some_fifty_times(tmp_path):
     assert kinds == {"parameters", "gradients"}
     assert any(tag.endswith("dense/kernel") for tag in histograms)
     for points in histograms.values():
-        assert 20 <= len(points) <= 52
+        assert 10 <= len(points) <= 22
     assert not any(tag.startswith("x") for tag in read_run(result.directory).curves)
 
 

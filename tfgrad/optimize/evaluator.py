@@ -314,7 +314,7 @@ def _joined(leaves: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     groups: dict[Any, list[tf.Tensor]] = {}
     for i, leaf in enumerate(leaves):
         is_small = (leaf.shape.num_elements() or JOINED + 1) <= JOINED
-        groups.setdefault(leaf.dtype if is_small else i, []).append(leaf)
+        groups.setdefault(leaf.dtype.name if is_small else i, []).append(leaf)
     return [
         tf.concat([tf.reshape(leaf, [-1]) for leaf in group], 0)
         if len(group) > 1

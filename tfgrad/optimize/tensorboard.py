@@ -49,7 +49,7 @@ EVERY_STEP = 100_000
 """Steps up to which each is written; from here on every second, from twice as many on
 every fourth ... A million steps are 263,000 rows, some fifty megabytes."""
 
-CHUNKS = 20
+CHUNKS = 10
 """In how many chunks, at least, a run of many parameters is cut: the distribution of
 the parameters is written so often, and at most twice that."""
 
@@ -225,13 +225,14 @@ class TensorBoard(Hook):
             row = dict(zip(epochs, values, strict=True))
             if row["step"] >= first:
                 self.epoch(run, row)
-        self._write_distributions(run)
+        self._writer.submit(self._write, Rows({}), self._found(run))
 
     def rows(self, run: Minimisation, rows: Rows) -> None:
         """Write rows in the background, after the ones before."""
         if self._run is not None and len(rows):
-            self._writer.submit(self._curves.take, _timed(rows))
-            self._write_distributions(run)
+            # In one piece, after the look: the writer takes turns with what runs here.
+            found = self._found(run)
+            self._writer.submit(self._write, _timed(rows), found)
 
     def epoch(self, run: Minimisation, row: Mapping[str, Any]) -> None:
         """Write the row of an epoch, at the step that ended it."""
@@ -326,16 +327,22 @@ class TensorBoard(Hook):
         with contextlib.suppress(InvalidArgumentError):  # f cannot be traced
             self._run.graph(problem.f, *arguments)
 
-    def _write_distributions(self, run: Minimisation) -> None:
+    def _write(self, rows: Rows, found: Sequence[Any]) -> None:
+        if len(rows):
+            self._curves.take(rows)
+        if found:
+            self._distributions.write(*found)
+
+    def _found(self, run: Minimisation) -> Sequence[Any]:
+        """Return the step, the point and the gradient there if they are to be kept."""
         if not self._distributions.is_due(run.step):
-            return
+            return ()
         solver = run.loop.solver
         leaves: list[Leaves] = [solver.point(run.state), []]
         # Of several workers, the chief alone writes, and cannot evaluate f alone.
         if not run.problem.replicas.is_clustered:
             leaves[1] = solver.gradient(solver.look(run.state))
-        point, gradient = ([np.asarray(x) for x in part] for part in leaves)
-        self._writer.submit(self._distributions.write, run.step, point, gradient)
+        return run.step, *([np.asarray(x) for x in part] for part in leaves)
 
     def _write_result(
         self, status: str, result: Mapping[str, Any], history: Rows

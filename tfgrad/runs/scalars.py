@@ -1,9 +1,9 @@
 """Records of scalars, framed many at once.
 
 All events of the same tags, with steps of as many bytes, have the same form: they
-differ in the bytes of their numbers alone. So NumPy fills in these bytes, and what they
-add to the checksum, a column at a time; a protocol buffer and a writer would take ten
-times as long, in which no other thread could run Python.
+differ in the bytes of their numbers alone. NumPy fills in these bytes, and adds to each
+checksum what they change of it, a column at a time. A protocol buffer for each event
+takes fourteen times as long, in which no other thread can run Python.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import tensorflow as tf
 from tfgrad.runs.tfrecord import HEAD, LANE, crc32c, framed, masked, table
 
 _SUM = struct.Struct("<I")
-_MOST = np.array([2 ** (7 * count) for count in range(1, 9)], np.int64)
-"""The first numbers that take another byte as a varint, which has 7 bits in each."""
+_WIDER = np.array([2 ** (7 * count) for count in range(1, 9)], np.int64)
+"""The numbers from which on a varint takes another byte: there are 7 bits in each."""
 
 
 class Records:
@@ -104,6 +104,6 @@ def _listed(distance: int) -> list[int]:
 
 def widths(steps: Any) -> list[tuple[slice, int]]:
     """Return the parts of steps that grow, and of how many bytes a step there is."""
-    ends = [0, *np.searchsorted(steps, _MOST).tolist(), len(steps)]
+    ends = [0, *np.searchsorted(steps, _WIDER).tolist(), len(steps)]
     pairs = enumerate(itertools.pairwise(ends), start=1)
     return [(slice(a, b), width) for width, (a, b) in pairs if a < b]

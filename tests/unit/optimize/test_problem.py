@@ -187,6 +187,24 @@ def test_the_largest_element_of_a_gradient_is_the_same_traced_or_not(name, scale
             np.testing.assert_array_equal(call(*given), largest / (scale or 1.0))
 
 
+def test_the_largest_element_is_found_among_leaves_of_all_sizes_and_dtypes():
+    leaves = [
+        tf.constant(numbers, dtype)
+        for dtype in (tf.float32, tf.float64, tf.float16)
+        for numbers in ([1.0, -2.0], [0.5] * JOINED + [-3.0], -1.5)
+    ]
+    leaves[1], leaves[4] = leaves[4], leaves[1]  # tf.float32 equals, and hashes as, 1
+
+    @tf.function
+    def largest(leaves):
+        value = tf.constant(0.0)
+        return measured(Evaluation(value, leaves, (), {})).grad_max
+
+    assert float(largest(leaves)) == 3.0
+    assert float(largest([*leaves, tf.constant(-4.0, tf.float64)])) == 4.0
+    assert np.isnan(largest([tf.constant([np.nan, 1.0]), *leaves]))
+
+
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("size", [4, LARGE])
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64])
