@@ -185,6 +185,11 @@ def with_slices(x):
     return tf.reduce_sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
 
 
+@tf.function
+def residuals(x):
+    return tf.concat([10 * (x[1:] - x[:-1] ** 2), 1 - x[:-1]], axis=0)
+
+
 def calls_with_slices(x):
     return with_slices(x) + tf.reduce_sum(x[:1] * 0)
 
@@ -194,17 +199,21 @@ import pathlib, sys
 import numpy as np
 import tensorflow as tf
 import tfgrad
-from tests_of_loop import FUNCTIONS
+from tests_of_loop import FUNCTIONS, residuals
 
 dump = pathlib.Path(sys.argv[1])
-for method in ("lbfgs", "newton", "sgd", "adam"):
-    for name, f in FUNCTIONS.items():
-        counts = [len(list(dump.glob("*before_optimizations.txt")))]
-        for _ in range(1 + (name == "tf.function")):
-            options = {"steps": 300, "jit": True, "method": method}
-            result = tfgrad.minimize(f, np.full(4, -1.2), **options)
-            counts.append(len(list(dump.glob("*before_optimizations.txt"))))
-        print(method, name, *np.diff(counts), result.nit)
+def count(label, name, solve, f, **options):
+    counts = [len(list(dump.glob("*before_optimizations.txt")))]
+    for _ in range(1 + (name == "tf.function")):
+        result = solve(f, np.full(4, -1.2), steps=300, jit=True, **options)
+        counts.append(len(list(dump.glob("*before_optimizations.txt"))))
+    print(label, name, *np.diff(counts), result.nit)
+
+for name, f in FUNCTIONS.items():
+    for method in ("lbfgs", "newton", "sgd", "adam"):
+        count(method, name, tfgrad.minimize, f, method=method)
+    count("bounds", name, tfgrad.minimize, f, bounds=(-2.0, 2.0))
+count("fit", "tf.function", tfgrad.least_squares, residuals)
 """
 
 FUNCTIONS = {
@@ -229,13 +238,13 @@ def test_xla_compiles_the_loop_once_for_every_method(tmp_path):
     )
 
     counts = [line.split() for line in run.stdout.splitlines()]
-    assert len(counts) == 12
+    assert len(counts) == 16
     for method, name, first, *second, steps in counts:
         assert int(first) == 1, (method, name)
         assert int(steps) > 2
         for count in second:  # of a tf.function: what is compiled may be kept
-            assert int(count) == (method not in ("lbfgs", "newton")), method
-    assert sum(len(count) == 5 for count in counts) == 4
+            assert int(count) == (method in ("sgd", "adam")), method
+    assert sum(len(count) == 5 for count in counts) == 6
 
 
 def test_xla_sees_an_element_of_the_gradient_that_is_no_number():
