@@ -202,11 +202,13 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     )
     direction = either(is_taken, newton, state.direction)
     turns, none = is_taken | retries, tf.constant(0)
+    # The pairs know nothing of where f does not curve up: the way gets longer there.
+    goes_on = is_taken & leads & ~keeps & ~is_level & (state.t * longer > 1)
     state = BoundedState(
         either(is_afresh, steepest.step, direction),
         pairs,
         either(is_afresh, none, kept),
-        either(turns, one, state.t * back),
+        either(turns, either(goes_on, state.t * longer, one), state.t * back),
         either(turns, none, trials),
         either(turns, tf.zeros_like(noise), noise),
         progress,
