@@ -341,9 +341,9 @@ def curvatures(
     """
     rows, n = shape
     most = min(n, most, MOST_NUMBERS // (rows * n))
-    q = free * np.broadcast_to(np.random.default_rng(0).normal(size=n), shape)
-    if most < min(n, 2) or not np.any(q):
+    if most < min(n, 2) or not np.any(free):
         return Curvatures(np.full((rows, 1), np.inf), np.zeros((rows, n, 1)))
+    q = free * np.broadcast_to(np.random.default_rng(0).normal(size=n), shape)
     basis, images = np.zeros((2, rows, most, n))
     goes_on, count = np.any(q, axis=1), 0
     while count < most and np.any(goes_on):
