@@ -193,6 +193,29 @@ def test_a_valley_that_float32_pairs_do_not_see_is_not_claimed_at_its_side():
     assert end.fun < 1e-6
 
 
+@pytest.mark.parametrize("slant", [0, 1e-3])
+def test_where_f_does_not_curve_up_the_steps_get_longer(slant):
+    def f(x):  # concave in x[1] but near 0
+        return 10 * (x[0] - 1 - slant * x[1]) ** 2 + tf.math.log(1 + x[1] ** 2)
+
+    box = np.full(2, -5000.0), np.full(2, 5000.0)
+    end = run(LBFGS(bounds=box), Objective(f, 2), [3.0, 1000.0], most=100)
+
+    assert end.success
+    np.testing.assert_allclose(end.x, [1, 0], atol=1e-6)
+
+
+def test_newtons_step_beside_a_bound_is_believed_only_if_it_moves_all():
+    def badly_scaled(x):  # Powell's: x[0] is nearer to its bound than differences reach
+        sides = tf.exp(-x[0]) + tf.exp(-x[1]) - 1.0001
+        return (1e4 * x[0] * x[1] - 1) ** 2 + sides**2
+
+    start = np.array([0.80500292, 7.46352632])
+    result = tfgrad.minimize(badly_scaled, start, bounds=([0, 1], [1, 9]))
+
+    assert not result.success or result.fun == pytest.approx(1.5126e-10, rel=1e-4)
+
+
 def test_a_step_that_rounding_leaves_no_length_is_no_failure():
     def badly_scaled(x):  # Brown's; at the bound of x[1], only x[0] is free
         return (x[0] - 1e6) ** 2 + (x[1] - 2e-6) ** 2 + (x[0] * x[1] - 2) ** 2

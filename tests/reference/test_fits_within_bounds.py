@@ -140,6 +140,21 @@ def test_columns_of_other_sizes_leave_nobody_short_of_the_solution(loss, seed):
     assert end.nfev < 100
 
 
+@pytest.mark.parametrize("n", [60, 120])  # by QR, and by J'J
+def test_many_parameters_at_their_bounds_take_a_few_steps(n):
+    generator = np.random.default_rng(n)
+    columns = generator.normal(size=(2 * n, n))
+    y = columns @ generator.normal(size=n) + generator.normal(size=2 * n)
+
+    end = Fit(lambda x: tf.linalg.matvec(columns, x) - y).ours(np.ones(n), (0.0, None))
+
+    x, length = scipy.optimize.nnls(columns, y)
+    assert end.success
+    assert end.nfev < 10
+    assert end.fun == pytest.approx(length**2 / 2, rel=1e-9)
+    np.testing.assert_allclose(end.x, x, atol=1e-6)
+
+
 def test_residuals_that_are_infinitely_steep_at_a_bound_are_not_claimed():
     def residuals(x):  # least at (0, 2), where there is no Jacobian
         return tf.stack([tf.sqrt(x[0]) + 1, x[1] - 2 + x[0]])

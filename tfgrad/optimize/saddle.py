@@ -138,6 +138,8 @@ def look_around(
     lower, upper = (-np.inf, np.inf) if bounds is None else bounds
     room = np.minimum(x - lower, upper - x)
     is_free = room > epsilon ** (1 / 3) * scale
+    is_held = ((x <= lower) & (grad > 0)) | ((x >= upper) & (grad < 0))
+    sees_all = bool(np.all(is_free | is_held))
     has_failed = leaps and int(state.code) != code_of("converged")
     is_exact = problem.has_hessian and (
         products or not int(state.step) or (has_failed and len(x) <= PRODUCTS)
@@ -193,14 +195,12 @@ def look_around(
                 step, fall = _newton(slopes, found, epsilon**power)
                 ahead = (free + step)[None]
                 if fall > least and (truly := fun - value(ahead)[0]) > fall / 2:
-                    is_near = abs(truly - fall) <= NEAR * fall
+                    is_near = sees_all and abs(truly - fall) <= NEAR * fall
                     return Look(tf.constant(whole(ahead[0]), dtype), is_near=is_near)
         except Exception:  # a user's gradient may raise anything: nothing is known
             return Look()
     _, fall = _newton(slopes, found, epsilon)
-    is_held = ((x <= lower) & (grad > 0)) | ((x >= upper) & (grad < 0))
-    is_whole = is_exact and found.values.shape[1] == len(free)
-    is_whole = is_whole and np.all(is_free | is_held)
+    is_whole = is_exact and sees_all and found.values.shape[1] == len(free)
     is_definite = found.values[0, 0] > NOISE * epsilon * found.largest[0]
     is_negligible = fall <= max(NEGLIGIBLE, NOISE * epsilon) * abs(fun)
     return Look(None, bool(has_failed and is_whole and is_definite and is_negligible))
@@ -342,9 +342,9 @@ def curvatures(
     """
     rows, n = shape
     most = min(n, most, MOST_NUMBERS // (rows * n))
-    q = free * np.broadcast_to(np.random.default_rng(0).normal(size=n), shape)
-    if most < min(n, 2) or not np.any(q):
+    if most < min(n, 2) or not np.any(free):
         return Curvatures(np.full((rows, 1), np.inf), np.zeros((rows, n, 1)))
+    q = free * np.broadcast_to(np.random.default_rng(0).normal(size=n), shape)
     basis, images = np.zeros((2, rows, most, n))
     goes_on, count = np.any(q, axis=1), 0
     while count < most and np.any(goes_on):

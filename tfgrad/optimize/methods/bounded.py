@@ -3,8 +3,9 @@
 A variable at a bound is held there while its gradient points beyond it; in the others,
 the *free* ones, the step is that of L-BFGS with the parts of the pairs in these
 variables. It is followed along its projection onto the box, so no point is ever outside
-of it, and many variables may reach their bounds in one step. A step is taken where f
-falls by a part of what the slope promises (Bertsekas's rule).
+of it, and many variables may reach their bounds in one step. If the projection leads
+uphill, the step ends at the first bound. A step is taken where f falls by a part of
+what the slope promises (Bertsekas's rule).
 
 References:
     Bertsekas (1982), Projected Newton methods for optimization problems with simple
@@ -206,11 +207,13 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
     )
     direction = either(is_taken, newton, state.direction)
     turns, none = is_taken | retries, tf.constant(0)
+    # The pairs know nothing of where f does not curve up: the way gets longer there.
+    goes_on = is_taken & leads & ~keeps & ~is_level & (state.t * longer > 1)
     state = BoundedState(
         either(is_afresh, steepest.step, direction),
         pairs,
         either(is_afresh, none, kept),
-        either(turns, one, state.t * back),
+        either(turns, either(goes_on, state.t * longer, one), state.t * back),
         either(turns, none, trials),
         either(turns, tf.zeros_like(noise), noise),
         progress,
@@ -223,7 +226,8 @@ def update(new: Point, old: Point, state: BoundedState, bounds: Bounds) -> Move:
 def _leading(here: Point, newton: tf.Tensor, bounds: Bounds) -> tf.Tensor:
     """Return the direction, cut at the first bound if its projection leads uphill.
 
-    Where many variables are cut at once, the others move as suits none of that.
+    Where many variables are cut at once, the others move as suits none of that. A step
+    of which less than the part `LEAST` is left is not cut.
     """
     is_uphill: Any = _dot(here.grad, bounds.clip(here.x + newton) - here.x) >= 0
     room = either(newton > 0, bounds.upper - here.x, here.x - bounds.lower)
@@ -295,11 +299,17 @@ def _direction(
     unit, column = tf.eye(m, dtype=wide), tf.expand_dims(is_good, 1)
     is_upper = column & is_good & np.triu(np.ones([m, m], bool))
     triangle = either(is_upper, tf.cast(sy, wide), unit)
-    inverse = tf.linalg.triangular_solve(triangle, unit, lower=False)
-    inverse, none = tf.cast(inverse, grad.dtype), tf.zeros([m, 1], grad.dtype)
-    b = tf.matmul(inverse, either(column, sg, none))
+    none = tf.zeros([m, 1], grad.dtype)
+
+    def solved(right: tf.Tensor, *, adjoint: bool) -> tf.Tensor:
+        right = tf.cast(either(column, right, none), wide)
+        # Of one column each, XLA solves them far faster than it inverts the triangle.
+        solution = tf.linalg.triangular_solve(triangle, right, False, adjoint)
+        return tf.cast(solution, grad.dtype)
+
+    b = solved(sg, adjoint=False)
     rest = tf.expand_dims(curvature, 1) * b + scale * (tf.matmul(yy, b) - yg)
-    a = tf.matmul(inverse, either(column, rest, none), transpose_a=True)
+    a = solved(rest, adjoint=True)
     weights = tf.gather(tf.concat([a, -scale * b], 1), (places - kept) % m)
     step = tf.matmul(rows, tf.reshape(weights, [2 * m, 1]), transpose_a=True)
     return -(scale * grad + tf.squeeze(step, 1) * mask), tf.reduce_any(is_good)

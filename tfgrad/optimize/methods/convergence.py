@@ -80,10 +80,8 @@ def converged(
         each <= either(each >= large, nothing, digits)
         for each in (expected, previous_expected)
     )
-    fell, was_right = previous_fun - fun, previous_expected < large
-    was_right &= (fell <= RIGHT * previous_expected) & (
-        previous_expected <= RIGHT * fell
-    )
+    fell, was = previous_fun - fun, previous_expected
+    was_right = (was < large) & (fell <= RIGHT * was) & (was <= RIGHT * fell)
     return (is_little & (was_little | was_right)) | (expected == 0)
 
 
