@@ -277,8 +277,7 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     """Return the compiled loop of steps from a state like this."""
     stepper = ruled.stepper
     carried, jit = Packing((0, 0, state)), is_xla or None
-    is_held = any(isinstance(leaf, tf.Variable) for leaf in tf.nest.flatten(state))
-    is_one = is_xla and stepper.is_one_kernel and not is_held
+    is_one = is_xla and stepper.is_one_kernel
 
     def look(query: Any) -> Any:
         evaluation = measured(stepper.evaluate(query))
@@ -286,13 +285,13 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
         return {**row, "expected": state.expected} if stepper.lookahead else row
 
     query = tf.nest.map_structure(_spec, stepper.query(state))
-    looked = tf.function(look, autograph=False).get_concrete_function(query)
-    rows: dict[str, tf.TensorSpec] = looked.structured_outputs
+    traced = tf.function(look, autograph=False).get_concrete_function(query)
+    rows: dict[str, tf.TensorSpec] = traced.structured_outputs
     packing = Packing(rows)
     width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
     capacity = ROW_BYTES // max(1, min(width, ROW_BYTES))
 
-    def run(limit: tf.Tensor, state: State, *inputs: Any) -> Any:
+    def loop(limit: tf.Tensor, held: list[Any], *inputs: Any) -> Any:
         size = capacity if is_xla else limit  # XLA needs to know it
         arrays = [
             tf.TensorArray(spec.dtype, size, element_shape=spec.shape)
@@ -331,25 +330,26 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             parts = zip(arrays, results[:count], strict=True)
             return results[count:], [a.write(place[0], part) for a, part in parts]
 
-        start = carried.pack((0, 0, tf.nest.map_structure(_value, state)))
         tensors, arrays = tf.while_loop(
-            goes_on, body, (start, arrays), parallel_iterations=1
+            goes_on, body, (list(map(_value, held)), arrays), parallel_iterations=1
         )
-        taken, _, last = carried.unpack(tensors)
+        taken = carried.unpack(tensors)[0]
         # Of many more places than there are steps, stacking all would take long.
-        columns = packing.unpack(
-            [
-                array.stack() if is_xla else array.gather(tf.range(taken))
-                for array in arrays
-            ],
-            axis=1,
-        )
-        return taken, tf.nest.map_structure(_assigned, state, last), columns
+        columns = [a.stack() if is_xla else a.gather(tf.range(taken)) for a in arrays]
+        return list(map(_assigned, held, tensors)), columns
 
     # Functions of their own: TensorFlow counts the traces of each name.
     own = functools.partial
     evaluated = tf.function(own(stepper.evaluate), autograph=False, jit_compile=jit)
-    return Chunk(capacity, compiled_once(own(run), jit=jit), evaluated)
+    looped = compiled_once(own(loop), jit=jit)
+
+    def run(limit: tf.Tensor, state: State, *inputs: Any) -> Any:
+        # Packed here, where XLA has no kernel to compile for each number.
+        tensors, columns = looped(limit, carried.pack((0, 0, state)), *inputs)
+        taken, _, after = carried.unpack(tensors)
+        return taken, after, packing.unpack(columns, axis=1)
+
+    return Chunk(capacity, run, evaluated)
 
 
 def in_trace(ruled: Ruled, state: State, limit: Any) -> State:
