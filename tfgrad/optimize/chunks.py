@@ -291,7 +291,7 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
     capacity = ROW_BYTES // max(1, min(width, ROW_BYTES))
 
-    def loop(limit: tf.Tensor, held: list[Any], *inputs: Any) -> Any:
+    def loop(limit: tf.Tensor, start: list[Any], *inputs: Any) -> Any:
         size = capacity if is_xla else limit  # XLA needs to know it
         arrays = [
             tf.TensorArray(spec.dtype, size, element_shape=spec.shape)
@@ -316,14 +316,14 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             taken += tf.cast(after.accepted, tf.int32)
             return [*packing.pack(row), *carried.pack((taken, turns + 1, after))]
 
+        def turn_packed(nest: tuple[list[tf.Tensor], Evaluation]) -> list[Any]:
+            return turn(carried.unpack(nest[0]), nest[1])
+
         def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
             place, count = carried.unpack(tensors), len(arrays)
             found = stepper.evaluate(stepper.query(place[2]))
             if is_one:
-                nest = tensors, found
-                results = in_one_kernel(
-                    lambda given: turn(carried.unpack(given[0]), given[1]), nest
-                )
+                results = in_one_kernel(turn_packed, (tensors, found))
             else:
                 results = turn(place, found)
             # A row of a point that was not accepted is written over by the next.
@@ -331,12 +331,12 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             return results[count:], [a.write(place[0], part) for a, part in parts]
 
         tensors, arrays = tf.while_loop(
-            goes_on, body, (list(map(_value, held)), arrays), parallel_iterations=1
+            goes_on, body, (list(map(_value, start)), arrays), parallel_iterations=1
         )
         taken = carried.unpack(tensors)[0]
         # Of many more places than there are steps, stacking all would take long.
         columns = [a.stack() if is_xla else a.gather(tf.range(taken)) for a in arrays]
-        return list(map(_assigned, held, tensors)), columns
+        return list(map(_assigned, start, tensors)), columns
 
     # Functions of their own: TensorFlow counts the traces of each name.
     own = functools.partial

@@ -52,7 +52,6 @@ MOST_TRIALS = 30
 DULL = 6
 """How many trials one counts for whose value tells nothing."""
 
-
 LONG = 2000
 """Numbers in a vector from which on XLA stacks vectors faster than products of them."""
 

@@ -93,9 +93,9 @@ class Method(Protocol):
     """A method of minimisation; both functions are pure and run inside a trace.
 
     It may have an attribute `failure`: the status of a run in which it `failed` where
-    rounding is no excuse, "linesearch" (if there is none) or "trustregion". Another is
-    `is_one_kernel`: True says that XLA may make one kernel of `update`, for what that
-    asks of it see `optimize.compiled.in_one_kernel`.
+    rounding is no excuse, "linesearch" (if there is none) or "trustregion". Its class
+    may have an attribute `is_one_kernel`: True says that XLA may make one kernel of
+    `update`, for what that asks of it see `optimize.compiled.in_one_kernel`.
     """
 
     name: str
