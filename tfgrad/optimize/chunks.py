@@ -277,8 +277,7 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
     """Return the compiled loop of steps from a state like this."""
     stepper = ruled.stepper
     carried, jit = Packing((0, 0, state)), is_xla or None
-    is_held = any(isinstance(leaf, tf.Variable) for leaf in tf.nest.flatten(state))
-    is_one = is_xla and stepper.is_one_kernel and not is_held
+    is_one = is_xla and stepper.is_one_kernel
 
     def look(query: Any) -> Any:
         evaluation = measured(stepper.evaluate(query))
@@ -286,13 +285,13 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
         return {**row, "expected": state.expected} if stepper.lookahead else row
 
     query = tf.nest.map_structure(spec_of, stepper.query(state))
-    looked = tf.function(look, autograph=False).get_concrete_function(query)
-    rows: dict[str, tf.TensorSpec] = looked.structured_outputs
+    traced = tf.function(look, autograph=False).get_concrete_function(query)
+    rows: dict[str, tf.TensorSpec] = traced.structured_outputs
     packing = Packing(rows)
     width = sum(s.dtype.size * s.shape.num_elements() for s in rows.values())
     capacity = ROW_BYTES // max(1, min(width, ROW_BYTES))
 
-    def run(limit: tf.Tensor, state: State, *inputs: Any) -> Any:
+    def loop(limit: tf.Tensor, start: list[Any], *inputs: Any) -> Any:
         size = capacity if is_xla else limit  # XLA needs to know it
         arrays = [
             tf.TensorArray(spec.dtype, size, element_shape=spec.shape)
@@ -317,40 +316,40 @@ def compile_chunk(ruled: Ruled, state: State, *, is_xla: bool) -> Chunk:
             taken += tf.cast(after.accepted, tf.int32)
             return [*packing.pack(row), *carried.pack((taken, turns + 1, after))]
 
+        def turn_packed(nest: tuple[list[tf.Tensor], Evaluation]) -> list[Any]:
+            return turn(carried.unpack(nest[0]), nest[1])
+
         def body(tensors: list[tf.Tensor], arrays: Any) -> Any:
             place, count = carried.unpack(tensors), len(arrays)
             found = stepper.evaluate(stepper.query(place[2]))
             if is_one:
-                nest = tensors, found
-                results = in_one_kernel(
-                    lambda given: turn(carried.unpack(given[0]), given[1]), nest
-                )
+                results = in_one_kernel(turn_packed, (tensors, found))
             else:
                 results = turn(place, found)
             # A row of a point that was not accepted is written over by the next.
             parts = zip(arrays, results[:count], strict=True)
             return results[count:], [a.write(place[0], part) for a, part in parts]
 
-        start = carried.pack((0, 0, tf.nest.map_structure(_value, state)))
         tensors, arrays = tf.while_loop(
-            goes_on, body, (start, arrays), parallel_iterations=1
+            goes_on, body, (list(map(_value, start)), arrays), parallel_iterations=1
         )
-        taken, _, last = carried.unpack(tensors)
+        taken = carried.unpack(tensors)[0]
         # Of many more places than there are steps, stacking all would take long.
-        columns = packing.unpack(
-            [
-                array.stack() if is_xla else array.gather(tf.range(taken))
-                for array in arrays
-            ],
-            axis=1,
-        )
-        return taken, tf.nest.map_structure(_assigned, state, last), columns
+        columns = [a.stack() if is_xla else a.gather(tf.range(taken)) for a in arrays]
+        return list(map(_assigned, start, tensors)), columns
 
     # Functions of their own: TensorFlow counts the traces of each name.
     own = functools.partial
     evaluated = tf.function(own(stepper.evaluate), autograph=False, jit_compile=jit)
-    whole = compiled_once(own(run), jit=jit, suits=not (is_xla or state.batch))
-    return Chunk(capacity, whole, evaluated)
+    looped = compiled_once(own(loop), jit=jit, suits=not (is_xla or state.batch))
+
+    def run(limit: tf.Tensor, state: State, *inputs: Any) -> Any:
+        # Packed here, where XLA has no kernel to compile for each number.
+        tensors, columns = looped(limit, carried.pack((0, 0, state)), *inputs)
+        taken, _, after = carried.unpack(tensors)
+        return taken, after, packing.unpack(columns, axis=1)
+
+    return Chunk(capacity, run, evaluated)
 
 
 def in_trace(ruled: Ruled, state: State, limit: Any) -> State:

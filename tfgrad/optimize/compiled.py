@@ -27,6 +27,17 @@ MOST_KEPT = 128
 KEPT: OrderedDict[Any, Any] = OrderedDict()
 """Compiled functions that do not depend on the user's function: made only once."""
 
+ONE_KERNEL = {b"inlineable": b"false", b"xla_cpu_small_call": b"true"}
+"""What XLA has to be told of a call that it is to make one kernel of."""
+
+KNOWN = "2.21."
+"""The TensorFlow whose XLA was seen to do it: another might stop the process."""
+
+ELEMENTS = {
+    "bool": "i1", "int32": "i32", "int64": "i64", "float16": "f16",
+    "bfloat16": "bf16", "float32": "f32", "float64": "f64",
+}  # fmt: skip
+"""What a module of XLA's calls the dtypes."""
 
 IN_SEQUENCE = "SINGLE_THREADED_EXECUTOR"
 """TensorFlow's executor that runs one op after the other: a fifth faster where ops are
@@ -222,41 +233,32 @@ def shapes_of(nest: Any) -> tuple[Any, ...]:
     return tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-ONE_KERNEL = {b"inlineable": b"false", b"xla_cpu_small_call": b"true"}
-"""What XLA has to be told of a call that it is to make one kernel of."""
-
-KNOWN = "2.21."
-"""The TensorFlow whose XLA was seen to do it: another might stop the process."""
-
-ELEMENTS = {
-    "bool": "i1", "int32": "i32", "int64": "i64", "float16": "f16",
-    "bfloat16": "bf16", "float32": "f32", "float64": "f64",
-}  # fmt: skip
-"""What a module of XLA's calls the dtypes."""
-
-
 def in_one_kernel(function: Callable[[Any], list[Any]], nest: Any) -> list[Any]:
     """Return a function of a nest, computed by one kernel if XLA can do that.
 
-    Where every vector is short, the time of a compiled loop goes into starting one
-    kernel after the other. XLA makes a single one of a call that it is told to take for
-    small, and not to inline. A function in a graph cannot be told so; a module can that
-    calls it.
+    Of short vectors, a compiled loop spends its time on starting one kernel after the
+    other. XLA makes a single one of a call that it is told to take for small, and not
+    to inline. A function in a graph cannot be told so; a module that calls it can.
 
     Args:
-        function: Takes the nest, returns a list of tensors. It has to use all that it
-            takes, and must not sort, scatter, transform by FFT, or call what is not
-            XLA's: there, XLA stops the process.
-        nest: Tensors of known shapes.
+        function: Takes the nest, returns a list of tensors. It must not sort, scatter
+            to several places, transform by FFT, or call what is not XLA's: there, XLA
+            stops the process. It does so, too, at what it finds not to be used.
+        nest: Of tensors.
     """
     tensors = tf.nest.flatten(nest)
     concrete = concrete_for(function, nest)
     takes, gives = concrete.inputs, concrete.outputs
-    is_known = tf.__version__.startswith(KNOWN) and not concrete.captured_inputs
-    is_known &= all(tensor.consumers() for tensor in takes)
-    is_known &= all(tensor.dtype.name in ELEMENTS for tensor in [*takes, *gives])
     devices = {device.device_type for device in tf.config.list_logical_devices()}
-    if not is_known or devices != {"CPU"}:
+    may_be_one = (
+        tf.__version__.startswith(KNOWN)
+        and devices == {"CPU"}
+        and not concrete.captured_inputs
+        and all(tensor.consumers() for tensor in takes)
+        and all(tensor.dtype.name in ELEMENTS for tensor in (*takes, *gives))
+        and all(tensor.shape.is_fully_defined() for tensor in (*takes, *gives))
+    )
+    if not may_be_one:
         return function(nest)
     concrete.add_to_graph(tf.compat.v1.get_default_graph())
     results: list[Any] = gen_xla_ops.xla_call_module(

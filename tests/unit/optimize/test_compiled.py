@@ -174,7 +174,7 @@ def test_what_is_in_one_kernel_is_one_for_xla_and_answers_as_before(dtype):
         )
 
 
-@pytest.mark.parametrize("what", ["unused", "complex", "captured"])
+@pytest.mark.parametrize("what", ["unused", "complex", "captured", "unknown"])
 def test_what_xla_could_not_put_in_one_kernel_is_left_to_it(what):
     x, z, kept = tf.constant([1.0, 2.0]), tf.constant([1j]), tf.Variable(3.0)
 
@@ -183,15 +183,16 @@ def test_what_xla_could_not_put_in_one_kernel_is_left_to_it(what):
         return [y, nest[1] if what == "complex" else y[:1]]
 
     def whole(x, z):
-        nest = [x, z] if what != "captured" else [x]
-        return in_one_kernel(function, nest)
+        return in_one_kernel(function, [x, z] if what in ("unused", "complex") else [x])
 
-    text = tf.function(whole, jit_compile=True).experimental_get_compiler_ir(x, z)(
-        stage="optimized_hlo"
-    )
+    size = None if what == "unknown" else 2
+    specs = tf.TensorSpec([size], x.dtype), tf.TensorSpec([1], z.dtype)
+    call = tf.function(whole, jit_compile=True, input_signature=specs)
+
+    text = call.experimental_get_compiler_ir(x, z)(stage="optimized_hlo")
 
     assert "xla_cpu_small_call" not in text
-    assert tf.function(whole, jit_compile=True)(x, z)[0].numpy().tolist() == [3, 6]
+    assert call(x, z)[0].numpy().tolist() == [3, 6]
 
 
 @pytest.mark.parametrize("bounds", [None, (-2.0, 0.5)])

@@ -52,6 +52,9 @@ MOST_TRIALS = 30
 DULL = 6
 """How many trials one counts for whose value tells nothing."""
 
+LONG = 2000
+"""Numbers in a vector from which on XLA stacks vectors faster than products of them."""
+
 
 class Trial(NamedTuple):
     """A point on the current direction: distance, value and slope, of shape `[]`."""
@@ -394,9 +397,12 @@ def _pair(new: Point, old: Point, state: State) -> Pair:
     t, norm, dtype = state.search.t, state.progress.grad_max, new.grad.dtype
     unit = 1 / either(norm > 4 / dtype.max, norm, tf.ones_like(norm))
     g, y = unit * new.grad, unit * (new.grad - old.grad)
-    # One sum of many is faster than many.
-    terms = tf.stack([y * y, y * g, g * g, state.direction * g])
-    yy, yg, gg, slope = tf.unstack(tf.reduce_sum(terms, 1))
+    if (g.shape[0] or LONG) >= LONG:
+        rows = tf.stack([y, g, state.direction])
+        yy, (yg, gg, slope) = _dot(y, y), tf.unstack(tf.linalg.matvec(rows, g))
+    else:  # one sum of many is faster than many
+        terms = tf.stack([y * y, y * g, g * g, state.direction * g])
+        yy, yg, gg, slope = tf.unstack(tf.reduce_sum(terms, 1))
     slope /= unit
     t *= unit
     bend, root = slope - state.search.start.slope, tf.sqrt(gg)

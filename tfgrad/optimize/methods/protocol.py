@@ -93,11 +93,11 @@ class Method(Protocol):
     """A method of minimisation; both functions are pure and run inside a trace.
 
     It may have an attribute `failure`: the status of a run in which it `failed` where
-    rounding is no excuse, "linesearch" (if there is none) or "trustregion". Another is
-    `is_one_kernel`: True says that XLA may make one kernel of `update`, for what that
-    asks of it see `optimize.compiled.in_one_kernel`. With a function `of_any_size`, from
-    the specs of a state of some parameters to those of any number of them, `update` is
-    compiled once for all.
+    rounding is no excuse, "linesearch" (if there is none) or "trustregion". Its class
+    may have an attribute `is_one_kernel`: True says that XLA may make one kernel of
+    `update`, for what that asks of it see `optimize.compiled.in_one_kernel`. With a
+    function `of_any_size`, from the specs of a state of some parameters to those of any
+    number of them, `update` is compiled once for all.
     """
 
     name: str

@@ -68,8 +68,8 @@ class Stepper:
         expects: Whether the method says by how much it expects f to fall.
         knows_solutions: Whether the method says itself where a solution is: no rule is
             asked then.
-        is_one_kernel: Whether XLA may make one kernel of all but `evaluate` while the
-            vectors are short; see `compiled.in_one_kernel`.
+        is_one_kernel: Whether XLA may make one kernel of all but `evaluate`; see
+            `compiled.in_one_kernel`.
     """
 
     lookahead: int

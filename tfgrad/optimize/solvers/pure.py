@@ -127,8 +127,8 @@ class PureStepper(Stepper):
 
     @property
     def is_one_kernel(self) -> bool:
-        """Whether the method says that XLA may make one kernel of it."""
-        return getattr(self.given, "is_one_kernel", False) and not self.is_bound
+        """Whether the class of the method says so itself: what it inherits may not."""
+        return vars(type(self.given)).get("is_one_kernel", False) and not self.is_bound
 
     @property
     def is_bound(self) -> bool:
