@@ -488,11 +488,11 @@ def test_after_an_error_in_a_large_step_the_run_goes_on_from_the_step_before(
 ):
     monkeypatch.setattr(compiled, "KEPT", OrderedDict())
     monkeypatch.setattr(chunks, "LARGE", 1)
-    calls = {"count": 0, "failing": 25}
+    calls = {"count": 0, "most": 25}
 
     def fail():
         calls["count"] += 1
-        if calls["count"] == calls["failing"]:
+        if calls["count"] > calls["most"]:
             raise ValueError("the disk is full")
         return np.int32(0)
 
@@ -503,6 +503,7 @@ def test_after_an_error_in_a_large_step_the_run_goes_on_from_the_step_before(
     start, options = np.tile([-1.2, 1.0], 4), {"steps": 40, "gtol": 0.0}
     with pytest.raises(Exception, match="the disk is full"):
         tfgrad.minimize(f, start, checkpoint=tmp_path, **options)
+    calls["most"] = np.inf
     resumed = tfgrad.minimize(f, start, checkpoint=tmp_path, **options)
     whole = tfgrad.minimize(f, start, **options)
 
@@ -516,32 +517,20 @@ def test_a_run_of_really_many_numbers_gives_what_scipy_gives(jit):
     n = chunks.LARGE
     scales = np.linspace(1.0, 10.0, n)
 
-    result = tfgrad.minimize(
-        lambda x: tf.reduce_sum(scales * (x - 1) ** 2 + (x - 1) ** 4),
-        np.zeros(n),
-        jit=jit,
-        steps=25,
-    )
+    def f(x):
+        return tf.reduce_sum(scales * (x - 1) ** 2 + (x - 1) ** 4)
 
-    theirs = optimize.minimize(
-        lambda x: (
-            np.sum(scales * (x - 1) ** 2 + (x - 1) ** 4),
-            2 * scales * (x - 1) + 4 * (x - 1) ** 3,
-        ),
-        np.zeros(n),
-        jac=True,
-        method="L-BFGS-B",
-        options={"ftol": 0, "gtol": 1e-9},
-    )
+    def by_numpy(x):
+        d = x - 1
+        return np.sum(scales * d**2 + d**4), 2 * scales * d + 4 * d**3
+
+    half = tfgrad.minimize(f, np.zeros(n), jit=jit, steps=12)
+    result = tfgrad.minimize(f, half, jit=jit, steps=12)
+
+    options = {"jac": True, "method": "L-BFGS-B", "options": {"ftol": 0, "gtol": 1e-9}}
+    theirs = optimize.minimize(by_numpy, np.zeros(n), **options)
     np.testing.assert_allclose(result.x, theirs.x, atol=1e-4)
-    assert result.success
-    more = tfgrad.minimize(
-        lambda x: tf.reduce_sum(scales * (x - 1) ** 2 + (x - 1) ** 4),
-        result,
-        jit=jit,
-        steps=1,
-    )
-    assert more.fun <= result.fun
+    assert result.fun < half.fun
 
 
 @pytest.mark.parametrize("large", [1, chunks.LARGE])
