@@ -492,11 +492,13 @@ def _as_array(leaf: Any, name: str, dtype: tf.DType | None) -> Any:
 def _may_change(dataset: Any) -> bool:
     """Return whether Python code, or a trainable variable, takes part in a data set."""
     graphs = [function.function.graph for function in dataset._functions()]
-    return any(
-        any(variable.trainable for variable in graph.variables)
-        or has(operations_of(graph), ["PyFunc"])
-        for graph in graphs
-    ) or any(map(_may_change, dataset._inputs()))
+    # `graph.variables` fails if one of them is gone.
+    read = [reference() for graph in graphs for reference in graph._weak_variables]
+    return (
+        any(variable is not None and variable.trainable for variable in read)
+        or any(has(operations_of(graph), ["PyFunc"]) for graph in graphs)
+        or any(map(_may_change, dataset._inputs()))
+    )
 
 
 def _plain(

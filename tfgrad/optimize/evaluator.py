@@ -118,7 +118,8 @@ class Evaluator:
         else:
             self._require_reads(recording)
         value, gradient, linear = self.value(recording, scale)
-        if recording.is_stopped and recording.sources:
+        has_path = tf.executing_eagerly() or not recording.is_stopped
+        if not has_path and recording.sources:  # eagerly, a branch may be constant
             raise self._unread("reads {} only through tf.stop_gradient or a shape")
         return Evaluation(value, gradient, (), small(recording.aux), linear)
 

@@ -605,6 +605,23 @@ def test_batches_made_of_the_variables_are_made_after_the_step_before(kind):
     assert (result.nit, float(w)) == (40, 10.0)  # each step is a quarter
 
 
+def test_a_data_set_holds_a_variable_that_nobody_else_holds():
+    def made():
+        two = tf.Variable(2.0)
+        twice = tf.function(lambda x: two * x)
+        twice = twice.get_concrete_function(tf.TensorSpec([4], tf.float32))
+        ones = np.ones([3, 4], np.float32)
+        return tf.data.Dataset.from_tensor_slices(ones).map(twice)
+
+    options = {"method": "sgd", "learning_rate": 0.5, "epochs": 1}
+
+    result = tfgrad.minimize(
+        lambda p, x: tf.reduce_mean((p - x) ** 2), 0.0, data=made(), **options
+    )
+
+    assert float(result.x) == 2.0
+
+
 def test_a_validation_must_return_numbers():
     line = Line()
 

@@ -161,6 +161,14 @@ def test_a_function_that_reads_nothing_of_what_is_minimised_is_refused(method):
     assert (float(v), float(w)) == (3.0, 1.0)
 
 
+@pytest.mark.filterwarnings("ignore:.*runs eagerly:RuntimeWarning")
+def test_a_branch_of_python_may_be_constant():
+    def f(x):  # float() of a tensor: it runs eagerly
+        return x**2 if float(x) > 0 else tf.constant(0.0)
+
+    assert float(tfgrad.minimize(f, 1.0).x) <= 0
+
+
 GRADIENTS = {
     "leaves": ([[1.0, -3.0], 2.0], 3.0),
     "an empty leaf": ([[], [-0.5]], 0.5),
