@@ -297,6 +297,9 @@ def _restored(run: Minimisation, saved: Saved) -> State:
     check_shapes(leaves, own)
     check_shapes(saved.variables, solver.variables())
     state: State = tf.nest.pack_sequence_as(fresh._replace(batch=()), leaves)
+    if is_vector:  # within the bounds of this call
+        memory = state.memory._replace(bounds=fresh.memory.bounds)
+        state = state._replace(memory=memory)
     is_known = run.training is None and repeats(run.problem)
     if is_vector and evaluation is not None:
         if not is_known:  # the function is random: its value now is what counts

@@ -387,3 +387,16 @@ def test_going_on_without_the_data_says_that_it_is_given_again(method):
 
     with pytest.raises(InvalidArgumentError, match=r"given again.*\n.*loss\(x, b"):
         tfgrad.minimize(loss, result)
+
+
+def test_a_run_goes_on_within_the_bounds_that_are_given_now():
+    start = np.array([-1.2, 1.0])
+    begun = tfgrad.minimize(rosenbrock, start, bounds=(-2, 0.5), steps=4)
+
+    same = tfgrad.minimize(rosenbrock, begun, bounds=(-2, 0.5))
+    wider = tfgrad.minimize(rosenbrock, begun, bounds=(-2, 0.8))
+
+    whole = tfgrad.minimize(rosenbrock, start, bounds=(-2, 0.5))
+    np.testing.assert_array_equal(same.x, whole.x)
+    assert same.nfev == whole.nfev
+    np.testing.assert_allclose(wider.x, [0.8, 0.64])
