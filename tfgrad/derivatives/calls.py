@@ -191,7 +191,7 @@ class Compiled:
         opens: From the second shape on, trace for any size of the dimensions that vary.
         lower: From a call to the ladder, where the body returns an empty one, since
             the ladder would make every call slower.
-        acts: See `Traces`.
+        in_turn: See `Traces`.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Compiled:
         slopes: Slopes | None = None,
         opens: bool = False,
         lower: Callable[[Call], Ladder] | None = None,
-        acts: bool = False,
+        in_turn: bool = False,
     ) -> None:
         self._lower = lower
         self._jit = jit
@@ -212,7 +212,7 @@ class Compiled:
         self.parameters = parameter_names(f)
         check = self._check if slopes is not None else None
         self._traces = Traces(
-            self._run, f, jit=jit, check=check, opens=opens, acts=acts
+            self._run, f, jit=jit, check=check, opens=opens, in_turn=in_turn
         )
 
     def __call__(self, *nests: Any) -> Any:
@@ -332,7 +332,7 @@ def transform(
     argnums = _checked_argnums(f, argnums, wrt)
     require_bool(jit=jit)
     options: dict[str, Any] = {"slopes": slopes, "opens": opens, "lower": lower}
-    compiled = Compiled(f, body, jit=jit, acts=wrt is not None, **options)
+    compiled = Compiled(f, body, jit=jit, in_turn=wrt is not None, **options)
     name, parameters = compiled.name, compiled.parameters
 
     @functools.cache

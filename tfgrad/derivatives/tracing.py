@@ -238,8 +238,8 @@ class Traces:
         check: `check(answer, *nests)`: called with the first answer of each trace; it
             raises if that is wrong.
         opens: Leave open a dimension that varies, after the second shape.
-        acts: Whether f is likely to write to variables, or to do anything else in turn:
-            if not, it is traced twice where it does.
+        in_turn: Whether f is likely to write to variables, or to do anything else in
+            turn: if not, it is traced twice where it does.
     """
 
     def __init__(
@@ -250,9 +250,9 @@ class Traces:
         jit: bool,
         check: Callable[..., None] | None = None,
         opens: bool = False,
-        acts: bool = False,
+        in_turn: bool = False,
     ) -> None:
-        self._acts = acts
+        self._in_turn = in_turn
         self._run = run
         self._f = f
         self._jit = jit
@@ -384,7 +384,7 @@ class Traces:
             def whole(*tensors: Any) -> Any:
                 return body(f, *tensors)
 
-            concrete = concrete_of(whole, specs, jit=jit, in_turn=self._acts)
+            concrete = concrete_of(whole, specs, jit=jit, in_turn=self._in_turn)
             if jit and wrong_under_xla(concrete.graph.get_operations()):
                 return compiled(f, jit=False)
             return concrete

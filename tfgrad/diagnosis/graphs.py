@@ -20,7 +20,10 @@ _WRITES = ("Assign", "ResourceScatter", "ResourceApply", "ResourceSparseApply",
            "StatefulStandardNormal", "StatefulUniform")  # fmt: skip
 """How the ops that write to a variable, their first input, are called."""
 
-DRAWS = "Random", "Multinomial", "Rng"
+DRAWS = (
+    "Random", "Multinomial", "Rng", "TruncatedNormal",
+    "StatefulStandardNormal", "StatefulUniform",
+)  # fmt: skip
 """Parts of the names of ops that draw random numbers."""
 
 _READS = (

@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# No stubs know these. Nothing public calls a graph as a module of XLA's,
+# No stubs know these. Nothing public calls a graph as a module of XLA's, nor a function
+# with an executor of its own.
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops  # type: ignore[import-not-found]
 from tensorflow.core.framework import attr_value_pb2
-
-# nor a function with an executor of its own.
 from tensorflow.python.eager import execute  # type: ignore[attr-defined]
 
 from tfgrad.derivatives.tracing import concrete_of, suited
-from tfgrad.diagnosis.graphs import bodies
+from tfgrad.diagnosis.graphs import bodies, leading_to, operations_of
 
 MOST_KEPT = 128
 """Compiled functions that are kept; the least recently used goes first."""
@@ -38,6 +37,18 @@ ELEMENTS = {
     "bfloat16": "bf16", "float32": "f32", "float64": "f64",
 }  # fmt: skip
 """What a module of XLA's calls the dtypes."""
+
+KERNEL_OPS = frozenset({
+    "Abs", "AddV2", "Any", "Bitcast", "Cast", "ConcatV2", "Const", "DivNoNan", "Equal",
+    "ExpandDims", "Fill", "FloorMod", "GatherV2", "Greater", "GreaterEqual",
+    "IsFinite", "IsInf", "Less", "LessEqual", "LogicalAnd", "LogicalNot", "LogicalOr",
+    "MatMul", "MatrixDiagPartV3", "MatrixDiagV3", "MatrixTriangularSolve", "Max",
+    "Maximum", "Min", "Minimum", "Mul", "Neg", "NotEqual", "Pack",
+    "Placeholder", "RealDiv", "Reshape", "Select", "SelectV2", "Sign", "Split", "Sqrt",
+    "Square", "Squeeze", "Sub", "Sum", "TensorScatterUpdate", "Unpack",
+})  # fmt: skip
+"""The ops of which XLA was seen to make one kernel. At others it may stop the process:
+at a sort, a transform, a scatter to several places."""
 
 IN_SEQUENCE = "SINGLE_THREADED_EXECUTOR"
 """TensorFlow's executor that runs one op after the other: a fifth faster where ops are
@@ -241,9 +252,8 @@ def in_one_kernel(function: Callable[[Any], list[Any]], nest: Any) -> list[Any]:
     to inline. A function in a graph cannot be told so; a module that calls it can.
 
     Args:
-        function: Takes the nest, returns a list of tensors. It must not sort, scatter
-            to several places, transform by FFT, or call what is not XLA's: there, XLA
-            stops the process. It does so, too, at what it finds not to be used.
+        function: Takes the nest, returns a list of tensors. One with other ops than
+            `KERNEL_OPS`, or that does not use all that it takes, is left as it is.
         nest: Of tensors.
     """
     tensors = tf.nest.flatten(nest)
@@ -254,7 +264,8 @@ def in_one_kernel(function: Callable[[Any], list[Any]], nest: Any) -> list[Any]:
         tf.__version__.startswith(KNOWN)
         and devices == {"CPU"}
         and not concrete.captured_inputs
-        and all(tensor.consumers() for tensor in takes)
+        and KERNEL_OPS.issuperset(operations_of(concrete.graph))
+        and {tensor.ref() for tensor in takes} <= leading_to(concrete.graph, gives)
         and all(tensor.dtype.name in ELEMENTS for tensor in (*takes, *gives))
         and all(tensor.shape.is_fully_defined() for tensor in (*takes, *gives))
     )

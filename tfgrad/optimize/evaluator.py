@@ -94,11 +94,11 @@ class Evaluator:
         self.f, self.name = f, name_of(f)
         self.kept: dict[Any, Any] = {}
         check = self._check if verify and not is_inlined else None
-        acts = variables is not None  # as layers of Keras do
+        in_turn = variables is not None  # as layers of Keras do
         self.evaluate = Traces(
-            self._evaluate, python_of(f), jit=jit, check=check, acts=acts
+            self._evaluate, python_of(f), jit=jit, check=check, in_turn=in_turn
         )
-        self.products = Traces(self.multiply, python_of(f), jit=False, acts=acts)
+        self.products = Traces(self.multiply, python_of(f), jit=False, in_turn=in_turn)
 
     def record(self, f: Callable[..., Any], arguments: tuple[Nest, ...]) -> Recording:
         """Return the evaluation of `f` on a tape."""

@@ -35,6 +35,7 @@ from tfgrad.optimize.compiled import (
     compiled,
     kept,
     shapes_of,
+    spec_of,
 )
 from tfgrad.optimize.evaluator import Evaluation, measured
 from tfgrad.optimize.history import Rows
@@ -193,7 +194,7 @@ class Loop:
             limit = min(limit, self.pace.length)
         rows: list[dict[str, Any]] = []
         state = released(state)
-        if any(map(is_large, tf.nest.flatten(state))):
+        if _is_large(state):
             limit = 1  # if f raises, what a step wrote in place does no harm
         query, evaluations = stepper.query(state), int(state.evaluations)
         turn: Any = None
@@ -237,7 +238,10 @@ class Loop:
         And how the state is packed for it.
         """
         stepper = self.solver.stepper
-        like, known = stepper.specs(state, evaluation._replace(aux={}))
+        nests: Any = (state, evaluation._replace(aux={}))
+        like, known = tf.nest.map_structure(spec_of, nests)
+        if not _is_large(state):  # what is known to be large is written in place
+            like, known = stepper.of_any_size(like, known)
 
         def make() -> tuple[Packing, OfVariables]:
             packing = Packing(like, group=len(tf.nest.flatten(like)))
@@ -264,3 +268,7 @@ class Loop:
             packing, made = make()
             turn = made.of(variables)
         return packing, turn
+
+
+def _is_large(state: State) -> bool:
+    return any(map(is_large, tf.nest.flatten(state)))

@@ -234,8 +234,8 @@ class EvaluatorOfParts:
         self.kept: dict[Any, Any] = {}
         self._parts, self._like, self._copies, self._jit = parts, like, copies, jit
         f = python_of(of_part.f)
-        self.evaluate = Traces(self._evaluate, f, jit=False, acts=True)
-        self.products = Traces(self._multiply, f, jit=False, acts=True)
+        self.evaluate = Traces(self._evaluate, f, jit=False, in_turn=True)
+        self.products = Traces(self._multiply, f, jit=False, in_turn=True)
 
     def _evaluate(
         self, f: Callable[..., Any], arguments: tuple[Nest, ...], scale: Any

@@ -250,7 +250,12 @@ class Problem:
         traces: Callable[[tf.Tensor], Evaluation] = kept(
             self.evaluator.kept,
             key,
-            lambda: Traces(lambda _, x: evaluate(x), self.f, jit=False),
+            lambda: Traces(
+                lambda _, x: evaluate(x),
+                self.f,
+                jit=False,
+                in_turn=not self.x.takes_values,
+            ),
         )
         return traces
 

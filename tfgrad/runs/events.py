@@ -84,9 +84,10 @@ class EventFile:
     def scalars(
         self, tags: Sequence[str], steps: Any, wall_times: Any, columns: Sequence[Any]
     ) -> None:
-        """Write one event per step, which grow; a column is the numbers of a tag.
+        """Write one event per step; a column is the numbers of a tag.
 
-        They are kept as float32; one out of its range becomes an infinity.
+        The steps grow, from 0 or more. Numbers are kept as float32; one out of its
+        range becomes an infinity.
         """
         with self._writing():
             steps = np.asarray(steps, np.int64)

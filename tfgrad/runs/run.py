@@ -43,8 +43,8 @@ from tfgrad.runs.values import (
     to_text,
 )
 
-_ROWS_AT_ONCE = 10_000
-"""Rows of a history that are made records of at a time, to save memory."""
+_NUMBERS_AT_ONCE = 100_000
+"""Numbers of a history that are made records of at a time, to save memory."""
 
 
 class Run(contextlib.AbstractContextManager["Run"]):
@@ -186,8 +186,9 @@ class Run(contextlib.AbstractContextManager["Run"]):
                 return
             self.check_open()
             self._tags.admit(history, "scalar", int(steps[0]), int(steps[-1]))
-            for start in range(0, count, _ROWS_AT_ONCE):
-                part = slice(start, start + _ROWS_AT_ONCE)
+            at_once = max(1, _NUMBERS_AT_ONCE // len(columns))
+            for start in range(0, count, at_once):
+                part = slice(start, start + at_once)
                 some = [column[part] for column in columns]
                 self._events.scalars(tuple(history), steps[part], times[part], some)
             self._last_write = now

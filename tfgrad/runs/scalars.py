@@ -51,14 +51,11 @@ class Records:
         places = np.concatenate([np.arange(a, a + count) for a, count in starts])
         content[places] = 0
         self._blank, self._places = framed(content.tobytes()), HEAD + places
-        self._head, self._given_in = self._blank[:HEAD], operator.itemgetter(*places)
-        self._shifts = 7 * np.arange(width)
-        self._more = np.where(np.arange(width) < width - 1, 0x80, 0)
-        self._sum_of_blank, self._added = int(crc32c(content[None])[0]), None
+        self._given_in, self._width = operator.itemgetter(*places), width
+        self._sum_of_blank = int(crc32c(content[None])[0])
+        self._distances: list[int] | None = None
         if self._length <= LANE:
-            distances = (self._length - 1 - places).tolist()
-            self._added = [table()[distance] for distance in distances]
-            self._listed = [_listed(distance) for distance in distances]
+            self._distances = (self._length - 1 - places).tolist()
 
     def rows(self, steps: Any, wall_times: Any, columns: Sequence[Any]) -> bytes:
         """Return the records of some steps; a column is the numbers of a tag.
@@ -67,15 +64,17 @@ class Records:
         """
         with np.errstate(over="ignore"):
             numbers = np.stack([np.asarray(c, "<f4") for c in columns], axis=1)
-        bits = steps[:, None] >> self._shifts & 0x7F | self._more
+        sevens = np.arange(self._width)
+        more = np.where(sevens < self._width - 1, 0x80, 0)
+        bits = steps[:, None] >> 7 * sevens & 0x7F | more
         parts = np.asarray(wall_times, "<f8")[:, None], bits.astype(np.uint8), numbers
         given = np.concatenate([part.view(np.uint8) for part in parts], axis=1)
         rows = np.tile(np.frombuffer(self._blank, np.uint8), (len(steps), 1))
         rows[:, self._places] = given
-        if self._added is not None:
+        if self._distances is not None:
             sums = np.full(len(steps), self._sum_of_blank, np.uint32)
-            for added, column in zip(self._added, given.T, strict=True):
-                sums ^= added[column]
+            for distance, column in zip(self._distances, given.T, strict=True):
+                sums ^= table()[distance][column]
         else:
             sums = crc32c(rows[:, HEAD:-4])
         rows[:, -4:] = masked(sums)[:, None].view(np.uint8)
@@ -89,11 +88,12 @@ class Records:
         for value, number in zip(self._values, numbers):  # noqa: B905 - strict: +20 %
             value.simple_value = number
         content = event.SerializeToString()
-        if self._added is None or len(content) != self._length:  # a 0 is left out
+        if self._distances is None or len(content) != self._length:  # no zero is there
             return framed(content)
-        for added, byte in zip(self._listed, self._given_in(content)):  # noqa: B905
-            whole ^= added[byte]
-        return self._head + content + _SUM.pack(masked(whole) & 0xFFFFFFFF)
+        given = self._given_in(content)
+        for distance, byte in zip(self._distances, given):  # noqa: B905
+            whole ^= _listed(distance)[byte]
+        return self._blank[:HEAD] + content + _SUM.pack(masked(whole) & 0xFFFFFFFF)
 
 
 @functools.cache

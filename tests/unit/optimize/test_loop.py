@@ -14,6 +14,7 @@ import tensorflow as tf
 import tfgrad
 from tfgrad.optimize import chunks, compiled, stopping
 from tfgrad.optimize.chunks import GROUP, Packing
+from tfgrad.optimize.methods import lbfgs
 from tfgrad.optimize.methods.lbfgs import LBFGS
 from tfgrad.optimize.methods.protocol import Move, Point
 from tfgrad.optimize.solvers import pure
@@ -406,6 +407,8 @@ def test_rows_of_an_embedding_stay_sparse_and_are_those_of_the_dense_gradient():
 def test_large_states_are_written_in_place_and_what_was_read_of_them_stays(
     monkeypatch, jit
 ):
+    monkeypatch.setattr(compiled, "KEPT", OrderedDict())
+    monkeypatch.setattr(lbfgs, "LONG", 1)  # the same sums, whatever is known of sizes
     start = np.tile([-1.2, 1.0], 2)
     plain = tfgrad.minimize(rosenbrock, start, jit=jit)
     monkeypatch.setattr(chunks, "LARGE", 1)

@@ -230,9 +230,10 @@ def _leading(here: Point, newton: tf.Tensor, bounds: Bounds) -> tf.Tensor:
     of which less than the part `LEAST` is left is not cut.
     """
     is_uphill: Any = _dot(here.grad, bounds.clip(here.x + newton) - here.x) >= 0
+    size = tf.abs(newton)
     room = either(newton > 0, bounds.upper - here.x, here.x - bounds.lower)
-    room = either(newton == 0, tf.ones_like(room), room / tf.abs(newton))
-    part = tf.minimum(tf.reduce_min(room), 1)
+    parts = tf.math.divide_no_nan(tf.minimum(room, size), size)
+    part = tf.reduce_min(either(size > 0, parts, tf.ones_like(size)))
     return either(is_uphill & (part > LEAST), part, tf.ones_like(part)) * newton
 
 

@@ -80,8 +80,9 @@ def converged(
         each <= either(each >= large, nothing, digits)
         for each in (expected, previous_expected)
     )
-    fell, was = previous_fun - fun, previous_expected
-    was_right = (was < large) & (fell <= RIGHT * was) & (was <= RIGHT * fell)
+    was = either(previous_expected < large, previous_expected, tf.zeros_like(fun))
+    fell = previous_fun - fun
+    was_right = (fell > 0) & (fell <= RIGHT * was) & (was <= RIGHT * fell)
     return (is_little & (was_little | was_right)) | (expected == 0)
 
 

@@ -333,11 +333,13 @@ class LevenbergMarquardt(Damped):
         state = state._replace(verdict=verdict)
         # If the data do not determine all parameters, the model's fall says nothing.
         known, free = tf.reduce_sum(tf.cast(linear.s > 0, tf.int32)), tf.size(linear.s)
-        if box is not None:
+        expected = step.promised
+        if (
+            box is not None
+        ):  # bounds cut what a step promises, and make the radius small
             free = tf.reduce_sum(tf.cast(box.free(here), tf.int32))
+            expected = tf.reduce_sum(linear.c**2) / 2
         is_determined = (known > 0) & (known >= free)  # not gone flat
-        # Nor does it within a radius that a bad model has made small.
-        expected = tf.reduce_sum(linear.c**2) / 2
         expected = either(is_determined, expected, expected.dtype.max)
         return Move(x, state, failed=is_over, expected=expected)
 

@@ -94,10 +94,10 @@ class Method(Protocol):
 
     It may have an attribute `failure`: the status of a run in which it `failed` where
     rounding is no excuse, "linesearch" (if there is none) or "trustregion". Its class
-    may have an attribute `is_one_kernel`: True says that XLA may make one kernel of
-    `update`, for what that asks of it see `optimize.compiled.in_one_kernel`. With a
-    function `of_any_size`, from the specs of a state of some parameters to those of any
-    number of them, `update` is compiled once for all.
+    may have an attribute `is_one_kernel`: True lets XLA make one kernel of `update`, if
+    its ops are of those in `optimize.compiled.KERNEL_OPS`. With a function
+    `of_any_size`, from the specs of a state of some parameters to those of any number
+    of them, `update` is compiled once for all.
     """
 
     name: str

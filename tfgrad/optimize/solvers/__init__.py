@@ -16,7 +16,6 @@ import tensorflow as tf
 
 from tfgrad.nested import either
 from tfgrad.optimize import stopping
-from tfgrad.optimize.compiled import spec_of
 from tfgrad.optimize.evaluator import Evaluation
 from tfgrad.optimize.history import Rows
 from tfgrad.optimize.stopping import RUNNING, Step, Tolerances, code_of, judge
@@ -103,10 +102,12 @@ class Stepper:
         """Return what the history keeps of what `query` returned, part of a row."""
         return {}
 
-    def specs(self, state: State, evaluation: Evaluation) -> tuple[Any, Any]:
-        """Return the specs that a step by single calls is traced for: nests of them."""
-        nests: Any = (state, evaluation)
-        return tf.nest.map_structure(spec_of, nests)
+    def of_any_size(self, state: Any, evaluation: Any) -> tuple[Any, Any]:
+        """Return specs of a state and an evaluation, open for any number of parameters.
+
+        As they are, if a step by single calls has to be traced for each number.
+        """
+        return state, evaluation
 
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Return the state with the point that was evaluated as the current one."""

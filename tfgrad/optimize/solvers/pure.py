@@ -118,17 +118,15 @@ class PureStepper(Stepper):
             method = within.within(bounds)
         self.given = self.method = method
         self.failure = code_of(getattr(method, "failure", "linesearch"))
+        # Its class has to say so itself: what inherits from that may not be.
+        says = vars(type(method)).get("is_one_kernel", False)
+        self.is_one_kernel = says and not self.is_bound
 
     @property
     def knows_solutions(self) -> bool:
         """Whether the method says itself where a solution is."""
         is_told = hasattr(self.method, "why")  # it is `Explained`
         return is_told and getattr(self.method, "knows_solutions", True)
-
-    @property
-    def is_one_kernel(self) -> bool:
-        """Whether the class of the method says so itself: what it inherits may not."""
-        return vars(type(self.given)).get("is_one_kernel", False) and not self.is_bound
 
     @property
     def is_bound(self) -> bool:
@@ -149,7 +147,7 @@ class PureStepper(Stepper):
     def begun(self, start: Start) -> State:
         """Return where a run begins: the method's first move is part of it."""
         x, evaluation, bounds = start.x, measured(start.evaluation), start.bounds
-        move = self._within(bounds).init(_point(x, evaluation))
+        move = _within(bounds, self.method).init(_point(x, evaluation))
         evaluation = self._projected(x, evaluation, bounds)
         value = evaluation.value
         is_bad = ~(tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max))
@@ -187,23 +185,23 @@ class PureStepper(Stepper):
         """Return the point while it is small."""
         return {VECTOR: query} if query.shape[0] <= SMALL else {}
 
-    def specs(self, state: State, evaluation: Evaluation) -> tuple[Any, Any]:
-        """Return the same, for any number of parameters if the method says how."""
-        like, known = super().specs(state, evaluation)
+    def of_any_size(self, state: Any, evaluation: Any) -> tuple[Any, Any]:
+        """Return the specs for any number of parameters, if the method says how."""
         of_any_size = getattr(self.given, "of_any_size", None)
         if of_any_size is None or self.bounds is not None or self.is_bound:
-            return like, known
+            return state, evaluation
         vector: Any = tf.TensorSpec([None], state.x.dtype)
-        carried = like.evaluation._replace(gradient=vector)
-        memory = Memory(vector, of_any_size(like.memory.method))
-        like = like._replace(x=vector, evaluation=carried, memory=memory)
-        return like, known._replace(gradient=vector)
+        carried = state.evaluation._replace(gradient=vector)
+        memory = Memory(vector, of_any_size(state.memory.method))
+        state = state._replace(x=vector, evaluation=carried, memory=memory)
+        return state, evaluation._replace(gradient=vector)
 
     def accept(self, state: State, evaluation: Evaluation) -> State:
         """Let the method decide on the trial."""
         trial, remembered, bounds = state.memory
         old = _point(state.x, state.evaluation)
-        move = self._within(bounds).update(_point(trial, evaluation), old, remembered)
+        method = _within(bounds, self.method)
+        move = method.update(_point(trial, evaluation), old, remembered)
         evaluation = self._projected(trial, evaluation, bounds)
         value = evaluation.value
         is_finite = tf.math.is_finite(value) & tf.math.is_finite(evaluation.grad_max)
@@ -251,11 +249,6 @@ class PureStepper(Stepper):
         bounds: Any = Bounds.of(self.bounds, vector)
         return unravel(bounds.clip(vector), x)
 
-    def _within(self, bounds: Any) -> Any:
-        """Return the method within bounds that a state brings, or its own ones."""
-        method: Any = self.method
-        return method.within(bounds) if bounds else method
-
     def _projected(
         self, x: tf.Tensor, evaluation: Evaluation, bounds: Any
     ) -> Evaluation:
@@ -265,6 +258,11 @@ class PureStepper(Stepper):
             return evaluation
         free = box.reduced(_point(x, evaluation))
         return evaluation._replace(grad_max=free.grad_max)
+
+
+def _within(bounds: Any, method: Any) -> Any:
+    """Return a method within the bounds that a state brings, or its own ones."""
+    return method.within(bounds) if bounds else method
 
 
 class PureForms(Forms):
