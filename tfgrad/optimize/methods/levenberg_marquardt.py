@@ -334,9 +334,7 @@ class LevenbergMarquardt(Damped):
         # If the data do not determine all parameters, the model's fall says nothing.
         known, free = tf.reduce_sum(tf.cast(linear.s > 0, tf.int32)), tf.size(linear.s)
         expected = step.promised
-        if (
-            box is not None
-        ):  # bounds cut what a step promises, and make the radius small
+        if box is not None:  # which cuts what a step promises, and so the radius
             free = tf.reduce_sum(tf.cast(box.free(here), tf.int32))
             expected = tf.reduce_sum(linear.c**2) / 2
         is_determined = (known > 0) & (known >= free)  # not gone flat
