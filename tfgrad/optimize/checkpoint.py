@@ -231,10 +231,10 @@ def _read(prefix: str) -> Saved:
         for name in ("state", "variables", "outcome")
     )
     index, first, used, taken = facts.pop("chain")
-    x, has_aux, methods = facts.pop("identity")
+    x, has_aux, methods, *bounds = facts.pop("identity")
     is_vector = facts.pop("is_vector")
     return Saved(
-        identity=Identity(tuple(x), has_aux, tuple(methods)),
+        identity=Identity(tuple(x), has_aux, tuple(methods), *bounds),
         state=_state(state, is_vector),
         variables=variables,
         chain=Chain([], 0, index, first, used, [(n, c) for n, c in taken]),

@@ -270,7 +270,8 @@ def _flat_bounds(problem: Problem, bounds: Any) -> tuple[Array, Array]:
     if bounds is None:
         return np.broadcast_to(-np.inf, n), np.broadcast_to(np.inf, n)  # no memory
     if hasattr(bounds, "lb") and hasattr(bounds, "ub"):
-        pair = bounds.lb, bounds.ub
+        # SciPy makes vectors of one element of numbers, which are for all.
+        pair = tuple(b[0] if np.shape(b) == (1,) else b for b in (bounds.lb, bounds.ub))
     elif isinstance(bounds, list) and len(bounds) == n and all(map(_is_pair, bounds)):
         pair = [each[0] for each in bounds], [each[1] for each in bounds]
     elif isinstance(bounds, tuple) and len(bounds) == 2:

@@ -32,6 +32,9 @@ UNSIGNED = {2: tf.uint16, 4: tf.uint32, 8: tf.uint64}
 LARGE = 2**18
 """Numbers from which on an array is not copied where that can be helped."""
 
+COLUMNS = "step", "fun", "grad_max", "expected", "learning_rate", "x", "seconds"
+"""What else a history holds."""
+
 JOINED = 2**12
 """Numbers in a leaf up to which copying it takes less than three ops of its own do."""
 
@@ -225,8 +228,20 @@ def is_open(variables: Nest) -> bool:
 
 
 def small(aux: Any) -> dict[str, tf.Tensor]:
-    """Return the numbers in an aux value that a history can keep, by their names."""
+    """Return the numbers in an aux value that a history can keep, by their names.
+
+    Raises:
+        InvalidArgumentError: If one has the name of a column that is there already, or
+            none.
+    """
     values = aux if isinstance(aux, dict) else {} if aux is None else {"aux": aux}
+    for name in values:
+        if not isinstance(name, str) or name in COLUMNS:
+            raise InvalidArgumentError(
+                "What is in `aux` has names, others than the columns of every history.",
+                got=f"aux[{name!r}]",
+                hint=f'another name, such as "my_{name}"',
+            )
     pairs = [pair for name, nest in values.items() for pair in named_leaves(nest, name)]
     tensors = {
         name: tf.convert_to_tensor(leaf)

@@ -128,7 +128,8 @@ def minimize(
             `NonlinearConstraint`, or a list of them. Their functions take what `f`
             takes, and are differentiated if they are written in TensorFlow.
         has_aux: `f` returns `(value, aux)`; the numbers in aux go to the history and
-            the log, their means over an epoch to `result.epochs`.
+            the log if there are ten or fewer, their means over an epoch to
+            `result.epochs`. They have other names than the history's own columns.
         jit: Compile with XLA: True, False, or "auto": where that pays (with a Keras
             optimizer if 3000 steps or more are planned, with another method from the
             evaluation on at which what it saves comes to what it costs, by the size of

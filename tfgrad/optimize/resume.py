@@ -7,6 +7,7 @@ same value at the saved point, and with methods of the same names.
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from tfgrad.errors import InvalidArgumentError
 from tfgrad.nested import Nest, describe, named_leaves, unravel
 from tfgrad.optimize.chain import Chain, check_tells
 from tfgrad.optimize.chunks import is_large, released
+from tfgrad.optimize.constraints import Limits
 from tfgrad.optimize.data import SIZE
 from tfgrad.optimize.evaluator import is_open
 from tfgrad.optimize.history import History, Rows
@@ -38,12 +40,20 @@ UNFINISHED = frozenset({None, "interrupted", "stopped"})
 """The statuses of a run that has not come to its end."""
 
 
+FEW = 6
+"""Elements of a point whose bounds an error writes out."""
+
+
 class Identity(NamedTuple):
-    """What has to be the same where a run goes on: the leaves of x are described."""
+    """What has to be the same where a run goes on: leaves and bounds are described.
+
+    What is `()` is not known, and may be anything.
+    """
 
     x: tuple[str, ...]
     has_aux: bool
     methods: tuple[str, ...]
+    bounds: Any = ()
 
 
 class Outcome(NamedTuple):
@@ -94,13 +104,24 @@ class Saved:
         return self.status not in UNFINISHED
 
 
-def identity_of(problem: Problem, chain: Chain) -> Identity:
+def identity_of(run: Minimisation) -> Identity:
     """Return what has to be the same where the run goes on."""
-    template = problem.x.template
+    problem, template = run.problem, run.problem.x.template
     leaves = [] if is_open(template) else named_leaves(template, "x")
     points = tuple(f"{name} of {_shape(leaf)}" for name, leaf in leaves)
-    methods = tuple(stage.name for stage in chain.stages)
-    return Identity(points, problem.options["has_aux"], methods)
+    methods = tuple(stage.name for stage in run.chain.stages)
+    bounds = () if is_open(template) else _box(problem, run.options.bounds)
+    return Identity(points, problem.options["has_aux"], methods, bounds)
+
+
+def _box(problem: Problem, bounds: Any) -> str:
+    """Return a text that is the same for the same bounds."""
+    sides = Limits(problem, bounds, None).bounds
+    if sides is None:
+        return "none"
+    if sides[0].size > FEW:
+        return f"those with the checksum {zlib.crc32(np.stack(sides).tobytes()):x}"
+    return " to ".join(str(side.tolist()) for side in sides)
 
 
 def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
@@ -126,7 +147,9 @@ def going_on(result: OptimizeResult, options: Options) -> tuple[Nest, Options]:
             hint='least_squares(residuals, result), or method="lbfgs" from there',
         )
     # Another method knows nothing of the rate and the bounds of the one before.
-    names = ["wrt", *["method", "learning_rate", "bounds"] * (options.method is None)]
+    fits = [isinstance(o.method, LevenbergMarquardt) for o in (before, options)]
+    is_alike = options.method is None or all(fits)
+    names = ["wrt", *["method", "learning_rate", "bounds"] * is_alike]
     kept = {n: getattr(before, n) for n in names if getattr(options, n) is None}
     merged = replace(options, has_aux=options.has_aux or before.has_aux, **kept)
     return result.x if before.wrt is None else None, merged
@@ -198,8 +221,9 @@ def _shape(leaf: Any) -> str:
 def count_from(run: Minimisation, result: OptimizeResult) -> None:
     """Let a run go on from a result: as it did, or from its point by other methods."""
     run.saved = saved = result.state
-    here = identity_of(run.problem, run.chain)
-    check_same(saved.identity._replace(methods=()), here, "A result")
+    here = identity_of(run)
+    own = saved.identity._replace(methods=(), bounds=())
+    check_same(own, here, "A result")
     if is_alike(run):
         run.chain.go_on(saved.chain, result.nit)
     else:
@@ -221,7 +245,7 @@ def find(run: Minimisation, checkpoints: Any) -> None:
     saved = checkpoints.newest()
     if saved is None:
         return
-    here = identity_of(run.problem, run.chain)
+    here = identity_of(run)
     check_same(saved.identity, here, str(checkpoints.path))
     run.saved = saved
     run.chain.index, run.chain.first = saved.chain.index, saved.chain.first
@@ -377,7 +401,7 @@ def snapshot(run: Minimisation) -> Saved:
     if run.training is not None:
         position = int(state.batch.epoch), int(state.batch.count)
     return Saved(
-        identity=identity_of(run.problem, run.chain),
+        identity=identity_of(run),
         limits=limits_of(run),
         state=released(state._replace(batch=())),
         position=position,

@@ -414,3 +414,21 @@ def test_an_empty_directory_of_the_users_stays(tmp_path):
         tfgrad.minimize(rosenbrock, START, checkpoint=tmp_path, bounds=(1, 0))
 
     assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0), (np.zeros(2), [1.0, 2.0])])
+@pytest.mark.parametrize("method", ["lbfgs", "scipy:l-bfgs-b"])
+def test_a_run_that_has_ended_is_no_answer_within_other_bounds(
+    tmp_path, method, bounds
+):
+    def f(x):
+        return tf.reduce_sum((x - 3) ** 2)
+
+    start, options = np.zeros(2), {"method": method, "checkpoint": tmp_path}
+    ended = tfgrad.minimize(f, start, bounds=(0.0, 2.0), **options)
+
+    with pytest.raises(InvalidArgumentError, match=r"bounds: .*\[2.0, 2.0\] before"):
+        tfgrad.minimize(f, start, bounds=bounds, **options)
+
+    same = tfgrad.minimize(f, start, bounds=[(0, 2), (0, 2)], **options)
+    np.testing.assert_array_equal(same.x, ended.x)

@@ -33,8 +33,9 @@ def test_bounds_in_every_form_are_one_vector(bounds):
     np.testing.assert_array_equal(limits.clip(np.array([-1, 9, 9.0])), [0, 5, 4])
 
 
-def test_one_number_bounds_everything():
-    limits = Limits(problem(), (0.0, None), None)
+@pytest.mark.parametrize("bounds", [(0.0, None), Bounds(0), Bounds(0, np.inf)])
+def test_one_number_bounds_everything(bounds):
+    limits = Limits(problem(), bounds, None)
 
     np.testing.assert_array_equal(limits.lower, [0, 0, 0])
     assert limits.are_any

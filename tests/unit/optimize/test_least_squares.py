@@ -388,3 +388,19 @@ def test_a_model_that_says_nothing_at_its_bound_is_no_solution():
 
     assert not fitted(1e3).success  # f does not change at all
     assert fitted(0).fun == 0  # beside the other bound it does, and was looked at there
+
+
+def test_a_fit_goes_on_within_the_bounds_that_it_began_with():
+    t = np.linspace(0, 1, 20)
+    y = np.exp(-2 * t)
+
+    def residuals(p):
+        return p[0] * tf.exp(-p[1] * t) - y
+
+    start, bounds = np.array([0.1, 0.2]), (0.0, [0.8, 5.0])
+    whole = tfgrad.least_squares(residuals, start, bounds=bounds)
+    begun = tfgrad.least_squares(residuals, start, bounds=bounds, steps=2)
+    ended = tfgrad.least_squares(residuals, begun, steps=100)
+
+    assert float(ended.x[0]) == 0.8
+    np.testing.assert_array_equal(ended.x, whole.x)

@@ -721,3 +721,15 @@ def test_what_a_function_draws_does_not_depend_on_whether_its_gradient_is_compar
         return result.history["fun"]
 
     np.testing.assert_array_equal(ends(True), ends(False))
+
+
+@pytest.mark.parametrize("name", ["fun", "grad_max", "step", "x", 1])
+@pytest.mark.parametrize("method", ["lbfgs", "sgd", "scipy:bfgs"])
+def test_a_number_in_aux_takes_no_name_of_the_history(method, name):
+    def f(x):
+        value = tf.reduce_sum(x**2)
+        return value, {name: 2 * value}
+
+    told = rf"aux\['?{name}'?\](?s:.)*my_{name}"
+    with pytest.raises(InvalidArgumentError, match=told):
+        tfgrad.minimize(f, [1.0, 2.0], has_aux=True, method=method, steps=3)
