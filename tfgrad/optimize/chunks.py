@@ -375,7 +375,7 @@ def held(state: State) -> State:
     A tensor that is handed from call to call is copied by each call. While a value read
     from a variable is in use, the next write to the variable copies it.
     """
-    if not any(map(is_large, tf.nest.flatten(state))):
+    if not holds_large(state):
         return state
     return tf.nest.map_structure(
         lambda leaf: tf.Variable(leaf, trainable=False) if is_large(leaf) else leaf,
@@ -413,6 +413,11 @@ def in_place(tensors: Sequence[Any], outputs: Any) -> Any:
     with tf.control_dependencies([x for x in others if isinstance(x, tf.Tensor)]):
         leaves = [written(leaf) if is_row(leaf) else leaf for leaf in leaves]
     return tf.nest.pack_sequence_as(outputs, leaves)
+
+
+def holds_large(state: State) -> bool:
+    """Return whether one of the leaves of a state is large."""
+    return any(map(is_large, tf.nest.flatten(state)))
 
 
 def is_large(leaf: Any) -> bool:

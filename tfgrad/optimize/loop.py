@@ -26,8 +26,8 @@ from tfgrad.optimize.chunks import (
     Packing,
     array,
     held,
+    holds_large,
     in_place,
-    is_large,
     released,
 )
 from tfgrad.optimize.compiled import (
@@ -194,7 +194,7 @@ class Loop:
             limit = min(limit, self.pace.length)
         rows: list[dict[str, Any]] = []
         state = released(state)
-        if _is_large(state):
+        if holds_large(state):
             limit = 1  # if f raises, what a step wrote in place does no harm
         query, evaluations = stepper.query(state), int(state.evaluations)
         turn: Any = None
@@ -240,7 +240,7 @@ class Loop:
         stepper = self.solver.stepper
         nests: Any = (state, evaluation._replace(aux={}))
         like, known = tf.nest.map_structure(spec_of, nests)
-        if not _is_large(state):  # what is known to be large is written in place
+        if not holds_large(state):  # what is known to be large is written in place
             like, known = stepper.of_any_size(like, known)
 
         def make() -> tuple[Packing, OfVariables]:
@@ -268,7 +268,3 @@ class Loop:
             packing, made = make()
             turn = made.of(variables)
         return packing, turn
-
-
-def _is_large(state: State) -> bool:
-    return any(map(is_large, tf.nest.flatten(state)))
